@@ -1,0 +1,124 @@
+"""The one place that decides which backend runs an op, and can say why.
+
+A backend is a module ``kernels/<op>/<backend>.py`` with ``forward``, ``backward`` and ``unsupported(*tensors, **options) -> str | None``,
+a pure function of shapes, dtypes, device and installed parts. Adding one is that file and its rows in PREFERENCE.
+"""
+
+import importlib
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+OPS = ("attention", "drop_token", "nce", "patch_embed")
+
+
+class Row(NamedTuple):
+    """A backend of an op, and where it is the faster choice: ``when(mode, *tensors)``, mode "fwd" or "bwd"; None: everywhere."""
+
+    op: str
+    backend: str
+    when: Callable[..., bool] | None = None
+
+
+def _sdpa_is_faster_on_cpu(mode, q, *_) -> bool:
+    # measured at head_dim 64, T 785 (NOTES.md): fused forward wins in every dtype, the backward in fp32 only
+    return mode == "fwd" or q.dtype.itemsize >= 4
+
+
+_REFERENCES = tuple(Row(op, "reference") for op in OPS)
+
+# (framework, device): best first. What is not listed here still runs when asked for by name.
+PREFERENCE: dict[tuple[str, str], tuple[Row, ...]] = {
+    ("torch", "cpu"): (Row("attention", "torch_sdpa", _sdpa_is_faster_on_cpu), *_REFERENCES),
+    ("torch", "cuda"): (Row("attention", "torch_sdpa"), *_REFERENCES),
+}
+BACKENDS: dict[str, tuple[str, ...]] = {
+    op: tuple(dict.fromkeys(row.backend for rows in PREFERENCE.values() for row in rows if row.op == op)) for op in OPS
+}
+
+
+def _parse(request: str) -> dict[str, str]:
+    """ "name" (every op) or "op=name,op=name" -> {op: name}."""
+    asked: dict[str, str] = {}
+    for part in filter(None, request.replace(" ", "").split(",")):
+        op, equals, name = part.rpartition("=")
+        if equals and op not in OPS:
+            raise ValueError(f"unknown op {op!r} in backend request {request!r}; ops are {', '.join(OPS)}")
+        known = BACKENDS[op] if equals else tuple(dict.fromkeys(name for names in BACKENDS.values() for name in names))
+        if name not in known:
+            raise ValueError(f"unknown backend {name!r} in request {request!r}; {op or 'the ops'} have {', '.join(known)}")
+        asked |= {op: name} if equals else dict.fromkeys(OPS, name)
+    return asked
+
+
+_forced = _parse(os.environ.get("VATT_FAST_BACKEND", ""))  # read once, so that compiled graphs stay valid
+
+
+def requested(op: str) -> str:
+    """Name asked for by ``use_backend`` or the environment, "" for automatic; ops pass it on as a plain string argument."""
+    return _forced.get(op, "")
+
+
+@contextmanager
+def use_backend(request: str) -> Iterator[None]:
+    """Run ops on the backends asked for, or raise their objection; never a silent substitute.
+
+    Args:
+        request: a backend for every op ("reference"), or for some ("attention=torch_sdpa,nce=reference"; the others choose
+            automatically). A bare name that an op does not have makes that op raise. "" chooses automatically.
+            The environment variable VATT_FAST_BACKEND takes the same form and is read when the package is imported.
+
+    Raises:
+        ValueError: unknown op or backend.
+    """
+    global _forced
+    before, _forced = _forced, _parse(request)
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def choose(op: str, mode: str, name: str, *tensors, **options):
+    """The module that runs ``op``: ``name`` if given, else the first preferred one without objection, at last the reference."""
+    if name:
+        if reason := _objection(op, name, *tensors, **options):
+            raise ValueError(f"{op}: backend {name!r} cannot run this: {reason}")
+        return _module(op, name)
+    for row in _rows(op, tensors[0]):
+        preferred = row.when is None or row.when(mode, *tensors)
+        if preferred and not _objection(op, row.backend, *tensors, **options):
+            return _module(op, row.backend)
+    return _module(op, "reference")
+
+
+def explain(op: str, *tensors, **options) -> dict[str, str]:
+    """For every backend of the framework what would happen to this call: its objection, where it is preferred, or "runs when asked for".
+
+    ``op`` is a folder's name (nce for contrastive_lse); tensors and options are the op's own.
+    """
+    if op not in OPS:
+        raise ValueError(f"unknown op {op!r}; ops are {', '.join(OPS)}")
+    chosen = {mode: choose(op, mode, "", *tensors, **options).__name__.rpartition(".")[2] for mode in ("fwd", "bwd")}
+    verdicts = {}
+    for backend in BACKENDS[op]:
+        modes = [mode for mode, name in chosen.items() if name == backend]
+        verdicts[backend] = _objection(op, backend, *tensors, **options) or (
+            f"preferred ({', '.join(modes)})" if modes else "runs when asked for"
+        )
+    return verdicts
+
+
+def _rows(op: str, tensor) -> tuple[Row, ...]:
+    return tuple(row for row in PREFERENCE.get(("torch", tensor.device.type), _REFERENCES) if row.op == op)
+
+
+def _objection(op: str, name: str, *tensors, **options) -> str | None:
+    if name not in BACKENDS[op]:
+        return f"{op} has no such backend; it has {', '.join(BACKENDS[op])} (ask per op: VATT_FAST_BACKEND={op}=...)"
+    return _module(op, name).unsupported(*tensors, **options)
+
+
+def _module(op: str, name: str):
+    return importlib.import_module(f"{__package__}.{op}.{name}")

@@ -1,0 +1,139 @@
+"""DropToken: which tokens of a step stay, and taking them (paper section 3.3)."""
+
+import hashlib
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..dispatch import choose, requested
+
+# B batch, N tokens, K kept
+
+
+def num_kept(num_tokens: int, drop_rate: float) -> int:
+    """N - ceil(drop_rate * N), with room for the rounding of rates such as 0.9."""
+    if not 0 <= drop_rate < 1:
+        raise ValueError(f"drop_rate is {drop_rate}; it is the fraction removed and lies in [0, 1)")
+    return num_tokens - math.ceil(drop_rate * num_tokens - 1e-9)
+
+
+def sample_keep(
+    num_tokens: int, drop_rate: float, *, seed: int, step: int, stream: str, per: str = "batch", batch: int | None = None
+) -> np.ndarray:
+    """Draw the kept indices of one step, on the host: a pure function of its arguments, the same on every platform.
+
+    Every token gets a 64-bit hash of (seed, step, stream, clip, index); the K smallest stay.
+
+    Args:
+        num_tokens: N. drop_rate: fraction removed, in [0, 1).
+        seed, step: of the run. stream: names what must differ within a step, such as "video/3" for rank 3.
+        per: "batch" draws once for all clips, "clip" once for each of ``batch`` clips.
+
+    Returns:
+        int32 indices, distinct and sorted: (K,), or (batch, K) per clip. K = N - ceil(drop_rate * N).
+
+    Raises:
+        ValueError: drop_rate outside [0, 1), no token, unknown ``per``, or per clip without a batch.
+    """
+    if num_tokens < 1:
+        raise ValueError(f"num_tokens is {num_tokens}; there must be at least one")
+    if per not in ("batch", "clip"):
+        raise ValueError(f"per is {per!r}; it is 'batch' or 'clip'")
+    if per == "clip" and (batch is None or batch < 1):
+        raise ValueError(f"per='clip' draws for each of `batch` clips, and batch is {batch}; give at least 1")
+    kept = num_kept(num_tokens, drop_rate)
+    key = int.from_bytes(hashlib.blake2b(f"{seed}/{step}/{stream}".encode(), digest_size=8).digest(), "little")
+    clips = np.arange(batch if per == "clip" else 1, dtype=np.uint64)
+    index = np.arange(num_tokens, dtype=np.uint64)
+    scores = _mix(_mix(np.uint64(key) ^ _mix(clips))[:, None] ^ index)  # one hash a token; ties fall to the lower index
+    keep = np.sort(np.argsort(scores, axis=1, kind="stable")[:, :kept], axis=1).astype(np.int32)
+    return keep if per == "clip" else keep[0]
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    """The output function of SplitMix64 (Steele, Lea and Flood 2014): a bijection of 64 bits without visible structure."""
+    with np.errstate(over="ignore"):
+        x = x + np.uint64(0x9E3779B97F4A7C15)
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return x ^ (x >> np.uint64(31))
+
+
+def check_keep(keep: Tensor | np.ndarray, num_tokens: int, *, name: str = "keep") -> None:
+    """Host check of indices that were not drawn by ``sample_keep``: integer, at least one, in range, sorted, without repeats.
+
+    Reads the values: call it where indices enter, not in a step's hot path on a device.
+    """
+    values = np.asarray(keep)
+    if values.dtype.kind not in "iu" or values.ndim not in (1, 2) or values.size == 0:
+        raise ValueError(f"{name} is {values.shape} {values.dtype}; it takes at least one integer index, (K,) or (B, K)")
+    if values.min() < 0 or values.max() >= num_tokens:
+        raise ValueError(f"{name} spans {values.min()} .. {values.max()}; indices lie in 0 .. {num_tokens - 1}")
+    if (np.diff(values, axis=-1) <= 0).any():
+        raise ValueError(f"{name} repeats an index or is not sorted; indices must increase: sort them and drop repeats")
+
+
+def drop_token(tokens: Tensor, keep: Tensor) -> Tensor:
+    """Take the kept tokens; replaces ``tokens[:, keep]`` or a per-clip gather.
+
+        kept_n = tokens[keep[n]]
+
+    Args:
+        tokens: (B, N, dim), any dtype, kept as it is.
+        keep: (K,) for all clips or (B, K), int32 or int64, distinct (``check_keep``).
+
+    Returns:
+        (B, K, dim); the gradient is scattered back, zeros for dropped tokens, the same bits every run.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit; or the backend asked for cannot run them.
+    """
+    if tokens.ndim != 3:
+        raise ValueError(f"tokens is {tuple(tokens.shape)}; drop_token takes (B, N, dim)")
+    check_keep_shape(keep, tokens.shape[0])
+    return _drop_token(tokens, keep, requested("drop_token"))
+
+
+def check_keep_shape(keep: Tensor, batch: int) -> None:
+    if keep.dtype not in (torch.int32, torch.int64) or keep.ndim not in (1, 2) or (keep.ndim == 2 and keep.shape[0] != batch):
+        raise ValueError(f"keep is {tuple(keep.shape)} {keep.dtype}; it must be int32 or int64, (K,) or (B, K) with B = {batch}")
+
+
+@torch.library.custom_op("vatt_fast::drop_token", mutates_args=())
+def _drop_token(tokens: Tensor, keep: Tensor, backend: str) -> Tensor:
+    return choose("drop_token", "fwd", backend, tokens, keep).forward(tokens, keep).contiguous()
+
+
+@_drop_token.register_fake
+def _(tokens, keep, backend):
+    return tokens.new_empty((tokens.shape[0], keep.shape[-1], tokens.shape[2]))
+
+
+@torch.library.custom_op("vatt_fast::drop_token_backward", mutates_args=())
+def _drop_token_backward(d_kept: Tensor, keep: Tensor, num_tokens: int, backend: str) -> Tensor:
+    return choose("drop_token", "bwd", backend, d_kept, keep).backward(d_kept, keep, num_tokens)
+
+
+@_drop_token_backward.register_fake
+def _(d_kept, keep, num_tokens, backend):
+    return d_kept.new_empty((d_kept.shape[0], num_tokens, d_kept.shape[2]))
+
+
+def _save(ctx, inputs, output):
+    tokens, keep, ctx.backend = inputs
+    ctx.num_tokens = tokens.shape[1]
+    ctx.save_for_backward(keep)
+
+
+def _differentiate(ctx, d_kept):
+    return _drop_token_backward(d_kept, ctx.saved_tensors[0], ctx.num_tokens, ctx.backend), None, None
+
+
+def _refuse(ctx, *_):
+    raise NotImplementedError("drop_token has no second derivative; for one, index the tokens")
+
+
+_drop_token.register_autograd(_differentiate, setup_context=_save)
+_drop_token_backward.register_autograd(_refuse)

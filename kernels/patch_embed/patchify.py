@@ -1,0 +1,66 @@
+"""Clips to patch rows and back, for torch tensors, NumPy and JAX arrays alike."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+# B batch, N patches, k values a patch
+
+
+def patchify(clip, patch: tuple[int, ...], *, pad_value: float = 0):
+    """Cut clips into patch rows.
+
+    Args:
+        clip: (B, T, H, W, C) with ``patch`` (frames, rows, columns), or (B, S) with ``patch`` (samples,). Any dtype.
+        pad_value: fills the far end of an axis that is no multiple of the patch: raw black, silence.
+
+    Returns:
+        (B, N, k): patches row-major over (time, height, width), values (t, h, w, c) inside a row.
+
+    Raises:
+        ValueError: clip and patch do not match.
+    """
+    axes = len(patch)
+    if clip.ndim != {3: 5, 1: 2}.get(axes) or min(patch) < 1:
+        raise ValueError(
+            f"patchify takes a clip (B, T, H, W, C) with a patch of 3 sizes, or (B, S) with one, got {tuple(clip.shape)} and {tuple(patch)}"
+        )
+    short = [-size % p for size, p in zip(clip.shape[1:], patch, strict=False)]
+    if any(short):
+        clip = _pad(clip, short, pad_value)
+    grid = [size // p for size, p in zip(clip.shape[1:], patch, strict=False)]
+    split = clip.reshape(clip.shape[0], *(n for pair in zip(grid, patch, strict=True) for n in pair), *clip.shape[1 + axes :])
+    order = (0, *range(1, 2 * axes, 2), *range(2, 2 * axes + 1, 2), *range(2 * axes + 1, split.ndim))
+    return _permute(split, order).reshape(clip.shape[0], math.prod(grid), -1)
+
+
+def unpatchify(patches, patch: tuple[int, ...], shape: tuple[int, ...]):
+    """Inverse of ``patchify``: rows (B, N, k) to clips (B, *shape), shape (T, H, W, C) or (S,); padding is cut off."""
+    axes = len(patch)
+    grid = [-(-size // p) for size, p in zip(shape, patch, strict=False)]
+    channels = tuple(shape[axes:])
+    if patches.ndim != 3 or tuple(patches.shape[1:]) != (math.prod(grid), math.prod(patch) * math.prod(channels)):
+        raise ValueError(f"patches {tuple(patches.shape)} are not those of clips {tuple(shape)} cut by {tuple(patch)}")
+    split = patches.reshape(patches.shape[0], *grid, *patch, *channels)
+    pairs = [axis for i in range(axes) for axis in (1 + i, 1 + axes + i)]
+    merged = _permute(split, (0, *pairs, *range(2 * axes + 1, split.ndim)))
+    whole = merged.reshape(patches.shape[0], *(n * p for n, p in zip(grid, patch, strict=True)), *channels)
+    return whole[(slice(None), *(slice(size) for size in shape))]
+
+
+def _permute(x, order):
+    return x.permute(order) if isinstance(x, torch.Tensor) else x.transpose(order)
+
+
+def _pad(x, short: list[int], value: float):
+    after = [0, *short] + [0] * (x.ndim - 1 - len(short))
+    if isinstance(x, torch.Tensor):
+        return F.pad(x, [n for amount in reversed(after) for n in (0, amount)], value=value)
+    import numpy
+
+    if isinstance(x, numpy.ndarray):
+        return numpy.pad(x, [(0, amount) for amount in after], constant_values=value)
+    import jax.numpy
+
+    return jax.numpy.pad(x, [(0, amount) for amount in after], constant_values=value)

@@ -1,0 +1,100 @@
+"""Models on disk: config.json, model.safetensors and vocabulary.txt in one folder. Loading never unpickles."""
+
+import json
+import struct
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from .config import PRESETS, SHORT_NAMES, VATTConfig, preset
+from .model import VATT
+
+CONFIG, WEIGHTS, VOCABULARY = "config.json", "model.safetensors", "vocabulary.txt"
+
+
+def create_model(name: str | Path, *, recipe: str | None = None) -> VATT:
+    """A model from a saved folder (also a training run's), or a preset with random weights.
+
+    Args:
+        name: a folder written by ``save_pretrained`` or ``pretrain``, or a preset: base_base_small (bbs), medium_base_small (mbs),
+            large_base_small (lbs), agnostic_medium (ma), tiny.
+        recipe: for presets, "paper" (default) or "released".
+
+    Raises:
+        ValueError: neither such a folder nor such a preset; or a folder that cannot be read.
+    """
+    if Path(name).is_dir():
+        if recipe is not None:
+            raise ValueError(f"{name} is a saved model, whose config holds its recipe; leave recipe out")
+        return load_model(name)
+    if str(name).lower() in (*PRESETS, *SHORT_NAMES):
+        return VATT(preset(str(name), recipe or "paper"))  # type: ignore[arg-type]
+    raise ValueError(f"{str(name)!r} is neither a folder nor a preset; presets are {', '.join(PRESETS)} (short: {', '.join(SHORT_NAMES)})")
+
+
+def save_model(model: VATT, folder: str | Path) -> None:
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_tensors(model.state_dict(), folder / WEIGHTS)
+    (folder / CONFIG).write_text(model.config.to_json() + "\n")
+    if model.vocabulary is not None:
+        model.vocabulary.save(folder / VOCABULARY)
+
+
+def load_model(folder: str | Path) -> VATT:
+    folder = Path(folder)
+    for name in (CONFIG, WEIGHTS):
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder} has no {name}; it must be a folder written by save_pretrained or pretrain")
+    try:
+        config = VATTConfig.from_json((folder / CONFIG).read_text())
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{folder / CONFIG}: {error}") from error
+    model = VATT(config)
+    load_weights(model, load_tensors(folder / WEIGHTS), source=str(folder / WEIGHTS))
+    if (folder / VOCABULARY).is_file():
+        from .data.text import Vocabulary
+
+        model.vocabulary = Vocabulary.load(folder / VOCABULARY)
+    return model.eval()
+
+
+def load_weights(model: torch.nn.Module, tensors: dict[str, Tensor], *, source: str) -> None:
+    """Copy ``tensors`` into ``model``. Raises ValueError, before anything is copied, where names or shapes differ."""
+    expected = model.state_dict()
+    problems = [f"missing {name}" for name in expected if name not in tensors]
+    problems += [f"unexpected {name}" for name in tensors if name not in expected]
+    problems += [
+        f"{name} is {tuple(tensors[name].shape)}, the config asks for {tuple(value.shape)}"
+        for name, value in expected.items()
+        if name in tensors and tensors[name].shape != value.shape
+    ]
+    if problems:
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise ValueError(f"{source} does not fit the config: {'; '.join(problems[:3])}{more}; use the config.json it was saved with")
+    model.load_state_dict(tensors)
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write safetensors so that ``path`` is either the old file or the whole new one, whenever the process dies."""
+    part = path.with_name(path.name + ".part")
+    save_file({name: value.detach().contiguous() for name, value in tensors.items()}, part, metadata=metadata)
+    part.replace(path)
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """Read safetensors. Raises ValueError for a file that is cut short or of another kind."""
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a whole safetensors file ({error}); it was cut short or damaged: save it again") from error
+
+
+def load_metadata(path: Path) -> dict[str, str]:
+    """The string metadata of a safetensors file (8 bytes of header length, then a JSON header)."""
+    with open(path, "rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        return json.loads(file.read(length)).get("__metadata__", {})
