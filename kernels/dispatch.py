@@ -4,11 +4,14 @@ A backend is a module ``kernels/<op>/<backend>.py`` with ``forward``, ``backward
 a pure function of shapes, dtypes, device and installed parts. Adding one is that file and its rows in PREFERENCE.
 """
 
+import functools
 import importlib
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
+
+import torch
 
 OPS = ("attention", "drop_token", "nce", "patch_embed")
 
@@ -108,6 +111,20 @@ def explain(op: str, *tensors, **options) -> dict[str, str]:
             f"preferred ({', '.join(modes)})" if modes else "runs when asked for"
         )
     return verdicts
+
+
+def without_autocast(implementation):
+    """Inside an op the caller's autocast is off: the wrapper has cast what should be cast, backends choose the rest."""
+
+    @functools.wraps(implementation)
+    def run(*args, **kwargs):
+        device = args[0].device.type
+        if not torch.is_autocast_enabled(device):
+            return implementation(*args, **kwargs)
+        with torch.autocast(device, enabled=False):
+            return implementation(*args, **kwargs)
+
+    return run
 
 
 def _rows(op: str, tensor) -> tuple[Row, ...]:

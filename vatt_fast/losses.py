@@ -121,8 +121,8 @@ def vatt_loss(
     if not losses:
         raise ValueError("the output holds no pair of modalities; a loss needs video with audio, or video with text")
     weights = {"va": config.va_weight, "vt": config.vt_weight}
-    total = torch.stack([weights[name] * value for name, value in losses.items()]).sum()
-    return VATTLoss(total, **losses)
+    weighted = [weights[name] * value for name, value in losses.items()]
+    return VATTLoss(weighted[0] if len(weighted) == 1 else weighted[0] + weighted[1], **losses)
 
 
 def _unit(z: Tensor) -> Tensor:

@@ -31,8 +31,13 @@ MAX_SCALE = 100.0  # 1 / temperature never exceeds it
 
 
 @torch.compiler.assume_constant_result
-def _constant(array_of, *args) -> Tensor:
-    return torch.from_numpy(array_of(*args))
+def _resample_matrix(n_old: int, n_new: int) -> Tensor:
+    return torch.from_numpy(resample_matrix(n_old, n_new))
+
+
+@torch.compiler.assume_constant_result
+def _relative_buckets(length: int, num_buckets: int, max_distance: int) -> Tensor:
+    return torch.from_numpy(relative_position_buckets(length, num_buckets, max_distance))
 
 
 class PositionTable(nn.Module):
@@ -50,7 +55,7 @@ class PositionTable(nn.Module):
         total = None
         for axis, (table, length) in enumerate(zip(self.tables, grid, strict=True)):
             if table.shape[0] != length:
-                table = _constant(resample_matrix, table.shape[0], length).to(table) @ table
+                table = _resample_matrix(table.shape[0], length).to(table) @ table
             table = table.view([length if i == axis else 1 for i in range(len(grid))] + [-1])
             total = table if total is None else total + table
         return self.norm(total.flatten(0, -2))
@@ -180,7 +185,7 @@ class Encoder(nn.Module):
 
     def __init__(self, tower: TowerConfig, *, t5: bool = False, dropout: float = 0.0, buckets: int = 32, max_distance: int = 64):
         super().__init__()
-        self.dropout, self.buckets, self.max_distance = dropout, buckets, max_distance
+        self.dropout, self.max_distance = dropout, max_distance
         self.relative_bias = nn.Parameter(torch.randn(buckets, tower.num_heads) * tower.dim**-0.5) if t5 else None
         self.blocks = nn.ModuleList(Block(tower, t5=t5, dropout=dropout) for _ in range(tower.depth))
         self.norm = _norm(tower.dim, t5)
@@ -195,7 +200,7 @@ class Encoder(nn.Module):
     def _bias(self, length: int) -> Tensor | None:
         if self.relative_bias is None:
             return None
-        buckets = _constant(relative_position_buckets, length, self.buckets, self.max_distance).to(self.relative_bias.device)
+        buckets = _relative_buckets(length, self.relative_bias.shape[0], self.max_distance).to(self.relative_bias.device)
         return self.relative_bias[buckets].permute(2, 0, 1)  # (H, T, T)
 
 
@@ -471,8 +476,15 @@ def _dense(inputs: int, outputs: int, bias: bool = True) -> nn.Linear:
     return layer
 
 
+class RMSNorm(nn.RMSNorm):
+    """Computed in the weight's dtype, as torch's LayerNorm is for bf16 tokens and fp32 weights."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.to(self.weight.dtype)).to(x.dtype)
+
+
 def _norm(dim: int, t5: bool) -> nn.Module:
-    return nn.RMSNorm(dim, eps=NORM_EPS) if t5 else nn.LayerNorm(dim, eps=NORM_EPS)
+    return RMSNorm(dim, eps=NORM_EPS) if t5 else nn.LayerNorm(dim, eps=NORM_EPS)
 
 
 def _prepend(agg: Tensor, tokens: Tensor) -> Tensor:

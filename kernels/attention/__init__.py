@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ..dispatch import choose, requested
+from ..dispatch import choose, requested, without_autocast
 
 # B batch, T query tokens, S key tokens, H heads
 
@@ -73,6 +73,7 @@ def _check(q, k, v, bias, key_mask):
 
 
 @torch.library.custom_op("vatt_fast::attention", mutates_args=())
+@without_autocast
 def _attention(
     q: Tensor,
     k: Tensor,
@@ -96,6 +97,7 @@ def _(q, k, v, bias, key_mask, scale, deterministic, bias_grad, backend):
 
 
 @torch.library.custom_op("vatt_fast::attention_backward", mutates_args=())
+@without_autocast
 def _attention_backward(
     d_out: Tensor,
     d_lse: Tensor | None,

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..dispatch import choose, requested
+from ..dispatch import choose, requested, without_autocast
 
 # B batch, N tokens, K kept
 
@@ -102,6 +102,7 @@ def check_keep_shape(keep: Tensor, batch: int) -> None:
 
 
 @torch.library.custom_op("vatt_fast::drop_token", mutates_args=())
+@without_autocast
 def _drop_token(tokens: Tensor, keep: Tensor, backend: str) -> Tensor:
     return choose("drop_token", "fwd", backend, tokens, keep).forward(tokens, keep).contiguous()
 
@@ -112,6 +113,7 @@ def _(tokens, keep, backend):
 
 
 @torch.library.custom_op("vatt_fast::drop_token_backward", mutates_args=())
+@without_autocast
 def _drop_token_backward(d_kept: Tensor, keep: Tensor, num_tokens: int, backend: str) -> Tensor:
     return choose("drop_token", "bwd", backend, d_kept, keep).backward(d_kept, keep, num_tokens)
 

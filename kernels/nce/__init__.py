@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ..dispatch import choose, requested
+from ..dispatch import choose, requested, without_autocast
 
 # M clips of x, N clips in all, P texts a clip, D dimensions
 
@@ -74,6 +74,7 @@ def _check(x, y, texts_per_clip, first, x_valid, y_valid):
 
 
 @torch.library.custom_op("vatt_fast::nce", mutates_args=())
+@without_autocast
 def _contrastive_lse(
     x: Tensor,
     y: Tensor,
@@ -96,6 +97,7 @@ def _(x, y, scale, x_valid, y_valid, texts_per_clip, first, bound, backend):
 
 
 @torch.library.custom_op("vatt_fast::nce_backward", mutates_args=())
+@without_autocast
 def _contrastive_lse_backward(
     d_row: Tensor,
     d_col: Tensor,

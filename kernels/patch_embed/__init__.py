@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ..dispatch import choose, requested
+from ..dispatch import choose, requested, without_autocast
 from ..drop_token import check_keep_shape
 from .patchify import patchify, unpatchify
 
@@ -105,6 +105,7 @@ def _grid_size(shape, patch) -> tuple[int, int]:
 
 
 @torch.library.custom_op("vatt_fast::patch_embed", mutates_args=())
+@without_autocast
 def _patch_embed(
     patches: Tensor,
     weight: Tensor,
@@ -135,6 +136,7 @@ def _(patches, weight, bias, position, keep, agg, scale, shift, patch, gathered,
 
 
 @torch.library.custom_op("vatt_fast::patch_embed_backward", mutates_args=())
+@without_autocast
 def _patch_embed_backward(
     d_tokens: Tensor,
     patches: Tensor,

@@ -1,0 +1,1 @@
+"""Pre-training a VATT: schedule, checkpoints, the loop."""

@@ -1,0 +1,245 @@
+"""Pre-training: folder of clips in, run folder out; may be killed at any time and continued."""
+
+import contextlib
+import dataclasses
+import json
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from tqdm import tqdm
+
+from ..config import VATTConfig, preset
+from ..data.dataset import Batch, ClipDataset, build_vocabulary, loader
+from ..data.text import Vocabulary
+from ..losses import VATTLoss, vatt_loss
+from ..model import VATT
+from ..weights import save_model
+from .checkpoint import load_checkpoint, save_checkpoint
+from .schedule import Schedule, learning_rate
+
+CHECKPOINT, METRICS = "checkpoint.safetensors", "metrics.jsonl"
+# a run may continue with other values of these; everything else must be as it was
+_FREE = ("out", "workers", "device", "log_every", "checkpoint_every", "cache")
+
+
+@dataclasses.dataclass(frozen=True)
+class PretrainConfig:
+    """One pre-training run. Defaults follow the paper (section 4.1 and appendix); a laptop wants the tiny preset and fewer steps."""
+
+    data: str  # folder of media files with captions.json
+    out: str  # run folder: config.json, model.safetensors, vocabulary.txt, checkpoint.safetensors, metrics.jsonl, TensorBoard events
+    preset: str = "tiny"  # base_base_small (bbs), medium_base_small (mbs), large_base_small (lbs), agnostic_medium (ma) or tiny
+    recipe: Literal["paper", "released"] = "paper"
+    steps: int = 500_000
+    batch_size: int = 2048
+    drop_rate: float = 0.5  # fraction of video and audio patches removed by DropToken
+    drop_per: Literal["batch", "clip"] = "batch"
+    learning_rate: float = 1e-4
+    final_learning_rate: float = 5e-5
+    warmup_steps: int = 10_000
+    schedule: Schedule = "quarter_cosine"
+    adam_eps: float = 1e-8
+    max_words: int = 65536  # size of the vocabulary built from the captions
+    seed: int = 0
+    shuffle_captions: bool = False  # train on captions of other clips: retrieval must then stay near chance
+    precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 autocast where the device computes it natively
+    device: str = "auto"
+    workers: int = 2
+    cache: str | None = None  # keep decoded clips here; for small data sets that fit the disk
+    log_every: int = 10
+    checkpoint_every: int = 500
+
+    def __post_init__(self):
+        for name in ("steps", "batch_size", "log_every", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("warmup_steps", "workers", "seed"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must not be negative")
+        if not 0 <= self.drop_rate < 1:
+            raise ValueError(f"drop_rate is {self.drop_rate}; it is the fraction removed and lies in [0, 1)")
+
+
+def pretrain(run: PretrainConfig, *, model_config: VATTConfig | None = None, progress: bool = True) -> VATT:
+    """Run or continue a pre-training; returns the trained model.
+
+    Writes a checkpoint every ``checkpoint_every`` steps, at the end, and on SIGINT or SIGTERM (then raises KeyboardInterrupt). Called
+    again with the same settings it continues there, with the same batches and the same DropToken draws as an uninterrupted run.
+
+    Args:
+        model_config: instead of ``run.preset`` and ``run.recipe``; vocab_size is replaced by the captions' vocabulary.
+
+    Raises:
+        ValueError: settings out of range, unreadable data, or an output folder of another run.
+    """
+    device = pick_device(run.device)
+    autocast = _autocast(run.precision, device)
+    out = Path(run.out)
+    vocabulary = build_vocabulary(run.data, run.max_words)
+    config = dataclasses.replace(model_config or preset(run.preset, run.recipe), vocab_size=len(vocabulary))
+    dataset = ClipDataset(
+        run.data,
+        config,
+        vocabulary,
+        batch_size=run.batch_size,
+        seed=run.seed,
+        shuffle_captions=run.shuffle_captions,
+        cache_folder=run.cache,
+    )
+    model = initial_model(config, vocabulary, run.seed).to(device).train()
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam(trainable, lr=0.0, betas=(0.9, 0.999), eps=run.adam_eps, fused=True)
+
+    identity = describe(run, config)
+    start = load_checkpoint(out / CHECKPOINT, model, optimizer, run=identity) if (out / CHECKPOINT).exists() else 0
+    out.mkdir(parents=True, exist_ok=True)
+    logger = MetricsLog(out, start)
+
+    def checkpoint(step: int) -> None:
+        save_checkpoint(out / CHECKPOINT, model, optimizer, step=step, run=identity)
+        save_model(model, out)
+
+    skipped: set[str] = set()
+    batches = loader(dataset, start, run.steps, run.workers)
+    bar = tqdm(total=run.steps, initial=start, desc="pretrain", unit="step", disable=None if progress else True)
+    began, clips = time.perf_counter(), 0
+    with contextlib.closing(logger), bar, stop_requests() as stopping:
+        for step, batch in enumerate(batches, start):
+            skipped |= set(batch.skipped)
+            rate = _rate(run, step)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            loss = train_step(model, optimizer, batch.to(device), run, step, autocast)
+            clips += len(batch.files)
+            bar.update()
+            done = step + 1
+            if done % run.log_every == 0 or done == run.steps:
+                values = {"loss": loss.total.item(), "learning_rate": rate}
+                values |= {f"loss_{name}": part.item() for name in ("va", "vt") if (part := getattr(loss, name)) is not None}
+                values |= {"temperature": 1 / float(model.scale()), "skipped_files": len(skipped)}
+                values["clips_per_second"] = clips / (time.perf_counter() - began)
+                logger.write(done, values)
+                bar.set_postfix(loss=f"{values['loss']:.3f}")
+                began, clips = time.perf_counter(), 0
+            if done % run.checkpoint_every == 0 or done == run.steps or stopping.is_set():
+                checkpoint(done)
+            if stopping.is_set() and done < run.steps:
+                raise KeyboardInterrupt(f"stopped after step {done}; the same command continues from there")
+    if skipped:
+        print(f"{len(skipped)} media files could not be read and were skipped: {', '.join(sorted(skipped)[:5])}")
+    return model.eval()
+
+
+def train_step(model: VATT, optimizer: torch.optim.Optimizer, batch: Batch, run: PretrainConfig, step: int, autocast) -> VATTLoss:
+    """One update on one batch: draw DropToken, forward, loss, backward, Adam."""
+    if model.config.dropout:
+        torch.manual_seed(run.seed * 1_000_003 + step)  # a continued run draws the same dropout
+    keep = model.sample_keep(run.drop_rate, seed=run.seed, step=step, per=run.drop_per, batch=batch.video.shape[0])
+    valid = dict(video_valid=batch.video_valid, audio_valid=batch.audio_valid, text_valid=batch.text_valid)
+    with autocast:
+        output = model(batch.video, batch.audio, batch.text, **keep, **valid)
+        loss = vatt_loss(output, model.config, scale=model.scale(), **valid)
+    optimizer.zero_grad(set_to_none=True)
+    loss.total.backward()
+    optimizer.step()
+    model.clamp_temperature()
+    return loss
+
+
+def initial_model(config: VATTConfig, vocabulary: Vocabulary, seed: int) -> VATT:
+    """The model a run with this seed starts from; leaves the caller's random state alone."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = VATT(config)
+    model.vocabulary = vocabulary
+    return model
+
+
+def describe(run: PretrainConfig, config: VATTConfig) -> dict[str, Any]:
+    """What a continued run must share with the one that wrote the checkpoint."""
+    settings = {name: value for name, value in dataclasses.asdict(run).items() if name not in _FREE}
+    return json.loads(json.dumps(settings | {"model": dataclasses.asdict(config)}))
+
+
+def pick_device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device is {name!r}, but this torch sees no CUDA device; use 'cpu' or 'auto'")
+    return device
+
+
+def native_bf16(device: torch.device) -> bool:
+    """Whether the device multiplies bf16 in hardware; elsewhere autocast would only slow it down."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def _autocast(precision: str, device: torch.device):
+    enabled = precision == "bf16" or (precision == "auto" and native_bf16(device))
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+
+
+def _rate(run: PretrainConfig, step: int) -> float:
+    # the paper counts from 0; from 1 spares the first step a rate of 0
+    return learning_rate(
+        step + 1,
+        peak=run.learning_rate,
+        final=run.final_learning_rate,
+        warmup_steps=run.warmup_steps,
+        total_steps=run.steps,
+        schedule=run.schedule,
+    )
+
+
+@contextlib.contextmanager
+def stop_requests() -> Iterator[threading.Event]:
+    """An event set by SIGINT or SIGTERM, so that a run can end between two steps. A second signal acts at once."""
+    stopping = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stopping
+        return
+    before: dict[int, Any] = {}
+
+    def request(number, frame):
+        stopping.set()
+        signal.signal(number, before[number])
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        before[number] = signal.signal(number, request)
+    try:
+        yield stopping
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class MetricsLog:
+    """metrics.jsonl (one line a logged step) and TensorBoard events; a continued run drops lines beyond its checkpoint."""
+
+    def __init__(self, folder: Path, start: int):
+        from torch.utils.tensorboard import SummaryWriter
+
+        path = folder / METRICS
+        whole_lines = path.read_text().rpartition("\n")[0].splitlines() if path.exists() else []  # a killed run may leave half a line
+        kept = [line for line in whole_lines if json.loads(line)["step"] <= start]
+        path.write_text("".join(line + "\n" for line in kept))
+        self.file = path.open("a")
+        self.board = SummaryWriter(str(folder), purge_step=start + 1)
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        self.file.write(json.dumps({"step": step, **values}) + "\n")
+        self.file.flush()
+        for name, value in values.items():
+            self.board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self.file.close()
+        self.board.close()
