@@ -113,15 +113,22 @@ def explain(op: str, *tensors, **options) -> dict[str, str]:
     return verdicts
 
 
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The dtype asked for by an active autocast; None outside one, and on devices that know none (meta)."""
+    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+        return torch.get_autocast_dtype(device.type)
+    return None
+
+
 def without_autocast(implementation):
     """Inside an op the caller's autocast is off: the wrapper has cast what should be cast, backends choose the rest."""
 
     @functools.wraps(implementation)
     def run(*args, **kwargs):
-        device = args[0].device.type
-        if not torch.is_autocast_enabled(device):
+        device = args[0].device
+        if autocast_dtype(device) is None:
             return implementation(*args, **kwargs)
-        with torch.autocast(device, enabled=False):
+        with torch.autocast(device.type, enabled=False):
             return implementation(*args, **kwargs)
 
     return run

@@ -1,5 +1,7 @@
 """What the references need to be written once: the few words in which torch and jax.numpy differ."""
 
+import math
+
 import torch
 
 
@@ -12,9 +14,34 @@ def wide(xp, x):
     return cast(x, xp.promote_types(x.dtype, xp.float32))
 
 
+def heads_first(xp, x):
+    """(B, T, H, D) -> (B, H, T, D), laid out so for torch: its batched products would copy at every use."""
+    x = xp.swapaxes(x, 1, 2)
+    return x.contiguous() if isinstance(x, torch.Tensor) else x
+
+
+def softmax(xp, scores, *, holes: bool):
+    """softmax over the last axis and its log-sum-exp, the peak less the log of the peak's probability.
+
+    ``holes``: scores may be -inf; a row of nothing else is 0, with -inf.
+    """
+    peak = xp.amax(scores, axis=-1, keepdims=True)
+    if xp is torch:
+        p = torch.softmax(scores, -1)  # one pass
+    else:
+        p = xp.exp(scores - peak)
+        p = p / p.sum(-1, keepdims=True)
+    top = xp.amax(p, axis=-1, keepdims=True)
+    if holes:  # such a row is nan so far
+        empty = peak == -math.inf
+        p, top = xp.where(empty, 0.0, p), xp.where(empty, 1.0, top)
+    return p, (peak - xp.log(top))[..., 0]
+
+
 def take_rows(xp, x, keep):
     """x (B, N, ...) -> (B, K, ...) for keep (K,) or (B, K)."""
-    keep = keep.long() if isinstance(keep, torch.Tensor) else keep
+    if isinstance(keep, torch.Tensor):
+        keep = keep.long()
     return x[:, keep] if keep.ndim == 1 else x[xp.arange(x.shape[0], **_like(x))[:, None], keep]
 
 

@@ -1,5 +1,6 @@
 """Our model against the recorded behaviour of the released TensorFlow layers, module by module and end to end."""
 
+import copy
 import math
 import re
 
@@ -222,6 +223,25 @@ def test_losses_on_two_devices(tmp_path):
 # -- end to end --------------------------------------------------------------------------------------------------------
 
 
+def amplified_noise(model, out, name: str) -> float:
+    """What fp32 rounding of the pooled vectors (1e-6, half the towers' usual error) becomes behind batch norms over so few clips."""
+    heads, generator = copy.deepcopy(model.common_space).double(), torch.Generator().manual_seed(0)
+
+    def embeddings(noise: float) -> dict[str, torch.Tensor]:
+        exact = {m: getattr(out, f"{m}_pooled").detach().double().flatten(0, -2) for m in ("video", "audio", "text")}
+        x = {m: v + noise * v.abs().max() * torch.randn(v.shape, dtype=v.dtype, generator=generator) for m, v in exact.items()}
+        z_video_va, z_video_vt = heads.video(x["video"])
+        return {
+            "z_video_va": z_video_va,
+            "z_video_vt": z_video_vt,
+            "z_audio_va": heads.audio(x["audio"]),
+            "z_text_vt": heads.text(x["text"]),
+        }
+
+    exact, noisy = embeddings(0.0)[name], embeddings(1e-6)[name]
+    return ((noisy - exact).abs().max() / exact.abs().max()).item()
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_end_to_end(name):
     config = CONFIGS[name]()
@@ -237,7 +257,7 @@ def test_end_to_end(name):
         assert_agrees(getattr(out, f"{modality}_pooled"), f"{name}/pooled_{modality}", TOWERS)
     recorded = {"z_video_va": "v_toaud", "z_audio_va": "a_tovid", "z_video_vt": "v_totxt", "z_text_vt": "t_tovid"}
     for ours, theirs in recorded.items():
-        assert_agrees(getattr(out, ours), f"head/{name}/{theirs}", EMBEDDINGS)
+        assert_agrees(getattr(out, ours), f"head/{name}/{theirs}", EMBEDDINGS + amplified_noise(model, out, ours))
     loss = vatt_loss(out, config, text_valid=text_valid)
     assert math.isclose(loss.total.item(), array(f"{name}/loss").item(), abs_tol=1e-5)
 

@@ -1,8 +1,8 @@
 """The ``vatt-fast`` command, one function a verb."""
 
-import json
 import platform
 import sys
+from json import dumps, loads  # ``json`` is an option of the verbs
 from pathlib import Path
 from typing import Annotated
 
@@ -24,7 +24,7 @@ def demo(config) -> None:
 
     summary = run_demo(config)
     print(f"report: {summary['report']}")
-    print(json.dumps(summary))
+    print(dumps(summary))
 
 
 def run_pretrain(config) -> None:
@@ -45,7 +45,7 @@ def embed(model: str, data: str, out: str, batch_size: int = 32) -> None:
         batch_size: clips at a time.
     """
     embeddings, files, skipped = _embed_folder(model, data, batch_size)
-    np.savez(out, files=np.array(files), **embeddings)
+    np.savez(out, allow_pickle=False, files=np.array(files), **embeddings)
     print(f"{len(files)} clips embedded into {out}" + (f"; skipped {len(skipped)} unreadable: {', '.join(skipped[:5])}" if skipped else ""))
 
 
@@ -56,7 +56,7 @@ def retrieve(
     audio: str | None = None,
     top: int = 5,
     batch_size: int = 32,
-    json_output: bool = False,
+    json: bool = False,
 ) -> None:
     """Find clips of a folder by sentences or by a sound; without either, measure text-to-video and audio-to-video retrieval on it.
 
@@ -67,7 +67,7 @@ def retrieve(
         audio: media file whose sound to look for.
         top: clips to list for each query.
         batch_size: clips at a time.
-        json_output: print JSON.
+        json: print JSON.
     """
     from .encoding import embed_sentences, encode
     from .evaluation.retrieval import top_k
@@ -76,7 +76,7 @@ def retrieve(
     net = create_model(model)
     embeddings, files, _ = _embed_folder(net, data, batch_size)
     if not text and audio is None:
-        _print(_measure(net, data, embeddings, files), json_output)
+        _print(_measure(net, data, embeddings, files), json)
         return
     queries = [(sentence, embed_sentences(net, [sentence]), "z_video_vt") for sentence in text]
     if audio is not None:
@@ -88,20 +88,20 @@ def retrieve(
             raise ValueError(f"{data} has no clip with video to look for")
         best = seen[top_k(query, embeddings[space][seen], min(top, seen.size))[0]]
         found[name] = {files[i]: round(float(query[0] @ embeddings[space][i]), 4) for i in best}
-    _print(found, json_output)
+    _print(found, json)
 
 
 def _measure(net, data: str, embeddings: dict[str, np.ndarray], files: list[str]) -> dict[str, dict]:
-    from .data.dataset import read_captions
+    from .data.dataset import folder_captions
     from .encoding import embed_sentences
     from .evaluation.retrieval import retrieval_metrics
 
     given = Path(data) / "queries.json"
     if given.is_file():
-        sentences = [(files.index(name), sentence) for name, sentence in json.loads(given.read_text()).items() if name in files]
+        sentences = [(files.index(name), sentence) for name, sentence in loads(given.read_text()).items() if name in files]
     else:
-        captions = read_captions(data)
-        sentences = [(i, caption.text) for i, name in enumerate(files) for caption in captions.get(name, [])]
+        captions = folder_captions(data)
+        sentences = [(i, caption.text) for i, name in enumerate(files) for caption in captions[name]]
     video = np.isfinite(embeddings["z_video_vt"]).all(1)
     place = np.cumsum(video) - 1  # index among the clips with video
     results = {}
@@ -120,7 +120,7 @@ def _measure(net, data: str, embeddings: dict[str, np.ndarray], files: list[str]
 
 
 def _embed_folder(model, data: str, batch_size: int) -> tuple[dict[str, np.ndarray], list[str], list[str]]:
-    from .data.dataset import evaluation_batches
+    from .data.dataset import ClipSpec, evaluation_clips
     from .encoding import embed_batches
     from .weights import create_model
 
@@ -130,18 +130,18 @@ def _embed_folder(model, data: str, batch_size: int) -> tuple[dict[str, np.ndarr
     skipped: list[str] = []
 
     def watched():
-        for batch in evaluation_batches(data, net.config, net.vocabulary, batch_size=batch_size):
-            skipped.extend(batch.skipped)
+        for batch in evaluation_clips(data, ClipSpec.from_config(net.config), vocabulary=net.vocabulary, batch_size=batch_size):
+            skipped.extend(one.file for one in batch.skipped)
             yield batch
 
     return *embed_batches(net, watched()), skipped
 
 
-def doctor(json_output: bool = False) -> None:
+def doctor(json: bool = False) -> None:
     """Say what this machine offers: versions, device, codecs, and which backend runs each op, and why.
 
     Args:
-        json_output: print JSON.
+        json: print JSON.
     """
     import importlib.metadata
     import importlib.util
@@ -178,23 +178,23 @@ def doctor(json_output: bool = False) -> None:
     report["backends"] = {op: (explain(op, *calls[op][0], **calls[op][1])) for op in OPS}
     report["requested"] = {op: requested(op) for op in OPS if requested(op)} or "automatic"
     report["note"] = "recipe 'released' trains with attention dropout, which is torch's own attention whatever the backend"
-    _print(report, json_output)
+    _print(report, json)
 
 
-def flops(json_output: bool = False) -> None:
+def flops(json: bool = False) -> None:
     """Print the paper's GFLOPs tables beside its convention and the true counts, and the parameter counts.
 
     Args:
-        json_output: print JSON.
+        json: print JSON.
     """
     from .flops import flops_table, format_tables, parameter_table
 
-    print(json.dumps({"flops": flops_table(), "parameters": parameter_table()}, indent=2) if json_output else format_tables())
+    print(dumps({"flops": flops_table(), "parameters": parameter_table()}, indent=2) if json else format_tables())
 
 
 def _print(values: dict, as_json: bool) -> None:
     if as_json:
-        print(json.dumps(values))
+        print(dumps(values))
         return
     for name, value in values.items():
         if isinstance(value, dict):

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from .config import preset
-from .data.dataset import build_vocabulary, evaluation_batches
+from .data.dataset import ClipSpec, evaluation_clips
 from .data.media import read_video
 from .data.synth import render_world
 from .encoding import embed_batches, embed_sentences
@@ -17,7 +17,7 @@ from .evaluation.probe import linear_probe
 from .evaluation.report import contact_sheet, plot_curves, retrieval_table
 from .evaluation.retrieval import factor_agreement, retrieval_metrics, top_k
 from .model import VATT
-from .training.loop import CHECKPOINT, METRICS, PretrainConfig, initial_model, pretrain
+from .training.loop import CHECKPOINT, METRICS, PretrainConfig, initial_model, pretrain, vocabulary_of
 
 SUMMARY, REPORT = "summary.json", "report.md"
 _SHEET_ROWS = 6
@@ -61,7 +61,7 @@ def run_demo(demo: DemoConfig, *, progress: bool = True) -> dict[str, Any]:
         schedule="half_cosine", max_words=512, seed=demo.seed, shuffle_captions=demo.shuffle_captions, precision=demo.precision,  # type: ignore[arg-type]
         workers=demo.workers, cache=str(world / "decoded"),
     )  # fmt: skip
-    vocabulary = build_vocabulary(run.data, run.max_words)
+    vocabulary = vocabulary_of(run.data, run.max_words)
     config = dataclasses.replace(preset("tiny"), vocab_size=len(vocabulary))
     before = evaluate_world(initial_model(config, vocabulary, run.seed), world)
     model = pretrain(run, progress=progress)
@@ -86,10 +86,10 @@ def evaluate_world(model: VATT, world: Path) -> dict[str, Any]:
     """Retrieval of the held-out clips by a sentence and by their sound, agreement of the top hit's factors, linear probe of the motion."""
     config, vocabulary = model.config, model.vocabulary
     assert vocabulary is not None
-    found, names = {}, {}
-    for part in ("train", "test"):
-        batches = evaluation_batches(world / part, config, vocabulary, batch_size=50, cache_folder=str(world / "decoded"))
-        found[part], names[part] = embed_batches(model, batches, pooled=True)
+    spec, found, names = ClipSpec.from_config(config), {}, {}
+    for part, modalities in (("train", ("video",)), ("test", ("video", "audio"))):
+        batches = evaluation_clips(world / part, spec, vocabulary=vocabulary, batch_size=50, cache_dir=world / "decoded")
+        found[part], names[part] = embed_batches(model, batches, modalities=modalities, pooled=True)
     factors = {part: json.loads((world / part / "factors.json").read_text()) for part in found}
     columns = {part: {f: [factors[part][n][f] for n in names[part]] for f in factors[part][names[part][0]]} for part in found}
     sentences = json.loads((world / "test" / "queries.json").read_text())

@@ -45,24 +45,26 @@ def encode(
     return {name: F.normalize(value, dim=-1) for name, value in found.items()}
 
 
-def embed_batches(model: VATT, batches: Iterable, *, pooled: bool = False) -> tuple[dict[str, np.ndarray], list[str]]:
-    """Embed a folder's batches (``data.dataset.evaluation_batches``): arrays (clips, ...) by output name, and the clips' files.
+def embed_batches(
+    model: VATT, batches: Iterable, *, modalities: Sequence[str] = ("video", "audio", "text"), pooled: bool = False
+) -> tuple[dict[str, np.ndarray], list[str]]:
+    """Embed a folder's batches (``data.dataset.evaluation_clips``): arrays (clips, ...) by output name, and the clips' files.
 
-    Embeddings are of unit norm, z_text_vt (clips, P, d_vt); rows of a missing modality are nan. ``pooled`` adds video_pooled and audio_pooled.
+    Embeddings are of unit norm, z_text_vt (clips, P, d_vt); rows of a missing stream are nan. ``pooled`` adds video_pooled and so on.
     """
-    names = [*EMBEDDINGS, *(("video_pooled", "audio_pooled") if pooled else ())]
-    columns: dict[str, list[np.ndarray]] = {name: [] for name in names}
+    columns: dict[str, list[np.ndarray]] = {}
     files: list[str] = []
     for batch in batches:
-        out = _forward(model, video=batch.video, audio=batch.audio, text=batch.text)
+        out = _forward(model, **{modality: getattr(batch, modality) for modality in modalities})
         files += batch.files
-        valid = {"video": batch.video_valid, "audio": batch.audio_valid, "text": batch.text_valid}
-        for name in names:
-            value = getattr(out, name).float().cpu()
-            if name.startswith("z_"):
-                value = F.normalize(value, dim=-1)
-            modality = next(m for m in valid if m in name)
-            columns[name].append(value.masked_fill(~valid[modality].cpu()[..., None], torch.nan).numpy())
+        for modality in modalities:
+            missing = ~getattr(batch, f"{modality}_valid")[..., None]
+            for name in (f"z_{modality}_va", f"z_{modality}_vt", *([f"{modality}_pooled"] if pooled else [])):
+                value = getattr(out, name, None)
+                if value is not None:
+                    value = value.float().cpu()
+                    value = F.normalize(value, dim=-1) if name.startswith("z_") else value
+                    columns.setdefault(name, []).append(value.masked_fill(missing, torch.nan).numpy())
     return {name: np.concatenate(parts) for name, parts in columns.items()}, files
 
 
@@ -124,5 +126,7 @@ def _file_windows(model: VATT, modality: str, path: str | os.PathLike, windows: 
     starts = [spare / 2] if windows == 1 else [spare * i / (windows - 1) for i in range(windows)]
     if modality == "audio":
         return [torch.from_numpy(read_audio(path, start=s, num_samples=c.samples, sample_rate_hz=c.sample_rate_hz)) for s in starts]
-    size = dict(num_frames=c.frames, frames_per_second=c.frames_per_second, height=c.height, width=c.width)
-    return [torch.from_numpy(read_video(path, start=s, **size)) for s in starts]
+    rate, height, width = c.frames_per_second, c.height, c.width
+    return [
+        torch.from_numpy(read_video(path, start=s, num_frames=c.frames, frames_per_second=rate, height=height, width=width)) for s in starts
+    ]

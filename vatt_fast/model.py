@@ -5,6 +5,7 @@ Facts follow the paper (Akbari et al., NeurIPS 2021) and the released code; wher
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from . import collectives
 from .config import TowerConfig, VATTConfig, video_grid
 from .kernels import attention, patch_embed, patchify, sample_keep
+from .kernels.dispatch import autocast_dtype
 from .kernels.drop_token import check_keep
 from .positions import relative_position_buckets, resample_matrix
 
@@ -52,13 +54,12 @@ class PositionTable(nn.Module):
 
     def forward(self, grid: tuple[int, ...]) -> Tensor:
         """(N, dim), row-major over ``grid``; tables of another length are resampled first."""
-        total = None
+        rows = []
         for axis, (table, length) in enumerate(zip(self.tables, grid, strict=True)):
             if table.shape[0] != length:
                 table = _resample_matrix(table.shape[0], length).to(table) @ table
-            table = table.view([length if i == axis else 1 for i in range(len(grid))] + [-1])
-            total = table if total is None else total + table
-        return self.norm(total.flatten(0, -2))
+            rows.append(table.view([length if i == axis else 1 for i in range(len(grid))] + [-1]))
+        return self.norm(functools.reduce(torch.add, rows).flatten(0, -2))
 
 
 # -- tokens ------------------------------------------------------------------------------------------------------------
@@ -371,7 +372,8 @@ class VATT(nn.Module):
             _refuse_empty("video", video)
             if video.shape[1] == 1:  # an image fills one temporal patch
                 video = video.expand(-1, c.video_patch[0], -1, -1, -1)
-            grid = video_grid(*video.shape[1:4], c.video_patch)
+            _, frames, height, width, _ = video.shape
+            grid = video_grid(frames, height, width, c.video_patch)
             video = patchify(video, c.video_patch, pad_value=0 if video.dtype == torch.uint8 else -1)
         elif video.ndim != 3:
             raise ValueError(f"video is {tuple(video.shape)}; it takes frames (B, T, H, W, 3) or patch rows (B, N, {c.video_patch_values})")
@@ -416,8 +418,8 @@ class VATT(nn.Module):
         return self._run_encoder("text", self.text_tokens(ids), key_mask, features)
 
     def _run_encoder(self, modality: str, x: Tensor, key_mask: Tensor | None, features: bool) -> tuple[Tensor | None, Tensor]:
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))  # the residual stream in the compute dtype, for text as for patches
+        if dtype := autocast_dtype(x.device):
+            x = x.to(dtype)  # the residual stream in the compute dtype, for text as for patches
         encoder: Encoder = self.trunk if self.config.agnostic else getattr(self, f"{modality}_encoder")
         x = encoder(x, key_mask, agg_only=not features)
         if self.config.agnostic:

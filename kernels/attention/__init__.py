@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ..dispatch import choose, requested, without_autocast
+from ..dispatch import autocast_dtype, choose, requested, without_autocast
 
 # B batch, T query tokens, S key tokens, H heads
 
@@ -41,8 +41,7 @@ def attention(
         ValueError: shapes or dtypes that do not fit; or the backend asked for cannot run them.
     """
     _check(q, k, v, bias, key_mask)
-    if torch.is_autocast_enabled(q.device.type):
-        dtype = torch.get_autocast_dtype(q.device.type)
+    if dtype := autocast_dtype(q.device):
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}; they must share one dtype: cast them, or use autocast")

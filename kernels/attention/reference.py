@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from ..numerics import cast, wide
+from ..numerics import cast, heads_first, softmax, wide
 
 # B batch, T queries, S keys, H heads, D head_dim
 
@@ -14,33 +14,34 @@ def unsupported(q, k, v, *, scale, bias=None, key_mask=None, deterministic=False
 
 
 def forward(q, k, v, *, scale, bias=None, key_mask=None, deterministic=False, xp=torch):
-    scores = _scores(xp, q, k, scale, bias, key_mask)  # (B, H, T, S)
-    peak = xp.amax(scores, axis=-1, keepdims=True)
-    p = xp.exp(scores - xp.where(peak == -math.inf, 0.0, peak))  # zero peak: a row without a key would give nan
-    total = xp.sum(p, axis=-1, keepdims=True)
-    out = xp.einsum("bhts,bshd->bthd", cast(p / xp.where(total == 0, 1.0, total), q.dtype), v)
-    return out, (xp.log(total) + peak)[..., 0]
+    q, k, v = (heads_first(xp, x) for x in (q, k, v))  # (B, H, T or S, D)
+    p, lse = _probabilities(xp, q, k, scale, bias, key_mask)
+    return xp.swapaxes(cast(p, q.dtype) @ v, 1, 2), lse
 
 
 def backward(d_out, d_lse, q, k, v, out, lse, *, scale, bias=None, key_mask=None, deterministic=False, bias_grad=False, xp=torch):
-    dtype = q.dtype
-    scores = _scores(xp, q, k, scale, bias, key_mask)
-    p = xp.exp(scores - xp.where(lse == -math.inf, math.inf, lse)[..., None])  # all 0 in a row without a key
-    delta = xp.einsum("bthd,bthd->bht", wide(xp, d_out), wide(xp, out))
+    d_out, q, k, v, out = (heads_first(xp, x) for x in (d_out, q, k, v, out))
+    p, _ = _probabilities(xp, q, k, scale, bias, key_mask)
+    d_v = xp.swapaxes(cast(p, q.dtype), 2, 3) @ d_out
+    delta = (wide(xp, d_out) * wide(xp, out)).sum(-1)  # (B, H, T)
     if d_lse is not None:
-        delta = delta - d_lse
-    d_p = xp.einsum("bthd,bshd->bhts", d_out, v)
-    d_scores = p * (wide(xp, d_p) - delta[..., None])
+        delta -= xp.where(lse == -math.inf, 0.0, d_lse)  # a row without a key has no gradient, whatever comes in
+    d_scores = wide(xp, d_out @ xp.swapaxes(v, 2, 3))  # of the probabilities; *= and -= spare torch a score matrix each
+    d_scores -= delta[..., None]
+    d_scores *= p
     d_bias = d_scores.sum(0) if bias_grad else None
-    p, d_s = cast(p, dtype), cast(d_scores * scale, dtype)
-    d_q = xp.einsum("bhts,bshd->bthd", d_s, k)
-    d_k = xp.einsum("bhts,bthd->bshd", d_s, q)
-    d_v = xp.einsum("bhts,bthd->bshd", p, d_out)
-    return d_q, d_k, d_v, d_bias
+    d_scores *= scale
+    d_scores = cast(d_scores, q.dtype)
+    d_q, d_k = d_scores @ k, xp.swapaxes(d_scores, 2, 3) @ q
+    return xp.swapaxes(d_q, 1, 2), xp.swapaxes(d_k, 1, 2), xp.swapaxes(d_v, 1, 2), d_bias
 
 
-def _scores(xp, q, k, scale, bias, key_mask):
-    scores = wide(xp, xp.einsum("bthd,bshd->bhts", q, k)) * scale
+def _probabilities(xp, q, k, scale, bias, key_mask):
+    """softmax(scores) (B, H, T, S), 0 in a row without a key, and lse (B, H, T)."""
+    scores = wide(xp, q @ xp.swapaxes(k, 2, 3))
+    scores *= scale
     if bias is not None:
-        scores = scores + bias
-    return scores if key_mask is None else xp.where(key_mask[:, None, None, :], scores, -math.inf)
+        scores += bias
+    if key_mask is not None:
+        scores = xp.where(key_mask[:, None, None, :], scores, -math.inf)
+    return softmax(xp, scores, holes=bias is not None or key_mask is not None)

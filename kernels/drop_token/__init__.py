@@ -41,11 +41,12 @@ def sample_keep(
         raise ValueError(f"num_tokens is {num_tokens}; there must be at least one")
     if per not in ("batch", "clip"):
         raise ValueError(f"per is {per!r}; it is 'batch' or 'clip'")
-    if per == "clip" and (batch is None or batch < 1):
+    draws = batch if per == "clip" else 1
+    if draws is None or draws < 1:
         raise ValueError(f"per='clip' draws for each of `batch` clips, and batch is {batch}; give at least 1")
     kept = num_kept(num_tokens, drop_rate)
     key = int.from_bytes(hashlib.blake2b(f"{seed}/{step}/{stream}".encode(), digest_size=8).digest(), "little")
-    clips = np.arange(batch if per == "clip" else 1, dtype=np.uint64)
+    clips = np.arange(draws, dtype=np.uint64)
     index = np.arange(num_tokens, dtype=np.uint64)
     scores = _mix(_mix(np.uint64(key) ^ _mix(clips))[:, None] ^ index)  # one hash a token; ties fall to the lower index
     keep = np.sort(np.argsort(scores, axis=1, kind="stable")[:, :kept], axis=1).astype(np.int32)

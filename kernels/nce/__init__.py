@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ..dispatch import choose, requested, without_autocast
+from ..dispatch import autocast_dtype, choose, requested, without_autocast
 
 # M clips of x, N clips in all, P texts a clip, D dimensions
 
@@ -45,8 +45,7 @@ def contrastive_lse(
     Raises:
         ValueError: shapes, dtypes or ranges that do not fit; or the backend asked for cannot run them.
     """
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
+    if dtype := autocast_dtype(x.device):
         x, y = x.to(dtype), y.to(dtype)
     _check(x, y, texts_per_clip, first, x_valid, y_valid)
     wide = torch.promote_types(x.dtype, torch.float32)

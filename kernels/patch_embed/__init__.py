@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ..dispatch import choose, requested, without_autocast
+from ..dispatch import autocast_dtype, choose, requested, without_autocast
 from ..drop_token import check_keep_shape
 from .patchify import patchify, unpatchify
 
@@ -54,8 +54,7 @@ def patch_embed(
         ValueError: shapes or dtypes that do not fit; or the backend asked for cannot run them.
     """
     _check(patches, weight, bias, position, keep, scale, agg, patch, gathered)
-    device = patches.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+    dtype = autocast_dtype(patches.device) or weight.dtype
     name = requested("patch_embed")
     return _patch_embed(
         patches, weight, bias, position, keep, agg, float(scale), float(shift), list(patch) if patch else None, gathered, dtype, name

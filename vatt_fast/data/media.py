@@ -11,7 +11,7 @@ import contextlib
 import math
 import os
 import uuid
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -31,8 +31,14 @@ END_TOLERANCE_SECONDS = 0.25
 # Sound is decoded from a little earlier than asked: lossy decoders need the packets before, the resampler its filter's length.
 PREROLL_SECONDS = 0.2
 MARGIN_SECONDS = 0.02
+# Where an index leads too far, the next try is this much earlier; then the file is read from its start.
+INDEX_ERROR_SECONDS = 10.0
 # Rounded stamps must not tear contiguous sound apart; a larger jump is a real gap.
 JITTER_SECONDS = 5e-3
+# The longest frame of the usual codecs (HE-AAC): the last one may reach this far past the sound's end.
+CODEC_FRAME_SAMPLES = 2048
+# Without its look-ahead: on small pictures that reads memory nobody set, and the same frames gave different files.
+_X264_OPTIONS = {"preset": "veryfast", "x264-params": "bframes=0:mbtree=0:rc-lookahead=0:scenecut=0:keyint=50"}
 
 
 class MediaError(ValueError):
@@ -112,8 +118,8 @@ class MediaReader:
 
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
-        if not self.path.is_file():
-            raise FileNotFoundError(f"no media file {self.path}")
+        with open(self.path, "rb"):  # trouble of the file system is told apart from trouble of the content
+            pass
         self._container: Any = None
         try:
             with self._naming_the_file():
@@ -125,8 +131,7 @@ class MediaReader:
     def _open(self) -> None:
         av = _import_av()
         self.close()
-        # "file:" and the whitelist: a name with a colon stays a name, and no playlist reaches for the network
-        self._container = av.open(f"file:{self.path}", options={"protocol_whitelist": "file"}, metadata_errors="replace")
+        self._container = self._connect()
         cover = av.stream.Disposition.attached_pic
         # by kind, looked up anew at each use: a stream must not outlive the container it came from
         self._streams: dict[str, Any] = {}
@@ -146,10 +151,15 @@ class MediaReader:
         elif duration is not None:
             seconds = max(duration / av.time_base + min(start_seconds, 0.0), 0.0)
         else:
-            seconds = self._scan_duration()
+            with self._connect() as other:
+                seconds = _last_packet_end(other) - self._origin_seconds
         self.info = MediaInfo(seconds, "video" in self._streams, "audio" in self._streams, is_image)
         if not (self.info.has_video or self.info.has_audio):
             raise MediaError(f"{self.path} has neither video nor audio; name a media file")
+
+    def _connect(self):
+        # "file:" and the whitelist: a name with a colon stays a name, and no playlist reaches for the network
+        return _import_av().open(f"file:{self.path}", options={"protocol_whitelist": "file"}, metadata_errors="replace")
 
     def close(self) -> None:
         self._streams = {}
@@ -245,15 +255,15 @@ class MediaReader:
     def _samples(self, start: float, num_samples: int, sample_rate_hz: int) -> np.ndarray:
         """Lay the decoded sound on a line of zeros at its own rate, by time stamp, and resample that line."""
         line: np.ndarray | None = None
-        rate = first = margin = margin_out = position = 0
+        rate = first = margin = position = 0
         for frame, seconds in self._decode_from("audio", start - PREROLL_SECONDS):
             if frame.is_corrupt:
                 raise MediaError(f"{self.path} has damaged sound at {seconds:.2f} s; replace or remove the file")
             if line is None:
                 rate = frame.sample_rate
-                margin, margin_out = _aligned_margins(rate, sample_rate_hz)
-                first = round(start * rate) - margin
-                line = np.zeros(math.ceil(num_samples * rate / sample_rate_hz) + 2 * margin, np.float32)
+                margin = _margin_samples(rate, sample_rate_hz)
+                first = round((start - margin / sample_rate_hz) * rate)  # half a sample off at most
+                line = np.zeros(math.ceil((num_samples + 2 * margin) * rate / sample_rate_hz), np.float32)
                 position = round(seconds * rate)
             elif frame.sample_rate != rate:
                 raise MediaError(f"{self.path} changes its sample rate from {rate} to {frame.sample_rate} Hz; convert it to one rate")
@@ -271,46 +281,53 @@ class MediaReader:
             self._require_end("audio", position / rate if rate else 0.0, start + num_samples / sample_rate_hz)
         if line is None:
             return np.zeros(num_samples, np.float32)
-        resampled = _resample(line, rate, sample_rate_hz)[margin_out : margin_out + num_samples]
+        declared = self._declared_end("audio")
+        if declared is not None and 0 < position - declared * rate < CODEC_FRAME_SAMPLES:
+            line[max(round(declared * rate) - first, 0) :] = 0  # what fills the codec's last frame is no sound
+        resampled = _resample(line, rate, sample_rate_hz)[margin : margin + num_samples]
         return np.pad(resampled, (0, num_samples - len(resampled)))
 
     def _decode_from(self, kind: str, seconds: float) -> Iterator[tuple[Any, float]]:
         """Decoded frames and their times, from at or before ``seconds`` where the stream reaches back that far."""
         stream = self._streams[kind]
         begins = float((stream.start_time or 0) * stream.time_base) - self._origin_seconds
-        sought = self._seek(kind, seconds)
-        frames = self._timed_frames(kind)
-        first = next(frames, None)
-        if sought and (first is None or first[1] > max(seconds, begins) + STAMP_TOLERANCE_SECONDS):
-            frames.close()
-            self._open()  # an inexact index led too far: walk from the start
-            frames = self._timed_frames(kind)
+        latest = max(seconds, begins) + STAMP_TOLERANCE_SECONDS
+        for earlier in (0.0, INDEX_ERROR_SECONDS):
+            if not self._seek(kind, seconds - earlier):
+                break
+            frames = self._timed_frames(kind, from_key=True)
             first = next(frames, None)
-        if first is not None:
-            yield first
-            yield from frames
+            if first is not None and first[1] <= latest:
+                yield first
+                yield from frames
+                return
+            frames.close()
+        self._open()  # no index, or one that led too far: walk from the start
+        yield from self._timed_frames(kind, from_key=False)
 
     def _seek(self, kind: str, seconds: float) -> bool:
-        """Move to the key frame at or before ``seconds``; False where that is the start of a file opened anew."""
-        av = _import_av()
+        """Move to the key frame at or before ``seconds``, where the container's index is right; False where it has none."""
         stream = self._streams[kind]
         try:
             target = int((max(seconds, 0.0) + self._origin_seconds) / stream.time_base)
             self._container.seek(target, stream=stream, backward=True)
-        except av.error.FFmpegError:
-            self._open()  # formats without an index
+        except _import_av().error.FFmpegError:
             return False
         return True
 
-    def _timed_frames(self, kind: str) -> Generator[tuple[Any, float], None, None]:
+    def _timed_frames(self, kind: str, *, from_key: bool) -> Generator[tuple[Any, float], None, None]:
         stream = self._streams[kind]
         following = 0.0
-        for frame in self._container.decode(stream):
-            stamp = frame.pts if frame.pts is not None else frame.dts
-            if stamp is not None:
-                following = float(stamp * frame.time_base) - self._origin_seconds
-            yield frame, following  # raw streams carry no stamps: then frames follow one another
-            following += _frame_seconds(frame, stream)
+        for packet in self._container.demux(stream):
+            if from_key and not packet.is_keyframe:
+                continue  # transport streams seek to any packet, and what comes before a key frame decodes to rubbish
+            from_key = False
+            for frame in packet.decode():
+                stamp = frame.pts if frame.pts is not None else frame.dts
+                if stamp is not None:
+                    following = float(stamp * frame.time_base) - self._origin_seconds
+                yield frame, following  # raw streams carry no stamps: then frames follow one another
+                following += _frame_seconds(frame, stream)
 
     def _require_end(self, kind: str, end_seconds: float, wanted_seconds: float) -> None:
         """Raise where a stream stopped before both its declared end and the end of the window."""
@@ -333,26 +350,15 @@ class MediaReader:
             return int(hours) * 3600 + int(minutes) * 60 + float(seconds) - self._origin_seconds
         return None
 
-    def _scan_duration(self) -> float:
-        """The end of the last packet, for files that do not say how long they are (streamed WebM)."""
-        end = 0.0
-        for packet in self._container.demux():
-            if packet.pts is not None:
-                end = max(end, float((packet.pts + (packet.duration or 0)) * packet.time_base) - self._origin_seconds)
-        self._container.seek(0)
-        return end
-
     @contextlib.contextmanager
     def _naming_the_file(self) -> Iterator[None]:
-        """Decoder errors become MediaError with the file's name; trouble of the file system stays what it is."""
+        """Decoder errors become MediaError with the file's name."""
         av = _import_av()
         try:
             yield
         except MediaError:
             raise
         except (av.error.FFmpegError, ValueError, StopIteration) as error:
-            if isinstance(error, (FileNotFoundError, PermissionError)):
-                raise
             reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
             raise MediaError(f"{self.path} cannot be decoded ({reason}); replace or remove the file") from error
 
@@ -398,51 +404,60 @@ def write_clip(
     part = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}.part{path.suffix}")
     try:
         with av.open(f"file:{part}", "w") as container:
-            video_stream = audio_stream = None
+            # every stream is declared before the first packet: the header lists them
+            writers = []
             if frames is not None:
-                rate = Fraction(frames_per_second).limit_denominator(10000)
-                video_stream = container.add_stream(video_codec, rate=rate)
-                video_stream.height, video_stream.width = frames.shape[1:3]
-                video_stream.pix_fmt = "yuv420p"
-                video_stream.codec_context.thread_count = 1  # more threads change the bytes
-                video_stream.options = {"crf": str(crf), "preset": "veryfast"} if video_codec == "libx264" else {"qscale": "3"}
+                options = {"crf": str(crf), **_X264_OPTIONS} if video_codec == "libx264" else {"qscale": "3"}
+                writers.append(
+                    _video_writer(av, container, frames, Fraction(frames_per_second).limit_denominator(10000), video_codec, options)
+                )
             if audio is not None:
-                pcm = path.suffix.lower() == ".wav"
-                layout = "mono" if audio.shape[1] == 1 else "stereo"
-                audio_stream = container.add_stream("pcm_s16le" if pcm else "aac", rate=sample_rate_hz, layout=layout)
-                if not pcm:
-                    audio_stream.bit_rate = audio_bit_rate
-                    audio_stream.options = {"aac_coder": "fast"}  # half the time of the default search, no difference at this rate
-            for index in range(0 if frames is None else len(frames)):
-                picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frames[index]), format="rgb24")
-                picture.pts = index
-                picture.time_base = 1 / rate
-                container.mux(video_stream.encode(picture))
-            if video_stream is not None:
-                container.mux(video_stream.encode(None))
-            if audio_stream is not None:
-                _encode_audio(av, container, audio_stream, np.clip(audio, -1.0, 1.0).astype(np.float32), sample_rate_hz)
+                codec = "pcm_s16le" if path.suffix.lower() == ".wav" else "aac"
+                sound = np.clip(audio, -1.0, 1.0).astype(np.float32)
+                writers.append(_audio_writer(av, container, sound, sample_rate_hz, codec, audio_bit_rate))
+            for write in writers:
+                write()
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
 
 
-def _encode_audio(av, container, stream, audio: np.ndarray, sample_rate_hz: int) -> None:
-    packed = stream.codec_context.name == "pcm_s16le"
-    chunk = 1024  # an AAC frame
-    for first in range(0, len(audio), chunk):
-        values = audio[first : first + chunk]
-        if packed:
-            frame = av.AudioFrame.from_ndarray(
-                np.round(values * 32767).astype(np.int16).reshape(1, -1), format="s16", layout=stream.codec_context.layout.name
-            )
-        else:
-            frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(values.T), format="fltp", layout=stream.codec_context.layout.name)
-        frame.sample_rate = sample_rate_hz
-        frame.pts = first
-        frame.time_base = Fraction(1, sample_rate_hz)
-        container.mux(stream.encode(frame))
-    container.mux(stream.encode(None))
+def _video_writer(av, container, frames: np.ndarray, rate: Fraction, codec: str, options: dict[str, str]) -> Callable[[], None]:
+    stream = container.add_stream(codec, rate=rate)
+    stream.height, stream.width = frames.shape[1:3]
+    stream.pix_fmt = "yuv420p"
+    stream.codec_context.thread_count = 1  # more threads change the bytes
+    stream.options = options
+
+    def write() -> None:
+        for index, values in enumerate(frames):
+            picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(values), format="rgb24")
+            picture.pts, picture.time_base = index, 1 / rate
+            container.mux(stream.encode(picture))
+        container.mux(stream.encode(None))
+
+    return write
+
+
+def _audio_writer(av, container, audio: np.ndarray, sample_rate_hz: int, codec: str, bit_rate: int) -> Callable[[], None]:
+    layout = "mono" if audio.shape[1] == 1 else "stereo"
+    stream = container.add_stream(codec, rate=sample_rate_hz, layout=layout)
+    if codec == "aac":
+        stream.bit_rate = bit_rate
+        stream.options = {"aac_coder": "fast"}  # half the time of the default search
+
+    def write() -> None:
+        for first in range(0, len(audio), 1024):  # an AAC frame
+            values = audio[first : first + 1024]
+            if codec == "aac":
+                frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(values.T), format="fltp", layout=layout)
+            else:
+                frame = av.AudioFrame.from_ndarray(np.round(values * 32767).astype(np.int16).reshape(1, -1), format="s16", layout=layout)
+            frame.sample_rate, frame.pts, frame.time_base = sample_rate_hz, first, Fraction(1, sample_rate_hz)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+
+    return write
 
 
 def _check_window(start: float, **sizes: float) -> None:
@@ -451,6 +466,18 @@ def _check_window(start: float, **sizes: float) -> None:
     for name, value in sizes.items():
         if not (math.isfinite(value) and value > 0):
             raise ValueError(f"{name} is {value}; it must be positive")
+
+
+def _last_packet_end(container) -> float:
+    """When the last packet ends, for files that do not say how long they are (streamed WebM, raw streams)."""
+    end, counted = 0.0, 0.0
+    for packet in container.demux():
+        length = float((packet.duration or 0) * packet.time_base)
+        if packet.pts is not None:
+            end = max(end, float(packet.pts * packet.time_base) + length)
+        if packet.stream == container.streams[0]:
+            counted += length  # packets without stamps follow one another
+    return max(end, counted)
 
 
 def _frame_seconds(frame, stream) -> float:
@@ -476,15 +503,12 @@ def _mono(frame) -> np.ndarray:
     return values.mean(axis=0, dtype=np.float32) if channels > 1 else values[0].astype(np.float32)
 
 
-def _aligned_margins(rate: int, sample_rate_hz: int) -> tuple[int, int]:
-    """The same stretch of time as samples before and after resampling, whole numbers on both sides wherever that is short."""
+def _margin_samples(rate: int, sample_rate_hz: int) -> int:
+    """A short time as samples at ``sample_rate_hz``: a whole number of samples at ``rate`` too, wherever such a time is short."""
     common = math.gcd(rate, sample_rate_hz)
-    unit, unit_out = rate // common, sample_rate_hz // common
-    if unit > rate * 5 * MARGIN_SECONDS:  # odd pairs of rates: half a sample off at most
-        margin = math.ceil(MARGIN_SECONDS * rate)
-        return margin, round(margin * sample_rate_hz / rate)
-    units = math.ceil(MARGIN_SECONDS * rate / unit)
-    return units * unit, units * unit_out
+    unit = sample_rate_hz // common
+    shortest = math.ceil(MARGIN_SECONDS * sample_rate_hz)
+    return shortest if unit > 5 * shortest else math.ceil(shortest / unit) * unit
 
 
 def _resample(samples: np.ndarray, rate: int, sample_rate_hz: int) -> np.ndarray:

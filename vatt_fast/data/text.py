@@ -45,8 +45,8 @@ class Vocabulary:
             twice = next(word for word, count in Counter(self.words).items() if count > 1)
             raise ValueError(f"{twice!r} is twice in the vocabulary; each word has one number")
         for word in self.words[2:]:
-            if split_words(word) != [word]:
-                raise ValueError(f"{word!r} is no word by the rules of split_words (lower case, no punctuation, no white space)")
+            if word.split() != [word]:
+                raise ValueError(f"{word!r} is not one word; words hold no white space and are not empty")
 
     @classmethod
     def build(cls, sentences: Iterable[str], max_size: int | None = None) -> "Vocabulary":
@@ -92,7 +92,7 @@ class Vocabulary:
         path = Path(path)
         try:
             text = path.read_text(encoding="utf-8")
-            words = json.loads(text) if path.suffix == ".json" else text.splitlines()
+            words = json.loads(text) if path.suffix == ".json" else text.removesuffix("\n").split("\n")
             if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
                 raise ValueError("it is not a list of words")
             return cls(words)
@@ -179,7 +179,9 @@ def _caption(entry: Any, where: str) -> Caption:
     if not isinstance(entry["text"], str):
         raise ValueError(f"{where} has text {entry['text']!r}, a JSON {_kind(entry['text'])}; give it as a string")
     if entry["end"] < entry["start"]:
-        raise ValueError(f"{where} has end {entry['end']} before start {entry['start']}; a caption ends at or after its start: swap or correct them")
+        raise ValueError(
+            f"{where} has end {entry['end']} before start {entry['start']}; a caption ends at or after its start: swap or correct them"
+        )
     return Caption(float(entry["start"]), float(entry["end"]), entry["text"])
 
 

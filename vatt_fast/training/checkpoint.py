@@ -13,7 +13,7 @@ _MODEL, _OPTIMIZER = "model/", "optimizer/"
 
 def save_checkpoint(path: Path, model: VATT, optimizer: torch.optim.Optimizer, *, step: int, run: dict) -> None:
     """Write the state after ``step`` steps. ``run`` is the JSON-able description that a resumed run must match."""
-    names = {parameter: name for name, parameter in model.named_parameters()}
+    names: dict[torch.Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     tensors = {_MODEL + name: value for name, value in model.state_dict().items()}
     for parameter, state in optimizer.state.items():
         tensors |= {f"{_OPTIMIZER}{key}/{names[parameter]}": value for key, value in state.items()}

@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from ..config import VATTConfig, preset
-from ..data.dataset import Batch, ClipDataset, build_vocabulary, loader
+from ..data.dataset import Batch, ClipDataset, ClipSpec, folder_captions, loader
 from ..data.text import Vocabulary
 from ..losses import VATTLoss, vatt_loss
 from ..model import VATT
@@ -80,16 +80,16 @@ def pretrain(run: PretrainConfig, *, model_config: VATTConfig | None = None, pro
     device = pick_device(run.device)
     autocast = _autocast(run.precision, device)
     out = Path(run.out)
-    vocabulary = build_vocabulary(run.data, run.max_words)
+    vocabulary = vocabulary_of(run.data, run.max_words)
     config = dataclasses.replace(model_config or preset(run.preset, run.recipe), vocab_size=len(vocabulary))
     dataset = ClipDataset(
         run.data,
-        config,
-        vocabulary,
+        ClipSpec.from_config(config),
+        vocabulary=vocabulary,
         batch_size=run.batch_size,
         seed=run.seed,
         shuffle_captions=run.shuffle_captions,
-        cache_folder=run.cache,
+        cache_dir=run.cache,
     )
     model = initial_model(config, vocabulary, run.seed).to(device).train()
     trainable = [p for p in model.parameters() if p.requires_grad]
@@ -104,24 +104,22 @@ def pretrain(run: PretrainConfig, *, model_config: VATTConfig | None = None, pro
         save_checkpoint(out / CHECKPOINT, model, optimizer, step=step, run=identity)
         save_model(model, out)
 
-    skipped: set[str] = set()
     batches = loader(dataset, start, run.steps, run.workers)
     bar = tqdm(total=run.steps, initial=start, desc="pretrain", unit="step", disable=None if progress else True)
     began, clips = time.perf_counter(), 0
     with contextlib.closing(logger), bar, stop_requests() as stopping:
         for step, batch in enumerate(batches, start):
-            skipped |= set(batch.skipped)
             rate = _rate(run, step)
             for group in optimizer.param_groups:
                 group["lr"] = rate
             loss = train_step(model, optimizer, batch.to(device), run, step, autocast)
-            clips += len(batch.files)
+            clips += len(batch)
             bar.update()
             done = step + 1
             if done % run.log_every == 0 or done == run.steps:
                 values = {"loss": loss.total.item(), "learning_rate": rate}
                 values |= {f"loss_{name}": part.item() for name in ("va", "vt") if (part := getattr(loss, name)) is not None}
-                values |= {"temperature": 1 / float(model.scale()), "skipped_files": len(skipped)}
+                values |= {"temperature": 1 / float(torch.as_tensor(model.scale()).detach()), "skipped_files": len(dataset.skipped)}
                 values["clips_per_second"] = clips / (time.perf_counter() - began)
                 logger.write(done, values)
                 bar.set_postfix(loss=f"{values['loss']:.3f}")
@@ -130,8 +128,9 @@ def pretrain(run: PretrainConfig, *, model_config: VATTConfig | None = None, pro
                 checkpoint(done)
             if stopping.is_set() and done < run.steps:
                 raise KeyboardInterrupt(f"stopped after step {done}; the same command continues from there")
-    if skipped:
-        print(f"{len(skipped)} media files could not be read and were skipped: {', '.join(sorted(skipped)[:5])}")
+    if dataset.skipped:
+        reasons = "\n  ".join(list(dataset.skipped.values())[:5])
+        print(f"{len(dataset.skipped)} media files could not be read, others stood in for them:\n  {reasons}")
     return model.eval()
 
 
@@ -158,6 +157,12 @@ def initial_model(config: VATTConfig, vocabulary: Vocabulary, seed: int) -> VATT
         model = VATT(config)
     model.vocabulary = vocabulary
     return model
+
+
+def vocabulary_of(folder: str | Path, max_words: int) -> Vocabulary:
+    """The most frequent words of a folder's captions."""
+    captions = folder_captions(folder)
+    return Vocabulary.build((caption.text for entries in captions.values() for caption in entries), max_words)
 
 
 def describe(run: PretrainConfig, config: VATTConfig) -> dict[str, Any]:
@@ -212,8 +217,8 @@ def stop_requests() -> Iterator[threading.Event]:
         stopping.set()
         signal.signal(number, before[number])
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        before[number] = signal.signal(number, request)
+    for each in (signal.SIGINT, signal.SIGTERM):
+        before[each] = signal.signal(each, request)
     try:
         yield stopping
     finally:

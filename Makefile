@@ -1,0 +1,40 @@
+# setup | demo | test | lint. An active environment with torch >= 2.9 is used as it is; otherwise .venv is made from constraints.txt.
+
+VENV ?= .venv
+ACTIVE ?= $(shell python3 -c "from importlib.metadata import version; print(*['yes'] * (tuple(map(int, version('torch').split('.')[:2])) >= (2, 9)))" 2>/dev/null)
+EXTRAS := data,train,eval,jax,test
+
+ifeq ($(ACTIVE),yes)
+PYTHON := python3
+INSTALL := $(PYTHON) -m pip install --quiet
+INSTALLED := $(shell python3 -c "import sys; print(sys.prefix)")/.vatt_fast_installed
+else
+PYTHON := $(VENV)/bin/python
+INSTALL := $(PYTHON) -m pip install --quiet --constraint constraints.txt
+INSTALLED := $(VENV)/.vatt_fast_installed
+endif
+
+.PHONY: setup demo test lint
+
+setup: $(INSTALLED)
+
+ifneq ($(ACTIVE),yes)
+$(PYTHON):
+	python3 -m venv $(VENV)
+$(INSTALLED): | $(PYTHON)
+endif
+
+$(INSTALLED): pyproject.toml setup.py constraints.txt
+	$(INSTALL) --editable ".[$(EXTRAS)]"
+	touch $@
+
+demo: setup
+	$(PYTHON) -m vatt_fast.cli demo
+
+test: setup
+	$(PYTHON) -m pytest
+
+lint: setup
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m mypy

@@ -1,0 +1,39 @@
+"""Linear probe: what a linear classifier reads off frozen features (paper section 4.5)."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+
+def linear_probe(
+    train_features: np.ndarray, train_labels: Sequence[Any], test_features: np.ndarray, test_labels: Sequence[Any], *, strength: float = 0.1
+) -> float:
+    """Accuracy in percent on the test features of a logistic regression fitted to the training features.
+
+    Args:
+        train_features, test_features: (n, D) float; standardised with the training features' mean and deviation.
+        train_labels, test_labels: n labels, any hashable values.
+        strength: inverse of the L2 penalty (scikit-learn's C).
+
+    Raises:
+        ValueError: shapes that do not match, features that are not finite, fewer than two classes.
+        ImportError: scikit-learn is not installed.
+    """
+    try:
+        from sklearn.linear_model import LogisticRegression
+        from sklearn.pipeline import make_pipeline
+        from sklearn.preprocessing import StandardScaler
+    except ImportError as error:
+        raise ImportError("linear_probe needs scikit-learn: pip install 'vatt_fast[eval]'") from error
+    for name, features, labels in (("train", train_features, train_labels), ("test", test_features, test_labels)):
+        if np.ndim(features) != 2 or len(features) == 0 or len(features) != len(labels):
+            raise ValueError(f"{name}_features is {np.shape(features)} for {len(labels)} labels; it takes (n, D) and n labels, n > 0")
+        if not np.isfinite(features).all():
+            raise ValueError(f"{name}_features holds values that are not finite; leave those clips out")
+    if np.shape(train_features)[1] != np.shape(test_features)[1]:
+        raise ValueError(f"features are {np.shape(train_features)[1]} wide in training, {np.shape(test_features)[1]} in the test")
+    if len(set(train_labels)) < 2:
+        raise ValueError("the training labels are all alike; a probe needs at least two classes")
+    classifier = make_pipeline(StandardScaler(), LogisticRegression(C=strength, max_iter=2000))
+    return float(100 * classifier.fit(train_features, train_labels).score(test_features, test_labels))

@@ -1,0 +1,90 @@
+"""Retrieval measures: recall at 1, 5 and 10 and the median rank (paper section 4.4), and what a query's best hits are."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+_CHUNK = 1024  # queries at a time: the (Q, N) similarities are never held at once
+
+
+def retrieval_metrics(queries: np.ndarray, targets: np.ndarray, truth: np.ndarray) -> dict[str, float]:
+    """How far up each query finds its one right target, by dot product (cosine for unit vectors).
+
+    A rank counts every target at least as similar as the right one: ties go against the model, so that constant embeddings score 0
+    and not 100.
+
+    Args:
+        queries: (Q, D) float; targets: (N, D) float; truth: (Q,) integer index of each query's target.
+
+    Returns:
+        r1, r5, r10 in percent of queries, median_rank (1 is best).
+
+    Raises:
+        ValueError: empty, of different widths, not finite, or truth out of range.
+    """
+    queries, targets, truth = _matrix("queries", queries), _matrix("targets", targets), np.asarray(truth)
+    _same_width(queries, targets)
+    if truth.shape != (len(queries),) or truth.dtype.kind not in "iu":
+        raise ValueError(f"truth is {truth.shape} {truth.dtype}; it must hold one integer for each of {len(queries)} queries")
+    if truth.min() < 0 or truth.max() >= len(targets):
+        raise ValueError(f"truth spans {truth.min()} .. {truth.max()}; there are targets 0 .. {len(targets) - 1}")
+    ranks = np.concatenate([_ranks(queries[i : i + _CHUNK] @ targets.T, truth[i : i + _CHUNK]) for i in range(0, len(queries), _CHUNK)])
+    return {f"r{k}": float(100 * (ranks <= k).mean()) for k in (1, 5, 10)} | {"median_rank": float(np.median(ranks))}
+
+
+def _ranks(similarity: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    own = similarity[np.arange(len(truth)), truth]
+    return (similarity >= own[:, None]).sum(1)
+
+
+def mean_of_windows(embeddings: np.ndarray, windows: int) -> np.ndarray:
+    """(clips * windows, D), clip-major, to (clips, D): the mean of a clip's windows, normalised (released evaluation)."""
+    embeddings = _matrix("embeddings", embeddings)
+    if windows < 1 or len(embeddings) % windows:
+        raise ValueError(f"{len(embeddings)} embeddings are not {windows} windows of every clip; they must divide evenly")
+    mean = embeddings.reshape(-1, windows, embeddings.shape[1]).mean(1)
+    return mean / np.maximum(np.linalg.norm(mean, axis=1, keepdims=True), np.finfo(mean.dtype).tiny)
+
+
+def top_k(queries: np.ndarray, targets: np.ndarray, k: int) -> np.ndarray:
+    """(Q, k) indices of the most similar targets, best first; ties fall to the lower index."""
+    queries, targets = _matrix("queries", queries), _matrix("targets", targets)
+    _same_width(queries, targets)
+    if not 1 <= k <= len(targets):
+        raise ValueError(f"k is {k}; it lies in 1 .. {len(targets)}, the number of targets")
+    parts = [np.argsort(-(queries[i : i + _CHUNK] @ targets.T), axis=1, kind="stable")[:, :k] for i in range(0, len(queries), _CHUNK)]
+    return np.concatenate(parts)
+
+
+def factor_agreement(
+    top: np.ndarray, query_factors: Mapping[str, Sequence[Any]], target_factors: Mapping[str, Sequence[Any]]
+) -> dict[str, float]:
+    """Percent of queries whose best hit shares each factor; tells a colour matcher from a model that understands.
+
+    Args:
+        top: (Q,) index of each query's best target.
+        query_factors, target_factors: {factor: a value for each query, or target}.
+    """
+    if set(query_factors) != set(target_factors):
+        raise ValueError(f"queries have factors {sorted(query_factors)}, targets {sorted(target_factors)}; they must be the same")
+    agreement = {}
+    for name, wanted in query_factors.items():
+        if len(wanted) != len(top):
+            raise ValueError(f"factor {name!r} has {len(wanted)} values for {len(top)} queries")
+        agreement[name] = float(100 * np.mean([target_factors[name][hit] == value for hit, value in zip(top, wanted, strict=True)]))
+    return agreement
+
+
+def _matrix(name: str, x: np.ndarray) -> np.ndarray:
+    x = np.asarray(x)
+    if x.ndim != 2 or 0 in x.shape or x.dtype.kind != "f":
+        raise ValueError(f"{name} is {x.shape} {x.dtype}; it must be a float matrix (rows, D) with at least one row")
+    if not np.isfinite(x).all():
+        raise ValueError(f"{name} holds {(~np.isfinite(x)).any(1).sum()} rows that are not finite; leave clips without this modality out")
+    return x
+
+
+def _same_width(queries: np.ndarray, targets: np.ndarray) -> None:
+    if queries.shape[1] != targets.shape[1]:
+        raise ValueError(f"queries are {queries.shape[1]} wide, targets {targets.shape[1]}; compare embeddings of one common space")
