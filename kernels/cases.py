@@ -249,7 +249,7 @@ PATCH_EMBED: tuple[PatchEmbedCase, ...] = (
     PatchEmbedCase("no_agg", 2, 17, 48, 24, kept=9, agg=False),
     PatchEmbedCase("only_projected", 2, 17, 48, 24, kept=9, per="clip", position=False, agg=False),  # the agnostic order
     PatchEmbedCase("dark", 2, 17, 192, 24, kept=9, levels=(0, 12)),
-    PatchEmbedCase("grey", 2, 17, 192, 24, kept=9, levels=(118, 138)),  # what the fold adds and takes away again nearly cancels
+    PatchEmbedCase("grey", 2, 17, 192, 24, kept=9, levels=(118, 138)),  # without a centre, what the fold adds it takes away again
     PatchEmbedCase("bright", 2, 17, 192, 24, levels=(240, 255)),
     PatchEmbedCase("odd_clip", 2, 2 * 3 * 3, 2 * 4 * 4 * 3, 16, kept=7, clip=(3, 9, 11, 3), patch=(2, 4, 4)),
     PatchEmbedCase("clip_per_clip", 2, 2 * 2 * 3, 2 * 4 * 4 * 3, 16, kept=5, per="clip", clip=(4, 8, 12, 3), patch=(2, 4, 4)),

@@ -24,16 +24,11 @@ class Row(NamedTuple):
     when: Callable[..., bool] | None = None
 
 
-def _sdpa_is_faster_on_cpu(mode, q, *_) -> bool:
-    # measured at head_dim 64, T 785 (NOTES.md): fused forward wins in every dtype, the backward in fp32 only
-    return mode == "fwd" or q.dtype.itemsize >= 4
-
-
 _REFERENCES = tuple(Row(op, "reference") for op in OPS)
 
 # (framework, device): best first. What is not listed here still runs when asked for by name.
 PREFERENCE: dict[tuple[str, str], tuple[Row, ...]] = {
-    ("torch", "cpu"): (Row("attention", "torch_sdpa", _sdpa_is_faster_on_cpu), *_REFERENCES),
+    ("torch", "cpu"): (Row("attention", "torch_sdpa"), *_REFERENCES),
     ("torch", "cuda"): (Row("attention", "torch_sdpa"), *_REFERENCES),
 }
 BACKENDS: dict[str, tuple[str, ...]] = {
@@ -120,6 +115,13 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
     return None
 
 
+def check_one_device(**tensors) -> None:
+    """Raise ValueError where the given tensors, None ones aside, lie on more than one device: a kernel would read foreign memory."""
+    devices = {name: tensor.device for name, tensor in tensors.items() if tensor is not None}
+    if len(set(devices.values())) > 1:
+        raise ValueError(f"{', '.join(f'{name} is on {device}' for name, device in devices.items())}; move them to one device")
+
+
 def without_autocast(implementation):
     """Inside an op the caller's autocast is off: the wrapper has cast what should be cast, backends choose the rest."""
 
@@ -141,8 +143,15 @@ def _rows(op: str, tensor) -> tuple[Row, ...]:
 def _objection(op: str, name: str, *tensors, **options) -> str | None:
     if name not in BACKENDS[op]:
         return f"{op} has no such backend; it has {', '.join(BACKENDS[op])} (ask per op: VATT_FAST_BACKEND={op}=...)"
-    return _module(op, name).unsupported(*tensors, **options)
+    try:
+        module = _module(op, name)
+    except ModuleNotFoundError as error:
+        if (error.name or __package__).startswith(__package__):  # ours is missing: a bug, not a part to install
+            raise
+        return f"it needs {error.name}, which is not installed"
+    return module.unsupported(*tensors, **options)
 
 
+@functools.cache
 def _module(op: str, name: str):
     return importlib.import_module(f"{__package__}.{op}.{name}")

@@ -39,7 +39,7 @@ def softmax(xp, scores, *, holes: bool):
 
 
 def take_rows(xp, x, keep):
-    """x (B, N, ...) -> (B, K, ...) for keep (K,) or (B, K)."""
+    """x (B, N, ...) -> (B, K, ...) for keep (K,) or (B, K); x (1, N, ...) stands for every clip."""
     if isinstance(keep, torch.Tensor):
         keep = keep.long()
     return x[:, keep] if keep.ndim == 1 else x[xp.arange(x.shape[0], **_like(x))[:, None], keep]

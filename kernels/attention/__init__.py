@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ..dispatch import autocast_dtype, choose, requested, without_autocast
+from ..dispatch import autocast_dtype, check_one_device, choose, requested, without_autocast
 
 # B batch, T query tokens, S key tokens, H heads
 
@@ -29,13 +29,13 @@ def attention(
         q: (B, T, H, head_dim) float; k, v: (B, S, H, head_dim), same dtype. Any strides with a contiguous last axis: the three slices of a
             packed qkv need no copy. Cast to the autocast dtype under autocast.
         scale: factor of the logits, usually head_dim ** -0.5.
-        bias: (H, T, S) float added to the scores, with gradient.
+        bias: (H, T, S) float added to the scores, with gradient; -inf excludes a key too.
         key_mask: (B, S) bool, True = attend.
         deterministic: same bits every run; None follows ``torch.use_deterministic_algorithms``.
 
     Returns:
         out (B, T, H, head_dim) in the compute dtype and lse (B, H, T) in fp32 (fp64 for fp64), both differentiable. A row without any key
-        gives out 0, lse -inf and zero gradients.
+        gives out 0, lse -inf and zero gradients, whatever gradient its lse receives.
 
     Raises:
         ValueError: shapes or dtypes that do not fit; or the backend asked for cannot run them.
@@ -58,6 +58,7 @@ def _check(q, k, v, bias, key_mask):
         )
     if 0 in q.shape or 0 in k.shape:
         raise ValueError(f"q {tuple(q.shape)} or k {tuple(k.shape)} is empty; every axis needs at least one element")
+    check_one_device(q=q, k=k, v=v, bias=bias, key_mask=key_mask)
     if not q.is_floating_point():
         raise ValueError(f"q is {q.dtype}; attention takes floating point")
     if bias is not None and (bias.shape != (q.shape[2], q.shape[1], k.shape[1]) or not bias.is_floating_point()):

@@ -8,17 +8,20 @@ import math
 import torch
 import torch.nn.functional as F
 
+from ..numerics import wide
 from . import reference
 
 aten = torch.ops.aten
 _LSE_ALIGNMENT = 32  # the memory-efficient kernel pads lse's last axis
+_MASK_ALIGNMENT = 8  # and wants a mask whose rows start on multiples of 8 elements
+_MAX_FLASH_HEAD_DIM = 256
 
 # B batch, T queries, S keys, H heads
 
 
 def forward(q, k, v, *, scale, bias=None, key_mask=None, deterministic=False):
     T = q.shape[1]
-    mask, some_key = _mask(q, k, bias, key_mask)
+    mask, empty = _mask(q, k, bias, key_mask)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     if q.device.type == "cpu":
         out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, False, attn_mask=mask, scale=scale)
@@ -26,11 +29,11 @@ def forward(q, k, v, *, scale, bias=None, key_mask=None, deterministic=False):
         out, lse = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, False, False, scale=scale)[:2]
     else:
         out, lse = aten._scaled_dot_product_efficient_attention(q, k, v, mask, True, 0.0, False, scale=scale)[:2]
-        lse = lse[..., :T]
+        lse = lse.narrow(-1, 0, T)
     out = out.transpose(1, 2)
-    if some_key is not None:
-        out = torch.where(some_key[:, None, None, None], out, 0.0)
-        lse = torch.where(some_key[:, None, None], lse, -math.inf)
+    if empty is not None:
+        out = torch.where(empty.transpose(1, 2).unsqueeze(-1), 0.0, out)
+        lse = torch.where(empty, -math.inf, lse)
     return out, lse
 
 
@@ -38,11 +41,13 @@ def backward(d_out, d_lse, q, k, v, out, lse, *, scale, bias=None, key_mask=None
     if d_lse is not None:  # aten's backward knows no gradient of lse
         options = dict(scale=scale, bias=bias, key_mask=key_mask, deterministic=deterministic, bias_grad=bias_grad)
         return reference.backward(d_out, d_lse, q, k, v, out, lse, **options)
-    T = q.shape[1]
-    mask, some_key = _mask(q, k, bias, key_mask)
-    if some_key is not None:  # no gradient in, none out; a huge lse makes those rows' probabilities 0
-        d_out = torch.where(some_key[:, None, None, None], d_out, 0.0)
-        lse = torch.where(some_key[:, None, None], lse, 1e4)
+    T, dtype = q.shape[1], q.dtype
+    if q.device.type == "cpu":  # the CPU's half-precision backward is 3 to 20 times slower than the fp32 one (NOTES.md)
+        d_out, q, k, v, out = (wide(torch, x) for x in (d_out, q, k, v, out))
+    mask, empty = _mask(q, k, bias, key_mask)
+    if empty is not None:  # no gradient in, none out; a huge lse makes those rows' probabilities 0
+        d_out = torch.where(empty.transpose(1, 2).unsqueeze(-1), 0.0, d_out)
+        lse = torch.where(empty, 1e4, lse)
     d_out, q, k, v, out = (x.transpose(1, 2) for x in (d_out, q, k, v, out))
     if q.device.type == "cpu":
         grads = aten._scaled_dot_product_flash_attention_for_cpu_backward(d_out, q, k, v, out, lse, 0.0, False, attn_mask=mask, scale=scale)
@@ -57,8 +62,8 @@ def backward(d_out, d_lse, q, k, v, out, lse, *, scale, bias=None, key_mask=None
             grads = aten._scaled_dot_product_efficient_attention_backward(
                 d_out, q, k, v, mask, out, lse, no_seed, no_seed, 0.0, [True, True, True, False], False, scale=scale
             )
-    d_q, d_k, d_v = grads[:3]
-    return d_q.transpose(1, 2), d_k.transpose(1, 2), d_v.transpose(1, 2), None
+    d_q, d_k, d_v = (grad.transpose(1, 2).to(dtype) for grad in grads[:3])
+    return d_q, d_k, d_v, None
 
 
 def _flash(q, mask) -> bool:
@@ -66,24 +71,20 @@ def _flash(q, mask) -> bool:
 
 
 def _mask(q, k, bias, key_mask):
-    """Additive (B, H, T, S) mask in q's dtype, and which clips have a key at all; those without attend everything and are blanked later."""
+    """Additive (B, H, T, S) mask in q's dtype, and which rows have no key (its first three axes, or 1): those attend everything and are
+    blanked later."""
     B, T, H, _ = q.shape
     if bias is None and key_mask is None:
         return None, None
-    mask = torch.zeros((1, 1, 1, 1), dtype=q.dtype, device=q.device) if bias is None else bias[None].to(q.dtype)
-    some_key = None
+    mask = torch.zeros((1, 1, 1, 1), dtype=q.dtype, device=q.device) if bias is None else bias.unsqueeze(0).to(q.dtype)
     if key_mask is not None:
-        some_key = key_mask.any(1)
-        allowed = key_mask | ~some_key[:, None]
-        mask = mask.masked_fill(~allowed[:, None, None, :], -math.inf)
-    mask = mask.expand(B, H, T, k.shape[1])
-    return (mask if q.device.type == "cpu" else _aligned(mask)), some_key
-
-
-def _aligned(mask):
-    """The memory-efficient kernel wants rows that start on multiples of 8 elements."""
-    padded = F.pad(mask, (0, -mask.shape[-1] % 8))
-    return padded[..., : mask.shape[-1]]
+        mask = mask.masked_fill(key_mask.logical_not().unsqueeze(1).unsqueeze(1), -math.inf)
+    empty = (mask == -math.inf).all(-1)
+    mask = mask.masked_fill(empty.unsqueeze(-1), 0.0)
+    if q.device.type != "cpu":
+        S = mask.shape[-1]
+        mask = F.pad(mask, (0, -S % _MASK_ALIGNMENT)).narrow(-1, 0, S)
+    return mask.expand(B, H, T, k.shape[1]), empty
 
 
 def unsupported(q, k, v, *, scale, bias=None, key_mask=None, deterministic=False, bias_grad=False) -> str | None:
@@ -93,11 +94,21 @@ def unsupported(q, k, v, *, scale, bias=None, key_mask=None, deterministic=False
         return "a trainable bias has no gradient here"
     if any(x.stride(-1) != 1 for x in (q, k, v)):
         return "the last axis of q, k and v must be contiguous"
-    if q.device.type == "cuda":
-        if q.dtype == torch.float64:
-            return "float64 is for the reference"
-        if q.shape[-1] % 8:
-            return f"head_dim {q.shape[-1]} is no multiple of 8"
-        if deterministic and not _flash(q, None if bias is None and key_mask is None else q):
-            return "the memory-efficient backward is not deterministic"
+    return _unsupported_on_cuda(q, bias is None and key_mask is None, deterministic) if q.device.type == "cuda" else None
+
+
+def _unsupported_on_cuda(q, unmasked: bool, deterministic: bool) -> str | None:
+    half = q.dtype in (torch.float16, torch.bfloat16)
+    if q.dtype == torch.float64:
+        return "float64 is for the reference"
+    if q.shape[-1] % 8:
+        return f"head_dim {q.shape[-1]} is no multiple of 8"
+    if half and unmasked and q.shape[-1] > _MAX_FLASH_HEAD_DIM:
+        return f"head_dim {q.shape[-1]} is beyond flash attention's {_MAX_FLASH_HEAD_DIM}"
+    if half and torch.cuda.is_available() and torch.cuda.get_device_capability(q.device) < (8, 0):
+        return "flash attention and bf16 need compute capability 8.0"
+    if deterministic and not (half and unmasked):
+        return "the memory-efficient backward is not deterministic"
+    if deterministic and not torch.are_deterministic_algorithms_enabled():
+        return "flash attention is deterministic only under torch.use_deterministic_algorithms(True)"
     return None

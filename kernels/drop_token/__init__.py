@@ -7,16 +7,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..dispatch import choose, requested, without_autocast
+from ..dispatch import check_one_device, choose, requested, without_autocast
 
 # B batch, N tokens, K kept
 
 
 def num_kept(num_tokens: int, drop_rate: float) -> int:
-    """N - ceil(drop_rate * N), with room for the rounding of rates such as 0.9."""
+    """K = N - ceil(drop_rate * N), with room for the rounding of rates such as 0.9.
+
+    Raises:
+        ValueError: no token, drop_rate outside [0, 1), or so high that it keeps none.
+    """
+    if num_tokens < 1:
+        raise ValueError(f"num_tokens is {num_tokens}; there must be at least one")
     if not 0 <= drop_rate < 1:
         raise ValueError(f"drop_rate is {drop_rate}; it is the fraction removed and lies in [0, 1)")
-    return num_tokens - math.ceil(drop_rate * num_tokens - 1e-9)
+    kept = num_tokens - math.ceil(drop_rate * num_tokens - 1e-9)
+    if kept < 1:
+        raise ValueError(f"drop_rate {drop_rate} keeps none of {num_tokens} tokens; take at most {1 - 1 / num_tokens:.6g}")
+    return kept
 
 
 def sample_keep(
@@ -35,15 +44,13 @@ def sample_keep(
         int32 indices, distinct and sorted: (K,), or (batch, K) per clip. K = N - ceil(drop_rate * N).
 
     Raises:
-        ValueError: drop_rate outside [0, 1), no token, unknown ``per``, or per clip without a batch.
+        ValueError: drop_rate outside [0, 1) or keeping nothing, no token, unknown ``per``, or per clip without a batch.
     """
-    if num_tokens < 1:
-        raise ValueError(f"num_tokens is {num_tokens}; there must be at least one")
     if per not in ("batch", "clip"):
         raise ValueError(f"per is {per!r}; it is 'batch' or 'clip'")
-    draws = batch if per == "clip" else 1
-    if draws is None or draws < 1:
+    if (per == "clip" and batch is None) or (batch is not None and batch < 1):
         raise ValueError(f"per='clip' draws for each of `batch` clips, and batch is {batch}; give at least 1")
+    draws = batch if per == "clip" and batch else 1
     kept = num_kept(num_tokens, drop_rate)
     key = int.from_bytes(hashlib.blake2b(f"{seed}/{step}/{stream}".encode(), digest_size=8).digest(), "little")
     clips = np.arange(draws, dtype=np.uint64)
@@ -67,12 +74,12 @@ def check_keep(keep: Tensor | np.ndarray, num_tokens: int, *, name: str = "keep"
 
     Reads the values: call it where indices enter, not in a step's hot path on a device.
     """
-    values = np.asarray(keep)
+    values = np.asarray(keep.cpu() if isinstance(keep, Tensor) else keep)
     if values.dtype.kind not in "iu" or values.ndim not in (1, 2) or values.size == 0:
         raise ValueError(f"{name} is {values.shape} {values.dtype}; it takes at least one integer index, (K,) or (B, K)")
     if values.min() < 0 or values.max() >= num_tokens:
         raise ValueError(f"{name} spans {values.min()} .. {values.max()}; indices lie in 0 .. {num_tokens - 1}")
-    if (np.diff(values, axis=-1) <= 0).any():
+    if (np.diff(values.astype(np.int64), axis=-1) <= 0).any():  # unsigned differences would wrap
         raise ValueError(f"{name} repeats an index or is not sorted; indices must increase: sort them and drop repeats")
 
 
@@ -91,15 +98,19 @@ def drop_token(tokens: Tensor, keep: Tensor) -> Tensor:
     Raises:
         ValueError: shapes or dtypes that do not fit; or the backend asked for cannot run them.
     """
-    if tokens.ndim != 3:
-        raise ValueError(f"tokens is {tuple(tokens.shape)}; drop_token takes (B, N, dim)")
+    if tokens.ndim != 3 or 0 in tokens.shape:
+        raise ValueError(f"tokens is {tuple(tokens.shape)}; drop_token takes (B, N, dim), no axis empty")
     check_keep_shape(keep, tokens.shape[0])
+    check_one_device(tokens=tokens, keep=keep)
     return _drop_token(tokens, keep, requested("drop_token"))
 
 
 def check_keep_shape(keep: Tensor, batch: int) -> None:
-    if keep.dtype not in (torch.int32, torch.int64) or keep.ndim not in (1, 2) or (keep.ndim == 2 and keep.shape[0] != batch):
-        raise ValueError(f"keep is {tuple(keep.shape)} {keep.dtype}; it must be int32 or int64, (K,) or (B, K) with B = {batch}")
+    fits = keep.ndim in (1, 2) and 0 not in keep.shape and (keep.ndim == 1 or keep.shape[0] == batch)
+    if keep.dtype not in (torch.int32, torch.int64) or not fits:
+        raise ValueError(
+            f"keep is {tuple(keep.shape)} {keep.dtype}; it must be int32 or int64, (K,) or (B, K) with B = {batch} and at least one index"
+        )
 
 
 @torch.library.custom_op("vatt_fast::drop_token", mutates_args=())

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ..dispatch import autocast_dtype, choose, requested, without_autocast
+from ..dispatch import autocast_dtype, check_one_device, choose, requested, without_autocast
 
 # M clips of x, N clips in all, P texts a clip, D dimensions
 
@@ -40,7 +40,8 @@ def contrastive_lse(
         bound: a promise that abs(S) <= bound (unit vectors: the scale's cap), which spares kernels the running maximum.
 
     Returns:
-        row (M,), col (N * P,), pos (M,) fp32 (fp64 for fp64), differentiable in x, y and scale. An empty set is -inf with zero gradient.
+        row (M,), col (N * P,), pos (M,) fp32 (fp64 for fp64), differentiable in x, y and scale. An empty set is -inf with zero
+        gradient, whatever gradient it receives.
 
     Raises:
         ValueError: shapes, dtypes or ranges that do not fit; or the backend asked for cannot run them.
@@ -52,6 +53,7 @@ def contrastive_lse(
     scale = scale.to(wide) if isinstance(scale, Tensor) else torch.full((), scale, dtype=wide, device=x.device)
     if scale.ndim:
         raise ValueError(f"scale has shape {tuple(scale.shape)}; it must be a float or a scalar tensor")
+    check_one_device(x=x, y=y, scale=scale, x_valid=x_valid, y_valid=y_valid)
     bound = math.inf if bound is None else float(bound)
     return _contrastive_lse(x, y, scale, x_valid, y_valid, texts_per_clip, first, bound, requested("nce"))
 

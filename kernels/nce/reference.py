@@ -9,7 +9,7 @@ from ..numerics import wide
 # M clips of x, N clips in all, P texts a clip, D dimensions
 
 
-def unsupported(x, y, *, scale, texts_per_clip, first, x_valid=None, y_valid=None, bound=None) -> str | None:
+def unsupported(x, y, *, scale, texts_per_clip=1, first=0, x_valid=None, y_valid=None, bound=None) -> str | None:
     return None
 
 
@@ -20,10 +20,12 @@ def forward(x, y, *, scale, texts_per_clip, first, x_valid=None, y_valid=None, b
 
 def backward(d_row, d_col, d_pos, x, y, row, col, pos, *, scale, texts_per_clip, first, x_valid=None, y_valid=None, bound=None, xp=torch):
     cosines, rows, cols, own = _scores(xp, x, y, scale, texts_per_clip, first, x_valid, y_valid)
-    row, col, pos = (xp.where(lse == -math.inf, math.inf, lse) for lse in (row, col, pos))  # weights 0 in an empty set
+    # an empty set's weights are 0, whatever gradient comes in
+    d_row, d_col, d_pos = (xp.where(lse == -math.inf, 0.0, d_lse) for lse, d_lse in ((row, d_row), (col, d_col), (pos, d_pos)))
+    row, col, pos = (xp.where(lse == -math.inf, math.inf, lse) for lse in (row, col, pos))
     weights = xp.exp(rows - row[:, None]) * d_row[:, None]
-    weights = weights + xp.exp(cols - col[None]) * d_col[None]
-    weights = weights + xp.exp(own - pos[:, None]) * d_pos[:, None]  # d loss / d scores, (M, N * P)
+    weights += xp.exp(cols - col[None]) * d_col[None]
+    weights += xp.exp(own - pos[:, None]) * d_pos[:, None]  # d loss / d scores, (M, N * P)
     d_scale = (weights * cosines).sum()
     return scale * (weights @ wide(xp, y)), scale * (weights.T @ wide(xp, x)), d_scale
 

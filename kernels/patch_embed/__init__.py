@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ..dispatch import autocast_dtype, choose, requested, without_autocast
+from ..dispatch import autocast_dtype, check_one_device, choose, requested, without_autocast
 from ..drop_token import check_keep_shape
 from .patchify import patchify, unpatchify
 
@@ -35,7 +35,8 @@ def patch_embed(
         tokens_0 = agg, when given; patches follow from index 1
 
     The compute dtype is the autocast dtype under autocast, else the weight's. uint8 is exact in bf16; scale and shift are folded:
-    W' = scale * W rounded to the compute dtype, b' = b + (shift / scale) * sum(W' as rounded), and the fold is differentiated.
+    W' = scale * W rounded to the compute dtype, b' = b + (shift / scale) * sum(W' as rounded), and the fold is differentiated. uint8 rows
+    enter the product as row - 128, as exact, with 128 * sum(W' as rounded) more in b': it costs nothing and grey clips lose nothing.
 
     Args:
         patches: (B, N, k) uint8 or float rows, (B, K, k) when gathered; or with ``patch`` a clip (B, T, H, W, C) or waveform (B, S).
@@ -53,7 +54,8 @@ def patch_embed(
     Raises:
         ValueError: shapes or dtypes that do not fit; or the backend asked for cannot run them.
     """
-    _check(patches, weight, bias, position, keep, scale, agg, patch, gathered)
+    _check(patches, weight, bias, position, keep, scale, shift, agg, patch, gathered)
+    check_one_device(patches=patches, weight=weight, bias=bias, position=position, keep=keep, agg=agg)
     dtype = autocast_dtype(patches.device) or weight.dtype
     name = requested("patch_embed")
     return _patch_embed(
@@ -61,13 +63,13 @@ def patch_embed(
     )
 
 
-def _check(patches, weight, bias, position, keep, scale, agg, patch, gathered):
+def _check(patches, weight, bias, position, keep, scale, shift, agg, patch, gathered):
     if patch is not None:
         if gathered:
             raise ValueError("gathered says that patches are rows, patch that they are a clip; give one of the two")
-        if patches.ndim != {3: 5, 1: 2}.get(len(patch)):
+        if patches.ndim != {3: 5, 1: 2}.get(len(patch)) or min(patch) < 1:
             raise ValueError(
-                f"a clip (B, T, H, W, C) takes a patch of 3 sizes, a waveform (B, S) of 1, got {tuple(patches.shape)} and {patch}"
+                f"a clip (B, T, H, W, C) takes a patch of 3 positive sizes, a waveform (B, S) of 1, got {tuple(patches.shape)} and {patch}"
             )
         count, values = _grid_size(patches.shape, patch)
     elif patches.ndim != 3:
@@ -81,25 +83,30 @@ def _check(patches, weight, bias, position, keep, scale, agg, patch, gathered):
     if weight.ndim != 2 or weight.shape[1] != values or not weight.is_floating_point():
         raise ValueError(f"weight is {tuple(weight.shape)} {weight.dtype}; it must be float (dim, k) with k = {values}")
     dim = weight.shape[0]
-    if bias.shape != (dim,):
-        raise ValueError(f"bias is {tuple(bias.shape)}; it must be ({dim},)")
-    if agg is not None and agg.shape != (dim,):
-        raise ValueError(f"agg is {tuple(agg.shape)}; it must be ({dim},)")
-    if scale == 0:
-        raise ValueError("scale is 0; it must not be: the shift is folded as shift / scale")
+    for name, vector in (("bias", bias), ("agg", agg)):
+        if vector is not None and (vector.shape != (dim,) or not vector.is_floating_point()):
+            raise ValueError(f"{name} is {tuple(vector.shape)} {vector.dtype}; it must be float ({dim},)")
+    if scale == 0 or not math.isfinite(scale) or not math.isfinite(shift):
+        raise ValueError(f"scale is {scale} and shift {shift}; both must be finite and scale not 0: the shift is folded as shift / scale")
     if keep is not None:
         check_keep_shape(keep, patches.shape[0])
         if gathered and keep.shape[-1] != count:
             raise ValueError(f"gathered patches have {count} rows, keep has {keep.shape[-1]} indices; they must agree")
     if position is not None:
         rows_known = not gathered or keep is None
-        if position.ndim != 2 or position.shape[1] != dim or (rows_known and position.shape[0] != count):
-            raise ValueError(f"position is {tuple(position.shape)}; it must be (N, dim) = ({count if rows_known else 'N'}, {dim})")
+        if (
+            position.ndim != 2
+            or position.shape[1] != dim
+            or (rows_known and position.shape[0] != count)
+            or not position.is_floating_point()
+        ):
+            N = count if rows_known else "N"
+            raise ValueError(f"position is {tuple(position.shape)} {position.dtype}; it must be float (N, dim) = ({N}, {dim})")
 
 
 def _grid_size(shape, patch) -> tuple[int, int]:
     """Number of patches of clips of ``shape``, and values in each."""
-    count = math.prod(-(-size // p) for size, p in zip(shape[1:], patch, strict=False))
+    count = math.prod([-(-size // p) for size, p in zip(shape[1:], patch, strict=False)])  # a list: dynamo traces no generator here
     return count, math.prod(patch) * math.prod(shape[1 + len(patch) :])
 
 

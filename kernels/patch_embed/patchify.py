@@ -19,25 +19,34 @@ def patchify(clip, patch: tuple[int, ...], *, pad_value: float = 0):
         (B, N, k): patches row-major over (time, height, width), values (t, h, w, c) inside a row.
 
     Raises:
-        ValueError: clip and patch do not match.
+        ValueError: clip and patch do not match, or the clip is empty.
     """
     axes = len(patch)
     if clip.ndim != {3: 5, 1: 2}.get(axes) or min(patch) < 1:
         raise ValueError(
             f"patchify takes a clip (B, T, H, W, C) with a patch of 3 sizes, or (B, S) with one, got {tuple(clip.shape)} and {tuple(patch)}"
         )
+    if 0 in clip.shape[1:]:
+        raise ValueError(f"the clip is {tuple(clip.shape)}; an empty one has no patches: leave it out")
     short = [-size % p for size, p in zip(clip.shape[1:], patch, strict=False)]
     if any(short):
         clip = _pad(clip, short, pad_value)
     grid = [size // p for size, p in zip(clip.shape[1:], patch, strict=False)]
     split = clip.reshape(clip.shape[0], *(n for pair in zip(grid, patch, strict=True) for n in pair), *clip.shape[1 + axes :])
     order = (0, *range(1, 2 * axes, 2), *range(2, 2 * axes + 1, 2), *range(2 * axes + 1, split.ndim))
-    return _permute(split, order).reshape(clip.shape[0], math.prod(grid), -1)
+    values = math.prod(patch) * math.prod(clip.shape[1 + axes :])
+    return _permute(split, order).reshape(clip.shape[0], math.prod(grid), values)
 
 
 def unpatchify(patches, patch: tuple[int, ...], shape: tuple[int, ...]):
-    """Inverse of ``patchify``: rows (B, N, k) to clips (B, *shape), shape (T, H, W, C) or (S,); padding is cut off."""
+    """Inverse of ``patchify``: rows (B, N, k) to clips (B, *shape), shape (T, H, W, C) or (S,); padding is cut off.
+
+    Raises:
+        ValueError: the rows are not those of such clips.
+    """
     axes = len(patch)
+    if len(shape) != {3: 4, 1: 1}.get(axes) or min(patch) < 1:
+        raise ValueError(f"unpatchify takes a patch of 3 sizes or 1 with shape (T, H, W, C) or (S,), got {tuple(patch)} and {tuple(shape)}")
     grid = [-(-size // p) for size, p in zip(shape, patch, strict=False)]
     channels = tuple(shape[axes:])
     if patches.ndim != 3 or tuple(patches.shape[1:]) != (math.prod(grid), math.prod(patch) * math.prod(channels)):
