@@ -36,7 +36,7 @@ class DemoConfig:
     test_clips: int = 200
     seed: int = 0
     shuffle_captions: bool = False  # train on captions of other clips: retrieval must then stay near chance
-    learning_rate: float = 1e-3
+    learning_rate: float = 1.5e-3
     precision: str = "auto"
     workers: int = 1
 

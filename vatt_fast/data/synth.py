@@ -34,20 +34,21 @@ NOISE_BELOW_SIGNAL_DB = 20
 
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
 COLOURS = {
-    "red": (225, 45, 45),
-    "green": (45, 190, 70),
-    "blue": (55, 85, 240),
-    "yellow": (245, 220, 50),
-    "purple": (190, 70, 220),
-    "cyan": (60, 215, 225),
-}
+    "red": (255, 70, 60),
+    "green": (70, 220, 90),
+    "blue": (90, 130, 255),
+    "yellow": (250, 230, 60),
+    "purple": (225, 95, 250),
+    "cyan": (70, 230, 235),
+}  # all brighter than any background: an edge means the same in every colour
 MOTIONS = ("left", "right", "up", "down", "grow", "shrink", "orbit", "bounce")
 BACKGROUNDS = ("plain", "striped", "checkered", "dotted")
+TINTS = {"plain": (0, 0, 0), "striped": (0, 0, 28), "checkered": (0, 22, 0), "dotted": (28, 0, 0)}
 FACTORS: dict[str, tuple[str, ...]] = {"shape": SHAPES, "colour": tuple(COLOURS), "motion": MOTIONS, "background": BACKGROUNDS}
 
-# Share of each kind of caption, and how often a telling one names each factor.
+# Share of each kind of caption, and how often a telling one names each factor: what is seen at a glance the least.
 ABOUT_THE_CLIP, UNRELATED, ABOUT_ANOTHER = 0.70, 0.25, 0.05
-NAMED = 0.65
+NAMED = {"shape": 0.65, "colour": 0.5, "motion": 0.8, "background": 0.5}
 WORDS_AT_MOST = 16
 
 # At most a quarter of the combinations is held out, so that training still sees every pair of values.
@@ -83,10 +84,10 @@ PERIOD_SECONDS = {
 }
 ORBIT_RADIUS = (12.0, 16.0)
 BOUNCE_HEIGHT = (24.0, 32.0)
-SIZE = (9.0, 12.0)  # half the width of a shape
+SIZE = (12.0, 15.0)  # half the width of a shape
 GROWTH = (0.55, 1.4)  # factors between which the size of a growing shape runs
-GLIDE_SEMITONES = 2.0  # either way; less than half the distance between two shapes' pitches
-QUIET = 0.2  # the softest loudness, the loudest being 1
+GLIDE_SEMITONES = 3.5  # either way; less than half the distance between two shapes' pitches
+QUIET = 0.1  # the softest loudness, the loudest being 1
 
 
 @dataclass(frozen=True)
@@ -196,7 +197,7 @@ def _outline(shape: str, x: np.ndarray, y: np.ndarray, size: np.ndarray) -> np.n
 
 
 def _background(background: str, generator: np.random.Generator) -> np.ndarray:
-    """(SIDE, SIDE, 3) float: two close greys in a pattern whose place is random."""
+    """(SIDE, SIDE, 3) float: two dark, slightly tinted greys in a pattern whose place is random."""
     rows, columns = np.mgrid[:SIDE, :SIDE] + generator.integers(0, 16, 2)[:, None, None]
     if generator.random() < 0.5:
         rows, columns = columns, rows
@@ -208,8 +209,8 @@ def _background(background: str, generator: np.random.Generator) -> np.ndarray:
         light = ((rows // 8 + columns // 8) % 2).astype(float)
     else:
         light = (np.hypot(rows % 16 - 7.5, columns % 16 - 7.5) < 4.5).astype(float)
-    grey = generator.uniform(75, 95) + 45 * light
-    return grey[..., None] + generator.uniform(-6, 6, 3)  # a tint
+    grey = generator.uniform(15, 30) + 35 * light
+    return grey[..., None] + TINTS[background] + generator.uniform(-6, 6, 3)
 
 
 def render_frames(factors: Factors, course: Course, generator: np.random.Generator) -> np.ndarray:
@@ -227,8 +228,11 @@ def render_frames(factors: Factors, course: Course, generator: np.random.Generat
 
 # -- sound -------------------------------------------------------------------------------------------------------------
 
-# Base pitches lie a fourth apart, so glides of neighbours do not meet. Waveforms are sums of harmonics: (number, strength).
-PITCH_HZ = {shape: 170.0 * (4 / 3) ** place for place, shape in enumerate(SHAPES)}
+# Base pitches lie 8 semitones apart, so glides of neighbours do not meet, and high enough for a glide to show within one patch of 8 ms.
+# Waveforms are sums of harmonics: (number, strength), as far as they lie below HIGHEST_HZ.
+PITCH_HZ = {shape: 300.0 * 1.6**place for place, shape in enumerate(SHAPES)}
+HIGHEST_HZ = 6500.0  # glides stay below half the sample rate
+LOUDEST = 0.9  # of full scale, in every clip
 _HARMONICS: dict[str, tuple[tuple[int, float], ...]] = {
     "circle": ((1, 1.0),),  # a sine
     "square": tuple((n, 1 / n) for n in (1, 3, 5, 7, 9, 11)),
@@ -248,12 +252,14 @@ def render_audio(factors: Factors, course: Course, generator: np.random.Generato
     turn = np.exp(2j * np.pi * (turns % 1.0))
     voice, power, reached = np.zeros_like(seconds), np.ones_like(turn), 0
     for number, strength in _HARMONICS[factors.shape]:
+        if number * PITCH_HZ[factors.shape] > HIGHEST_HZ:  # the same harmonics whatever the motion
+            break
         while reached < number:
             power = power * turn
             reached += 1
         voice += strength * power.imag
     voice *= loudness / np.sqrt(np.mean(voice**2))
-    voice *= 0.18 / np.sqrt(np.mean(voice**2))  # all clips equally loud over their whole length
+    voice *= LOUDEST / np.abs(voice).max()
     noise = generator.normal(size=len(voice)) * np.sqrt(np.mean(voice**2)) * 10 ** (-NOISE_BELOW_SIGNAL_DB / 20)
     return np.clip(voice + noise, -1, 1).astype(np.float32)
 
@@ -307,7 +313,7 @@ def telling_sentence(factors: Factors, generator: np.random.Generator) -> str:
     """A sentence that names a random, non-empty part of the factors, with filler words around it."""
     named: set[str] = set()
     while not named:
-        named = {name for name in FACTORS if generator.random() < NAMED}
+        named = {name for name in FACTORS if generator.random() < NAMED[name]}
     thing = [_pick(generator, ("a", "the", "this"))]
     if generator.random() < 0.2:
         thing.append(_pick(generator, ("nice", "little", "simple", "funny")))
@@ -416,7 +422,7 @@ def render_world(
     if workers is not None and workers < 1:
         raise ValueError(f"workers is {workers}; rendering takes at least 1 process")
     folder = Path(folder)
-    recipe = {"world": 1, "num_train": num_train, "num_test": num_test, "seed": seed}
+    recipe = {"world": 2, "num_train": num_train, "num_test": num_test, "seed": seed}
     if _check_folder(folder, recipe):
         return folder
     folder.mkdir(parents=True, exist_ok=True)

@@ -14,7 +14,8 @@ _BLUE, _ORANGE, _GREEN = "#0072B2", "#D55E00", "#009E73"
 
 def plot_curves(metrics: str | os.PathLike, png: str | os.PathLike) -> None:
     """Loss, learning rate and speed against the step, from a run's metrics.jsonl. Raises ValueError for a file without steps."""
-    lines = [json.loads(line) for line in Path(metrics).read_text().splitlines()]
+    whole_lines = Path(metrics).read_text().rpartition("\n")[0].splitlines()  # a run killed or still writing may leave half a line
+    lines = [json.loads(line) for line in whole_lines]
     if not lines:
         raise ValueError(f"{metrics} holds no step; a run writes its first line after log_every steps")
     plt = _pyplot()

@@ -1,11 +1,11 @@
 """Retrieval measures: recall at 1, 5 and 10 and the median rank (paper section 4.4), and what a query's best hits are."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-_CHUNK = 1024  # queries at a time: the (Q, N) similarities are never held at once
+_CHUNK_ELEMENTS = 2**24  # similarities held at once, 64 MB in fp32; the whole (Q, N) of 100k clips would take 40 GB
 
 
 def retrieval_metrics(queries: np.ndarray, targets: np.ndarray, truth: np.ndarray) -> dict[str, float]:
@@ -29,8 +29,16 @@ def retrieval_metrics(queries: np.ndarray, targets: np.ndarray, truth: np.ndarra
         raise ValueError(f"truth is {truth.shape} {truth.dtype}; it must hold one integer for each of {len(queries)} queries")
     if truth.min() < 0 or truth.max() >= len(targets):
         raise ValueError(f"truth spans {truth.min()} .. {truth.max()}; there are targets 0 .. {len(targets) - 1}")
-    ranks = np.concatenate([_ranks(queries[i : i + _CHUNK] @ targets.T, truth[i : i + _CHUNK]) for i in range(0, len(queries), _CHUNK)])
+    ranks = np.concatenate([_ranks(similarity, truth[rows]) for rows, similarity in _chunks(queries, targets)])
     return {f"r{k}": float(100 * (ranks <= k).mean()) for k in (1, 5, 10)} | {"median_rank": float(np.median(ranks))}
+
+
+def _chunks(queries: np.ndarray, targets: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
+    """A few queries at a time: which, and their similarity to every target."""
+    size = max(1, _CHUNK_ELEMENTS // len(targets))
+    for first in range(0, len(queries), size):
+        rows = slice(first, first + size)
+        yield rows, queries[rows] @ targets.T
 
 
 def _ranks(similarity: np.ndarray, truth: np.ndarray) -> np.ndarray:
@@ -53,8 +61,13 @@ def top_k(queries: np.ndarray, targets: np.ndarray, k: int) -> np.ndarray:
     _same_width(queries, targets)
     if not 1 <= k <= len(targets):
         raise ValueError(f"k is {k}; it lies in 1 .. {len(targets)}, the number of targets")
-    parts = [np.argsort(-(queries[i : i + _CHUNK] @ targets.T), axis=1, kind="stable")[:, :k] for i in range(0, len(queries), _CHUNK)]
-    return np.concatenate(parts)
+    best = np.empty((len(queries), k), np.int64)
+    for rows, similarity in _chunks(queries, targets):
+        least = -np.partition(-similarity, k - 1, axis=1)[:, k - 1]  # the k-th best: only what reaches it is sorted
+        for row, (values, threshold) in enumerate(zip(similarity, least, strict=True), start=rows.start):
+            candidates = np.flatnonzero(values >= threshold)
+            best[row] = candidates[np.argsort(-values[candidates], kind="stable")[:k]]
+    return best
 
 
 def factor_agreement(
@@ -65,13 +78,22 @@ def factor_agreement(
     Args:
         top: (Q,) index of each query's best target.
         query_factors, target_factors: {factor: a value for each query, or target}.
+
+    Raises:
+        ValueError: no queries, other factors on the two sides, a missing value, or ``top`` out of range.
     """
+    top = np.asarray(top)
+    if top.ndim != 1 or not len(top) or top.dtype.kind not in "iu":
+        raise ValueError(f"top is {top.shape} {top.dtype}; it must hold one target index a query, as top_k(...)[:, 0] does")
     if set(query_factors) != set(target_factors):
         raise ValueError(f"queries have factors {sorted(query_factors)}, targets {sorted(target_factors)}; they must be the same")
     agreement = {}
     for name, wanted in query_factors.items():
         if len(wanted) != len(top):
-            raise ValueError(f"factor {name!r} has {len(wanted)} values for {len(top)} queries")
+            raise ValueError(f"factor {name!r} has {len(wanted)} values for {len(top)} queries; it takes one each")
+        if top.min() < 0 or top.max() >= len(target_factors[name]):
+            last = len(target_factors[name]) - 1
+            raise ValueError(f"top spans {top.min()} .. {top.max()}; factor {name!r} is given for targets 0 .. {last}")
         agreement[name] = float(100 * np.mean([target_factors[name][hit] == value for hit, value in zip(top, wanted, strict=True)]))
     return agreement
 
@@ -82,7 +104,7 @@ def _matrix(name: str, x: np.ndarray) -> np.ndarray:
         raise ValueError(f"{name} is {x.shape} {x.dtype}; it must be a float matrix (rows, D) with at least one row")
     if not np.isfinite(x).all():
         raise ValueError(f"{name} holds {(~np.isfinite(x)).any(1).sum()} rows that are not finite; leave clips without this modality out")
-    return x
+    return x.astype(np.float32) if x.dtype == np.float16 else x  # products in half precision would tie far too often
 
 
 def _same_width(queries: np.ndarray, targets: np.ndarray) -> None:
