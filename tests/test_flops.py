@@ -16,7 +16,22 @@ from vatt_fast.model import VATT
 
 @pytest.mark.parametrize("row", flops_table(), ids=lambda row: f"{row['table']}-{row['configuration']}-{row['drop_rate']}")
 def test_convention_meets_the_published_figure(row):
-    assert row["convention_gflops"] == pytest.approx(row["published_gflops"], rel=1e-3)
+    """Table 1 lies lower than twelve times the single view of Table 6; the others agree to the digits they print."""
+    assert row["convention_gflops"] == pytest.approx(row["published_gflops"], rel=1e-3 if row["table"] == 1 else 1.5e-4)
+
+
+def test_convention_to_the_last_digit():
+    """A neighbouring constant would pass the published digits; these two decimals fix all of them."""
+    convention = {(row["table"], row["configuration"], row["drop_rate"]): row["convention_gflops"] for row in flops_table()}
+    known = {
+        (5, "medium_base_small 32x224x224"): {0.75: 188.08, 0.5: 375.35, 0.25: 574.26, 0.0: 784.80},
+        (6, "medium 32x224x224"): {0.0: 548.12},
+        (6, "medium 64x224x224"): {0.0: 1222.14},
+        (6, "medium 32x320x320"): {0.75: 279.79, 0.5: 572.51, 0.25: 898.90, 0.0: 1252.34},
+    }
+    found = {name: {drop: round(convention[(*name, drop)], 2) for drop in figures} for name, figures in known.items()}
+    assert found == known
+    assert convention[1, "medium 32x320x320, 12 views", 0.0] == 12 * convention[6, "medium 32x320x320", 0.0]
 
 
 def test_the_table_has_every_row_and_its_true_counts():
@@ -87,6 +102,7 @@ def test_parameters_as_published():
     exact = {"video base": 87.907, "video medium": 154.958, "video large": 306.113, "text small": 19.04}
     for name, value in exact.items():
         assert rows[name]["millions"] == pytest.approx(value, abs=6e-3 if name == "text small" else 6e-4)
+    assert "19.66 M frozen" in rows["text small"]["explanation"] and "33.55 M learned" in rows["text small"]["explanation"]
     sums = {"base_base_small": 193.9, "medium_base_small": 260.9, "large_base_small": 412.1}
     for name, value in sums.items():
         assert rows[name]["millions"] == pytest.approx(value, abs=0.06)

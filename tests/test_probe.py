@@ -46,3 +46,14 @@ def test_without_scikit_learn_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.linear_model", None)
     with pytest.raises(ImportError, match="pip install"):
         linear_probe(np.zeros((2, 1)), [0, 1], np.zeros((2, 1)), [0, 1])
+
+
+def test_the_training_folds_choose_the_penalty():
+    """A strong penalty hides a weak feature among loud ones; a weak one fits noise: the folds find which of the two costs less."""
+    rng = np.random.default_rng(2)
+    labels = rng.integers(0, 8, 1400)
+    x = np.concatenate([rng.normal(size=(1400, 64)), 0.8 * (labels[:, None] == np.arange(8)) + 0.3 * rng.normal(size=(1400, 8))], axis=1)
+    split = (x[:1200], labels[:1200], x[1200:], labels[1200:])
+    weak, strong = linear_probe(*split, strengths=(1e-5,)), linear_probe(*split, strengths=(1.0,))
+    assert strong > weak + 5
+    assert linear_probe(*split, strengths=(1e-5, 1.0)) == strong

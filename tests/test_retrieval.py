@@ -89,8 +89,10 @@ def test_windows_are_clip_major_and_averaged():
 
 
 def test_factor_agreement():
-    factors = {"colour": ["red", "blue", "red"], "shape": ["ring", "ring", "star"]}
-    assert factor_agreement(np.array([0, 2, 0]), factors, factors) == {"colour": pytest.approx(200 / 3), "shape": pytest.approx(100 / 3)}
+    """Three queries about four clips: the hits are clips 3, 2, 0."""
+    wanted = {"colour": ["red", "blue", "red"], "shape": ["ring", "ring", "star"]}
+    clips = {"colour": ["red", "green", "blue", "red"], "shape": ["ring", "ring", "ring", "star"]}
+    assert factor_agreement(np.array([3, 2, 0]), wanted, clips) == {"colour": 100.0, "shape": pytest.approx(100 / 3)}
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,7 @@ FACTORS: dict[str, tuple[str, ...]] = {"shape": SHAPES, "colour": tuple(COLOURS)
 
 # Share of each kind of caption, and how often a telling one names each factor: what is seen at a glance the least.
 ABOUT_THE_CLIP, UNRELATED, ABOUT_ANOTHER = 0.70, 0.25, 0.05
-NAMED = {"shape": 0.65, "colour": 0.5, "motion": 0.8, "background": 0.5}
+NAMED = {"shape": 0.75, "colour": 0.5, "motion": 0.9, "background": 0.5}
 WORDS_AT_MOST = 16
 
 # At most a quarter of the combinations is held out, so that training still sees every pair of values.
@@ -84,10 +84,11 @@ PERIOD_SECONDS = {
 }
 ORBIT_RADIUS = (12.0, 16.0)
 BOUNCE_HEIGHT = (24.0, 32.0)
-SIZE = (12.0, 15.0)  # half the width of a shape
+SIZE = (12.0, 14.0)  # half the width of a shape, times:
+RELATIVE_SIZE = {"circle": 0.7, "square": 1.15, "triangle": 1.0, "star": 0.9, "cross": 1.2, "ring": 1.2}  # tells at the scale of a patch
 GROWTH = (0.55, 1.4)  # factors between which the size of a growing shape runs
 GLIDE_SEMITONES = 3.5  # either way; less than half the distance between two shapes' pitches
-QUIET = 0.1  # the softest loudness, the loudest being 1
+QUIET = 0.2  # the softest loudness, the loudest being 1
 
 
 @dataclass(frozen=True)
@@ -220,6 +221,7 @@ def render_frames(factors: Factors, course: Course, generator: np.random.Generat
     rows, columns = np.mgrid[:SIDE, :SIDE].astype(np.float32)
     half = SIDE / 2
     across, down = (columns - x + half) % SIDE - half, (rows - y + half) % SIDE - half
+    size = size * np.float32(RELATIVE_SIZE[factors.shape])
     cover = np.clip(0.5 - _outline(factors.shape, across, down, size), 0, 1)[..., None]
     colour = (np.array(COLOURS[factors.colour]) + generator.uniform(-8, 8, 3)).astype(np.float32)
     ground = _background(factors.background, generator).astype(np.float32)
@@ -422,7 +424,7 @@ def render_world(
     if workers is not None and workers < 1:
         raise ValueError(f"workers is {workers}; rendering takes at least 1 process")
     folder = Path(folder)
-    recipe = {"world": 2, "num_train": num_train, "num_test": num_test, "seed": seed}
+    recipe = {"world": 3, "num_train": num_train, "num_test": num_test, "seed": seed}
     if _check_folder(folder, recipe):
         return folder
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,20 +1,29 @@
 """Linear probe: what a linear classifier reads off frozen features (paper section 4.5)."""
 
+import warnings
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+_FOLDS = 5
+
 
 def linear_probe(
-    train_features: np.ndarray, train_labels: Sequence[Any], test_features: np.ndarray, test_labels: Sequence[Any], *, strength: float = 0.1
+    train_features: np.ndarray,
+    train_labels: Sequence[Any],
+    test_features: np.ndarray,
+    test_labels: Sequence[Any],
+    *,
+    strengths: Sequence[float] = (0.01, 0.1, 1.0, 10.0),
 ) -> float:
     """Accuracy in percent on the test features of a logistic regression fitted to the training features.
 
     Args:
         train_features, test_features: (n, D) float; standardised with the training features' mean and deviation.
         train_labels, test_labels: n labels, any hashable values.
-        strength: inverse of the L2 penalty (scikit-learn's C).
+        strengths: inverses of the L2 penalty (scikit-learn's C); the training folds choose among them, the test set never does.
 
     Raises:
         ValueError: shapes that do not match, features that are not finite, fewer than two classes.
@@ -22,6 +31,7 @@ def linear_probe(
     """
     try:
         from sklearn.linear_model import LogisticRegression
+        from sklearn.model_selection import GridSearchCV, StratifiedKFold
         from sklearn.pipeline import make_pipeline
         from sklearn.preprocessing import StandardScaler
     except ImportError as error:
@@ -35,5 +45,12 @@ def linear_probe(
         raise ValueError(f"features are {np.shape(train_features)[1]} wide in training, {np.shape(test_features)[1]} in the test")
     if len(set(train_labels)) < 2:
         raise ValueError("the training labels are all alike; a probe needs at least two classes")
-    classifier = make_pipeline(StandardScaler(), LogisticRegression(C=strength, max_iter=2000))
-    return float(100 * classifier.fit(train_features, train_labels).score(test_features, test_labels))
+    folds = min(_FOLDS, max(Counter(train_labels).values()))
+    if folds < 2:
+        raise ValueError("every training label occurs once; choosing the penalty takes a class with at least two clips")
+    classifier = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
+    chosen = GridSearchCV(classifier, {"logisticregression__C": list(strengths)}, cv=StratifiedKFold(folds, shuffle=True, random_state=0))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The least populated class", UserWarning)  # rare classes miss some folds
+        chosen.fit(train_features, train_labels)
+    return float(100 * chosen.score(test_features, test_labels))
