@@ -84,8 +84,8 @@ PERIOD_SECONDS = {
 }
 ORBIT_RADIUS = (12.0, 16.0)
 BOUNCE_HEIGHT = (24.0, 32.0)
-SIZE = (12.0, 14.0)  # half the width of a shape, times:
-RELATIVE_SIZE = {"circle": 0.7, "square": 1.15, "triangle": 1.0, "star": 0.9, "cross": 1.2, "ring": 1.2}  # tells at the scale of a patch
+SIZE = (12.5, 13.5)  # half the width of a shape, times:
+RELATIVE_SIZE = {"circle": 0.6, "star": 0.75, "triangle": 0.95, "square": 1.05, "cross": 1.3, "ring": 1.4}  # tells at the scale of a patch
 GROWTH = (0.55, 1.4)  # factors between which the size of a growing shape runs
 GLIDE_SEMITONES = 3.5  # either way; less than half the distance between two shapes' pitches
 QUIET = 0.2  # the softest loudness, the loudest being 1
@@ -424,7 +424,7 @@ def render_world(
     if workers is not None and workers < 1:
         raise ValueError(f"workers is {workers}; rendering takes at least 1 process")
     folder = Path(folder)
-    recipe = {"world": 3, "num_train": num_train, "num_test": num_test, "seed": seed}
+    recipe = {"world": 4, "num_train": num_train, "num_test": num_test, "seed": seed}
     if _check_folder(folder, recipe):
         return folder
     folder.mkdir(parents=True, exist_ok=True)
