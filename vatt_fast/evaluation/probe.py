@@ -53,4 +53,4 @@ def linear_probe(
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The least populated class", UserWarning)  # rare classes miss some folds
         chosen.fit(train_features, train_labels)
-    return float(100 * chosen.score(test_features, test_labels))
+    return 100 * np.count_nonzero(chosen.predict(test_features) == np.asarray(test_labels)) / len(test_labels)

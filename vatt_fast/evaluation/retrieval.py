@@ -30,7 +30,7 @@ def retrieval_metrics(queries: np.ndarray, targets: np.ndarray, truth: np.ndarra
     if truth.min() < 0 or truth.max() >= len(targets):
         raise ValueError(f"truth spans {truth.min()} .. {truth.max()}; there are targets 0 .. {len(targets) - 1}")
     ranks = np.concatenate([_ranks(similarity, truth[rows]) for rows, similarity in _chunks(queries, targets)])
-    return {f"r{k}": float(100 * (ranks <= k).mean()) for k in (1, 5, 10)} | {"median_rank": float(np.median(ranks))}
+    return {f"r{k}": 100 * np.count_nonzero(ranks <= k) / len(ranks) for k in (1, 5, 10)} | {"median_rank": float(np.median(ranks))}
 
 
 def _chunks(queries: np.ndarray, targets: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
@@ -94,7 +94,7 @@ def factor_agreement(
         if top.min() < 0 or top.max() >= len(target_factors[name]):
             last = len(target_factors[name]) - 1
             raise ValueError(f"top spans {top.min()} .. {top.max()}; factor {name!r} is given for targets 0 .. {last}")
-        agreement[name] = float(100 * np.mean([target_factors[name][hit] == value for hit, value in zip(top, wanted, strict=True)]))
+        agreement[name] = 100 * sum(target_factors[name][hit] == value for hit, value in zip(top, wanted, strict=True)) / len(wanted)
     return agreement
 
 
