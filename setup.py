@@ -10,4 +10,5 @@ kernels = ["vatt_fast.kernels", *(f"vatt_fast.kernels.{name}" for name in find_p
 setup(
     packages=[*find_packages(include=["vatt_fast", "vatt_fast.*"]), *kernels],
     package_dir={"vatt_fast.kernels": "kernels"},
+    package_data={"vatt_fast.kernels": ["tiles/*.json"]},
 )

@@ -4,11 +4,11 @@ A backend is a module ``kernels/<op>/<backend>.py`` with ``forward``, ``backward
 a pure function of shapes, dtypes, device and installed parts. Adding one is that file and its rows in PREFERENCE.
 """
 
+import contextlib
 import functools
 import importlib
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -24,12 +24,37 @@ class Row(NamedTuple):
     when: Callable[..., bool] | None = None
 
 
+def _short(mode, q, k, v) -> bool:
+    """Up to the lengths at which the tail of a tile weighs more than its inside; beyond, the libraries' kernels are ahead (NOTES.md)."""
+    return k.shape[1] <= 2048
+
+
+def _backward(mode, *tensors) -> bool:
+    """One pass writes gradients and zeros alike; forward, a gather of rows is a gather of rows (predicted, NOTES.md)."""
+    return mode == "bwd"
+
+
+def _not_yet_measured(mode, *tensors) -> bool:
+    """No measurement has shown it to be the faster choice: it runs when asked for."""
+    return False
+
+
 _REFERENCES = tuple(Row(op, "reference") for op in OPS)
 
 # (framework, device): best first. What is not listed here still runs when asked for by name.
 PREFERENCE: dict[tuple[str, str], tuple[Row, ...]] = {
     ("torch", "cpu"): (Row("attention", "torch_sdpa"), *_REFERENCES),
-    ("torch", "cuda"): (Row("attention", "torch_sdpa"), *_REFERENCES),
+    ("torch", "cuda"): (
+        Row("attention", "triton_gpu", _short),
+        Row("attention", "torch_sdpa"),
+        Row("attention", "triton_gpu"),
+        Row("attention", "torch_cudnn", _not_yet_measured),
+        Row("attention", "flash_attn", _not_yet_measured),
+        Row("drop_token", "triton_gpu", _backward),
+        Row("nce", "triton_gpu"),
+        Row("patch_embed", "triton_gpu"),
+        *_REFERENCES,
+    ),
 }
 BACKENDS: dict[str, tuple[str, ...]] = {
     op: tuple(dict.fromkeys(row.backend for rows in PREFERENCE.values() for row in rows if row.op == op)) for op in OPS
@@ -58,7 +83,7 @@ def requested(op: str) -> str:
     return _forced.get(op, "")
 
 
-@contextmanager
+@contextlib.contextmanager
 def use_backend(request: str) -> Iterator[None]:
     """Run ops on the backends asked for, or raise their objection; never a silent substitute.
 
@@ -123,14 +148,17 @@ def check_one_device(**tensors) -> None:
 
 
 def without_autocast(implementation):
-    """Inside an op the caller's autocast is off: the wrapper has cast what should be cast, backends choose the rest."""
+    """Inside an op the caller's autocast is off: the wrapper has cast what should be cast, backends choose the rest. And the tensors' GPU
+    is the current one: Triton launches there, whichever the tensors are on."""
 
     @functools.wraps(implementation)
     def run(*args, **kwargs):
         device = args[0].device
-        if autocast_dtype(device) is None:
-            return implementation(*args, **kwargs)
-        with torch.autocast(device.type, enabled=False):
+        with contextlib.ExitStack() as stack:
+            if autocast_dtype(device) is not None:
+                stack.enter_context(torch.autocast(device.type, enabled=False))
+            if device.type == "cuda":
+                stack.enter_context(torch.cuda.device(device))
             return implementation(*args, **kwargs)
 
     return run

@@ -1,6 +1,8 @@
 """Which backend runs, why, how one asks for another; what the package imports; and what each op says to bad input."""
 
 import ast
+import importlib
+import importlib.util
 import os
 import subprocess
 import sys
@@ -13,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import vatt_fast.kernels
 from vatt_fast.kernels import attention, contrastive_lse, dispatch, explain, patch_embed, use_backend
-from vatt_fast.kernels.attention import reference, torch_sdpa
+from vatt_fast.kernels.attention import reference, torch_cudnn, torch_sdpa
 from vatt_fast.kernels.cases import CASES, make
 from vatt_fast.kernels.dispatch import Row, choose, requested
 
@@ -188,8 +190,8 @@ def test_objections_of_sdpa_on_cpu(inputs, objection):
 )
 def test_objections_of_sdpa_on_cuda(dtype, head_dim, masked, deterministic, objection):
     with FakeTensorMode():
-        q = torch.empty(2, 17, 3, head_dim, dtype=dtype, device="cuda")
-        key_mask = torch.ones(2, 17, dtype=torch.bool, device="cuda") if masked else None
+        q = torch.empty(2, 2100, 3, head_dim, dtype=dtype, device="cuda")  # a length at which it comes first
+        key_mask = torch.ones(2, 2100, dtype=torch.bool, device="cuda") if masked else None
         reason = torch_sdpa.unsupported(q, q, q, scale=1.0, key_mask=key_mask, deterministic=deterministic)
         verdicts = explain("attention", q, q, q, scale=1.0, key_mask=key_mask, deterministic=deterministic)
     assert (reason is None) if objection is None else (objection in reason)
@@ -216,6 +218,82 @@ def test_the_cuda_calls_of_sdpa_fit_atens_schemas(dtype, masked, biased):
     assert grads[3] is None and {t.device.type for t in (out, lse, *grads[:3])} == {"cuda"}
 
 
+def test_the_calls_of_cudnn_fit_atens_schemas():
+    with FakeTensorMode():
+        q, k, v = torch.empty(2, 37, 3, 4, 64, device="cuda", dtype=torch.bfloat16).unbind(2)
+        assert torch_cudnn.unsupported(q, k, v, scale=0.125) is None
+        out, lse = torch_cudnn.forward(q, k, v, scale=0.125)
+        grads = torch_cudnn.backward(out, None, q, k, v, out, lse, scale=0.125)
+    assert out.shape == q.shape and lse.shape == (2, 4, 37) and lse.dtype == torch.float32
+    assert [g.shape for g in grads[:3]] == [q.shape] * 3 and grads[3] is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "objection"),
+    [
+        (dict(dtype=torch.float32), "takes fp16 and bf16, not torch.float32"),
+        (dict(head_dim=136), "no multiple of 8 up to 128"),
+        (dict(head_dim=60), "head_dim 60"),
+        (dict(key_mask=True), "without bias and key_mask"),
+        (dict(deterministic=True), "no fixed order"),
+        (dict(device="cpu"), "on cpu"),
+    ],
+)
+def test_objections_of_cudnn(changes, objection):
+    case = dict(dtype=torch.bfloat16, head_dim=64, key_mask=False, deterministic=False, device="cuda") | changes
+    with FakeTensorMode():
+        q = torch.empty(2, 17, 3, case["head_dim"], dtype=case["dtype"], device=case["device"])
+        key_mask = torch.ones(2, 17, dtype=torch.bool, device=case["device"]) if case["key_mask"] else None
+        assert objection in torch_cudnn.unsupported(q, q, q, scale=1.0, key_mask=key_mask, deterministic=case["deterministic"])
+
+
+class _FlashAttn(types.ModuleType):
+    """The two functions of flash-attn 2.7 that the backend calls, with their published parameters, computed plainly."""
+
+    @staticmethod
+    def _flash_attn_forward(
+        q, k, v, dropout_p, softmax_scale, causal, window_size_left, window_size_right, softcap, alibi_slopes, return_softmax
+    ):
+        assert (dropout_p, causal, window_size_left, window_size_right, softcap, alibi_slopes) == (0.0, False, -1, -1, 0.0, None)
+        return *reference.forward(q, k, v, scale=softmax_scale), None, None
+
+    @staticmethod
+    def _flash_attn_backward(
+        dout, q, k, v, out, softmax_lse, dq, dk, dv, dropout_p, softmax_scale, causal, window_size_left, window_size_right,
+        softcap, alibi_slopes, deterministic, rng_state=None,
+    ):  # fmt: skip
+        assert (dropout_p, causal, window_size_left, window_size_right, softcap, alibi_slopes) == (0.0, False, -1, -1, 0.0, None)
+        for target, grad in zip((dq, dk, dv), reference.backward(dout, None, q, k, v, out, softmax_lse, scale=softmax_scale), strict=False):
+            target.copy_(grad)
+
+
+def test_flash_attn_is_called_by_its_published_parameters(monkeypatch):
+    """Held against a module of the same interface; the package itself runs on GPUs only."""
+    monkeypatch.setitem(sys.modules, "flash_attn", types.ModuleType("flash_attn"))
+    monkeypatch.setitem(sys.modules, "flash_attn.flash_attn_interface", _FlashAttn("flash_attn.flash_attn_interface"))
+    sys.modules.pop("vatt_fast.kernels.attention.flash_attn", None)
+    backend = importlib.import_module("vatt_fast.kernels.attention.flash_attn")
+    del sys.modules[backend.__name__]  # nobody else shall meet the stand-in
+    q, k, v = torch.randn(2, 9, 3, 2, 16).unbind(2)
+    d_out, d_lse = torch.randn(2, 9, 2, 16), torch.randn(2, 2, 9)
+    out, lse = backend.forward(q, k, v, scale=0.25)
+    expected_out, expected_lse = reference.forward(q, k, v, scale=0.25)
+    assert torch.equal(out, expected_out) and torch.equal(lse, expected_lse)
+    for gradient in (None, d_lse):
+        grads = backend.backward(d_out, gradient, q, k, v, out, lse, scale=0.25)
+        expected = reference.backward(d_out, gradient, q, k, v, out, lse, scale=0.25)
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(grads[:3], expected[:3], strict=True))
+    assert "on cpu" in backend.unsupported(q, k, v, scale=1.0)
+
+
+def test_flash_attn_says_when_it_is_not_installed():
+    if importlib.util.find_spec("flash_attn"):
+        pytest.skip("flash-attn is installed here")
+    q = torch.randn(1, 3, 1, 8)
+    with pytest.raises(ValueError, match="it needs flash_attn, which is not installed"), use_backend("attention=flash_attn"):
+        attention(q, q, q, scale=1.0)
+
+
 # -- asking ------------------------------------------------------------------------------------------------------------
 
 
@@ -239,7 +317,8 @@ def test_a_bare_name_that_an_op_does_not_have_makes_that_op_raise():
         tensors, options = attention_inputs()
         attention(*tensors, **options)
         with pytest.raises(
-            ValueError, match=r"nce: backend 'torch_sdpa' cannot run this.*it has reference \(ask per op: VATT_FAST_BACKEND=nce="
+            ValueError,
+            match=r"nce: backend 'torch_sdpa' cannot run this.*it has reference, triton_gpu \(ask per op: VATT_FAST_BACKEND=nce=",
         ):
             contrastive_lse(**inputs)
 
@@ -274,11 +353,12 @@ def test_the_environment_variable_is_read_at_import(value, expected):
 
 def test_explain_covers_every_backend():
     tensors, options = attention_inputs("bias")
-    assert explain("attention", *tensors, **options) == {"torch_sdpa": "preferred (fwd, bwd)", "reference": "runs when asked for"}
-    assert explain("attention", *tensors, **options, bias_grad=True) == {
-        "torch_sdpa": "a trainable bias has no gradient here",
-        "reference": "preferred (fwd, bwd)",
-    }
+    verdicts = explain("attention", *tensors, **options)
+    assert set(verdicts) == set(dispatch.BACKENDS["attention"]) == {"triton_gpu", "torch_sdpa", "torch_cudnn", "flash_attn", "reference"}
+    assert verdicts["torch_sdpa"] == "preferred (fwd, bwd)" and verdicts["reference"] == "runs when asked for"
+    assert verdicts["torch_cudnn"] == "tensors are on cpu; cuDNN is reached on NVIDIA GPUs"
+    trained = explain("attention", *tensors, **options, bias_grad=True)
+    assert trained["torch_sdpa"] == "a trainable bias has no gradient here" and trained["reference"] == "preferred (fwd, bwd)"
     for op in ("drop_token", "nce", "patch_embed"):
         inputs = make(next(iter(CASES[op].values())))
         assert explain(op, *[inputs.pop(key) for key in list(inputs)[:2]], **inputs)
@@ -323,11 +403,10 @@ def test_kernels_import_nothing_of_the_model():
 def test_importing_kernels_loads_neither_jax_nor_triton():
     code = """
 import sys
-import torch
-before = set(sys.modules)
+for name in ("jax", "triton", "torchvision", "av"):  # importing one raises; torch itself looks for triton and does without
+    sys.modules[name] = None
 import vatt_fast.kernels
-new = {name.split(".")[0] for name in set(sys.modules) - before}
-print(sorted(new & {"jax", "triton", "torchvision", "av"}))
+print(sorted(name for name in sys.modules if name.startswith("vatt_fast.kernels.") and ("triton" in name or "pallas" in name)))
 print(sorted(name for name in sys.modules if name.startswith("vatt_fast.") and name.split(".")[1] in ("data", "training", "evaluation", "cli")))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -12,7 +12,7 @@ import plain_ops
 import pytest
 import torch
 
-from vatt_fast.kernels import attention, contrastive_lse, dispatch, drop_token, patch_embed, sample_keep, use_backend
+from vatt_fast.kernels import attention, contrastive_lse, dispatch, drop_token, patch_embed, sample_keep, tiles, use_backend
 from vatt_fast.kernels.cases import CASES, DIFFERENTIABLE, AttentionCase, make, tag
 
 OPS = {"attention": attention, "drop_token": drop_token, "nce": contrastive_lse, "patch_embed": patch_embed}
@@ -24,6 +24,7 @@ PLAIN = {
 }
 OUTPUTS = {"attention": ("out", "lse"), "drop_token": ("kept",), "nce": ("row", "col", "pos"), "patch_embed": ("tokens",)}
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+HALF_ONLY = {"flash_attn", "torch_cudnn"}
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
 PARITY = {op: [case for case in cases.values() if tag(case) == "parity"] for op, cases in CASES.items()}
@@ -133,8 +134,9 @@ def assert_as_good_as_plain(result, yardstick, truth, dtype, cancelled=None):
         if dtype == torch.float64:  # the truth's own precision
             assert error <= max(1e-12, torch.finfo(result[name].dtype).eps), where
             continue
-        assert error <= 2 * plain_error + eps / 2, where
-        bound = 8 * plain_rows.max() + eps / 2 * exact_rows.max()
+        slack = eps / 2 if exact.numel() > 1 else 8 * eps  # of one number plain's error is one draw, and may be luck
+        assert error <= 2 * plain_error + slack, where
+        bound = 8 * plain_rows.max() + slack * exact_rows.max()
         assert rows[worst] <= bound, f"{where}; plain's worst row {plain_rows.max():.2e}"
 
 
@@ -183,14 +185,18 @@ def test_gradients_without_one_of_lse(op, backend, case, device, dtype):
 @pytest.mark.parametrize(("op", "backend"), BACKENDS)
 def test_every_backend_runs_something(op, backend):
     homes = {device for (_, device), rows in dispatch.PREFERENCE.items() if any(row[:2] == (op, backend) for row in rows)}
-    if not homes & set(DEVICES):
-        pytest.skip(f"{backend} is at home on {', '.join(sorted(homes))}, which this machine lacks")
-    ran = 0
+    ran, objections = 0, set()
     for case in PARITY[op]:
-        with contextlib.suppress(ValueError), use_backend(f"{op}={backend}"):
-            OPS[op](**make(case, device=next(iter(homes & set(DEVICES)))))
-            ran += 1
-    assert ran
+        for device in DEVICES:
+            try:
+                with use_backend(f"{op}={backend}"):
+                    OPS[op](**make(case, torch.float16 if backend in HALF_ONLY else torch.float32, device))
+                ran += 1
+            except ValueError as error:
+                objections.add(str(error))
+    if not ran and (not homes & set(DEVICES) or any("not installed" in text for text in objections)):
+        pytest.skip(min(objections))
+    assert ran, objections
 
 
 @battery()
@@ -366,6 +372,26 @@ def test_dropped_patches_are_not_read(backend, name):
             torch.testing.assert_close(other[key], value, rtol=1e-5, atol=1e-5, msg=lambda text, key=key: f"{key}: {text}")
 
 
+@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+@pytest.mark.parametrize("name", ["kept_rows", "gathered_per_clip", "only_projected", "grey", "odd_clip", "waveform", "fp32_rows"])
+@pytest.mark.parametrize("device", DEVICES)
+def test_patches_packed_before_the_product(name, dtype, device):
+    """Triton's other way, which small cases do not choose: kept rows written out, multiplied by the library, finished in place."""
+    packed = {kernel: {"PACKED": 1} for kernel in ("patch_embed_forward", "patch_embed_weight")}
+    with contextlib.ExitStack() as stack:
+        for kernel, choice in packed.items():
+            stack.enter_context(tiles.force(kernel, choice))
+        judged("patch_embed", "triton_gpu", CASES["patch_embed"][name], device, DTYPES[dtype])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", ["past_a_tile", "text", "keyless", "bias"])
+def test_attention_backward_in_one_pass(name, device):
+    """Atomic sums into d_q, which short cases do not choose."""
+    with tiles.force("attention_backward", {"ONE_PASS": 1}):
+        judged("attention", "triton_gpu", CASES["attention"][name], device, torch.float32)
+
+
 @pytest.mark.parametrize("backend", dispatch.BACKENDS["nce"])
 @pytest.mark.parametrize("name", ["texts", "masked"])
 def test_devices_holding_a_part_each_equal_one(backend, name):
@@ -416,10 +442,11 @@ def test_any_backward_accepts_any_forwards_saved_tensors(op, forward_on, backwar
         yardstick = run(PLAIN[op], op, inputs, dtype=dtype)
         names = DIFFERENTIABLE[op][: 3 if op == "attention" else 2]
         tensors, options = [inputs[name] for name in names], {key: value for key, value in inputs.items() if key not in names}
-        modules = [dispatch._module(op, backend) for backend in (forward_on, backward_on)]
         grads_of = {"attention": {"bias_grad": inputs.get("bias") is not None}, "nce": {}}[op]
-        if reason := next((m.unsupported(*tensors, **options, **grads_of) for m in modules if m.unsupported(*tensors, **options)), None):
-            pytest.skip(reason)
+        objections = [dispatch._objection(op, backend, *tensors, **options) for backend in (forward_on, backward_on)]
+        if any(objections):
+            pytest.skip("; ".join(filter(None, objections)))
+        modules = [dispatch._module(op, backend) for backend in (forward_on, backward_on)]
         outputs = modules[0].forward(*tensors, **options)
         grads_of = {key: value and modules[1].unsupported(*tensors, **options, **grads_of) is None for key, value in grads_of.items()}
         grads = modules[1].backward(*cast_like(draw_seeds(outputs, dtype), outputs), *tensors, *outputs, **options, **grads_of)

@@ -1,0 +1,68 @@
+"""What the Triton kernels of two or more ops share: where they run, for which architecture, and a few device functions."""
+
+import torch
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)  # exp(x) = exp2(x * LOG2E)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+def interpreted() -> bool:
+    """Kernels run in Triton's interpreter, on host tensors: TRITON_INTERPRET=1 stood in the environment when they were imported."""
+    return triton.knobs.runtime.interpret
+
+
+def objection(*operands: torch.Tensor | float | None) -> str | None:
+    """Why Triton cannot take these operands here, shapes aside."""
+    given = [tensor for tensor in operands if isinstance(tensor, torch.Tensor)]
+    if given[0].device.type != "cuda" and not interpreted():
+        return f"tensors are on {given[0].device.type}; Triton runs there only with TRITON_INTERPRET=1"
+    for tensor in given:
+        if tensor.dtype == torch.float64:
+            return "float64 is for the reference"
+        if tensor.dtype == torch.bfloat16 and interpreted():
+            return "Triton's interpreter multiplies the raw bits of bfloat16"
+    return None
+
+
+def arch() -> str:
+    """Architecture the kernels are compiled for: "sm_90", "gfx942"; the interpreter takes the choices of sm_90."""
+    if interpreted():
+        return "sm_90"
+    target = triton.runtime.driver.active.get_current_target()
+    return f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch)
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """``input_precision`` of a kernel's tl.dot: fp32 operands are rounded to tf32 only where torch's own products are."""
+    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+@triton.jit
+def load_rows(x, stride, row, column, count, HEAD_DIM: tl.constexpr, RAGGED: tl.constexpr):
+    """Rows ``row`` of x (count, HEAD_DIM), 0 beyond its last column; RAGGED: some rows lie beyond ``count``, and are 0."""
+    pointers = x + row[:, None] * stride + column[None, :]
+    if RAGGED:
+        if column.shape[0] > HEAD_DIM:
+            tile = tl.load(pointers, mask=(row[:, None] < count) & (column[None, :] < HEAD_DIM), other=0.0)
+        else:
+            tile = tl.load(pointers, mask=row[:, None] < count, other=0.0)
+    elif column.shape[0] > HEAD_DIM:
+        tile = tl.load(pointers, mask=column[None, :] < HEAD_DIM, other=0.0)
+    else:
+        tile = tl.load(pointers)
+    return tile
+
+
+@triton.jit
+def store_rows(x, tile, stride, row, column, count, HEAD_DIM: tl.constexpr, RAGGED: tl.constexpr):
+    """The counterpart of ``load_rows``, in x's dtype."""
+    pointers = x + row[:, None] * stride + column[None, :]
+    tile = tile.to(x.dtype.element_ty)
+    if RAGGED:
+        tl.store(pointers, tile, mask=(row[:, None] < count) & (column[None, :] < HEAD_DIM))
+    elif column.shape[0] > HEAD_DIM:
+        tl.store(pointers, tile, mask=column[None, :] < HEAD_DIM)
+    else:
+        tl.store(pointers, tile)
