@@ -1,8 +1,9 @@
 """Tests import the installed package, never the checkout's folders: the root's ``kernels`` must not be found as a top-level name.
 
-Without a GPU, Triton kernels run in Triton's interpreter, which has to be asked for before they are imported.
+``bench`` is not installed; it alone is taken from the checkout. Without a GPU, Triton kernels run in Triton's interpreter, which has to be asked for before they are imported.
 """
 
+import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -15,6 +16,10 @@ if not torch.cuda.is_available():
 
 _root = Path(__file__).resolve().parent.parent
 sys.path[:] = [entry for entry in sys.path if entry not in ("", str(_root))]
+
+_spec = importlib.util.spec_from_file_location("bench", _root / "bench" / "__init__.py", submodule_search_locations=[str(_root / "bench")])
+sys.modules["bench"] = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(sys.modules["bench"])
 
 
 def pytest_collection_modifyitems(items):

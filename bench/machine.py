@@ -1,0 +1,92 @@
+"""The device under test: its name, versions, commit, and the ceilings measured on it now, matmul TFLOP/s and copy GB/s."""
+
+import datetime
+import functools
+import importlib.metadata
+import os
+import platform
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from .timer import Clock, EventClock, HostClock, interleaved
+
+ROOT = Path(__file__).resolve().parent.parent
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What the device reaches at best: a large matmul in a dtype, and a large copy, its read and its write both counted."""
+
+    tflops: float
+    gb_per_s: float
+
+
+H200 = Ceilings(tflops=790.0, gb_per_s=4300.0)  # bf16, as measured on one; predictions of the floor sheet
+
+
+def measure_ceilings(device: torch.device, dtype: torch.dtype, *, quick: bool = False) -> Ceilings:
+    """Median of interleaved runs of one matmul and one copy. ``quick`` takes sizes that only exercise the code."""
+    cuda = device.type == "cuda"
+    side = 256 if quick else 8192 if cuda else 1024
+    size = 1 << (16 if quick else 28 if cuda else 25)
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    source = torch.randn(size, device=device)
+    target = torch.empty_like(source)
+    clock: Clock = EventClock(device) if cuda else HostClock()
+    rounds = 3 if quick else 20 if cuda else 7
+    calls = {"matmul": [lambda: a @ b], "copy": [lambda: target.copy_(source)]}
+    times = interleaved(calls, rounds=rounds, warmup=2, clock=clock)
+    return Ceilings(2 * side**3 / times["matmul"].p50 / 1e9, 2 * source.nbytes / times["copy"].p50 / 1e6)
+
+
+def name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    models = (
+        [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        if cpuinfo.exists()
+        else []
+    )
+    return f"{models[0] if models else platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+
+
+def versions(device: torch.device) -> dict[str, str]:
+    found = {"python": platform.python_version(), "torch": torch.__version__}
+    if triton := version_of("triton"):
+        found["triton"] = triton
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        found["triton"] = f"{found.get('triton')} (interpreter)"
+    if device.type == "cuda":
+        found["cuda"] = torch.version.cuda or f"hip {torch.version.hip}"
+        found["cudnn"] = str(torch.backends.cudnn.version())
+    return found
+
+
+def version_of(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+@functools.cache
+def commit() -> str:
+    """Short hash, "-dirty" behind it where tracked files differ; "unknown" outside a checkout."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "--no-optional-locks", *arguments]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
+
+    try:
+        return git("rev-parse", "--short=10", "HEAD") + ("-dirty" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+
+
+def today() -> str:
+    return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d")

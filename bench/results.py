@@ -1,0 +1,101 @@
+"""The result line: one measurement, one line of JSON. Tables are made from lines, never typed."""
+
+import dataclasses
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """One contender on one case in one mode. Times of one process, its contenders interleaved."""
+
+    op: str  # or "step": a whole training step
+    case: str
+    dtype: str
+    mode: str  # fwd, bwd, fwd+bwd
+    backend: str  # ours, or a peer's name
+    ours: bool
+    ms_p20: float
+    ms_p50: float
+    ms_p80: float
+    rounds: int
+    clock: str  # cuda_graph, cuda_events, perf_counter
+    peak_bytes: int | None  # beyond the inputs; of a step everything
+    tflops: float | None  # achieved, where the floor is the matmuls'
+    gb_per_s: float | None  # achieved, where the floor is the bytes'
+    share_of_ceiling: float | None  # of the ceiling measured in this process
+    error: float | None  # worst of the outputs and, unless mode is fwd, the gradients: ||x - fp64|| / ||fp64||
+    error_of: str | None  # the tensor it belongs to
+    error_batch: int | None  # the batch at which it was measured
+    device: str
+    versions: dict[str, str]
+    commit: str
+    date: str
+    dropout: float = 0.0
+    drop_rate: float | None = None  # DropToken's, of the case
+    speedup_over_best_peer: float | None = None  # median over the rounds; of peers None
+    clips_per_second: float | None = None
+
+    def to_json(self) -> str:
+        return json.dumps(_rounded(dataclasses.asdict(self)))
+
+    @classmethod
+    def from_json(cls, text: str) -> "Line":
+        return cls(**json.loads(text))
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _rounded(each) for key, each in value.items()}
+    return float(f"{value:.5g}") if isinstance(value, float) else value
+
+
+def append(path: str | Path, lines: Iterable[Line]) -> None:
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.writelines(line.to_json() + "\n" for line in lines)
+
+
+def read(path: str | Path) -> list[Line]:
+    """Lines of a file; none where it does not exist. A last line cut short by a killed run is left out."""
+    path = Path(path)
+    if not path.exists():
+        return []
+    return [Line.from_json(text) for text in path.read_text().rpartition("\n")[0].splitlines() if text.strip()]
+
+
+_HEADINGS = ["op", "case", "dtype", "mode", "backend", "ms_p50", "p20..p80", "speed", "share", "error", "peak_MiB", "over_best_peer"]
+
+
+def markdown(lines: Sequence[Line]) -> str:
+    """One table; ours in bold, faster first within a case and mode."""
+    groups: dict[tuple, list[Line]] = {}
+    for line in lines:
+        groups.setdefault((line.op, line.case, line.dtype, line.mode), []).append(line)
+    rows = ["| " + " | ".join(_HEADINGS) + " |", "|" + "---|" * len(_HEADINGS)]
+    for group in groups.values():
+        rows += ["| " + " | ".join(_cells(line)) + " |" for line in sorted(group, key=lambda line: line.ms_p50)]
+    return "\n".join(rows)
+
+
+def _cells(line: Line) -> list[str]:
+    speed = f"{line.tflops:.4g} TFLOP/s" if line.tflops is not None else f"{line.gb_per_s:.4g} GB/s" if line.gb_per_s is not None else ""
+    if line.clips_per_second is not None:
+        speed = f"{line.clips_per_second:.4g} clips/s, {speed}"
+    return [
+        line.op,
+        line.case,
+        line.dtype,
+        line.mode,
+        f"**{line.backend}**" if line.ours else line.backend,
+        f"{line.ms_p50:.4g}",
+        f"{line.ms_p20:.4g}..{line.ms_p80:.4g}",
+        speed,
+        "" if line.share_of_ceiling is None else f"{line.share_of_ceiling:.0%}",
+        "" if line.error is None else f"{line.error:.1e} ({line.error_of})",
+        "" if line.peak_bytes is None else f"{line.peak_bytes / 2**20:.1f}",
+        "" if line.speedup_over_best_peer is None else f"{line.speedup_over_best_peer:.2f}x",
+    ]

@@ -1,0 +1,323 @@
+"""``python -m bench.run``: time an op's backends against its peers on named cases.
+
+    python -m bench.run --op attention --case video_mbs_drop50 --dtype bf16 --mode fwd bwd --out results.jsonl
+
+First the op's parity tests run in the asked dtype, and each contender's error is taken against fp64 at the case itself; what is red is not
+timed. Of every contender a line is printed and, with --out, appended.
+"""
+
+import argparse
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vatt_fast.kernels import dispatch
+from vatt_fast.kernels.cases import CASES, Case, make, tag
+
+from . import machine, op_calls, parity, results
+from .floors import MODES, Mode, work
+from .machine import DTYPES, Ceilings
+from .peers import Peer, peers
+from .results import Line
+from .timer import Clock, EventClock, GraphClock, HostClock, Timing, first_line, interleaved, peak_bytes, side_stream, trim_host_memory
+
+Function = Callable[..., tuple[Tensor, ...]]
+
+
+@dataclass
+class Setting:
+    """What all measurements of one process share."""
+
+    device: torch.device
+    clock: str = ""  # "" : graph replay on a GPU, perf_counter elsewhere
+    rounds: int = 0  # 0: 50 on a GPU, 11 elsewhere
+    warmup: int = 3
+    backends: tuple[str, ...] | None = None  # None: all of the op
+    peer_names: tuple[str, ...] | None = None  # None: all of the op
+    compiled_peers: bool = True
+    quick_ceilings: bool = False
+    deadline: float | None = None  # of time.monotonic
+    tiles: str = ""  # which tuned table is in use, where it is not the installed one
+    ceilings: dict[str, Ceilings] = field(default_factory=dict)
+    refused: dict[tuple[str, str], str] = field(default_factory=dict)  # (op, backend) -> why parity forbids timing
+    report: Callable[[str], None] = print
+
+    def __post_init__(self):
+        cuda = self.device.type == "cuda"
+        self.clock = self.clock or ("cuda_graph" if cuda else "perf_counter")
+        self.rounds = self.rounds or (50 if cuda else 11)
+        if self.clock != "perf_counter" and not cuda:
+            raise ValueError(f"clock {self.clock!r} needs a CUDA device; on {self.device.type} it is perf_counter")
+        self.versions = machine.versions(self.device) | ({"tiles": self.tiles} if self.tiles else {})
+        self.device_name = machine.name(self.device)
+
+    def make_clock(self, name: str = "") -> Clock:
+        name = name or self.clock
+        if name == "perf_counter":
+            return HostClock(self.device)
+        return GraphClock(self.device) if name == "cuda_graph" else EventClock(self.device)
+
+    def ceilings_of(self, dtype: str) -> Ceilings:
+        if dtype not in self.ceilings:
+            self.ceilings[dtype] = measured = machine.measure_ceilings(self.device, DTYPES[dtype], quick=self.quick_ceilings)
+            self.report(f"ceilings on {self.device_name}: {measured.tflops:.4g} TFLOP/s in {dtype}, copy {measured.gb_per_s:.4g} GB/s")
+        return self.ceilings[dtype]
+
+
+def gate(setting: Setting, ops: Iterable[str], dtype: str) -> None:
+    """Run the parity tests of the backends that will be timed, and note which are refused."""
+    cpu = setting.device.type == "cpu"  # where a Triton kernel is only interpreted: not timed, so not tested either
+    pairs = [(op, name) for op in ops for name in setting.backends or dispatch.BACKENDS[op] if not (cpu and name.startswith("triton"))]
+    timeout = None if setting.deadline is None else max(1.0, setting.deadline - time.monotonic())
+    found, output = parity.check(pairs, dtype, setting.device.type, timeout)
+    for op, backend in pairs:
+        reason = parity.objection(found, op, backend)
+        setting.refused.pop((op, backend), None)
+        if reason:
+            setting.refused[op, backend] = reason
+            if "red" in reason or not found:
+                setting.report(f"{op} {backend}: {reason}\n{output[-2000:]}")
+
+
+@dataclass
+class _Contender:
+    name: str
+    function: Function
+    errors: dict[str, float]
+    peer: Peer | None = None
+    no_backward: str | None = None  # why it is timed in mode fwd only
+
+
+def measure(setting: Setting, op: str, case: Case, dtype: str, modes: Sequence[Mode]) -> tuple[list[Line], dict[str, str]]:
+    """Lines of every contender that ran on a case, and {contender: reason} of the others."""
+    absent: dict[str, str] = {}
+    torch._dynamo.reset()  # peers are compiled for this case alone
+    trim_host_memory()
+    lines: list[Line] = []
+    with side_stream(setting.device):
+        contenders = _contenders(setting, op, case, dtype, absent)
+        for mode in modes:
+            lines += _measure_mode(setting, op, case, dtype, mode, contenders, absent)
+    if setting.device.type == "cuda":
+        torch.cuda.empty_cache()
+    return lines, absent
+
+
+def _contenders(setting: Setting, op: str, case: Case, dtype: str, absent: dict[str, str]) -> list[_Contender]:
+    """Those that run this case within bounds of error, ours first."""
+    small = op_calls.reduced(case, setting.device)
+    inputs = make(small, DTYPES[dtype], setting.device, seed=99)
+    exact = op_calls.truth(op, inputs, DTYPES[dtype])
+    plain = op_calls.errors(op_calls.values(_yardstick(op, small, setting.device), op, inputs), exact)
+    found: list[_Contender] = []
+    candidates: list[tuple[str, Peer | None]] = [(name, None) for name in setting.backends or dispatch.BACKENDS[op]]
+    candidates += [
+        (each.name, each) for each in peers(op, setting.peer_names) if setting.compiled_peers or not each.compiled or setting.peer_names
+    ]
+    for name, peer in candidates:
+        if peer is None and name.startswith("triton") and setting.versions.get("triton", "").endswith("(interpreter)"):
+            absent[name] = "Triton's interpreter runs it here: that takes no time worth telling"
+            continue
+        if peer is None and (reason := setting.refused.get((op, name))):
+            absent[name] = reason
+            continue
+        try:
+            function = op_calls.on_backend(op, name) if peer is None else peer.build(case, setting.device)
+            if isinstance(function, str):
+                absent[name] = function
+                continue
+            errors, no_backward = _errors(function, op, inputs, exact)
+        except Exception as error:
+            absent[name] = first_line(error)
+            continue
+        if peer is None and (reason := op_calls.red(errors, plain, DTYPES[dtype])):
+            absent[name] = setting.refused[op, name] = reason
+            setting.report(f"RED: {op} {name} on {case.name} {dtype}: {reason}; it is not timed")
+            continue
+        if peer is not None and not max(errors.values()) < 1:
+            absent[name] = f"it computes something else: errors {errors}"
+            continue
+        found.append(_Contender(name, function, errors, peer, no_backward))
+    return found
+
+
+def _errors(function: Function, op: str, inputs: dict[str, Any], exact: op_calls.Values) -> tuple[dict[str, float], str | None]:
+    """Errors of outputs and gradients; where there is no backward those of the outputs, and why."""
+    try:
+        return op_calls.errors(op_calls.values(function, op, inputs), exact), None
+    except Exception as error:
+        with torch.no_grad():  # what fails here too is absent
+            outputs = dict(zip(op_calls.COMPARED[op], function(**inputs), strict=True))
+        return op_calls.errors(outputs, {name: exact[name] for name in outputs}), first_line(error)
+
+
+def _yardstick(op: str, case: Case, device: torch.device) -> Function:
+    """Plain torch in the same dtype."""
+    name = {"attention": "eager", "drop_token": "gather", "nce": "materialised", "patch_embed": "gather_first"}[op]
+    function = peers(op, (name,))[0].build(case, device)
+    assert not isinstance(function, str)
+    return function
+
+
+def _measure_mode(setting, op: str, case: Case, dtype: str, mode: Mode, contenders, absent) -> list[Line]:
+    sets = op_calls.input_sets(case, DTYPES[dtype], setting.device)
+    calls: dict[str, list] = {}
+    peaks: dict[str, int] = {}
+    for contender in contenders:
+        if contender.no_backward and mode != "fwd":
+            absent[f"{contender.name} {mode}"] = contender.no_backward
+            continue
+        try:
+            calls[contender.name] = [op_calls.call(contender.function, op, inputs, mode) for inputs in sets]
+            calls[contender.name][0]()  # compiled and tuned outside the measurement
+            peaks[contender.name] = peak_bytes(calls[contender.name][0], setting.device)
+        except Exception as error:
+            calls.pop(contender.name, None)
+            absent[f"{contender.name} {mode}"] = first_line(error)
+    ceilings = setting.ceilings_of(dtype)
+    failed: dict[str, str] = {}
+    options: dict[str, Any] = dict(rounds=setting.rounds, warmup=setting.warmup, failed=failed, deadline=setting.deadline)
+    times = interleaved(calls, clock=setting.make_clock(), **options)
+    clocks = dict.fromkeys(times, setting.clock)
+    if failed and setting.clock == "cuda_graph":  # what cannot be captured is timed by events, and its lines say so
+        again = {name: calls[name] for name in failed}
+        failed.clear()
+        by_events = interleaved(again, clock=setting.make_clock("cuda_events"), **options)
+        times |= by_events
+        clocks |= dict.fromkeys(by_events, "cuda_events")
+    absent |= {f"{name} {mode}": reason for name, reason in failed.items()}
+    best = _best_peer(times, contenders)
+    return [
+        _line(setting, op, case, dtype, mode, contender, times, clocks[contender.name], peaks[contender.name], best, ceilings)
+        for contender in contenders
+        if contender.name in times
+    ]
+
+
+def _best_peer(times: dict[str, Timing], contenders) -> Timing | None:
+    theirs = [times[contender.name] for contender in contenders if contender.peer and contender.name in times]
+    return min(theirs, key=lambda timing: timing.p50, default=None)
+
+
+def _line(setting, op, case, dtype, mode, contender, times, clock, peak, best, ceilings) -> Line:
+    timing = times[contender.name]
+    least = work(case, mode, DTYPES[dtype].itemsize)
+    compute = least.bound(ceilings) == "compute"
+    speed = least.flops / timing.p50 / 1e9 if compute else least.bytes / timing.p50 / 1e6
+    error, error_of = op_calls.worst(contender.errors, mode)
+    comparable = contender.peer is None and best is not None and len(best.ms) == len(timing.ms)
+    return Line(
+        op=op,
+        case=case.name,
+        dtype=dtype,
+        mode=mode,
+        backend=contender.name,
+        ours=contender.peer is None,
+        ms_p20=timing.p20,
+        ms_p50=timing.p50,
+        ms_p80=timing.p80,
+        rounds=len(timing.ms),
+        clock=clock,
+        peak_bytes=peak,
+        tflops=speed if compute else None,
+        gb_per_s=None if compute else speed,
+        share_of_ceiling=speed / (ceilings.tflops if compute else ceilings.gb_per_s),
+        error=error,
+        error_of=error_of,
+        error_batch=op_calls.reduced(case, setting.device).batch,
+        device=setting.device_name,
+        versions=setting.versions | (contender.peer.version if contender.peer else {}),
+        commit=machine.commit(),
+        date=machine.today(),
+        drop_rate=case.origin.drop_rate if case.origin else None,
+        speedup_over_best_peer=timing.speedup_over(best) if comparable else None,
+    )
+
+
+def describe(line: Line) -> str:
+    """One line for the terminal."""
+    speed = f"{line.tflops:8.3f} TFLOP/s" if line.tflops is not None else f"{line.gb_per_s:8.2f} GB/s   "
+    ratio = "" if line.speedup_over_best_peer is None else f"  {line.speedup_over_best_peer:.2f}x best peer"
+    return (
+        f"{line.op:11} {line.case:24} {line.dtype} {line.mode:7} {'*' if line.ours else ' '}{line.backend:26} {line.ms_p50:10.4f} ms "
+        f"({line.ms_p20:.4f}..{line.ms_p80:.4f}) {speed} {line.share_of_ceiling:6.1%}  error {line.error:.1e} ({line.error_of})"
+        f"  peak {(line.peak_bytes or 0) / 2**20:8.1f} MiB  {line.clock}{ratio}"
+    )
+
+
+def select(op: str, names: Sequence[str]) -> list[Case]:
+    """Cases by name; "primary" and "parity" are all of a tag.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    chosen: dict[str, Case] = {}
+    for name in names:
+        if name in ("primary", "parity"):
+            chosen |= {case.name: case for case in CASES[op].values() if tag(case) == name}
+        elif name in CASES[op]:
+            chosen[name] = CASES[op][name]
+        else:
+            raise ValueError(f"unknown case {name!r}; {op} has primary, parity, {', '.join(CASES[op])}")
+    return list(chosen.values())
+
+
+def main() -> int:
+    # argparse, here and in the other commands: a machine lent for a measurement has torch, not necessarily the command line's extras
+    parser = argparse.ArgumentParser(description="time an op's backends against its peers", epilog="python -m bench.floors lists the cases")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--op", required=True, choices=dispatch.OPS)
+    parser.add_argument("--case", nargs="+", default=["primary"], help="names, primary or parity")
+    parser.add_argument("--dtype", nargs="+", default=["bf16"], choices=[*DTYPES])
+    parser.add_argument("--mode", nargs="+", default=["fwd", "fwd+bwd"], choices=MODES)
+    parser.add_argument("--backends", nargs="+", help="ours; all of the op unless given")
+    parser.add_argument("--peers", nargs="*", help="all of the op unless given; give none for ours alone")
+    parser.add_argument("--no-compiled-peers", action="store_true", help="leave out peers under torch.compile")
+    parser.add_argument("--clock", choices=["cuda_graph", "cuda_events", "perf_counter"], default="")
+    parser.add_argument("--rounds", type=int, default=0)
+    parser.add_argument("--batch", type=int, help="instead of the case's own")
+    parser.add_argument("--out", help="append result lines to this file")
+    given = parser.parse_args()
+    try:
+        cases = select(given.op, given.case)
+        setting = Setting(
+            torch.device(given.device),
+            clock=given.clock,
+            rounds=given.rounds,
+            backends=tuple(given.backends) if given.backends else None,
+            peer_names=None if given.peers is None else tuple(given.peers),
+            compiled_peers=not given.no_compiled_peers,
+        )
+        peers(given.op, setting.peer_names)
+        if unknown := sorted(set(given.backends or ()) - set(dispatch.BACKENDS[given.op])):
+            raise ValueError(f"unknown backends {', '.join(unknown)}; {given.op} has {', '.join(dispatch.BACKENDS[given.op])}")
+    except ValueError as error:
+        parser.error(str(error))
+    if given.batch:
+        cases = [_at_batch(case, given.batch) for case in cases]
+    for dtype in given.dtype:
+        gate(setting, [given.op], dtype)
+        for case in cases:
+            lines, absent = measure(setting, given.op, case, dtype, given.mode)
+            for line in lines:
+                print(describe(line), flush=True)
+            for name, reason in absent.items():
+                print(f"{given.op:11} {case.name:24} {dtype} absent: {name}: {reason}", flush=True)
+            if given.out:
+                results.append(given.out, lines)
+    asked = given.backends or dispatch.BACKENDS[given.op]
+    return int(any("red" in reason or "error beyond" in reason for (_, backend), reason in setting.refused.items() if backend in asked))
+
+
+def _at_batch(case: Case, batch: int) -> Case:
+    import dataclasses
+
+    return dataclasses.replace(case, batch=batch, name=f"{case.name}_b{batch}")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

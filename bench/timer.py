@@ -1,0 +1,210 @@
+"""Clocks, the interleaved comparison they serve, and peak memory.
+
+Contenders run in one process on the same inputs in rotating order, so that a change of clock rate or a busy neighbour meets all of them.
+Two timings of the same code give the noise; a difference inside it is no result.
+"""
+
+import contextlib
+import ctypes
+import platform
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+Call = Callable[[], Any]
+_FLUSH_FACTOR = 4  # zeros written before each timed call, in sizes of the L2 cache: they evict it, and hide the launch of what follows
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds of one contender, one a round."""
+
+    ms: tuple[float, ...]
+
+    @property
+    def p20(self) -> float:
+        return _percentile(self.ms, 0.2)
+
+    @property
+    def p50(self) -> float:
+        return _percentile(self.ms, 0.5)
+
+    @property
+    def p80(self) -> float:
+        return _percentile(self.ms, 0.8)
+
+    def speedup_over(self, other: "Timing") -> float:
+        """Median over the rounds of other / self: what both met in one round cancels."""
+        return _percentile([theirs / ours for ours, theirs in zip(self.ms, other.ms, strict=True)], 0.5)
+
+
+def _percentile(values: Sequence[float], fraction: float) -> float:
+    """Linear between the sorted values."""
+    ordered = sorted(values)
+    place = fraction * (len(ordered) - 1)
+    low = int(place)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (place - low) * (ordered[high] - ordered[low])
+
+
+class Clock(Protocol):
+    name: str
+
+    def prepare(self, calls: Sequence[Call]) -> Callable[[int], float]:
+        """A function of the round that runs one of ``calls`` and returns its milliseconds."""
+
+
+class HostClock:
+    """perf_counter around the call; on a GPU around the call and the wait for it, as the wall clock sees a training step."""
+
+    name = "perf_counter"
+
+    def __init__(self, device: torch.device | None = None):
+        self.wait = torch.cuda.synchronize if device is not None and device.type == "cuda" else lambda: None
+
+    def prepare(self, calls: Sequence[Call]) -> Callable[[int], float]:
+        def sample(i: int) -> float:
+            self.wait()
+            began = time.perf_counter()
+            calls[i % len(calls)]()
+            self.wait()
+            return 1e3 * (time.perf_counter() - began)
+
+        return sample
+
+
+class EventClock:
+    """CUDA events around the call, on a cold L2. Launches count where the host is slower than the device, as they do for eager users."""
+
+    name = "cuda_events"
+
+    def __init__(self, device: torch.device):
+        self.flush = torch.empty(_FLUSH_FACTOR * l2_bytes(device), dtype=torch.int8, device=device)
+
+    def prepare(self, calls: Sequence[Call]) -> Callable[[int], float]:
+        def sample(i: int) -> float:
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            self.flush.zero_()
+            start.record()
+            calls[i % len(calls)]()
+            end.record()
+            end.synchronize()
+            return start.elapsed_time(end)
+
+        return sample
+
+
+class GraphClock(EventClock):
+    """CUDA events around the replay of a captured graph, on a cold L2: device time alone.
+
+    A backward runs on the stream of its forward, and the default stream cannot be captured: calls are built, and everything here runs,
+    inside ``side_stream``.
+    """
+
+    name = "cuda_graph"
+
+    def prepare(self, calls: Sequence[Call]) -> Callable[[int], float]:
+        for call in calls:  # lazy compilation and allocator growth happen outside the capture
+            for _ in range(3):
+                call()
+        torch.cuda.synchronize()
+        graphs: list[torch.cuda.CUDAGraph] = []
+        for call in calls:
+            graph = torch.cuda.CUDAGraph()
+            pool = graphs[0].pool() if graphs else None  # results may overwrite each other: nobody reads them
+            with torch.cuda.graph(graph, pool=pool, stream=torch.cuda.current_stream()):
+                call()
+            graphs.append(graph)
+        return super().prepare([graph.replay for graph in graphs])
+
+
+def side_stream(device: torch.device) -> contextlib.AbstractContextManager:
+    """A stream of its own on a GPU, nothing elsewhere."""
+    if device.type != "cuda":
+        return contextlib.nullcontext()
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    return torch.cuda.stream(stream)
+
+
+def interleaved(
+    contenders: Mapping[str, Sequence[Call]],
+    *,
+    rounds: int,
+    warmup: int,
+    clock: Clock,
+    failed: dict[str, str] | None = None,
+    deadline: float | None = None,
+) -> dict[str, Timing]:
+    """Time contenders against each other: every round runs each of them once, beginning with another one each time.
+
+    Args:
+        contenders: name -> calls that differ in nothing but their input set; round r takes number r.
+        rounds, warmup: timed and untimed runs of each.
+        failed: takes name -> error of contenders that fail before the first timed round, and the others go on; None raises.
+        deadline: time.monotonic() after which no further round begins; at least one is run.
+    """
+    samples: dict[str, Callable[[int], float]] = {}
+    for name, calls in contenders.items():
+        try:
+            sample = clock.prepare(calls)
+            for i in range(warmup):
+                sample(i)
+        except Exception as error:
+            if failed is None:
+                raise
+            failed[name] = first_line(error)
+        else:
+            samples[name] = sample
+    ms: dict[str, list[float]] = {name: [] for name in samples}
+    names = list(samples)
+    for r in range(rounds):
+        if r and deadline is not None and time.monotonic() > deadline:
+            break
+        turn = r % max(1, len(names))
+        for name in names[turn:] + names[:turn]:
+            ms[name].append(samples[name](r))
+    return {name: Timing(tuple(values)) for name, values in ms.items()}
+
+
+def first_line(error: BaseException) -> str:
+    """An error in one line, for a table's footnote."""
+    text = next((line for line in str(error).splitlines() if line.strip()), "").strip()
+    return f"{type(error).__name__}: {text}"[:300]
+
+
+def l2_bytes(device: torch.device) -> int:
+    return getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0) or 64 << 20
+
+
+def peak_bytes(call: Call, device: torch.device) -> int:
+    """Bytes that ``call`` allocates at its peak beyond what was allocated before, by torch's allocators.
+
+    On the CPU they are counted from the profiler's memory events, since the resident size of the process hides reused memory. What a
+    library allocates for itself (oneDNN's scratch, a C++ kernel's buffers) is not seen there.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated(device) - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        result = call()
+    del result
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    total = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        total += event.nbytes()
+        peak = max(peak, total)
+    return peak
+
+
+def trim_host_memory() -> None:
+    """Give freed memory of large cases back to the system (glibc keeps it otherwise)."""
+    if platform.system() == "Linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
+        trim(0)
