@@ -195,6 +195,7 @@ def _faults(row: Row, kernel) -> list[str]:
     return faults
 
 
+@functools.cache  # the disassembler takes as long as the compiler, and cases meet the same kernel
 def _read_cuda(kernel) -> dict[str, Any]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])

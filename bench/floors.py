@@ -160,12 +160,12 @@ def our_tilings() -> list[Tiling]:
     except ImportError:
         return []
 
-    def ours(block: int, tail: Callable[[int, int], int]) -> Padding:
-        return lambda length: length // block * block + tail(length, block)
+    def ours(block: int, tail: Callable[..., int], *arch: str) -> Padding:
+        return lambda length: length // block * block + tail(length, block, *arch)
 
     sizes = {(each["BLOCK_T"], each["BLOCK_S"]) for each in triton_gpu.TUNING["attention_forward"]}
     return [
-        Tiling(f"ours {rows}x{columns}", ours(rows, triton_gpu._last_tile), ours(columns, triton_gpu._tail))
+        Tiling(f"ours {rows}x{columns}", ours(rows, triton_gpu._last_tile, "sm_90"), ours(columns, triton_gpu._tail))
         for rows, columns in sorted(sizes)
     ]
 

@@ -152,7 +152,7 @@ def forward(q, k, v, *, scale, bias=None, key_mask=None, deterministic=False):
         q, k, v, *_optional(q, bias, key_mask), out, lse,
         scale, H, T, S,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *_strides(bias, key_mask),
-        FULL_T=choice["BLOCK_T"] <= T, TAIL_T=_last_tile(T, choice["BLOCK_T"]), **_walk("S", S, choice),
+        FULL_T=choice["BLOCK_T"] <= T, TAIL_T=_last_tile(T, choice["BLOCK_T"], arch()), **_walk("S", S, choice),
         **_constants(q, bias, key_mask), **choice,
     )  # fmt: skip
     return out, lse
@@ -489,10 +489,12 @@ def _tail(length: int, block: int) -> int:
     return max(16, triton.next_power_of_2(rest)) if rest else 0
 
 
-def _last_tile(T: int, block: int) -> int:
+def _last_tile(T: int, block: int, arch: str) -> int:
     """Rows of the forward's last query tile. Not 32: too few for Hopper's matrix unit, and enough for the substitute to need more registers
-    than the whole rest (132 against 108 a thread)."""
+    than the whole rest (132 against 108 a thread). Nor 64 of 128 on sm_100, where it spills (triton 3.7.1)."""
     tail = _tail(T, block)
+    if tail in (32, 64) and arch == "sm_100":
+        return block
     return min(64, block) if tail == 32 else tail
 
 
@@ -514,9 +516,8 @@ def _forward_tiles(arch: str, dtype: torch.dtype, T: int, S: int, D: int) -> Til
     if dtype == torch.float32:
         return dict(BLOCK_T=_least(T, 64 if block_d <= 64 else 32), BLOCK_S=_least(S, 32), num_warps=4, num_stages=1)
     if T <= 32:  # a read of the keys, and little else
-        return dict(
-            BLOCK_T=_least(T, 32), BLOCK_S=_least(S, 64), num_warps=4 if S > 64 else 2, num_stages=4 if arch in _LARGE_SHARED else 2
-        )
+        stages = 4 if arch in _LARGE_SHARED else 2 if arch.startswith("gfx") else 3
+        return dict(BLOCK_T=_least(T, 32), BLOCK_S=_least(S, 64), num_warps=4 if S > 64 else 2, num_stages=stages)
     many = T >= 256 and block_d <= 64 and not arch.startswith("gfx")
     return dict(BLOCK_T=128 if many else 64, BLOCK_S=_least(S, 64), num_warps=8 if many else 4, num_stages=2)
 

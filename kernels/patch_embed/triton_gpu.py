@@ -501,7 +501,7 @@ def _forward_heuristic(device: str, itemsize: int, rows: int, dim: int, k: int, 
     height, width = _cheapest({(128, 128): 0.9, (64, 128): 0.7, (64, 64): 0.45}, device, rows, dim)
     values = 64 if device in ("sm_90", "sm_100") else 32  # operands that live in registers spill at 64
     stages = _stages(device, height * values * raw + width * values * 2, 4)
-    warps = 8 if height * width >= 128 * 128 else 4
+    warps = 8 if height * width >= (64 * 128 if device == "sm_120" else 128 * 128) else 4  # four spill there (triton 3.7.1)
     tile = {"BLOCK_ROWS": height, "BLOCK_DIM": width, "BLOCK_VALUES": values, "num_warps": warps, "num_stages": stages}
     return {"PACKED": 0, "FOLD": fold} | tile
 
