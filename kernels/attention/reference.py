@@ -38,7 +38,7 @@ def backward(d_out, d_lse, q, k, v, out, lse, *, scale, bias=None, key_mask=None
 
 def _probabilities(xp, q, k, scale, bias, key_mask):
     """softmax(scores) (B, H, T, S), 0 in a row without a key, and lse (B, H, T)."""
-    scores = wide(xp, q @ xp.swapaxes(k, 2, 3))
+    scores = wide(xp, q) @ xp.swapaxes(wide(xp, k), 2, 3)  # rounded to half precision, lse would not fit another backend's backward
     scores *= scale
     if bias is not None:
         scores += bias
