@@ -24,7 +24,7 @@ $(PYTHON):
 $(INSTALLED): | $(PYTHON)
 endif
 
-$(INSTALLED): pyproject.toml setup.py constraints.txt
+$(INSTALLED): pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 	$(INSTALL) --editable ".[$(EXTRAS)]"
 	touch $@
 

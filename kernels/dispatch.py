@@ -13,37 +13,58 @@ from typing import NamedTuple
 
 import torch
 
+from . import native
+
 OPS = ("attention", "drop_token", "nce", "patch_embed")
 
 
 class Row(NamedTuple):
-    """A backend of an op, and where it is the faster choice: ``when(mode, *tensors)``, mode "fwd" or "bwd"; None: everywhere."""
+    """A backend of an op, and where it is the faster choice: ``when(mode, *tensors, **options)``, mode "fwd" or "bwd"; None: everywhere."""
 
     op: str
     backend: str
     when: Callable[..., bool] | None = None
 
 
-def _short(mode, q, k, v) -> bool:
+def _short(mode, q, k, v, **options) -> bool:
     """Up to the lengths at which the tail of a tile weighs more than its inside; beyond, the libraries' kernels are ahead (NOTES.md)."""
     return k.shape[1] <= 2048
 
 
-def _backward(mode, *tensors) -> bool:
+def _backward(mode, *tensors, **options) -> bool:
     """One pass writes gradients and zeros alike; forward, a gather of rows is a gather of rows (predicted, NOTES.md)."""
     return mode == "bwd"
 
 
-def _not_yet_measured(mode, *tensors) -> bool:
+def _not_yet_measured(mode, *tensors, **options) -> bool:
     """No measurement has shown it to be the faster choice: it runs when asked for."""
     return False
+
+
+def _several_queries(mode, q, k, v, **options) -> bool:
+    """For a query or two the packing of all keys would be most of the work (predicted, NOTES.md)."""
+    return q.shape[1] >= 16
+
+
+def _many_scores(mode, x, y, **options) -> bool:
+    return x.shape[0] * y.shape[0] >= 2**22 and native.level() != "base"
+
+
+def _half_compute(mode, patches, weight, *tensors, dtype=None, **options) -> bool:
+    return (dtype or weight.dtype) == torch.bfloat16 and native.level() != "base"
 
 
 _REFERENCES = tuple(Row(op, "reference") for op in OPS)
 
 # (framework, device): best first. What is not listed here still runs when asked for by name.
 PREFERENCE: dict[tuple[str, str], tuple[Row, ...]] = {
-    ("torch", "cpu"): (Row("attention", "torch_sdpa"), *_REFERENCES),
+    ("torch", "cpu"): (
+        Row("attention", "native_cpu", _several_queries),
+        Row("attention", "torch_sdpa"),
+        Row("nce", "native_cpu", _many_scores),
+        Row("patch_embed", "native_cpu", _half_compute),
+        *_REFERENCES,
+    ),
     ("torch", "cuda"): (
         Row("attention", "triton_gpu", _short),
         Row("attention", "torch_sdpa"),
@@ -110,7 +131,7 @@ def choose(op: str, mode: str, name: str, *tensors, **options):
             raise ValueError(f"{op}: backend {name!r} cannot run this: {reason}")
         return _module(op, name)
     for row in _rows(op, tensors[0]):
-        preferred = row.when is None or row.when(mode, *tensors)
+        preferred = row.when is None or row.when(mode, *tensors, **options)
         if preferred and not _objection(op, row.backend, *tensors, **options):
             return _module(op, row.backend)
     return _module(op, "reference")

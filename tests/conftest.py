@@ -21,6 +21,8 @@ _spec = importlib.util.spec_from_file_location("bench", _root / "bench" / "__ini
 sys.modules["bench"] = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(sys.modules["bench"])
 
+from native_fixtures import emulated_extension  # noqa: E402, F401
+
 
 def pytest_collection_modifyitems(items):
     if not torch.cuda.is_available():

@@ -110,7 +110,7 @@ def test_a_row_with_when_applies_where_it_is_the_faster_choice(monkeypatch, tabl
     add_backend(monkeypatch, "attention", "long_only")
     seen = []
 
-    def when(mode, q, *_):
+    def when(mode, q, *_, **options):
         seen.append(mode)
         return q.shape[1] > 20
 
@@ -318,7 +318,7 @@ def test_a_bare_name_that_an_op_does_not_have_makes_that_op_raise():
         attention(*tensors, **options)
         with pytest.raises(
             ValueError,
-            match=r"nce: backend 'torch_sdpa' cannot run this.*it has reference, triton_gpu \(ask per op: VATT_FAST_BACKEND=nce=",
+            match=r"nce: backend 'torch_sdpa' cannot run this.*it has native_cpu, reference, triton_gpu \(ask per op: VATT_FAST_BACKEND=nce=",
         ):
             contrastive_lse(**inputs)
 
@@ -327,7 +327,7 @@ def test_a_bare_name_that_an_op_does_not_have_makes_that_op_raise():
     ("request_", "message"),
     [
         ("triton", "unknown backend 'triton' in request 'triton'; the ops have "),
-        ("attention=triton", "unknown backend 'triton' in request 'attention=triton'; attention have torch_sdpa, reference"),
+        ("attention=triton", "unknown backend 'triton' in request 'attention=triton'; attention have native_cpu, torch_sdpa, reference"),
         ("atention=reference", "unknown op 'atention' in backend request 'atention=reference'; ops are attention, drop_token, nce"),
         ("nce=torch_sdpa", "unknown backend 'torch_sdpa' in request"),
     ],
@@ -354,7 +354,9 @@ def test_the_environment_variable_is_read_at_import(value, expected):
 def test_explain_covers_every_backend():
     tensors, options = attention_inputs("bias")
     verdicts = explain("attention", *tensors, **options)
-    assert set(verdicts) == set(dispatch.BACKENDS["attention"]) == {"triton_gpu", "torch_sdpa", "torch_cudnn", "flash_attn", "reference"}
+    assert set(verdicts) == set(dispatch.BACKENDS["attention"]) == {
+        "native_cpu", "triton_gpu", "torch_sdpa", "torch_cudnn", "flash_attn", "reference",
+    }  # fmt: skip
     assert verdicts["torch_sdpa"] == "preferred (fwd, bwd)" and verdicts["reference"] == "runs when asked for"
     assert verdicts["torch_cudnn"] == "tensors are on cpu; cuDNN is reached on NVIDIA GPUs"
     trained = explain("attention", *tensors, **options, bias_grad=True)

@@ -147,7 +147,7 @@ def doctor(json: bool = False) -> None:
     import importlib.util
 
     from . import __version__
-    from .kernels import explain
+    from .kernels import explain, native
     from .kernels.dispatch import OPS, requested
     from .training.loop import native_bf16, pick_device
 
@@ -165,6 +165,7 @@ def doctor(json: bool = False) -> None:
 
         encoders = [name for name in ("libx264", "mpeg4", "aac") if name in av.codecs_available]
         report["encoders"] = ", ".join(encoders)
+    report["C++ kernels"] = native.explain()
     dtype = torch.bfloat16 if native_bf16(device) else torch.float32
     q = torch.zeros(1, 785, 12, 64, dtype=dtype, device=device)
     rows, weight = torch.zeros(1, 8, 16, dtype=torch.uint8, device=device), torch.zeros(4, 16, device=device)

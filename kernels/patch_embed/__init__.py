@@ -37,6 +37,7 @@ def patch_embed(
     The compute dtype is the autocast dtype under autocast, else the weight's. uint8 is exact in bf16; scale and shift are folded:
     W' = scale * W rounded to the compute dtype, b' = b + (shift / scale) * sum(W' as rounded), and the fold is differentiated. uint8 rows
     enter the product as row - 128, as exact, with 128 * sum(W' as rounded) more in b': it costs nothing and grey clips lose nothing.
+    A backend may round W alone and put the scale on the product, if b' sums that weight.
 
     Args:
         patches: (B, N, k) uint8 or float rows, (B, K, k) when gathered; or with ``patch`` a clip (B, T, H, W, C) or waveform (B, S).

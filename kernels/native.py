@@ -1,0 +1,37 @@
+"""The C++ extension (csrc/): whether it was built, and which instruction set of this machine its kernels use.
+
+The environment variable VATT_FAST_ISA (base, avx2, avx512_bf16, amx_bf16), read at import, holds them to a lower one.
+"""
+
+import importlib
+import os
+from typing import Any
+
+extension: Any = None
+_failure = "not built: the install found no C++ compiler, or it failed (pip install with VATT_FAST_NATIVE=required shows why)"
+try:
+    extension = importlib.import_module("._native", __package__)
+except ModuleNotFoundError:
+    pass
+except ImportError as error:
+    _failure = f"built, but cannot be loaded: {error}"
+
+if extension is not None and (_asked := os.environ.get("VATT_FAST_ISA")):
+    try:
+        extension.hold_to(_asked)
+    except ValueError as error:
+        raise ValueError(f"VATT_FAST_ISA is {_asked!r}: {error}") from None
+
+
+def level() -> str:
+    """Instruction set in use: "base", "avx2", "avx512_bf16", "amx_bf16"; "" without the extension."""
+    return "" if extension is None else extension.level()
+
+
+def explain() -> str:
+    """One line: what is used, and why not more."""
+    if extension is None:
+        return _failure
+    if level() != extension.available():
+        return f"{level()}, asked for by VATT_FAST_ISA (this machine has {extension.available()})"
+    return level() + (f"; {extension.missing()}" if extension.missing() else "")

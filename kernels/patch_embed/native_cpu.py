@@ -1,0 +1,203 @@
+"""Raw patches to tokens on the CPU: C++ passes around torch's product.
+
+Kept rows are written out in the product's dtype, straight from where they lie; one pass reads the weight, one adds bias, position and AGG as the
+tokens are written, and applies the scale there. The backward packs the rows again and sums d_tokens once for d_bias, d_position and d_agg. Rows
+are packed a chunk at a time: memory that is used again costs no page faults, which on some machines cost more than the product.
+
+The product is in the compute dtype where the processor multiplies it. bf16 on others is multiplied in fp32, which is several times faster there
+than torch's emulation, and is rounded once, at the end.
+"""
+
+from collections.abc import Iterator
+
+import torch
+
+from .. import native
+from ..numerics import put_rows
+from .patchify import unpatchify
+
+# B batch, N patches, K kept, k values a patch; A 1 with AGG, else 0; R = B (A + K) rows of all clips, AGG's among them
+
+_ELEMENTS = {torch.uint8: "uint8", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+_CHUNK_BYTES = 12 * 2**20  # of packed rows: large enough for the product's full speed, which reads all of the weight for every chunk
+_LONG_CHUNK_BYTES = 48 * 2**20  # where a chunk costs a pass over d_weight
+
+
+def forward(patches, weight, bias, *, position=None, keep=None, agg=None, scale, shift, patch=None, gathered=False, dtype):
+    dim, B = weight.shape[0], patches.shape[0]
+    rows = _Rows(patches, keep, agg, patch, gathered, dtype)
+    weight, whole_bias = _weight(weight, bias, shift / scale + rows.centre, scale, rows.product_dtype)
+    position, agg = _readable(position), _vector(agg)
+    place = (
+        (0, "fp32", 0, 0) if position is None else (position.data_ptr(), _ELEMENTS[position.dtype], position.stride(0), position.shape[0])
+    )
+    tokens = torch.empty((B * (rows.A + rows.K), dim), dtype=dtype)
+    product = None
+    for first, packed in rows.chunks(_CHUNK_BYTES):
+        count = packed.shape[0]
+        part = tokens[first : first + count]
+        if dtype == packed.dtype:
+            product = part
+        elif product is None or product.shape[0] != count:
+            product = torch.empty((count, dim), dtype=packed.dtype)
+        torch.mm(packed, weight.T, out=product)
+        native.extension.patch_finish(
+            product.data_ptr(), _ELEMENTS[product.dtype], part.data_ptr(), _ELEMENTS[dtype], scale, whole_bias.data_ptr(), *place,
+            _address(agg), _address(rows.keep), rows.keep_stride, first, count, rows.K, dim, torch.get_num_threads(),
+        )  # fmt: skip
+    return tokens.view(B, rows.A + rows.K, dim)
+
+
+def backward(
+    d_tokens, patches, weight, bias, *, position=None, keep=None, agg=None, scale, shift, patch=None, gathered=False, dtype, d_patches=False
+):
+    """d_patches (None unless asked for), d_weight, d_bias, d_position, d_agg (None where absent)."""
+    dim, k = weight.shape
+    rows = _Rows(patches, keep, agg, patch, gathered, dtype)
+    d_tokens = d_tokens.contiguous()
+    d_bias, d_position, d_agg = _sums(d_tokens, position, rows)
+
+    d_weight, product = torch.empty((dim, k)), None
+    fp32 = rows.product_dtype == torch.float32
+    for first, packed in rows.chunks(_CHUNK_BYTES if fp32 else _LONG_CHUNK_BYTES):
+        d_rows = d_tokens.view(-1, dim)[first : first + packed.shape[0]].to(packed.dtype)
+        if fp32:  # the product itself adds up
+            torch.addmm(d_weight, d_rows.T, packed, beta=int(first > 0), out=d_weight)
+        else:
+            product = torch.mm(d_rows.T, packed)
+            _finish_weight(product, d_weight, d_bias, scale, shift + rows.centre * scale, grows=first > 0)
+    if fp32:
+        _finish_weight(d_weight, d_weight, d_bias, scale, shift + rows.centre * scale)
+
+    d_input = None
+    if d_patches:  # rare: patches are data
+        wide = rows.product_dtype
+        d_input = d_tokens[:, rows.A :].to(wide) @ weight.to(wide)
+        d_input = d_input if scale == 1 else d_input * scale
+        if keep is not None and not gathered:
+            d_input = put_rows(torch, d_input, keep, rows.N)
+        if patch is not None:
+            d_input = unpatchify(d_input, patch, tuple(patches.shape[1:]))
+    return d_input, d_weight, d_bias, d_position, d_agg
+
+
+class _Rows:
+    """What the products multiply: kept rows less the centre, (R, k), zeros where tokens have AGG.
+
+    So tokens and rows match as matrices, without a copy of either; only an infinite gradient of AGG would be felt in d_weight, as nan.
+    """
+
+    def __init__(self, patches, keep, agg, patch, gathered, dtype):
+        self.patches, self.place, self.N = _place(patches, patch)
+        self.K, self.A = self.N if keep is None else keep.shape[-1], int(agg is not None)
+        # the step from a clip's indices to the next clip's: 0 where all clips share one line
+        self.keep, self.keep_stride = None, 0
+        if keep is not None:
+            self.keep, self.keep_stride = keep.to(torch.int64).contiguous(), self.K if keep.ndim == 2 else 0
+        self.gathered = gathered
+        self.centre = 128.0 if patches.dtype == torch.uint8 else 0.0
+        self.product_dtype = torch.float32 if native.level() in ("base", "avx2") else dtype
+
+    def chunks(self, most_bytes: int) -> Iterator[tuple[int, torch.Tensor]]:
+        """The first row of each chunk, and its rows; the next one lies in the same memory."""
+        *_, frames, lines, columns, channels = self.place
+        k, R = frames * lines * columns * channels, self.patches.shape[0] * (self.A + self.K)
+        chunks = -(-R * k * self.product_dtype.itemsize // most_bytes)
+        count = -(-R // chunks)
+        memory = torch.empty((count, k), dtype=self.product_dtype)
+        for first in range(0, R, count):
+            packed = memory[: R - first]
+            native.extension.patch_pack(
+                self.patches.data_ptr(), _ELEMENTS[self.patches.dtype], self.place, 0 if self.gathered else _address(self.keep), self.keep_stride,
+                packed.data_ptr(), _ELEMENTS[packed.dtype], first, packed.shape[0], self.K, self.A, torch.get_num_threads(),
+            )  # fmt: skip
+            yield first, packed
+
+
+def _weight(weight, bias, factor, scale, product_dtype):
+    """The weight as the product takes it, and the bias with the shift: (row * scale + shift) @ weight.T + bias is
+    scale * (row - centre) @ weight.T + whole bias."""
+    weight, bias = _readable(weight), _vector(bias)
+    dim, k = weight.shape
+    whole_bias = torch.empty(dim)
+    copy = None if weight.dtype == product_dtype else torch.empty((dim, k), dtype=product_dtype)
+    native.extension.patch_weight(
+        weight.data_ptr(), _ELEMENTS[weight.dtype], weight.stride(0), bias.data_ptr(), _address(copy), whole_bias.data_ptr(),
+        scale * factor, dim, k, torch.get_num_threads(),
+    )  # fmt: skip
+    return weight if copy is None else copy, whole_bias
+
+
+def _sums(d_tokens, position, rows: _Rows):
+    """d_bias, d_position and d_agg in fp32, from one pass over d_tokens."""
+    B, _, dim = d_tokens.shape
+    keep, keep_stride = (None, 0) if position is None else (rows.keep, rows.keep_stride)  # without one only which token it is counts
+    count = rows.K if position is None else position.shape[0]
+    inverse = None if keep is None else torch.empty((B if keep_stride else 1, count), dtype=torch.int32)
+    d_bias, d_agg = torch.empty(dim), torch.empty(dim) if rows.A else None
+    d_position = None if position is None else torch.empty((count, dim))
+    parts = torch.empty((-(-count // native.extension.patch_rows_a_part), 2, dim))
+    native.extension.patch_sums(
+        d_tokens.data_ptr(), _ELEMENTS[d_tokens.dtype], _address(keep), keep_stride, _address(inverse), _address(d_position),
+        parts.data_ptr(), d_bias.data_ptr(), _address(d_agg), B, rows.K, dim, count, torch.get_num_threads(),
+    )  # fmt: skip
+    return d_bias, d_position, d_agg
+
+
+def _finish_weight(product, d_weight, d_bias, scale, factor, grows=False):
+    """d_weight = scale * product + factor * d_bias of its row, or grows by scale * product."""
+    native.extension.patch_finish_weight(
+        product.data_ptr(), _ELEMENTS[product.dtype], d_weight.data_ptr(), d_bias.data_ptr(), scale, factor, grows, *product.shape,
+        torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def _place(patches, patch):
+    """Patches as the kernels take them, the numbers that say where values lie (csrc/patch_embed.h), and how many patches there are."""
+    if patch is None:  # every row a frame of one pixel
+        if patches.stride(-1) != 1:
+            patches = patches.contiguous()
+        N, k = patches.shape[1:]
+        return patches, (patches.stride(0), patches.stride(1), 0, k, 1, N, 1, 1, 1, 1, 1, k), N
+    clip = patches[:, None, None, :, None] if len(patch) == 1 else patches  # a waveform is one line of one frame
+    frames, lines, columns = (1, 1, patch[0]) if len(patch) == 1 else patch
+    T, H, W, channels = clip.shape[1:]
+    *strides, stride_c = clip.stride()
+    stride_c = 1 if channels == 1 else stride_c
+    N = -(-T // frames) * -(-H // lines) * -(-W // columns)
+    return patches, (*strides, stride_c, T, H, W, frames, lines, columns, channels), N
+
+
+def _readable(matrix):
+    """fp32 or bf16 with dense rows; others are converted first."""
+    if matrix is None:
+        return None
+    matrix = matrix if matrix.dtype in (torch.float32, torch.bfloat16) else matrix.float()
+    return matrix if matrix.stride(-1) == 1 else matrix.contiguous()
+
+
+def _vector(vector):
+    return None if vector is None else vector.float().contiguous()
+
+
+def _address(tensor) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def unsupported(
+    patches, weight, bias, position=None, keep=None, *, scale, shift, agg=None, patch=None, gathered=False, dtype=None
+) -> str | None:
+    if native.extension is None:
+        return f"the extension is {native.explain()}"
+    if patches.device.type != "cpu":
+        return f"tensors are on {patches.device.type}; it runs on the CPU"
+    if dtype not in (None, torch.float32, torch.bfloat16):
+        return f"the compute dtype is {dtype}; it takes float32 and bfloat16"
+    for name, x in dict(patches=patches, weight=weight, bias=bias, position=position, agg=agg).items():
+        if (
+            x is not None
+            and x.dtype not in (torch.float32, torch.float16, torch.bfloat16)
+            and not (x is patches and x.dtype == torch.uint8)
+        ):
+            return f"{name} is {x.dtype}; it takes float32, float16 and bfloat16{', and uint8' if x is patches else ''}"
+    return None
