@@ -279,11 +279,17 @@ def chunked(x, y, *, scale, texts_per_clip=1, first=0, x_valid=None, y_valid=Non
     return torch.cat(rows), torch.logsumexp(torch.stack(cols), 0), torch.cat(own)
 
 
-@peer("nce", "chunked")
-def _(case, device):
-    if case.batch <= _CHUNK:
-        return f"{case.batch} rows are one chunk: it is materialised"
-    return chunked
+def _only_in_chunks(compiled: bool):
+    def build(case, device):
+        if case.batch <= _CHUNK:
+            return f"{case.batch} rows are one chunk: it is materialised"
+        return compile_exactly(chunked) if compiled else chunked
+
+    return build
+
+
+peer("nce", "chunked")(_only_in_chunks(False))
+peer("nce", "chunked_compiled", compiled=True)(_only_in_chunks(True))
 
 
 @peer("nce", "cut_cross_entropy", package="cut-cross-entropy")

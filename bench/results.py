@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,9 @@ class Line:
     drop_rate: float | None = None  # DropToken's, of the case
     speedup_over_best_peer: float | None = None  # median over the rounds; of peers None
     clips_per_second: float | None = None
+    best_peer: str | None = None  # whom speedup_over_best_peer speaks of; its own line says the rest
+    best_peer_ms_p50: float | None = None
+    best_peer_error: float | None = None
 
     def to_json(self) -> str:
         return json.dumps(_rounded(dataclasses.asdict(self)))
@@ -50,6 +54,12 @@ def _rounded(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _rounded(each) for key, each in value.items()}
     return float(f"{value:.5g}") if isinstance(value, float) else value
+
+
+def of_device(device: str) -> Path:
+    """Where a device's lines are kept beside the code."""
+    words = re.sub(r"\(\w+\)|@|,|\bcpu\b|\bprocessor\b", " ", device.lower())
+    return Path(__file__).resolve().parent / "results" / ("_".join(re.findall(r"[\w.-]+", words)) + ".jsonl")
 
 
 def append(path: str | Path, lines: Iterable[Line]) -> None:

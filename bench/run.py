@@ -1,22 +1,25 @@
 """``python -m bench.run``: time an op's backends against its peers on named cases.
 
     python -m bench.run --op attention --case video_mbs_drop50 --dtype bf16 --mode fwd bwd --out results.jsonl
+    python -m bench.run --device cpu                    # every op at the CPU's own cases, lines to bench/results/
 
 First the op's parity tests run in the asked dtype, and each contender's error is taken against fp64 at the case itself; what is red is not
-timed. Of every contender a line is printed and, with --out, appended.
+timed. Of every contender a line is printed and, with --out, appended; ours name the best peer, its time and its error.
 """
 
 import argparse
+import dataclasses
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from vatt_fast.kernels import dispatch
-from vatt_fast.kernels.cases import CASES, Case, make, tag
+from vatt_fast.kernels.cases import CASES, Case, NCECase, make, tag
 
 from . import machine, op_calls, parity, results
 from .floors import MODES, Mode, work
@@ -26,6 +29,42 @@ from .results import Line
 from .timer import Clock, EventClock, GraphClock, HostClock, Timing, first_line, interleaved, peak_bytes, side_stream, trim_host_memory
 
 Function = Callable[..., tuple[Tensor, ...]]
+
+
+def _from_clips(case: Case) -> Case:
+    """A video case whose patches are still in the clip."""
+    return dataclasses.replace(case, name=f"{case.name}_clip", clip=(32, 224, 224, 3), patch=(4, 16, 16))
+
+
+def _at_batch(case: Case, batch: int) -> Case:
+    """Another batch; where x holds all clips, all of them."""
+    more = {"clips": batch} if isinstance(case, NCECase) and case.batch == case.clips else {}
+    return dataclasses.replace(case, batch=batch, name=f"{case.name}_b{batch}", **more)
+
+
+# what a CPU is judged by: the presets' own sizes, at batches that it finishes in a fraction of a second
+FOR_CPU: dict[str, tuple[Case, ...]] = {
+    "attention": (
+        *(_at_batch(CASES["attention"][name], 1) for name in ("video_bbs_drop50", "video_bbs_drop0", "audio_bbs_drop50")),
+        _at_batch(CASES["attention"]["video_mbs_drop50"], 2),
+        CASES["attention"]["text_bbs"],
+        CASES["attention"]["video_tiny_drop50"],
+    ),
+    "drop_token": (CASES["drop_token"]["video_mbs_drop50"], CASES["drop_token"]["video_mbs_drop50_per_clip"]),
+    "nce": (
+        CASES["nce"]["va_bbs_one_device"],
+        CASES["nce"]["vt_bbs_one_device"],
+        _at_batch(CASES["nce"]["va_bbs_one_device"], 8192),
+        CASES["nce"]["vt_bbs"],
+    ),
+    "patch_embed": (
+        _from_clips(_at_batch(CASES["patch_embed"]["video_mbs_drop50"], 2)),
+        _at_batch(CASES["patch_embed"]["video_mbs_drop50"], 2),
+        _at_batch(CASES["patch_embed"]["video_mbs_drop0"], 2),
+        CASES["patch_embed"]["audio_bbs_drop50"],
+        CASES["patch_embed"]["video_tiny_drop50"],
+    ),
+}
 
 
 @dataclass
@@ -198,18 +237,25 @@ def _measure_mode(setting, op: str, case: Case, dtype: str, mode: Mode, contende
     ]
 
 
-def _best_peer(times: dict[str, Timing], contenders) -> Timing | None:
-    theirs = [times[contender.name] for contender in contenders if contender.peer and contender.name in times]
-    return min(theirs, key=lambda timing: timing.p50, default=None)
+def _best_peer(times: dict[str, Timing], contenders: Sequence[_Contender]) -> _Contender | None:
+    theirs = [contender for contender in contenders if contender.peer and contender.name in times]
+    return min(theirs, key=lambda contender: times[contender.name].p50, default=None)
 
 
-def _line(setting, op, case, dtype, mode, contender, times, clock, peak, best, ceilings) -> Line:
+def _line(setting, op, case, dtype, mode, contender, times, clock, peak, best: _Contender | None, ceilings) -> Line:
     timing = times[contender.name]
     least = work(case, mode, DTYPES[dtype].itemsize)
     compute = least.bound(ceilings) == "compute"
     speed = least.flops / timing.p50 / 1e9 if compute else least.bytes / timing.p50 / 1e6
     error, error_of = op_calls.worst(contender.errors, mode)
-    comparable = contender.peer is None and best is not None and len(best.ms) == len(timing.ms)
+    compared: dict[str, Any] = {}
+    if contender.peer is None and best is not None and len(times[best.name].ms) == len(timing.ms):
+        compared = dict(
+            speedup_over_best_peer=timing.speedup_over(times[best.name]),
+            best_peer=best.name,
+            best_peer_ms_p50=times[best.name].p50,
+            best_peer_error=op_calls.worst(best.errors, mode)[0],
+        )
     return Line(
         op=op,
         case=case.name,
@@ -234,14 +280,16 @@ def _line(setting, op, case, dtype, mode, contender, times, clock, peak, best, c
         commit=machine.commit(),
         date=machine.today(),
         drop_rate=case.origin.drop_rate if case.origin else None,
-        speedup_over_best_peer=timing.speedup_over(best) if comparable else None,
+        **compared,
     )
 
 
 def describe(line: Line) -> str:
     """One line for the terminal."""
     speed = f"{line.tflops:8.3f} TFLOP/s" if line.tflops is not None else f"{line.gb_per_s:8.2f} GB/s   "
-    ratio = "" if line.speedup_over_best_peer is None else f"  {line.speedup_over_best_peer:.2f}x best peer"
+    ratio = ""
+    if line.speedup_over_best_peer is not None:
+        ratio = f"  {line.speedup_over_best_peer:.2f}x best peer ({line.best_peer} {line.best_peer_ms_p50:.4f} ms, error {line.best_peer_error:.1e})"
     return (
         f"{line.op:11} {line.case:24} {line.dtype} {line.mode:7} {'*' if line.ours else ' '}{line.backend:26} {line.ms_p50:10.4f} ms "
         f"({line.ms_p20:.4f}..{line.ms_p80:.4f}) {speed} {line.share_of_ceiling:6.1%}  error {line.error:.1e} ({line.error_of})"
@@ -250,19 +298,21 @@ def describe(line: Line) -> str:
 
 
 def select(op: str, names: Sequence[str]) -> list[Case]:
-    """Cases by name; "primary" and "parity" are all of a tag.
+    """Cases by name; "primary" and "parity" are all of a tag, "cpu" those a CPU is judged by.
 
     Raises:
         ValueError: an unknown name.
     """
     chosen: dict[str, Case] = {}
     for name in names:
-        if name in ("primary", "parity"):
+        if name == "cpu":
+            chosen |= {case.name: case for case in FOR_CPU[op]}
+        elif name in ("primary", "parity"):
             chosen |= {case.name: case for case in CASES[op].values() if tag(case) == name}
         elif name in CASES[op]:
             chosen[name] = CASES[op][name]
         else:
-            raise ValueError(f"unknown case {name!r}; {op} has primary, parity, {', '.join(CASES[op])}")
+            raise ValueError(f"unknown case {name!r}; {op} has primary, parity, cpu, {', '.join(CASES[op])}")
     return list(chosen.values())
 
 
@@ -270,8 +320,8 @@ def main() -> int:
     # argparse, here and in the other commands: a machine lent for a measurement has torch, not necessarily the command line's extras
     parser = argparse.ArgumentParser(description="time an op's backends against its peers", epilog="python -m bench.floors lists the cases")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--op", required=True, choices=dispatch.OPS)
-    parser.add_argument("--case", nargs="+", default=["primary"], help="names, primary or parity")
+    parser.add_argument("--op", nargs="+", choices=dispatch.OPS, help="required on a GPU; all of them on the CPU")
+    parser.add_argument("--case", nargs="+", help="names, primary, parity or cpu; primary on a GPU and cpu on the CPU unless given")
     parser.add_argument("--dtype", nargs="+", default=["bf16"], choices=[*DTYPES])
     parser.add_argument("--mode", nargs="+", default=["fwd", "fwd+bwd"], choices=MODES)
     parser.add_argument("--backends", nargs="+", help="ours; all of the op unless given")
@@ -280,43 +330,56 @@ def main() -> int:
     parser.add_argument("--clock", choices=["cuda_graph", "cuda_events", "perf_counter"], default="")
     parser.add_argument("--rounds", type=int, default=0)
     parser.add_argument("--batch", type=int, help="instead of the case's own")
-    parser.add_argument("--out", help="append result lines to this file")
+    parser.add_argument(
+        "--out", help="append result lines to this file; on the CPU bench/results/<processor>.jsonl unless given, '' for none"
+    )
     given = parser.parse_args()
-    try:
-        cases = select(given.op, given.case)
-        setting = Setting(
-            torch.device(given.device),
-            clock=given.clock,
-            rounds=given.rounds,
-            backends=tuple(given.backends) if given.backends else None,
-            peer_names=None if given.peers is None else tuple(given.peers),
-            compiled_peers=not given.no_compiled_peers,
-        )
-        peers(given.op, setting.peer_names)
-        if unknown := sorted(set(given.backends or ()) - set(dispatch.BACKENDS[given.op])):
-            raise ValueError(f"unknown backends {', '.join(unknown)}; {given.op} has {', '.join(dispatch.BACKENDS[given.op])}")
-    except ValueError as error:
-        parser.error(str(error))
-    if given.batch:
-        cases = [_at_batch(case, given.batch) for case in cases]
-    for dtype in given.dtype:
-        gate(setting, [given.op], dtype)
+    cpu = given.device == "cpu"
+    if not given.op and not cpu:
+        parser.error("the following arguments are required: --op")
+    status = 0
+    for op in given.op or dispatch.OPS:
+        # those that a CPU chooses among; the others would only be refused one by one
+        backends = given.backends or ([row.backend for row in dispatch.PREFERENCE["torch", "cpu"] if row.op == op] if cpu else None)
+        try:
+            cases = select(op, given.case or ["cpu" if cpu else "primary"])
+            setting = Setting(
+                torch.device(given.device),
+                clock=given.clock,
+                rounds=given.rounds,
+                backends=tuple(dict.fromkeys(backends)) if backends else None,
+                peer_names=None if given.peers is None else tuple(given.peers),
+                compiled_peers=not given.no_compiled_peers,
+            )
+            peers(op, setting.peer_names)
+            if unknown := sorted(set(given.backends or ()) - set(dispatch.BACKENDS[op])):
+                raise ValueError(f"unknown backends {', '.join(unknown)}; {op} has {', '.join(dispatch.BACKENDS[op])}")
+        except ValueError as error:
+            parser.error(str(error))
+        if given.batch:
+            cases = [_at_batch(case, given.batch) for case in cases]
+        status |= _measure_all(setting, op, cases, given.dtype, given.mode, _out(given.out, setting))
+    return status
+
+
+def _out(asked: str | None, setting: Setting) -> str | Path | None:
+    """The file that takes the lines; a CPU's are kept beside the code unless told otherwise."""
+    return results.of_device(setting.device_name) if asked is None and setting.device.type == "cpu" else asked
+
+
+def _measure_all(setting: Setting, op: str, cases: Sequence[Case], dtypes: Sequence[str], modes: Sequence[Mode], out) -> int:
+    """Print and keep the lines of an op; 1 where one of its backends is red."""
+    for dtype in dtypes:
+        gate(setting, [op], dtype)
         for case in cases:
-            lines, absent = measure(setting, given.op, case, dtype, given.mode)
+            lines, absent = measure(setting, op, case, dtype, modes)
             for line in lines:
                 print(describe(line), flush=True)
             for name, reason in absent.items():
-                print(f"{given.op:11} {case.name:24} {dtype} absent: {name}: {reason}", flush=True)
-            if given.out:
-                results.append(given.out, lines)
-    asked = given.backends or dispatch.BACKENDS[given.op]
-    return int(any("red" in reason or "error beyond" in reason for (_, backend), reason in setting.refused.items() if backend in asked))
-
-
-def _at_batch(case: Case, batch: int) -> Case:
-    import dataclasses
-
-    return dataclasses.replace(case, batch=batch, name=f"{case.name}_b{batch}")
+                print(f"{op:11} {case.name:24} {dtype} absent: {name}: {reason}", flush=True)
+            if out:
+                results.append(out, lines)
+    return int(any("red" in reason or "error beyond" in reason for reason in setting.refused.values()))
 
 
 if __name__ == "__main__":
