@@ -1,12 +1,10 @@
 """csrc/attention.cpp beyond the battery: every short length, strides, guard pages, threads, the matrix unit shared with torch."""
 
-import ctypes
 import math
-import mmap
 
 import pytest
 import torch
-from native_fixtures import using
+from native_fixtures import guarded, needs_guard_pages, using
 
 from vatt_fast.kernels import native
 from vatt_fast.kernels.attention import native_cpu, reference
@@ -170,22 +168,7 @@ def test_large_scores(amx):
         assert all(x.isfinite().all() for x in run(native_cpu, *tensors, options))
 
 
-def guarded(shape, dtype, at_end):
-    """Uninitialised memory (of nan) between two pages that must not be touched, flush against the second or, on a page's start, the first."""
-    page = mmap.PAGESIZE
-    size = math.prod(shape) * dtype.itemsize
-    pages = max(1, -(-size // page))
-    area = mmap.mmap(-1, (pages + 2) * page)
-    start = ctypes.addressof(ctypes.c_char.from_buffer(area))
-    libc = ctypes.CDLL(None, use_errno=True)
-    for edge in (start, start + (pages + 1) * page):
-        assert libc.mprotect(ctypes.c_void_p(edge), page, 0) == 0
-    offset = page + (pages * page - size if at_end else 0)
-    ctypes.memset(start + offset, 0xFF, size)
-    return torch.frombuffer(area, dtype=dtype, count=math.prod(shape), offset=offset).view(shape)  # keeps the area
-
-
-@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mprotect"), reason="no mprotect here")
+@needs_guard_pages
 @pytest.mark.parametrize("at_end", [True, False], ids=["end", "start"])
 @every_case
 def test_nothing_is_touched_beyond_the_tensors(amx, monkeypatch, case, at_end):
