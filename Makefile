@@ -2,7 +2,7 @@
 
 VENV ?= .venv
 ACTIVE ?= $(shell python3 -c "from importlib.metadata import version; print(*['yes'] * (tuple(map(int, version('torch').split('.')[:2])) >= (2, 9)))" 2>/dev/null)
-EXTRAS := data,train,eval,gpu,jax,test
+EXTRAS := data,train,eval,gpu,jax,tpu,test
 
 ifeq ($(ACTIVE),yes)
 PYTHON := python3

@@ -54,6 +54,27 @@ def _half_compute(mode, patches, weight, *tensors, dtype=None, **options) -> boo
     return (dtype or weight.dtype) == torch.bfloat16 and native.level() != "base"
 
 
+def _queries_fill_lanes(mode, q, k, v, **options) -> bool:
+    """A TPU's register has 128 lanes of queries. Scores of a sentence, or of AGG alone, are few: XLA fuses them with what surrounds them, and
+    the kernel's order of axes would cost copies (predicted, NOTES.md)."""
+    return (q.shape[1] if isinstance(q, torch.Tensor) else q.shape[2]) >= 64
+
+
+def torch_xla_has_a_tpu() -> bool:
+    """What torch_xla runs on; elsewhere it lowers to plain XLA, and these kernels are only interpreted."""
+    import torch_xla.runtime
+
+    return torch_xla.runtime.device_type() == "TPU"
+
+
+def _on_torch_xla(row: Row) -> Row:
+    """The row, where torch_xla runs a TPU."""
+    return row._replace(
+        when=lambda mode, *args, **options: torch_xla_has_a_tpu() and (row.when is None or row.when(mode, *args, **options))
+    )
+
+
+_PALLAS = tuple(Row(op, "pallas_tpu", _queries_fill_lanes if op == "attention" else None) for op in OPS)
 _REFERENCES = tuple(Row(op, "reference") for op in OPS)
 
 # (framework, device): best first. What is not listed here still runs when asked for by name.
@@ -76,10 +97,19 @@ PREFERENCE: dict[tuple[str, str], tuple[Row, ...]] = {
         Row("patch_embed", "triton_gpu"),
         *_REFERENCES,
     ),
+    ("torch", "xla"): (*map(_on_torch_xla, _PALLAS), *_REFERENCES),
+    ("torch", "tpu"): (*_PALLAS, *_REFERENCES),
+    ("jax", "tpu"): (*_PALLAS, *_REFERENCES),
 }
-BACKENDS: dict[str, tuple[str, ...]] = {
-    op: tuple(dict.fromkeys(row.backend for rows in PREFERENCE.values() for row in rows if row.op == op)) for op in OPS
-}
+
+
+def _backends(framework: str) -> dict[str, tuple[str, ...]]:
+    rows = [row for (each, _), rows in PREFERENCE.items() if each == framework for row in rows]
+    return {op: tuple(dict.fromkeys(row.backend for row in rows if row.op == op)) for op in OPS}
+
+
+BACKENDS = _backends("torch")
+JAX_BACKENDS = _backends("jax")
 
 
 def _parse(request: str) -> dict[str, str]:
@@ -89,7 +119,7 @@ def _parse(request: str) -> dict[str, str]:
         op, equals, name = part.rpartition("=")
         if equals and op not in OPS:
             raise ValueError(f"unknown op {op!r} in backend request {request!r}; ops are {', '.join(OPS)}")
-        known = BACKENDS[op] if equals else tuple(dict.fromkeys(name for names in BACKENDS.values() for name in names))
+        known = tuple(dict.fromkeys(name for o in ([op] if equals else OPS) for name in (*BACKENDS[o], *JAX_BACKENDS[o])))
         if name not in known:
             raise ValueError(f"unknown backend {name!r} in request {request!r}; {op or 'the ops'} have {', '.join(known)}")
         asked |= {op: name} if equals else dict.fromkeys(OPS, name)
@@ -129,11 +159,11 @@ def choose(op: str, mode: str, name: str, *tensors, **options):
     if name:
         if reason := _objection(op, name, *tensors, **options):
             raise ValueError(f"{op}: backend {name!r} cannot run this: {reason}")
-        return _module(op, name)
+        return _backend(op, name, tensors[0])
     for row in _rows(op, tensors[0]):
         preferred = row.when is None or row.when(mode, *tensors, **options)
         if preferred and not _objection(op, row.backend, *tensors, **options):
-            return _module(op, row.backend)
+            return _backend(op, row.backend, tensors[0])
     return _module(op, "reference")
 
 
@@ -146,12 +176,38 @@ def explain(op: str, *tensors, **options) -> dict[str, str]:
         raise ValueError(f"unknown op {op!r}; ops are {', '.join(OPS)}")
     chosen = {mode: choose(op, mode, "", *tensors, **options).__name__.rpartition(".")[2] for mode in ("fwd", "bwd")}
     verdicts = {}
-    for backend in BACKENDS[op]:
+    for backend in (BACKENDS if _framework(tensors[0]) == "torch" else JAX_BACKENDS)[op]:
         modes = [mode for mode, name in chosen.items() if name == backend]
         verdicts[backend] = _objection(op, backend, *tensors, **options) or (
             f"preferred ({', '.join(modes)})" if modes else "runs when asked for"
         )
     return verdicts
+
+
+_jax_platform = ""
+
+
+def jax_platform() -> str:
+    """What JAX code traced now will run on: "tpu", "cpu" or "gpu"; JAX's default backend unless ``lowering_for`` says otherwise."""
+    if _jax_platform:
+        return _jax_platform
+    import jax
+
+    return jax.default_backend()
+
+
+@contextlib.contextmanager
+def lowering_for(platform: str) -> Iterator[None]:
+    """Trace JAX code for another platform than this machine's, e.g. "tpu" to compile ahead of time on a CPU.
+
+    Backends are chosen when a function is traced: give ``jax.jit`` a function that was not traced before.
+    """
+    global _jax_platform
+    before, _jax_platform = _jax_platform, platform
+    try:
+        yield
+    finally:
+        _jax_platform = before
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
@@ -185,20 +241,36 @@ def without_autocast(implementation):
     return run
 
 
+def _framework(tensor) -> str:
+    return "torch" if isinstance(tensor, torch.Tensor) else "jax"
+
+
 def _rows(op: str, tensor) -> tuple[Row, ...]:
-    return tuple(row for row in PREFERENCE.get(("torch", tensor.device.type), _REFERENCES) if row.op == op)
+    framework = _framework(tensor)
+    device = tensor.device.type if framework == "torch" else jax_platform()
+    return tuple(row for row in PREFERENCE.get((framework, device), _REFERENCES) if row.op == op)
 
 
 def _objection(op: str, name: str, *tensors, **options) -> str | None:
-    if name not in BACKENDS[op]:
-        return f"{op} has no such backend; it has {', '.join(BACKENDS[op])} (ask per op: VATT_FAST_BACKEND={op}=...)"
+    known = (BACKENDS if _framework(tensors[0]) == "torch" else JAX_BACKENDS)[op]
+    if name not in known:
+        return f"{op} has no such backend; it has {', '.join(known)} (ask per op: VATT_FAST_BACKEND={op}=...)"
     try:
-        module = _module(op, name)
+        module = _backend(op, name, tensors[0])
     except ModuleNotFoundError as error:
         if (error.name or __package__).startswith(__package__):  # ours is missing: a bug, not a part to install
             raise
         return f"it needs {error.name}, which is not installed"
     return module.unsupported(*tensors, **options)
+
+
+def _backend(op: str, name: str, tensor):
+    """The backend's module; torch tensors reach the JAX kernels through an adapter with the same three functions."""
+    if name == "pallas_tpu" and _framework(tensor) == "torch":
+        from . import xla
+
+        return xla.adapter(op)
+    return _module(op, name)
 
 
 @functools.cache

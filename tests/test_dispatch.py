@@ -318,7 +318,7 @@ def test_a_bare_name_that_an_op_does_not_have_makes_that_op_raise():
         attention(*tensors, **options)
         with pytest.raises(
             ValueError,
-            match=r"nce: backend 'torch_sdpa' cannot run this.*it has native_cpu, reference, triton_gpu \(ask per op: VATT_FAST_BACKEND=nce=",
+            match=r"nce: backend 'torch_sdpa' cannot run this.*it has native_cpu, reference, triton_gpu, pallas_tpu \(ask per op: VATT_FAST_BACKEND=nce=",
         ):
             contrastive_lse(**inputs)
 
@@ -338,6 +338,36 @@ def test_unknown_requests(request_, message):
     assert requested("attention") == ""
 
 
+@pytest.mark.parametrize("op", dispatch.OPS)
+def test_the_jax_kernels_do_not_take_tensors_of_a_cpu(op):
+    pytest.importorskip("jax", reason="without jax the objection is another one")
+    inputs = list(make(next(iter(CASES[op].values()))).items())
+    tensors, options = [value for _, value in inputs[:2]], dict(inputs[2:])
+    with pytest.raises(
+        ValueError, match=r"tensors are on cpu; from torch its kernels are reached on xla \(torch_xla\) and tpu \(torch_tpu\)"
+    ):
+        choose(op, "fwd", "pallas_tpu", *tensors, **options)
+
+
+def test_the_jax_kernels_need_jax():
+    code = """
+import sys
+sys.modules["jax"] = None  # importing it raises
+import torch
+from vatt_fast.kernels import attention, explain, use_backend
+q = torch.ones(1, 2, 1, 8)
+print(explain("attention", q, q, q, scale=1.0)["pallas_tpu"])
+with use_backend("attention=pallas_tpu"):
+    try:
+        attention(q, q, q, scale=1.0)
+    except ValueError as error:
+        print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    reason = "it needs jax, which is not installed"
+    assert done.stdout.splitlines() == [reason, f"attention: backend 'pallas_tpu' cannot run this: {reason}"]
+
+
 @pytest.mark.parametrize(
     ("value", "expected"),
     [("", ["", ""]), ("reference", ["reference"] * 2), ("attention=torch_sdpa", ["torch_sdpa", ""]), ("nonsense", None)],
@@ -355,7 +385,7 @@ def test_explain_covers_every_backend():
     tensors, options = attention_inputs("bias")
     verdicts = explain("attention", *tensors, **options)
     assert set(verdicts) == set(dispatch.BACKENDS["attention"]) == {
-        "native_cpu", "triton_gpu", "torch_sdpa", "torch_cudnn", "flash_attn", "reference",
+        "native_cpu", "triton_gpu", "torch_sdpa", "torch_cudnn", "flash_attn", "pallas_tpu", "reference",
     }  # fmt: skip
     assert verdicts["torch_sdpa"] == "preferred (fwd, bwd)" and verdicts["reference"] == "runs when asked for"
     assert verdicts["torch_cudnn"] == "tensors are on cpu; cuDNN is reached on NVIDIA GPUs"
