@@ -137,6 +137,21 @@ def _embed_folder(model, data: str, batch_size: int) -> tuple[dict[str, np.ndarr
     return *embed_batches(net, watched()), skipped
 
 
+def compile_tpu(config) -> None:
+    """Compile the sharded training step for a TPU slice, on this machine without one: memory, kernels, layout copies.
+
+    Exit status 1 if it does not fit.
+    """
+    from .compile_tpu import compile_step, write_report
+
+    report = compile_step(config)
+    if config.out:
+        write_report(config, report, Path(config.out))
+    _print({name: f"{value:.3g}" if isinstance(value, float) and not config.json else value for name, value in report.items()}, config.json)
+    if not report["fits"]:
+        raise SystemExit(1)
+
+
 def doctor(json: bool = False) -> None:
     """Say what this machine offers: versions, device, codecs, and which backend runs each op, and why.
 
@@ -153,7 +168,7 @@ def doctor(json: bool = False) -> None:
 
     device = pick_device("auto")
     report: dict = {"vatt_fast": __version__, "python": platform.python_version(), "torch": torch.__version__}
-    for name in ("triton", "jax", "av", "tyro", "tensorboard", "scikit-learn", "matplotlib"):
+    for name in ("triton", "jax", "optax", "libtpu", "av", "tyro", "tensorboard", "scikit-learn", "matplotlib"):
         try:
             report[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
@@ -209,12 +224,14 @@ def _print(values: dict, as_json: bool) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Run the verb; errors a user can mend are one line on stderr and exit status 2."""
     tyro = _tyro()
+    from .compile_tpu import CompileTPUConfig
     from .demo import DemoConfig
     from .training.loop import PretrainConfig
 
     verbs = {
         "demo": _with_config(demo, DemoConfig),
         "pretrain": _with_config(run_pretrain, PretrainConfig),
+        "compile-tpu": _with_config(compile_tpu, CompileTPUConfig),
         "embed": embed,
         "retrieve": retrieve,
         "doctor": doctor,

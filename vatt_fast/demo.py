@@ -4,7 +4,7 @@ import dataclasses
 import json
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -38,6 +38,7 @@ class DemoConfig:
     shuffle_captions: bool = False  # train on captions of other clips: retrieval must then stay near chance
     learning_rate: float = 1.5e-3
     precision: str = "auto"
+    framework: Literal["torch", "jax"] = "torch"
     workers: int = 1
 
 
@@ -59,7 +60,7 @@ def run_demo(demo: DemoConfig, *, progress: bool = True) -> dict[str, Any]:
         data=str(world / "train"), out=str(out), preset="tiny", steps=demo.steps, batch_size=demo.batch_size, drop_rate=demo.drop_rate,
         learning_rate=demo.learning_rate, final_learning_rate=demo.learning_rate / 20, warmup_steps=min(100, demo.steps // 10),
         schedule="half_cosine", max_words=512, seed=demo.seed, shuffle_captions=demo.shuffle_captions, precision=demo.precision,  # type: ignore[arg-type]
-        workers=demo.workers, cache=str(world / "decoded"),
+        framework=demo.framework, workers=demo.workers, cache=str(world / "decoded"),
     )  # fmt: skip
     vocabulary = vocabulary_of(run.data, run.max_words)
     config = dataclasses.replace(preset("tiny"), vocab_size=len(vocabulary))

@@ -299,17 +299,23 @@ class ClipLoader(DataLoader):
             yield batch
 
 
-def loader(dataset: ClipDataset, start_step: int, stop_step: int, workers: int = 0, pin_memory: bool = False) -> ClipLoader:
-    """Batches ``start_step`` .. ``stop_step - 1`` in order; the same ones for any number of worker processes."""
+def loader(
+    dataset: ClipDataset, start_step: int, stop_step: int, workers: int = 0, pin_memory: bool = False, start_method: str | None = None
+) -> ClipLoader:
+    """Batches ``start_step`` .. ``stop_step - 1`` in order; the same ones for any number of worker processes.
+
+    ``start_method`` is multiprocessing's: "spawn" where this process has threads that do not survive a fork.
+    """
     if not 0 <= start_step <= stop_step:
         raise ValueError(f"steps {start_step} to {stop_step}; they must be in order and 0 or later")
-    return _loader(dataset, range(start_step, stop_step), workers, pin_memory)
+    return _loader(dataset, range(start_step, stop_step), workers, pin_memory, start_method)
 
 
-def _loader(dataset: "ClipDataset | _EvaluationBatches", steps: range, workers: int, pin_memory: bool = False) -> ClipLoader:
-    return ClipLoader(
-        dataset, sampler=steps, batch_size=None, num_workers=workers, persistent_workers=workers > 0, pin_memory=pin_memory, in_order=True
-    )
+def _loader(
+    dataset: "ClipDataset | _EvaluationBatches", steps: range, workers: int, pin_memory: bool = False, start_method: str | None = None
+) -> ClipLoader:
+    options: dict[str, Any] = dict(persistent_workers=True, multiprocessing_context=start_method) if workers else {}
+    return ClipLoader(dataset, sampler=steps, batch_size=None, num_workers=workers, pin_memory=pin_memory, in_order=True, **options)
 
 
 def evaluation_clips(

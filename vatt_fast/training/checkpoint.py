@@ -1,9 +1,10 @@
-"""Where a run stands, in one safetensors file that is replaced whole: weights, Adam's state, step."""
+"""Where a run stands, in one safetensors file that is replaced whole: weights, Adam's state, step. One format for both frameworks."""
 
 import json
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from ..model import VATT
 from ..weights import load_metadata, load_tensors, load_weights, save_tensors
@@ -13,15 +14,37 @@ _MODEL, _OPTIMIZER = "model/", "optimizer/"
 
 def save_checkpoint(path: Path, model: VATT, optimizer: torch.optim.Optimizer, *, step: int, run: dict) -> None:
     """Write the state after ``step`` steps. ``run`` is the JSON-able description that a resumed run must match."""
-    names: dict[torch.Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
-    tensors = {_MODEL + name: value for name, value in model.state_dict().items()}
+    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+    moments: dict[str, dict[str, Tensor]] = {}
     for parameter, state in optimizer.state.items():
-        tensors |= {f"{_OPTIMIZER}{key}/{names[parameter]}": value for key, value in state.items()}
-    save_tensors(tensors, path, metadata={"step": str(step), "run": json.dumps(run)})
+        for key, value in state.items():
+            moments.setdefault(key, {})[names[parameter]] = value
+    write_state(path, model.state_dict(), moments, step=step, run=run)
 
 
 def load_checkpoint(path: Path, model: VATT, optimizer: torch.optim.Optimizer, *, run: dict) -> int:
-    """Restore what ``save_checkpoint`` wrote; returns the number of steps done.
+    """Restore what ``save_checkpoint`` wrote; returns the number of steps done. Raises ValueError as ``read_state`` does."""
+    weights, moments, step = read_state(path, run=run)
+    load_weights(model, weights, source=str(path))
+    parameters = dict(model.named_parameters())
+    for key, values in moments.items():
+        for name, value in values.items():
+            owner = parameters[name]
+            # Adam keeps its step counter on the CPU
+            optimizer.state[owner][key] = value if key == "step" else value.to(owner.device)
+    return step
+
+
+def write_state(path: Path, weights: dict[str, Tensor], moments: dict[str, dict[str, Tensor]], *, step: int, run: dict) -> None:
+    """``weights`` is the torch model's state dict; ``moments`` Adam's state: step, exp_avg, exp_avg_sq, each by the weight's name."""
+    tensors = {_MODEL + name: value for name, value in weights.items()}
+    for key, values in moments.items():
+        tensors |= {f"{_OPTIMIZER}{key}/{name}": value for name, value in values.items()}
+    save_tensors(tensors, path, metadata={"step": str(step), "run": json.dumps(run)})
+
+
+def read_state(path: Path, *, run: dict) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]], int]:
+    """Weights, moments and the number of steps done, as ``write_state`` took them.
 
     Raises:
         ValueError: the file is cut short, or belongs to another run (the message names the first differing settings).
@@ -34,12 +57,9 @@ def load_checkpoint(path: Path, model: VATT, optimizer: torch.optim.Optimizer, *
         shown = "; ".join(f"{key} was {saved.get(key)!r}, now {run.get(key)!r}" for key in differing[:3])
         raise ValueError(f"{path} belongs to another run ({shown}); choose another output folder, or delete this one")
     weights = {name.removeprefix(_MODEL): value for name, value in tensors.items() if name.startswith(_MODEL)}
-    load_weights(model, weights, source=str(path))
-    parameters = dict(model.named_parameters())
+    moments: dict[str, dict[str, Tensor]] = {}
     for name, value in tensors.items():
         if name.startswith(_OPTIMIZER):
-            key, _, parameter = name.removeprefix(_OPTIMIZER).partition("/")
-            owner = parameters[parameter]
-            # Adam keeps its step counter on the CPU
-            optimizer.state[owner][key] = value if key == "step" else value.to(owner.device)
-    return int(metadata["step"])
+            key, _, weight = name.removeprefix(_OPTIMIZER).partition("/")
+            moments.setdefault(key, {})[weight] = value
+    return weights, moments, int(metadata["step"])

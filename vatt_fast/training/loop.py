@@ -8,11 +8,12 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from tqdm import tqdm
 
+from ..compile_tpu import has_a_tpu, without_a_tpu
 from ..config import VATTConfig, preset
 from ..data.dataset import Batch, ClipDataset, ClipSpec, folder_captions, loader
 from ..data.text import Vocabulary
@@ -23,8 +24,9 @@ from .checkpoint import load_checkpoint, save_checkpoint
 from .schedule import Schedule, learning_rate
 
 CHECKPOINT, METRICS = "checkpoint.safetensors", "metrics.jsonl"
+BETAS = (0.9, 0.999)  # Adam's
 # a run may continue with other values of these; everything else must be as it was
-_FREE = ("out", "workers", "device", "log_every", "checkpoint_every", "cache")
+_FREE = ("out", "workers", "framework", "shard_weights", "recompute", "device", "log_every", "checkpoint_every", "cache")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +50,9 @@ class PretrainConfig:
     seed: int = 0
     shuffle_captions: bool = False  # train on captions of other clips: retrieval must then stay near chance
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 autocast where the device computes it natively
+    framework: Literal["torch", "jax"] = "torch"  # jax: all devices of this host share the batch
+    shard_weights: bool = False  # jax: weights and Adam's state lie in shards over the devices
+    recompute: bool = False  # jax: keep only the blocks' inputs for the backward pass
     device: str = "auto"
     workers: int = 2
     cache: str | None = None  # keep decoded clips here; for small data sets that fit the disk
@@ -63,6 +68,10 @@ class PretrainConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must not be negative")
         if not 0 <= self.drop_rate < 1:
             raise ValueError(f"drop_rate is {self.drop_rate}; it is the fraction removed and lies in [0, 1)")
+        if self.framework not in ("torch", "jax"):
+            raise ValueError(f"framework is {self.framework!r}; it is torch or jax")
+        if self.framework == "torch" and (self.shard_weights or self.recompute):
+            raise ValueError("shard_weights and recompute belong to framework 'jax'; leave them out")
 
 
 def pretrain(run: PretrainConfig, *, model_config: VATTConfig | None = None, progress: bool = True) -> VATT:
@@ -77,8 +86,6 @@ def pretrain(run: PretrainConfig, *, model_config: VATTConfig | None = None, pro
     Raises:
         ValueError: settings out of range, unreadable data, or an output folder of another run.
     """
-    device = pick_device(run.device)
-    autocast = _autocast(run.precision, device)
     out = Path(run.out)
     vocabulary = vocabulary_of(run.data, run.max_words)
     config = dataclasses.replace(model_config or preset(run.preset, run.recipe), vocab_size=len(vocabulary))
@@ -91,47 +98,101 @@ def pretrain(run: PretrainConfig, *, model_config: VATTConfig | None = None, pro
         shuffle_captions=run.shuffle_captions,
         cache_dir=run.cache,
     )
-    model = initial_model(config, vocabulary, run.seed).to(device).train()
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.Adam(trainable, lr=0.0, betas=(0.9, 0.999), eps=run.adam_eps, fused=True)
-
+    trainer = _trainer(run, config, vocabulary)
     identity = describe(run, config)
-    start = load_checkpoint(out / CHECKPOINT, model, optimizer, run=identity) if (out / CHECKPOINT).exists() else 0
+    start = trainer.restore(out / CHECKPOINT, identity) if (out / CHECKPOINT).exists() else 0
     out.mkdir(parents=True, exist_ok=True)
     logger = MetricsLog(out, start)
 
-    def checkpoint(step: int) -> None:
-        save_checkpoint(out / CHECKPOINT, model, optimizer, step=step, run=identity)
-        save_model(model, out)
-
-    batches = loader(dataset, start, run.steps, run.workers)
+    batches = loader(dataset, start, run.steps, run.workers, start_method=trainer.start_method)
     bar = tqdm(total=run.steps, initial=start, desc="pretrain", unit="step", disable=None if progress else True)
     began, clips = time.perf_counter(), 0
     with contextlib.closing(logger), bar, stop_requests() as stopping:
         for step, batch in enumerate(batches, start):
             rate = _rate(run, step)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            loss = train_step(model, optimizer, batch.to(device), run, step, autocast)
+            loss = trainer.step(batch, step, rate)
             clips += len(batch)
             bar.update()
             done = step + 1
             if done % run.log_every == 0 or done == run.steps:
-                values = {"loss": loss.total.item(), "learning_rate": rate}
-                values |= {f"loss_{name}": part.item() for name in ("va", "vt") if (part := getattr(loss, name)) is not None}
-                values |= {"temperature": 1 / float(torch.as_tensor(model.scale()).detach()), "skipped_files": len(dataset.skipped)}
+                values = {"loss": float(loss.total), "learning_rate": rate}
+                values |= {f"loss_{name}": float(part) for name in ("va", "vt") if (part := getattr(loss, name)) is not None}
+                values |= {"temperature": trainer.temperature(), "skipped_files": len(dataset.skipped)}
                 values["clips_per_second"] = clips / (time.perf_counter() - began)
                 logger.write(done, values)
                 bar.set_postfix(loss=f"{values['loss']:.3f}")
                 began, clips = time.perf_counter(), 0
             if done % run.checkpoint_every == 0 or done == run.steps or stopping.is_set():
-                checkpoint(done)
+                save_model(trainer.save(out / CHECKPOINT, done, identity), out)
             if stopping.is_set() and done < run.steps:
                 raise KeyboardInterrupt(f"stopped after step {done}; the same command continues from there")
     if dataset.skipped:
         reasons = "\n  ".join(list(dataset.skipped.values())[:5])
         print(f"{len(dataset.skipped)} media files could not be read, others stood in for them:\n  {reasons}")
-    return model.eval()
+    return trainer.model().eval()
+
+
+class Trainer(Protocol):
+    """What a framework brings to ``pretrain``: a model from the run's seed, its optimizer, and their state on disk."""
+
+    start_method: str | None  # of the loader's worker processes; None: Python's default
+
+    def restore(self, path: Path, identity: dict) -> int:
+        """Continue from a checkpoint; returns the number of steps done."""
+
+    def step(self, batch: Batch, step: int, rate: float) -> Any:
+        """One update; the loss as an object with ``total``, ``va``, ``vt``, whose values may still be on their way."""
+
+    def temperature(self) -> float: ...
+
+    def save(self, path: Path, step: int, identity: dict) -> VATT:
+        """Write a checkpoint; returns the model as it stands."""
+
+    def model(self) -> VATT: ...
+
+
+def _trainer(run: PretrainConfig, config: VATTConfig, vocabulary: Vocabulary) -> Trainer:
+    if run.framework == "jax":
+        if not has_a_tpu():
+            without_a_tpu(jax_on_cpu=False)  # where libtpu is installed to compile with, JAX would look for one, and say so at length
+        try:
+            from .jax_loop import JaxTrainer
+        except ModuleNotFoundError as error:
+            raise ValueError(f"framework 'jax' needs {error.name}: pip install 'vatt_fast[jax]'") from error
+        return JaxTrainer(run, config, vocabulary)
+    return TorchTrainer(run, config, vocabulary)
+
+
+class TorchTrainer:
+    """The torch model on one device."""
+
+    start_method: str | None = None
+
+    def __init__(self, run: PretrainConfig, config: VATTConfig, vocabulary: Vocabulary):
+        self.run, self.device = run, pick_device(run.device)
+        self.autocast = _autocast(run.precision, self.device)
+        self._model = initial_model(config, vocabulary, run.seed).to(self.device).train()
+        trainable = [p for p in self._model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.Adam(trainable, lr=0.0, betas=BETAS, eps=run.adam_eps, fused=True)
+
+    def restore(self, path: Path, identity: dict) -> int:
+        return load_checkpoint(path, self._model, self.optimizer, run=identity)
+
+    def step(self, batch: Batch, step: int, rate: float) -> VATTLoss:
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        loss = train_step(self._model, self.optimizer, batch.to(self.device), self.run, step, self.autocast)
+        return VATTLoss(*(None if part is None else part.detach() for part in (loss.total, loss.va, loss.vt)))  # type: ignore[arg-type]
+
+    def temperature(self) -> float:
+        return 1 / float(torch.as_tensor(self._model.scale()).detach())
+
+    def save(self, path: Path, step: int, identity: dict) -> VATT:
+        save_checkpoint(path, self._model, self.optimizer, step=step, run=identity)
+        return self._model
+
+    def model(self) -> VATT:
+        return self._model
 
 
 def train_step(model: VATT, optimizer: torch.optim.Optimizer, batch: Batch, run: PretrainConfig, step: int, autocast) -> VATTLoss:
