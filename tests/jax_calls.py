@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import torch
+from test_ops import OUTPUTS
 
 from vatt_fast.kernels import jax_ops
 from vatt_fast.kernels.cases import DIFFERENTIABLE
@@ -14,7 +15,6 @@ OPS = {
     "nce": jax_ops.contrastive_lse,
     "patch_embed": jax_ops.patch_embed,
 }
-OUTPUTS = {"attention": ("out", "lse"), "drop_token": ("kept",), "nce": ("row", "col", "pos"), "patch_embed": ("tokens",)}
 HEADS_FIRST = {"q", "k", "v", "out", "d_q", "d_k", "d_v"}  # (B, T, H, D) in torch, (B, H, T, D) here
 
 

@@ -14,6 +14,7 @@ import torch
 
 from .. import native
 from ..numerics import put_rows
+from .dtypes import refused
 from .patchify import unpatchify
 
 # B batch, N patches, K kept, k values a patch; A 1 with AGG, else 0; R = B (A + K) rows of all clips, AGG's among them
@@ -193,11 +194,4 @@ def unsupported(
         return f"tensors are on {patches.device.type}; it runs on the CPU"
     if dtype not in (None, torch.float32, torch.bfloat16):
         return f"the compute dtype is {dtype}; it takes float32 and bfloat16"
-    for name, x in dict(patches=patches, weight=weight, bias=bias, position=position, agg=agg).items():
-        if (
-            x is not None
-            and x.dtype not in (torch.float32, torch.float16, torch.bfloat16)
-            and not (x is patches and x.dtype == torch.uint8)
-        ):
-            return f"{name} is {x.dtype}; it takes float32, float16 and bfloat16{', and uint8' if x is patches else ''}"
-    return None
+    return refused(patches, weight, bias, position, agg)

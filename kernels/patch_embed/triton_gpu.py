@@ -11,6 +11,7 @@ import triton.language as tl
 from .. import tiles
 from ..numerics import put_rows
 from ..triton_common import arch, dot_precision, interpreted, objection
+from .dtypes import refused
 from .patchify import unpatchify
 
 # B batch, N patches, K kept, k values a patch; A 1 with AGG, else 0; R = B K rows of all clips, row r is row r % K of clip r // K
@@ -597,11 +598,4 @@ def unsupported(
         return reason
     if dtype == torch.bfloat16 and interpreted():
         return "Triton's interpreter multiplies the raw bits of bfloat16"
-    for name, x in dict(patches=patches, weight=weight, bias=bias, position=position, agg=agg).items():
-        if (
-            x is not None
-            and x.dtype not in (torch.float32, torch.float16, torch.bfloat16)
-            and not (x is patches and x.dtype == torch.uint8)
-        ):
-            return f"{name} is {x.dtype}; it takes float32, float16 and bfloat16{', and uint8' if x is patches else ''}"
-    return None
+    return refused(patches, weight, bias, position, agg)
