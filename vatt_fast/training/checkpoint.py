@@ -30,8 +30,7 @@ def load_checkpoint(path: Path, model: VATT, optimizer: torch.optim.Optimizer, *
     for key, values in moments.items():
         for name, value in values.items():
             owner = parameters[name]
-            # Adam keeps its step counter on the CPU
-            optimizer.state[owner][key] = value if key == "step" else value.to(owner.device)
+            optimizer.state[owner][key] = value.to(owner.device)  # a fused Adam's step counter too
     return step
 
 
