@@ -14,20 +14,8 @@ import jax.numpy as jnp
 
 from .config import NCEForm, VATTConfig
 from .kernels import jax_ops
-from .losses import BOUND_SLACK
+from .losses import BOUND_SLACK, nce_terms
 from .model import MAX_SCALE
-
-
-def nce_terms(row, col, pos, form: NCEForm) -> jax.Array:
-    """Loss of each clip from its row, column and positive log-sums, all (M,); the forms are those of ``losses.nce_terms``."""
-    if form == "paper":
-        both = jnp.logaddexp(row, col)
-        return both + jnp.log1p(-jnp.exp(pos - both)) - pos  # pos - both <= -ln 2: stable
-    if form == "released":
-        return jnp.logaddexp(row, col) - pos
-    if form == "symmetric":
-        return row + col - 2 * pos
-    raise ValueError(f"nce_form is {form!r}; it is one of paper, released, symmetric")
 
 
 def contrastive_terms(
@@ -65,7 +53,7 @@ def contrastive_terms(
     col = col if axis is None else jax.lax.all_to_all(col, axis, 0, 0)
     col = _masked_logsumexp(jnp.swapaxes(col, 0, 1).reshape(M, -1), valid)
     row, pos = jnp.where(valid, row, 0.0), jnp.where(valid, pos, -math.log(2))  # any finite values: the term is dropped
-    return jnp.where(valid, nce_terms(row, col, pos, form), 0.0), valid
+    return jnp.where(valid, nce_terms(row, col, pos, form, xp=jnp), 0.0), valid
 
 
 def global_mean(terms, valid, axis: str | None = None) -> jax.Array:

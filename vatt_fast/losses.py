@@ -5,6 +5,7 @@ Shapes: M clips on this device, N over all W devices, P texts a clip, D dimensio
 
 import dataclasses
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,18 +19,18 @@ from .kernels import contrastive_lse
 BOUND_SLACK = 1.02
 
 
-def nce_terms(row: Tensor, col: Tensor, pos: Tensor, form: NCEForm) -> Tensor:
-    """Loss of each clip from its row, column and positive log-sums, all (M,).
+def nce_terms(row, col, pos, form: NCEForm, *, xp: Any = torch):
+    """Loss of each clip from its row, column and positive log-sums, all (M,); ``xp`` is torch, or jax.numpy for JAX arrays.
 
     paper      log(e^row + e^col - e^pos) - pos    positives counted once (eq. 4-5; Miech et al. 2020)
     released   logaddexp(row, col) - pos           positives twice: never below ln 2
     symmetric  (row - pos) + (col - pos)           two softmax cross-entropies
     """
     if form == "paper":
-        both = torch.logaddexp(row, col)
-        return both + torch.log1p(-torch.exp(pos - both)) - pos  # pos - both <= -ln 2: stable
+        both = xp.logaddexp(row, col)
+        return both + xp.log1p(-xp.exp(pos - both)) - pos  # pos - both <= -ln 2: stable
     if form == "released":
-        return torch.logaddexp(row, col) - pos
+        return xp.logaddexp(row, col) - pos
     if form == "symmetric":
         return row + col - 2 * pos
     raise ValueError(f"nce_form is {form!r}; it is one of paper, released, symmetric")
