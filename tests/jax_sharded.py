@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from jax.sharding import NamedSharding, PartitionSpec
 
-from vatt_fast import jax_model
+from vatt_fast import jax_weights
 from vatt_fast.config import TowerConfig, VATTConfig
 from vatt_fast.data.dataset import Batch
 from vatt_fast.model import VATT
@@ -48,7 +48,7 @@ def run(devices: int, drop_per: str, **changes) -> dict[str, np.ndarray]:
     """Loss, gradients and statistics of one step, and the loss of a second one on the same batch."""
     options = StepOptions(smallest_shard=1, **changes)
     torch.manual_seed(0)
-    state = initial_state(*jax_model.from_torch(VATT(CONFIG)), CONFIG)
+    state = initial_state(*jax_weights.from_torch(VATT(CONFIG)), CONFIG)
     mesh, specs = make_mesh(jax.devices()[:devices]), state_specs(state, devices, options)
     # one draw for all, whatever the number of devices
     arrays = host_batch(batch_of(CONFIG, CLIPS), CONFIG, 0.5, seed=0, step=0, devices=1, drop_per=drop_per)

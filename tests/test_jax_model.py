@@ -14,7 +14,7 @@ jax = pytest.importorskip("jax", reason="the JAX model needs jax")
 
 import jax.numpy as jnp  # noqa: E402
 
-from vatt_fast import jax_losses, jax_model  # noqa: E402
+from vatt_fast import jax_losses, jax_model, jax_weights  # noqa: E402
 from vatt_fast.config import TowerConfig, VATTConfig  # noqa: E402
 from vatt_fast.kernels.patch_embed import patchify  # noqa: E402
 from vatt_fast.losses import vatt_loss  # noqa: E402
@@ -89,7 +89,7 @@ def assert_close(ours, theirs: torch.Tensor, tolerance: float, name: str, floor:
 def test_outputs_loss_and_gradients_are_those_of_torch(kind, recipe):
     config = config_of(kind, recipe)
     model = model_of(config).train()
-    params, statistics = jax_model.from_torch(model)
+    params, statistics = jax_weights.from_torch(model)
     inputs, valid = inputs_of(config)
     keep = model.sample_keep(0.5, seed=0, step=0, per="clip" if recipe == "paper" else "batch", batch=CLIPS)
     expected = model(**tensors(inputs), **keep, **tensors(valid))
@@ -116,12 +116,12 @@ def test_outputs_loss_and_gradients_are_those_of_torch(kind, recipe):
             assert_close(value, theirs, OUTPUTS + slack, name)
     for name in ("total", "va", "vt"):
         assert_close(getattr(found, name), getattr(loss, name), OUTPUTS, name)
-    theirs = jax_model.rearrange({name: p.grad for name, p in model.named_parameters()}, config)
+    theirs = jax_weights.rearrange({name: p.grad for name, p in model.named_parameters()}, config)
     assert set(theirs) == set(gradients)
     largest = max(value.abs().max().item() for value in theirs.values())
     for name, value in theirs.items():
         assert_close(gradients[name], value, GRADIENTS, name, floor=1e-2 * largest)
-    state = jax_model.rearrange(model.state_dict(), config)
+    state = jax_weights.rearrange(model.state_dict(), config)
     for name, value in after.items():
         assert_close(value, state[name], OUTPUTS, name, floor=0.1)
 
@@ -129,7 +129,7 @@ def test_outputs_loss_and_gradients_are_those_of_torch(kind, recipe):
 @pytest.fixture(scope="module")
 def specific():
     model = model_of(config_of("modality_specific", "paper")).eval()
-    return model, *jax_model.from_torch(model)
+    return model, *jax_weights.from_torch(model)
 
 
 def test_any_subset_any_size_frames_or_rows(specific):
@@ -168,7 +168,7 @@ def test_bf16_is_close_and_leaves_embeddings_fp32(specific):
 
 def test_dropout_draws_anew_and_vanishes_without_a_key():
     config = dataclasses.replace(config_of("modality_specific", "released"), dropout=0.3)
-    weights, text = jax_model.from_torch(model_of(config)), inputs_of(config)[0]["text"]
+    weights, text = jax_weights.from_torch(model_of(config)), inputs_of(config)[0]["text"]
     run = jax.jit(lambda key: jax_model.forward(*weights, text=text, config=config, key=key)[0].text_pooled)
     a, b, again = (run(jax.random.key(seed)) for seed in (0, 1, 0))
     assert (a != b).any() and (a == again).all()
@@ -181,15 +181,15 @@ def test_a_saved_folder_is_read_by_both_frameworks(tmp_path):
     config = config_of("modality_agnostic", "released")
     model = model_of(config)
     model.save_pretrained(tmp_path / "torch")
-    read, params, statistics = jax_model.load(tmp_path / "torch")
+    read, params, statistics = jax_weights.load(tmp_path / "torch")
     assert read == config
     assert params["trunk.blocks.q.weight"].shape == (2, 2, 8, 32) and params["trunk.last.out.weight"].shape == (2, 8, 32)
-    jax_model.save(tmp_path / "jax", config, params, statistics)
+    jax_weights.save(tmp_path / "jax", config, params, statistics)
     again = VATT.from_pretrained(tmp_path / "jax")
     for name, value in model.state_dict().items():
         assert torch.equal(value, again.state_dict()[name]), name
     assert {n: p.requires_grad for n, p in again.named_parameters()} == {n: p.requires_grad for n, p in model.named_parameters()}
-    expected, _ = jax_model.shapes(config)
+    expected, _ = jax_weights.shapes(config)
     assert {name: value.shape for name, value in params.items()} == {name: value.shape for name, value in expected.items()}
 
 
@@ -215,7 +215,7 @@ def test_bad_inputs_are_named(specific, inputs, message):
 
 def run_recorded(model: VATT, inputs: dict[str, torch.Tensor], **options):
     arrays = {name: value.numpy() for name, value in inputs.items()}
-    return as_namespace(jitted(model.config, **options)(*jax_model.from_torch(model), arrays))
+    return as_namespace(jitted(model.config, **options)(*jax_weights.from_torch(model), arrays))
 
 
 def test_recorded_towers_at_other_sizes():
@@ -244,7 +244,7 @@ def test_recorded_features():
 @pytest.mark.parametrize("mode", ["eval", "train"])
 def test_recorded_common_space(mode):
     model = test_oracle.model_with(specific_config(), "head")
-    params, statistics = (jax_model.part(arrays, "common_space") for arrays in jax_model.from_torch(model))
+    params, statistics = (jax_model.part(arrays, "common_space") for arrays in jax_weights.from_torch(model))
     space = jax_model.CommonSpace(params, statistics, model.config, training=mode == "train")
     z_video_va, z_video_vt = space.video(array("head/v").numpy())
     found = {"v_toaud": z_video_va, "v_totxt": z_video_vt}

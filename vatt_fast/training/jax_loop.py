@@ -17,12 +17,12 @@ import optax
 import torch
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from .. import jax_model
+from .. import jax_model, jax_weights
 from ..config import VATTConfig
 from ..data.dataset import Batch
 from ..data.text import Vocabulary
 from ..jax_losses import VATTLoss, vatt_loss
-from ..jax_model import Arrays
+from ..jax_weights import Arrays
 from ..kernels import sample_keep
 from ..kernels.dispatch import lowering_for
 from ..kernels.patch_embed import patchify
@@ -66,7 +66,7 @@ def sharded_axis(name: str, shape: tuple[int, ...], devices: int, options: StepO
 
     Only matrices: vectors, position tables and relative biases are small. Blocks stay whole in number: a loop takes them one by one.
     """
-    stacked = int(jax_model.is_stacked(name))
+    stacked = int(jax_weights.is_stacked(name))
     large = len(shape) > 1 + stacked and int(np.prod(shape[stacked:])) >= options.smallest_shard
     if devices == 1 or not options.shard_weights or not large or not name.endswith(".weight"):
         return None
@@ -114,13 +114,13 @@ _join.defvjp(_join_forward, _join_backward)
 
 
 def initial_state(params: Arrays, statistics: Arrays, config: VATTConfig) -> TrainState:
-    trained = {name: value for name, value in params.items() if jax_model.trainable(name, config)}
+    trained = {name: value for name, value in params.items() if jax_weights.trainable(name, config)}
     return TrainState(params, statistics, _adam(StepOptions()).init(trained))
 
 
 def state_shapes(config: VATTConfig) -> TrainState:
     """The shapes of a model's TrainState, without allocating it."""
-    return jax.eval_shape(functools.partial(initial_state, config=config), *jax_model.shapes(config))
+    return jax.eval_shape(functools.partial(initial_state, config=config), *jax_weights.shapes(config))
 
 
 def batch_shapes(config: VATTConfig, batch_size: int, drop_rate: float, devices: int, drop_per: str = "batch") -> dict[str, Any]:
@@ -171,7 +171,7 @@ def loss_and_gradients(
     if drop_per == "batch":  # each device has its own draw: the given (1, K) of it
         batch |= {name: batch[name][0] for name in ("video_keep", "audio_keep")}
     valid = {name: batch[name] for name in ("video_valid", "audio_valid", "text_valid")}
-    trained = {name: value for name, value in params.items() if jax_model.trainable(name, config)}
+    trained = {name: value for name, value in params.items() if jax_weights.trainable(name, config)}
     axes = {name: sharded_axis(name, shape, devices, options) for name, shape in _whole_shapes(config).items()}
     if config.dropout:
         key = jax.random.fold_in(key, jax.lax.axis_index(AXIS))
@@ -221,7 +221,7 @@ def _adam(options: StepOptions) -> optax.GradientTransformation:
 
 @functools.lru_cache(8)
 def _whole_shapes(config: VATTConfig) -> dict[str, tuple[int, ...]]:
-    return {name: value.shape for name, value in jax_model.shapes(config)[0].items()}
+    return {name: value.shape for name, value in jax_weights.shapes(config)[0].items()}
 
 
 # -- the run -----------------------------------------------------------------------------------------------------------
@@ -257,7 +257,7 @@ class JaxTrainer:
         self.run, self.config, self.vocabulary, self.mesh = run, config, vocabulary, make_mesh(devices)
         bf16 = run.precision == "bf16" or (run.precision == "auto" and devices[0].platform != "cpu")
         self.options = StepOptions(jnp.bfloat16 if bf16 else jnp.float32, run.adam_eps, run.shard_weights, run.recompute)
-        state = initial_state(*jax_model.from_torch(initial_model(config, vocabulary, run.seed)), config)
+        state = initial_state(*jax_weights.from_torch(initial_model(config, vocabulary, run.seed)), config)
         self.specs = state_specs(state, self.mesh.size, self.options)
         self.state = place(self.mesh, self.specs, state)
         self._step = make_step(config, self.mesh, state, self.options, run.drop_per)
@@ -267,9 +267,9 @@ class JaxTrainer:
         with torch.device("meta"):
             model = VATT(self.config)
         load_weights(model.to_empty(device="cpu"), weights, source=str(path))
-        params, statistics = jax_model.from_torch(model)
+        params, statistics = jax_weights.from_torch(model)
         first, second = (
-            {name: jnp.array(value.numpy()) for name, value in jax_model.rearrange(moments[key], self.config).items()}
+            {name: jnp.array(value.numpy()) for name, value in jax_weights.rearrange(moments[key], self.config).items()}
             for key in ("exp_avg", "exp_avg_sq")
         )
         adam = optax.ScaleByAdamState(jnp.asarray(step, jnp.int32), first, second)
@@ -291,13 +291,13 @@ class JaxTrainer:
     def save(self, path: Path, step: int, identity: dict) -> VATT:
         model, adam = self.model(), self.state.optimizer
         moments = {"exp_avg": adam.mu, "exp_avg_sq": adam.nu}
-        tensors = {key: jax_model.restore(jax_model.as_tensors(value), self.config) for key, value in moments.items()}
+        tensors = {key: jax_weights.restore(jax_weights.as_tensors(value), self.config) for key, value in moments.items()}
         tensors["step"] = {name: torch.tensor(float(step)) for name in tensors["exp_avg"]}
         write_state(path, model.state_dict(), tensors, step=step, run=identity)
         return model
 
     def model(self) -> VATT:
-        return jax_model.to_torch(self.config, self.state.params, self.state.statistics, self.vocabulary)
+        return jax_weights.to_torch(self.config, self.state.params, self.state.statistics, self.vocabulary)
 
 
 def pick_devices(name: str) -> list:
