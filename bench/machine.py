@@ -78,14 +78,28 @@ def version_of(package: str) -> str | None:
 def commit() -> str:
     """Short hash, "-dirty" behind it where tracked files differ; "unknown" outside a checkout."""
 
-    def git(*arguments: str) -> str:
-        command = ["git", "--no-optional-locks", *arguments]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
-
     try:
-        return git("rev-parse", "--short=10", "HEAD") + ("-dirty" if git("status", "--porcelain", "--untracked-files=no") else "")
+        return _git("rev-parse", "--short=10", "HEAD") + ("-dirty" if _git("status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.SubprocessError):
         return "unknown"
+
+
+@functools.cache
+def changed_since(then: str, paths: tuple[str, ...]) -> str | None:
+    """How the working tree differs below ``paths`` (pathspecs) from that commit, or why that cannot be told; None where it does not."""
+    if then.endswith("-dirty"):
+        return "its tree was not committed"
+    try:
+        _git("cat-file", "-e", f"{then}^{{commit}}")
+        changed = _git("diff", "--name-only", then, "--", *paths).splitlines()
+    except (OSError, subprocess.SubprocessError):
+        return f"commit {then} is not known here"
+    return f"{changed[0]} has changed" if changed else None
+
+
+def _git(*arguments: str) -> str:
+    command = ["git", "--no-optional-locks", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
 
 
 def today() -> str:

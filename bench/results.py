@@ -7,6 +7,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from . import machine
+
 
 @dataclasses.dataclass(frozen=True)
 class Line:
@@ -75,6 +79,35 @@ def read(path: str | Path) -> list[Line]:
     if not path.exists():
         return []
     return [Line.from_json(text) for text in path.read_text().rpartition("\n")[0].splitlines() if text.strip()]
+
+
+_MODEL = tuple(f"vatt_fast/{name}.py" for name in ("collectives", "config", "losses", "model", "positions"))
+_ELSEWHERE = {  # kernels that a device does not run
+    "cpu": ("pallas", "triton", "tile"),
+    "cuda": ("pallas", "native"),
+}
+
+
+def _measured_files(line: Line) -> tuple[str, ...]:
+    """Pathspecs of what a line measures: its op's kernels, all ops' and the model for a step, and what ops share. A case keeps its name."""
+    device = "cuda" if "cuda" in line.versions else "cpu"
+    op = "*" if line.op == "step" else line.op
+    sources = (f":(glob)kernels/{op}/**", ":(glob)kernels/*.py", *((f"csrc/{op}*", "csrc/*isa*", "csrc/bind*") if device == "cpu" else ()))
+    others = tuple(f":(exclude,glob)kernels/**/{name}*" for name in (*_ELSEWHERE[device], "cases", "jax", "xla"))
+    return (*sources, *(_MODEL if line.op == "step" else ()), *others)
+
+
+def stale(line: Line) -> str | None:
+    """Why a line no longer speaks of this code: what it measured has changed, or torch is another; None where it does."""
+    if changed := machine.changed_since(line.commit, _measured_files(line)):
+        return changed
+    here, there = (versions.split("+")[0] for versions in (torch.__version__, line.versions["torch"]))
+    return None if here == there else f"torch was {there}, here it is {here}"
+
+
+def measured(path: str | Path, **wanted: Any) -> list[Line]:
+    """Lines of a file that are not stale and have these values: what a command that continues need not measure again."""
+    return [line for line in read(path) if all(getattr(line, name) == value for name, value in wanted.items()) and not stale(line)]
 
 
 _HEADINGS = ["op", "case", "dtype", "mode", "backend", "ms_p50", "p20..p80", "speed", "share", "error", "peak_MiB", "over_best_peer"]

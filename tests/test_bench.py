@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import accuracy, floors, gpu, machine, op_calls, parity, peers, results, run, step, timer, tune
+from bench import floors, gpu, machine, op_calls, parity, peers, results, run, step, timer, tune
 from vatt_fast.config import PRESETS
 from vatt_fast.kernels import tiles
 from vatt_fast.kernels.cases import CASES, AttentionCase, tag
@@ -222,6 +222,38 @@ def test_the_commit_says_dirty_and_unknown(monkeypatch, tmp_path):
     (tmp_path / "file").write_text("2")
     machine.commit.cache_clear()
     assert machine.commit() == f"{clean}-dirty"
+    machine.commit.cache_clear()
+
+
+def test_a_line_is_stale_once_what_it_measured_has_changed(tmp_path, monkeypatch):
+    def git(*arguments):
+        subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *arguments], cwd=tmp_path, check=True, capture_output=True)
+
+    def stale(**changes):
+        machine.changed_since.cache_clear()
+        return results.stale(dataclasses.replace(line, **changes))
+
+    for name in ("attention/reference", "attention/pallas_tpu", "attention/native_cpu", "nce/reference", "dispatch", "cases"):
+        (tmp_path / f"kernels/{name}.py").parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / f"kernels/{name}.py").write_text("1\n")
+    git("init")
+    git("add", ".")
+    git("commit", "-m", "one")
+    monkeypatch.setattr(machine, "ROOT", tmp_path)
+    machine.commit.cache_clear()
+    line = dataclasses.replace(LINE, commit=machine.commit(), versions={"torch": torch.__version__})
+    assert stale() is None
+    assert stale(versions={"torch": "1.0"}) == f"torch was 1.0, here it is {torch.__version__.split('+')[0]}"
+    assert "not committed" in stale(commit=line.commit + "-dirty") and "not known" in stale(commit="0123456789")
+    for name in ("attention/pallas_tpu", "cases", "nce/reference"):
+        (tmp_path / f"kernels/{name}.py").write_text("2\n")
+    assert stale() is None and stale(op="step") == "kernels/nce/reference.py has changed"
+    (tmp_path / "kernels/attention/native_cpu.py").write_text("2\n")
+    assert stale() == "kernels/attention/native_cpu.py has changed"
+    assert stale(versions=line.versions | {"cuda": "13.0"}) is None
+    results.append(tmp_path / "lines.jsonl", [line, dataclasses.replace(line, op="drop_token")])
+    assert [each.op for each in results.measured(tmp_path / "lines.jsonl", case=line.case)] == ["drop_token"]
+    assert not results.measured(tmp_path / "lines.jsonl", case="another")
     machine.commit.cache_clear()
 
 
@@ -565,39 +597,3 @@ def test_gpu_clocks_agree_with_the_floor(clock):
 def test_gpu_peak_memory_counts_the_output():
     x = torch.randn(1024, 1024, device="cuda")
     assert timer.peak_bytes(lambda: x + 1, x.device) == x.nbytes
-
-
-# -- accuracy ----------------------------------------------------------------------------------------------------------
-
-
-def test_accuracy_is_measured_once_per_rate_and_seed(tmp_path):
-    arguments = [
-        "bench.accuracy",
-        "--steps",
-        2,
-        "--clips",
-        24,
-        8,
-        "--seed",
-        0,
-        "--folder",
-        tmp_path / "runs",
-        "--out",
-        tmp_path / "runs.jsonl",
-    ]
-    first = command(*arguments, "--drop-rate", 0.75)
-    assert first.returncode == 0, first.stderr
-    (one,) = accuracy.read(tmp_path / "runs.jsonl")
-    again = command(*arguments, "--drop-rate", 0.75, 0.0)
-    assert again.returncode == 0, again.stderr
-    kept, other = accuracy.read(tmp_path / "runs.jsonl")
-    assert kept == one and (other.drop_rate, other.seed, other.steps) == (0.0, 0, 2)
-    assert other.train_gflops > 2 * one.train_gflops
-    assert "| 75% |" in again.stdout and "| 0% |" in again.stdout
-
-
-def test_accuracy_is_told_with_its_spread():
-    run = accuracy.Run(0.5, 0, 9, 10.0, 20.0, 30.0, 40.0, 5.0, 12.5, 1.0, "cpu", {}, "abc", "2026-01-01")
-    runs = [run, dataclasses.replace(run, seed=1, t2v_r10=26.0), dataclasses.replace(run, drop_rate=0.75)]
-    lines = accuracy.markdown(runs).splitlines()
-    assert lines[2].startswith("| 75% | 1.00 | 20.0 | 10.0 |") and lines[3].startswith("| 50% | 1.00 | 23.0 ± 4.2 | 10.0 ± 0.0 |")
