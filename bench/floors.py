@@ -109,19 +109,33 @@ def _patch_embed(case: PatchEmbedCase, backward: bool, itemsize: int) -> Work:
 # -- whole training steps ----------------------------------------------------------------------------------------------
 
 
-def step_flops(config: VATTConfig, batch: int, drop_rate: float, *, features: bool) -> int:
-    """Model FLOPs of one training step, three times the forward pass; without features the last blocks work for AGG alone."""
-    forward = sum(true_flops(config, drop_rate).values())
+MODALITIES = ("video", "audio", "text")
+
+
+def step_flops(
+    config: VATTConfig,
+    batch: int,
+    drop_rate: float,
+    *,
+    features: bool,
+    mode: Mode = "fwd+bwd",
+    modalities: tuple[str, ...] = MODALITIES,
+) -> int:
+    """Model FLOPs of one training step, three times the forward pass, or of inference (mode fwd).
+
+    Without features the last blocks work for AGG alone. A classifier behind a single tower is not counted.
+    """
+    forward = sum(true_flops(config, drop_rate, modalities=modalities).values())
     if not features:
         counts = {"video": config.num_video_patches, "audio": config.num_audio_patches}
-        for modality in ("video", "audio", "text"):
+        for modality in modalities:
             tower = getattr(config, modality)
             others = config.words if modality == "text" else num_kept(counts[modality], drop_rate)  # all tokens but AGG
             inner = tower.num_heads * tower.head_dim
             saved = others * (4 * tower.dim * inner + 4 * tower.dim * tower.mlp_dim + 4 * (others + 1) * inner)
             saved += 2 * others * tower.dim * config.pooled_dim(modality) if config.agnostic else 0
             forward -= saved * (config.texts_per_clip if modality == "text" else 1)
-    return 3 * forward * batch
+    return {"fwd": 1, "bwd": 2, "fwd+bwd": 3}[mode] * forward * batch
 
 
 # -- tiles -------------------------------------------------------------------------------------------------------------

@@ -91,10 +91,13 @@ def call(function: Callable[..., tuple[Tensor, ...]], op: str, inputs: dict[str,
 
 
 def reduced(case: Case, device: torch.device) -> Case:
-    """The case at a batch whose fp64 truth, computed with everything materialised, is affordable."""
+    """The case at a batch whose fp64 truth, computed with everything materialised, is affordable; of long attention fewer heads too."""
     limit = 2**29 if device.type == "cuda" else 2**24
     batch = max(1, min(case.batch, limit // _elements_a_clip(case)))
-    return dataclasses.replace(case, batch=batch)
+    heads = {}
+    if isinstance(case, AttentionCase):
+        heads["heads"] = max(1, min(case.heads, limit // (batch * case.queries * case.keys)))
+    return dataclasses.replace(case, batch=batch, **heads)
 
 
 def _elements_a_clip(case: Case) -> int:

@@ -45,6 +45,7 @@ class Line:
     best_peer: str | None = None  # whom speedup_over_best_peer speaks of; its own line says the rest
     best_peer_ms_p50: float | None = None
     best_peer_error: float | None = None
+    peak_resident: int | None = None  # of the process, everything in it included; Linux
 
     def to_json(self) -> str:
         return json.dumps(_rounded(dataclasses.asdict(self)))

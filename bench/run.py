@@ -26,7 +26,19 @@ from .floors import MODES, Mode, work
 from .machine import DTYPES, Ceilings
 from .peers import Peer, peers
 from .results import Line
-from .timer import Clock, EventClock, GraphClock, HostClock, Timing, first_line, interleaved, peak_bytes, side_stream, trim_host_memory
+from .timer import (
+    Clock,
+    EventClock,
+    GraphClock,
+    HostClock,
+    Timing,
+    first_line,
+    interleaved,
+    peak_bytes,
+    peak_resident,
+    side_stream,
+    trim_host_memory,
+)
 
 Function = Callable[..., tuple[Tensor, ...]]
 
@@ -80,6 +92,7 @@ class Setting:
     compiled_peers: bool = True
     quick_ceilings: bool = False
     deadline: float | None = None  # of time.monotonic
+    seconds: float | None = None  # instead: of the rounds of each race; two at least are run
     tiles: str = ""  # which tuned table is in use, where it is not the installed one
     ceilings: dict[str, Ceilings] = field(default_factory=dict)
     refused: dict[tuple[str, str], str] = field(default_factory=dict)  # (op, backend) -> why parity forbids timing
@@ -94,6 +107,12 @@ class Setting:
         self.versions = machine.versions(self.device) | ({"tiles": self.tiles} if self.tiles else {})
         self.device_name = machine.name(self.device)
 
+    def limits(self) -> dict[str, Any]:
+        """How long a race that begins now may go on."""
+        if self.seconds is None:
+            return {"deadline": self.deadline}
+        return {"deadline": time.monotonic() + self.seconds, "least": 2}
+
     def make_clock(self, name: str = "") -> Clock:
         name = name or self.clock
         if name == "perf_counter":
@@ -107,10 +126,20 @@ class Setting:
         return self.ceilings[dtype]
 
 
-def gate(setting: Setting, ops: Iterable[str], dtype: str) -> None:
-    """Run the parity tests of the backends that will be timed, and note which are refused."""
+def chosen_among(op: str, device: torch.device) -> list[str]:
+    """Backends that dispatch may choose on a device; others are there for who asks."""
+    return list(dict.fromkeys(row.backend for row in dispatch.PREFERENCE["torch", device.type] if row.op == op))
+
+
+def gate(setting: Setting, ops: Iterable[str], dtype: str, *, chosen_only: bool = False) -> None:
+    """Run the parity tests of the backends that will be timed, and note which are refused.
+
+    Args:
+        chosen_only: only those that dispatch may choose, as a whole step runs them.
+    """
     cpu = setting.device.type == "cpu"  # where a Triton kernel is only interpreted: not timed, so not tested either
-    pairs = [(op, name) for op in ops for name in setting.backends or dispatch.BACKENDS[op] if not (cpu and name.startswith("triton"))]
+    backends = {op: chosen_among(op, setting.device) if chosen_only else setting.backends or dispatch.BACKENDS[op] for op in ops}
+    pairs = [(op, name) for op, names in backends.items() for name in names if not (cpu and name.startswith("triton"))]
     timeout = None if setting.deadline is None else max(1.0, setting.deadline - time.monotonic())
     found, output = parity.check(pairs, dtype, setting.device.type, timeout)
     for op, backend in pairs:
@@ -205,7 +234,7 @@ def _yardstick(op: str, case: Case, device: torch.device) -> Function:
 def _measure_mode(setting, op: str, case: Case, dtype: str, mode: Mode, contenders, absent) -> list[Line]:
     sets = op_calls.input_sets(case, DTYPES[dtype], setting.device)
     calls: dict[str, list] = {}
-    peaks: dict[str, int] = {}
+    peaks: dict[str, tuple[int, int | None]] = {}  # allocated by the call, held by the process
     for contender in contenders:
         if contender.no_backward and mode != "fwd":
             absent[f"{contender.name} {mode}"] = contender.no_backward
@@ -213,13 +242,14 @@ def _measure_mode(setting, op: str, case: Case, dtype: str, mode: Mode, contende
         try:
             calls[contender.name] = [op_calls.call(contender.function, op, inputs, mode) for inputs in sets]
             calls[contender.name][0]()  # compiled and tuned outside the measurement
-            peaks[contender.name] = peak_bytes(calls[contender.name][0], setting.device)
+            resident = peak_resident(calls[contender.name][0]) if setting.device.type == "cpu" else None
+            peaks[contender.name] = (peak_bytes(calls[contender.name][0], setting.device), resident)
         except Exception as error:
             calls.pop(contender.name, None)
             absent[f"{contender.name} {mode}"] = first_line(error)
     ceilings = setting.ceilings_of(dtype)
     failed: dict[str, str] = {}
-    options: dict[str, Any] = dict(rounds=setting.rounds, warmup=setting.warmup, failed=failed, deadline=setting.deadline)
+    options: dict[str, Any] = dict(rounds=setting.rounds, warmup=setting.warmup, failed=failed, **setting.limits())
     times = interleaved(calls, clock=setting.make_clock(), **options)
     clocks = dict.fromkeys(times, setting.clock)
     if failed and setting.clock == "cuda_graph":  # what cannot be captured is timed by events, and its lines say so
@@ -242,7 +272,7 @@ def _best_peer(times: dict[str, Timing], contenders: Sequence[_Contender]) -> _C
     return min(theirs, key=lambda contender: times[contender.name].p50, default=None)
 
 
-def _line(setting, op, case, dtype, mode, contender, times, clock, peak, best: _Contender | None, ceilings) -> Line:
+def _line(setting, op, case, dtype, mode, contender, times, clock, peaks, best: _Contender | None, ceilings) -> Line:
     timing = times[contender.name]
     least = work(case, mode, DTYPES[dtype].itemsize)
     compute = least.bound(ceilings) == "compute"
@@ -268,7 +298,8 @@ def _line(setting, op, case, dtype, mode, contender, times, clock, peak, best: _
         ms_p80=timing.p80,
         rounds=len(timing.ms),
         clock=clock,
-        peak_bytes=peak,
+        peak_bytes=peaks[0],
+        peak_resident=peaks[1],
         tflops=speed if compute else None,
         gb_per_s=None if compute else speed,
         share_of_ceiling=speed / (ceilings.tflops if compute else ceilings.gb_per_s),
@@ -322,32 +353,38 @@ def main() -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
     parser.add_argument("--op", nargs="+", choices=dispatch.OPS, help="required on a GPU; all of them on the CPU")
     parser.add_argument("--case", nargs="+", help="names, primary, parity or cpu; primary on a GPU and cpu on the CPU unless given")
-    parser.add_argument("--dtype", nargs="+", default=["bf16"], choices=[*DTYPES])
+    parser.add_argument(
+        "--dtype", nargs="+", choices=[*DTYPES], help="bf16 where the device multiplies it in hardware unless given, else fp32"
+    )
     parser.add_argument("--mode", nargs="+", default=["fwd", "fwd+bwd"], choices=MODES)
     parser.add_argument("--backends", nargs="+", help="ours; all of the op unless given")
     parser.add_argument("--peers", nargs="*", help="all of the op unless given; give none for ours alone")
     parser.add_argument("--no-compiled-peers", action="store_true", help="leave out peers under torch.compile")
     parser.add_argument("--clock", choices=["cuda_graph", "cuda_events", "perf_counter"], default="")
     parser.add_argument("--rounds", type=int, default=0)
+    parser.add_argument("--seconds", type=float, help="of a case's rounds in a mode; two at least are run")
     parser.add_argument("--batch", type=int, help="instead of the case's own")
+    parser.add_argument("--resume", action="store_true", help="leave out what the results hold for this code")
     parser.add_argument(
         "--out", help="append result lines to this file; on the CPU bench/results/<processor>.jsonl unless given, '' for none"
     )
     given = parser.parse_args()
     cpu = given.device == "cpu"
+    dtypes = given.dtype or ["bf16" if dispatch.native_bf16(torch.device(given.device)) else "fp32"]
     if not given.op and not cpu:
         parser.error("the following arguments are required: --op")
     status = 0
     for op in given.op or dispatch.OPS:
         # those that a CPU chooses among; the others would only be refused one by one
-        backends = given.backends or ([row.backend for row in dispatch.PREFERENCE["torch", "cpu"] if row.op == op] if cpu else None)
+        backends = given.backends or (chosen_among(op, torch.device("cpu")) if cpu else None)
         try:
             cases = select(op, given.case or ["cpu" if cpu else "primary"])
             setting = Setting(
                 torch.device(given.device),
                 clock=given.clock,
                 rounds=given.rounds,
-                backends=tuple(dict.fromkeys(backends)) if backends else None,
+                seconds=given.seconds,
+                backends=tuple(backends) if backends else None,
                 peer_names=None if given.peers is None else tuple(given.peers),
                 compiled_peers=not given.no_compiled_peers,
             )
@@ -358,7 +395,8 @@ def main() -> int:
             parser.error(str(error))
         if given.batch:
             cases = [_at_batch(case, given.batch) for case in cases]
-        status |= _measure_all(setting, op, cases, given.dtype, given.mode, _out(given.out, setting))
+        out = _out(given.out, setting)
+        status |= _measure_all(setting, op, cases, dtypes, given.mode, out, given.resume)
     return status
 
 
@@ -367,11 +405,13 @@ def _out(asked: str | None, setting: Setting) -> str | Path | None:
     return results.of_device(setting.device_name) if asked is None and setting.device.type == "cpu" else asked
 
 
-def _measure_all(setting: Setting, op: str, cases: Sequence[Case], dtypes: Sequence[str], modes: Sequence[Mode], out) -> int:
+def _measure_all(setting: Setting, op: str, cases: Sequence[Case], dtypes: Sequence[str], modes: Sequence[Mode], out, resume: bool) -> int:
     """Print and keep the lines of an op; 1 where one of its backends is red."""
     for dtype in dtypes:
-        gate(setting, [op], dtype)
-        for case in cases:
+        left = [case for case in cases if not (resume and out and _is_measured(setting, out, op, case, dtype, modes))]
+        if left:
+            gate(setting, [op], dtype)
+        for case in left:
             lines, absent = measure(setting, op, case, dtype, modes)
             for line in lines:
                 print(describe(line), flush=True)
@@ -380,6 +420,11 @@ def _measure_all(setting: Setting, op: str, cases: Sequence[Case], dtypes: Seque
             if out:
                 results.append(out, lines)
     return int(any("red" in reason or "error beyond" in reason for reason in setting.refused.values()))
+
+
+def _is_measured(setting: Setting, out, op: str, case: Case, dtype: str, modes: Sequence[Mode]) -> bool:
+    lines = results.measured(out, op=op, case=case.name, dtype=dtype, device=setting.device_name)
+    return set(modes) <= {line.mode for line in lines}
 
 
 if __name__ == "__main__":

@@ -1,35 +1,37 @@
 """``python -m bench.step``: one whole training step (forward, losses, backward, fused Adam), ours against plain formulations of the model.
 
 The contenders train one and the same model on the same batches, in turn. Plain is the model with its ops replaced by what a user writes
-today: gather first and a linear layer, torch's SDPA, a materialised NCE. Times are wall times of the step; peak memory is everything
-allocated, weights and optimizer state included. FLOPs are the model's, three times the forward pass (``floors.step_flops``).
+today: gather first and a linear layer, torch's SDPA, a materialised NCE. Times are wall times of the step; FLOPs are the model's, three times
+the forward pass (``floors.step_flops``). ``bench.drop_rate`` measures the paper's configurations with these parts, and inference too.
 """
 
 import argparse
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 import vatt_fast.losses
 import vatt_fast.model
 from vatt_fast.config import PRESETS, SHORT_NAMES, VATTConfig, preset
 from vatt_fast.kernels import use_backend
 from vatt_fast.losses import vatt_loss
-from vatt_fast.model import VATT
+from vatt_fast.model import VATT, VATTOutput
 
 from . import machine, peers, results
-from .floors import step_flops
+from .floors import MODALITIES, Mode, step_flops
 from .machine import DTYPES
 from .results import Line
 from .run import Setting
-from .timer import HostClock, first_line, interleaved, peak_bytes
+from .timer import HostClock, Timing, first_line, interleaved, peak_bytes, peak_resident, trim_host_memory
 
 _BATCHES = 2  # rotated through
+_CLASSES = 600  # of a classifier: Kinetics-600's, the tower that Table 7 counts
 
 # -- contenders --------------------------------------------------------------------------------------------------------
 
@@ -61,6 +63,9 @@ class Formulation:
     ours: bool
     compile: str | None = None  # a mode of torch.compile
 
+    def compiled(self, function: Callable) -> Callable:
+        return torch.compile(function, dynamic=False, mode=self.compile) if self.compile else function
+
     def describe(self) -> str:
         return f"{self.name}_compiled" if self.compile == "default" else f"{self.name}_{self.compile}" if self.compile else self.name
 
@@ -78,32 +83,48 @@ def formulations(names: tuple[str, ...], compile_modes: tuple[str, ...]) -> list
 
 
 class Trainer:
-    """A model with its optimizer and batches; ``step_of`` makes the call that one contender is timed by."""
+    """A model with its optimizer and batches; ``step_of`` and ``inference_of`` make the calls that one contender is timed by.
 
-    def __init__(self, config: VATTConfig, batch: int, drop_rate: float, device: torch.device, dtype: torch.dtype):
-        self.config, self.device, self.dtype = config, device, dtype
+    With all modalities it is pre-trained. With one alone, that tower is a classifier in fine-tuning; make the towers that never run small.
+    """
+
+    def __init__(
+        self,
+        config: VATTConfig,
+        batch: int,
+        drop_rate: float,
+        device: torch.device,
+        dtype: torch.dtype,
+        modalities: tuple[str, ...] = MODALITIES,
+    ):
+        self.config, self.device, self.dtype, self.modalities = config, device, dtype, modalities
         torch.manual_seed(0)
-        self.model = VATT(config).to(device).train()
+        self.model = VATT(config).to(device)
+        self.head = None if modalities == MODALITIES else nn.Linear(config.pooled_dim(*modalities), _CLASSES, device=device)
         trainable = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.Adam(trainable, lr=1e-5, fused=device.type == "cuda")
+        trainable += [] if self.head is None else self.head.parameters()
+        self.optimizer = torch.optim.Adam(trainable, lr=1e-5, fused=True)
         self.set_batch(batch, drop_rate)
 
     def set_batch(self, batch: int, drop_rate: float) -> None:
-        self.batches = [make_batch(self.model, batch, drop_rate, self.device, seed) for seed in range(_BATCHES)]
+        self.batches = [make_batch(self.model, batch, drop_rate, self.device, seed, self.modalities) for seed in range(_BATCHES)]
 
     def step_of(self, formulation: Formulation, features: bool) -> list[Callable[[], Tensor]]:
+        """Training steps, each returning its loss; the model is put in training mode."""
+        self.model.train()
+
         def loss_of(batch: dict[str, Tensor]) -> Tensor:
             output = self.model(**batch, features=features)
-            loss = vatt_loss(output, self.config, scale=self.model.scale()).total
+            loss = self._loss(output)
             if features:  # they are asked for by something: a head on them
-                loss = loss + 0.0 * sum(getattr(output, f"{each}_features").float().mean() for each in ("video", "audio", "text"))
+                loss = loss + 0.0 * sum(getattr(output, f"{each}_features").float().mean() for each in self.modalities)
             return loss
 
-        function = torch.compile(loss_of, dynamic=False, mode=formulation.compile) if formulation.compile else loss_of
+        function = formulation.compiled(loss_of)
 
         def step(batch: dict[str, Tensor]) -> Tensor:
             with formulation.context():
-                with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+                with self._autocast():
                     loss = function(batch)
                 self.optimizer.zero_grad(set_to_none=True)
                 loss.backward()
@@ -112,8 +133,41 @@ class Trainer:
 
         return [functools.partial(step, batch) for batch in self.batches]
 
+    def inference_of(self, formulation: Formulation) -> list[Callable[[], Tensor]]:
+        """Embeddings of every modality, or class scores, (B, ...); the model is put in evaluation mode."""
+        self.model.eval()
 
-def make_batch(model: VATT, batch: int, drop_rate: float, device: torch.device, seed: int) -> dict[str, Tensor]:
+        def outputs_of(batch: dict[str, Tensor]) -> Tensor:
+            output = self.model(**batch)
+            if self.head is not None:
+                return self._scores(output)
+            return torch.cat([output.z_video_va, output.z_audio_va, output.z_video_vt, output.z_text_vt.flatten(1)], 1)
+
+        function = formulation.compiled(outputs_of)
+
+        def infer(batch: dict[str, Tensor]) -> Tensor:
+            with formulation.context(), self._autocast(), torch.no_grad():
+                return function(batch)
+
+        return [functools.partial(infer, batch) for batch in self.batches]
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def _scores(self, output: VATTOutput) -> Tensor:
+        assert self.head is not None
+        return self.head(getattr(output, f"{self.modalities[0]}_pooled"))
+
+    def _loss(self, output: VATTOutput) -> Tensor:
+        if self.head is None:
+            return vatt_loss(output, self.config, scale=self.model.scale()).total
+        scores = self._scores(output)
+        return F.cross_entropy(scores.float(), torch.arange(len(scores), device=scores.device) % _CLASSES)
+
+
+def make_batch(
+    model: VATT, batch: int, drop_rate: float, device: torch.device, seed: int, modalities: tuple[str, ...] = MODALITIES
+) -> dict[str, Tensor]:
     """uint8 video patches, float audio patches and word ids, as a loader leaves them on the device, and the kept indices of the step."""
     c = model.config
     generator = torch.Generator().manual_seed(seed)
@@ -127,10 +181,30 @@ def make_batch(model: VATT, batch: int, drop_rate: float, device: torch.device, 
     }
     if drop_rate:
         on_device |= model.sample_keep(drop_rate, seed=0, step=seed)
-    return {name: value.to(device) for name, value in on_device.items()}
+    return {name: value.to(device) for name, value in on_device.items() if name.partition("_")[0] in modalities}
 
 
 # -- measurement -------------------------------------------------------------------------------------------------------
+
+
+class Contender(NamedTuple):
+    """One who does the whole of a step or an inference."""
+
+    ours: bool
+    build: Callable[[], Sequence[Callable[[], Tensor]]]  # calls on rotating batches, each returning a loss or outputs
+    alike: bool = True  # False: another model of the same size
+
+
+class Task(NamedTuple):
+    """What the contenders do, as its result lines name it."""
+
+    case: str
+    mode: Mode  # fwd+bwd: a training step; fwd: inference
+    dtype: str
+    batch: int
+    drop_rate: float
+    flops: int
+    dropout: float
 
 
 def measure_step(
@@ -144,77 +218,114 @@ def measure_step(
     features: bool,
 ) -> tuple[list[Line], dict[str, str]]:
     """Lines of the contenders at one drop rate, and {contender: reason} of those that failed."""
+    trainer.set_batch(batch, drop_rate)
+    task = task_of(
+        trainer, f"{name}_drop{round(100 * drop_rate)}_b{batch}{'_features' if features else ''}", "fwd+bwd", batch, drop_rate, features
+    )
+    return compare(
+        setting,
+        task,
+        {each.describe(): Contender(each.ours, functools.partial(trainer.step_of, each, features)) for each in contenders},
+        between=functools.partial(trainer.optimizer.zero_grad, set_to_none=True),
+    )
+
+
+def task_of(trainer: Trainer, case: str, mode: Mode, batch: int, drop_rate: float, features: bool = False) -> Task:
+    flops = step_flops(trainer.config, batch, drop_rate, features=features, mode=mode, modalities=trainer.modalities)
+    dtype = next(key for key, value in DTYPES.items() if value == trainer.dtype)
+    return Task(case, mode, dtype, batch, drop_rate, flops, trainer.config.dropout if mode != "fwd" else 0.0)
+
+
+def compare(
+    setting: Setting,
+    task: Task,
+    contenders: Mapping[str, Contender],
+    *,
+    between: Callable[[], None] = lambda: None,
+) -> tuple[list[Line], dict[str, str]]:
+    """Time contenders against each other; a line of each, and {contender: reason} of those that failed.
+
+    Args:
+        between: frees what a contender leaves behind, such as gradients.
+    """
     torch._dynamo.reset()
     torch._dynamo.config.recompile_limit = 64  # one code object, a contender after the other
-    trainer.set_batch(batch, drop_rate)
-    calls, peaks, absent = {}, {}, {}
-    for formulation in contenders:
-        title = formulation.describe()
+    calls: dict[str, Sequence[Callable[[], Tensor]]] = {}
+    peaks: dict[str, tuple[int, int | None]] = {}
+    absent: dict[str, str] = {}
+    outputs = None
+    for name, contender in contenders.items():
         try:
-            steps = trainer.step_of(formulation, features)
-            if not torch.isfinite(steps[0]()):
-                raise FloatingPointError("the loss is not finite")
-            peaks[title] = _step_peak(steps[0], setting.device)
-            calls[title] = steps
+            mine = contender.build()
+            result = mine[0]()  # compiled, and Adam's state allocated, outside the measurement
+            if not torch.isfinite(result).all():
+                raise FloatingPointError("the result is not finite")
+            if task.mode == "fwd" and contender.alike:  # of a training step dropout makes every loss another
+                outputs = result if outputs is None else outputs
+                _check_same(result, outputs, DTYPES[task.dtype])
+            peaks[name] = _peaks(mine[0], setting.device)
+            calls[name] = mine
         except Exception as error:
-            absent[title] = first_line(error)
-        trainer.optimizer.zero_grad(set_to_none=True)
+            absent[name] = first_line(error)
+        between()
         if setting.device.type == "cuda":
             torch.cuda.empty_cache()
     times = interleaved(
-        calls, rounds=setting.rounds, warmup=setting.warmup, clock=HostClock(setting.device), failed=absent, deadline=setting.deadline
+        calls, rounds=setting.rounds, warmup=setting.warmup, clock=HostClock(setting.device), failed=absent, **setting.limits()
     )
-    dtype = next(key for key, value in DTYPES.items() if value == trainer.dtype)
-    ceilings = setting.ceilings_of(dtype)
-    flops = step_flops(trainer.config, batch, drop_rate, features=features)
-    theirs = [times[each.describe()] for each in contenders if not each.ours and each.describe() in times]
+    theirs = [timing for name, timing in times.items() if not contenders[name].ours]
     best = min(theirs, key=lambda timing: timing.p50, default=None)
-    lines = []
-    for formulation in contenders:
-        title = formulation.describe()
-        if title not in times:
-            continue
-        timing = times[title]
-        tflops = flops / timing.p50 / 1e9
-        lines.append(
-            Line(
-                op="step",
-                case=f"{name}_drop{round(100 * drop_rate)}_b{batch}{'_features' if features else ''}",
-                dtype=dtype,
-                mode="fwd+bwd",
-                backend=title,
-                ours=formulation.ours,
-                ms_p20=timing.p20,
-                ms_p50=timing.p50,
-                ms_p80=timing.p80,
-                rounds=len(timing.ms),
-                clock=HostClock.name,
-                peak_bytes=peaks[title],
-                tflops=tflops,
-                gb_per_s=None,
-                share_of_ceiling=tflops / ceilings.tflops,
-                error=None,
-                error_of=None,
-                error_batch=None,
-                device=setting.device_name,
-                versions=setting.versions,
-                commit=machine.commit(),
-                date=machine.today(),
-                dropout=trainer.config.dropout,
-                drop_rate=drop_rate,
-                speedup_over_best_peer=timing.speedup_over(best) if formulation.ours and best else None,
-                clips_per_second=1e3 * batch / timing.p50,
-            )
-        )
-    return lines, absent
+    return [_line(setting, task, name, contenders[name].ours, timing, peaks[name], best) for name, timing in times.items()], absent
 
 
-def _step_peak(step: Callable, device: torch.device) -> int:
-    """Everything allocated at the peak of a step on a GPU; on the CPU what the step allocates beyond weights and state."""
+def _check_same(found: Tensor, wanted: Tensor, dtype: torch.dtype) -> None:
+    error = float((found.double() - wanted.double()).norm() / wanted.double().norm())
+    if not error < (1e-3 if dtype == torch.float32 else 0.1):  # roundings of a dozen blocks
+        raise ValueError(f"other results than the first contender's: they differ by {error:.1e}")
+
+
+def _line(setting: Setting, task: Task, name: str, ours: bool, timing: Timing, peaks: tuple[int, int | None], best: Timing | None) -> Line:
+    tflops = task.flops / timing.p50 / 1e9
+    return Line(
+        op="step",
+        case=task.case,
+        dtype=task.dtype,
+        mode=task.mode,
+        backend=name,
+        ours=ours,
+        ms_p20=timing.p20,
+        ms_p50=timing.p50,
+        ms_p80=timing.p80,
+        rounds=len(timing.ms),
+        clock=HostClock.name,
+        peak_bytes=peaks[0],
+        peak_resident=peaks[1],
+        tflops=tflops,
+        gb_per_s=None,
+        share_of_ceiling=tflops / setting.ceilings_of(task.dtype).tflops,
+        error=None,
+        error_of=None,
+        error_batch=None,
+        device=setting.device_name,
+        versions=setting.versions,
+        commit=machine.commit(),
+        date=machine.today(),
+        dropout=task.dropout,
+        drop_rate=task.drop_rate,
+        speedup_over_best_peer=timing.speedup_over(best) if ours and best else None,
+        clips_per_second=1e3 * task.batch / timing.p50,
+    )
+
+
+def _peaks(call: Callable[[], Any], device: torch.device) -> tuple[int, int | None]:
+    """Of a GPU everything allocated at the peak; on the CPU what the call allocates beyond weights and state, and the whole process."""
     if device.type != "cuda":
-        return peak_bytes(step, device)
+        trim_host_memory()
+        found: list[int] = []
+        resident = peak_resident(lambda: found.append(peak_bytes(call, device)))
+        return found[0], resident
     before = torch.cuda.memory_allocated(device)
-    return before + peak_bytes(step, device)
+    return before + peak_bytes(call, device), None
 
 
 def fitting_batch(trainer: Trainer, drop_rate: float, start: int, features: bool, contenders: list[Formulation]) -> int:

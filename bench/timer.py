@@ -10,6 +10,7 @@ import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -138,6 +139,7 @@ def interleaved(
     clock: Clock,
     failed: dict[str, str] | None = None,
     deadline: float | None = None,
+    least: int = 1,
 ) -> dict[str, Timing]:
     """Time contenders against each other: every round runs each of them once, beginning with another one each time.
 
@@ -145,7 +147,7 @@ def interleaved(
         contenders: name -> calls that differ in nothing but their input set; round r takes number r.
         rounds, warmup: timed and untimed runs of each.
         failed: takes name -> error of contenders that fail before the first timed round, and the others go on; None raises.
-        deadline: time.monotonic() after which no further round begins; at least one is run.
+        deadline: time.monotonic() after which no further round begins, once ``least`` are run.
     """
     samples: dict[str, Callable[[int], float]] = {}
     for name, calls in contenders.items():
@@ -162,7 +164,7 @@ def interleaved(
     ms: dict[str, list[float]] = {name: [] for name in samples}
     names = list(samples)
     for r in range(rounds):
-        if r and deadline is not None and time.monotonic() > deadline:
+        if r >= least and deadline is not None and time.monotonic() > deadline:
             break
         turn = r % max(1, len(names))
         for name in names[turn:] + names[:turn]:
@@ -202,6 +204,19 @@ def peak_bytes(call: Call, device: torch.device) -> int:
         total += event.nbytes()
         peak = max(peak, total)
     return peak
+
+
+def peak_resident(call: Call) -> int | None:
+    """Bytes of the process at its peak while ``call`` runs: all it holds, libraries' own buffers too. None where Linux does not tell."""
+    status, refs = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+    try:
+        refs.write_text("5")  # the high-water mark falls to the present size
+    except OSError:
+        call()
+        return None
+    call()
+    mark = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+    return int(mark.split()[1]) * 1024
 
 
 def trim_host_memory() -> None:

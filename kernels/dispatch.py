@@ -210,6 +210,13 @@ def lowering_for(platform: str) -> Iterator[None]:
         _jax_platform = before
 
 
+def native_bf16(device: torch.device) -> bool:
+    """Whether the device multiplies bf16 in hardware; elsewhere autocast would only slow it down."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """The dtype asked for by an active autocast; None outside one, and on devices that know none (meta)."""
     if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):

@@ -1,10 +1,17 @@
 """Cost and accuracy against the drop rate: what bench.drop_rate and bench.accuracy say of themselves."""
 
 import dataclasses
+import sys
 
+import pytest
+import torch
 from test_bench import command
+from torch.utils.flop_counter import FlopCounterMode
 
-from bench import accuracy
+from bench import accuracy, drop_rate, floors, results, step
+from bench.run import Setting
+from vatt_fast.config import TowerConfig, VATTConfig
+from vatt_fast.model import VATT
 
 # -- accuracy ----------------------------------------------------------------------------------------------------------
 
@@ -40,3 +47,114 @@ def test_accuracy_is_told_with_its_spread():
     runs = [run, dataclasses.replace(run, seed=1, t2v_r10=26.0), dataclasses.replace(run, drop_rate=0.75)]
     lines = accuracy.markdown(runs).splitlines()
     assert lines[2].startswith("| 75% | 1.00 | 20.0 | 10.0 |") and lines[3].startswith("| 50% | 1.00 | 23.0 ± 4.2 | 10.0 ± 0.0 |")
+
+
+# -- cost --------------------------------------------------------------------------------------------------------------
+
+
+def test_the_papers_gflops_are_met_within_a_tenth_of_a_percent():
+    published = {}
+    for name, (_, _, of_paper) in drop_rate.CONFIGURATIONS.items():
+        for rate in drop_rate.DROP_RATES:
+            found = drop_rate.gflops(name, rate)
+            if found.published is not None:
+                published[name, rate] = found.published
+                assert found.convention == pytest.approx(found.published, rel=1e-3)
+            assert of_paper or found.published is None
+    assert len(published) == 10  # Table 5's four, Table 6's six
+    assert published["mbs_32x224x224", 0.5] == 375.4 and published["medium_video_64x224x224", 0.0] == 1222.1
+
+
+def test_true_gflops_are_what_the_tower_runs():
+    config, modalities, _ = drop_rate.CONFIGURATIONS["medium_video_32x224x224"]
+    with torch.device("meta"):
+        model = VATT(config).eval()
+        video = torch.empty(1, config.num_video_patches, config.video_patch_values, dtype=torch.uint8)
+    keep = model.sample_keep(0.75, seed=0, step=0)["video_keep"].to("meta")
+    for features in (True, False):
+        with FlopCounterMode(display=False) as counter:
+            model(video=video, video_keep=keep, features=features)
+        head = 2 * (config.video.dim * config.d_va + config.d_va**2 + config.d_va * config.d_vt)  # runs wherever video does
+        counted = counter.get_total_flops() - head
+        assert floors.step_flops(config, 1, 0.75, features=features, mode="fwd", modalities=modalities) == counted
+        assert not features or drop_rate.gflops("medium_video_32x224x224", 0.75).true == counted / 1e9
+
+
+@pytest.fixture
+def small_video(monkeypatch):
+    """A configuration of seconds, and no parity run before it."""
+    tower = TowerConfig(depth=2, dim=32, mlp_dim=64, num_heads=2, head_dim=16)
+    config = VATTConfig(video=tower, audio=tower, text=tower, frames=8, height=32, width=32, vocab_size=2)
+    monkeypatch.setitem(drop_rate.CONFIGURATIONS, "small_video", drop_rate.Configuration(config, ("video",), None))
+    monkeypatch.setattr(drop_rate, "gate", lambda *args, **options: None)
+    return config
+
+
+def run_main(module, monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["bench", *map(str, arguments)])
+    return module.main()
+
+
+def test_a_table_cell_is_measured_once(small_video, monkeypatch, tmp_path, capsys):
+    out = tmp_path / "lines.jsonl"
+    arguments = [
+        "--device",
+        "cpu",
+        "--configuration",
+        "small_video",
+        "--compiled-at",
+        "--batch",
+        2,
+        "--seconds",
+        0,
+        "--dtype",
+        "fp32",
+        "--out",
+        out,
+    ]
+    assert run_main(drop_rate, monkeypatch, *arguments, "--drop-rate", 0.75) == 0
+    first = results.read(out)
+    assert {(line.mode, line.backend) for line in first} == {(mode, name) for mode in ("fwd", "fwd+bwd") for name in ("auto", "plain")}
+    for line in first:
+        assert (line.op, line.case, line.drop_rate, line.rounds) == ("step", "small_video_drop75_b2", 0.75, 2)
+        assert (line.speedup_over_best_peer is None) == (line.backend == "plain")
+        assert line.peak_resident > line.peak_bytes > 0
+        assert line.tflops * line.ms_p50 * 1e9 == pytest.approx(
+            floors.step_flops(small_video, 2, 0.75, features=False, mode=line.mode, modalities=("video",)), rel=1e-3
+        )
+    monkeypatch.setattr(results, "stale", lambda line: None)
+    assert run_main(drop_rate, monkeypatch, *arguments, "--drop-rate", 0.75, 0.0, "--mode", "fwd", "--resume") == 0
+    more = results.read(out)
+    assert more[: len(first)] == first and {(line.mode, line.drop_rate) for line in more[len(first) :]} == {("fwd", 0.0)}
+    monkeypatch.setattr(results, "stale", lambda line: "changed")
+    assert run_main(drop_rate, monkeypatch, *arguments, "--drop-rate", 0.75, "--mode", "fwd", "--resume") == 0
+    assert len(results.read(out)) == len(more) + 2
+
+
+def test_nothing_is_timed_while_parity_is_red(small_video, monkeypatch, tmp_path):
+    monkeypatch.setattr(
+        drop_rate, "gate", lambda setting, *args, **options: setting.refused.update({("nce", "reference"): "parity is red"})
+    )
+    with pytest.raises(SystemExit, match="red"):
+        run_main(drop_rate, monkeypatch, "--device", "cpu", "--configuration", "small_video", "--out", tmp_path / "lines.jsonl")
+    assert not (tmp_path / "lines.jsonl").exists()
+
+
+def test_who_computes_something_else_is_not_timed(small_video, monkeypatch):
+    setting = Setting(torch.device("cpu"), quick_ceilings=True, rounds=1, warmup=0)
+    trainer = step.Trainer(small_video, 2, 0.5, setting.device, torch.float32, ("video",))
+    right = drop_rate.contenders_of(trainer, "fwd", compiled=False)
+    (call, _) = right["plain"].build()
+    wrong = step.Contender(False, lambda: [lambda: 1.01 * call()])
+    task = step.task_of(trainer, "case", "fwd", 2, 0.5)
+    lines, absent = step.compare(setting, task, right | {"wrong": wrong, "another": wrong._replace(alike=False)})
+    assert {line.backend for line in lines} == {"auto", "plain", "another"} and "other results" in absent["wrong"]
+
+
+def test_a_classifier_learns_from_the_tower_alone(small_video):
+    trainer = step.Trainer(small_video, 2, 0.5, torch.device("cpu"), torch.float32, ("video",))
+    assert all(name.startswith("video") for batch in trainer.batches for name in batch)
+    (call, _) = trainer.step_of(step.formulations(("auto",), ())[0], False)
+    losses = [float(call()) for _ in range(3)]
+    assert losses[2] < losses[0]
+    assert all(p.grad is None for name, p in trainer.model.named_parameters() if name.startswith(("audio", "text")))

@@ -163,8 +163,8 @@ def doctor(json: bool = False) -> None:
 
     from . import __version__
     from .kernels import explain, native
-    from .kernels.dispatch import OPS, requested
-    from .training.loop import native_bf16, pick_device
+    from .kernels.dispatch import OPS, native_bf16, requested
+    from .training.loop import pick_device
 
     device = pick_device("auto")
     report: dict = {"vatt_fast": __version__, "python": platform.python_version(), "torch": torch.__version__}

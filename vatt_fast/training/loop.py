@@ -17,6 +17,7 @@ from ..compile_tpu import has_a_tpu, without_a_tpu
 from ..config import VATTConfig, preset
 from ..data.dataset import Batch, ClipDataset, ClipSpec, folder_captions, loader
 from ..data.text import Vocabulary
+from ..kernels.dispatch import native_bf16
 from ..losses import VATTLoss, vatt_loss
 from ..model import VATT
 from ..weights import save_model
@@ -239,13 +240,6 @@ def pick_device(name: str) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device is {name!r}, but this torch sees no CUDA device; use 'cpu' or 'auto'")
     return device
-
-
-def native_bf16(device: torch.device) -> bool:
-    """Whether the device multiplies bf16 in hardware; elsewhere autocast would only slow it down."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 def _autocast(precision: str, device: torch.device):

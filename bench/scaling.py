@@ -1,0 +1,156 @@
+"""``python -m bench.scaling``: time and memory of an op against its size, ours against the peers of bench.run.
+
+attention against tokens, the contrastive loss against clips, patch_embed (half of the patches kept) against the pixels of a clip. A contender
+that, by its growth so far, would take too long or more memory than is free leaves the race at that size, and says so. With --resume what the
+results hold for this code is not measured again. ``python -m bench.report`` draws the figures, each with its floor.
+"""
+
+import argparse
+import dataclasses
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from vatt_fast.kernels.cases import AttentionCase, Case, NCECase, PatchEmbedCase
+from vatt_fast.kernels.dispatch import native_bf16
+
+from . import results
+from .floors import Mode
+from .peers import peers
+from .results import Line
+from .run import Setting, chosen_among, describe, gate, measure
+
+_PATCH = (4, 16, 16)
+
+
+def _attention(tokens: int) -> Case:
+    return AttentionCase(f"scaling_tokens_{tokens}", 1, tokens, tokens, 12, 64, packed=True)
+
+
+def _nce(clips: int) -> Case:
+    return NCECase(f"scaling_clips_{clips}", clips, clips, 1, 512, bound=True)
+
+
+def _patch_embed(frames: int, side: int) -> Case:
+    patches = math.prod(size // patch for size, patch in zip((frames, side, side), _PATCH, strict=True))
+    clip = (frames, side, side, 3)
+    name = f"scaling_pixels_{frames * side * side}"
+    return PatchEmbedCase(name, 1, patches, 3 * math.prod(_PATCH), 1024, kept=patches // 2, clip=clip, patch=_PATCH)
+
+
+# op -> {size: case}, AGG among the tokens
+CASES: dict[str, dict[int, Case]] = {
+    "attention": {tokens: _attention(tokens) for tokens in (197, 393, 785, 1569, 3201, 6401)},
+    "nce": {1 << power: _nce(1 << power) for power in range(10, 17)},
+    "patch_embed": {
+        frames * side * side: _patch_embed(frames, side)
+        for frames, side in ((16, 112), (32, 112), (32, 160), (32, 224), (64, 224), (64, 320))
+    },
+}
+
+
+class _Cost(NamedTuple):
+    size: int
+    ms: float
+    peak_bytes: int
+
+
+def predict(known: Sequence[_Cost], size: int) -> _Cost:
+    """What a call of another size would cost, by the growth between the two largest known; squared where there is one alone."""
+    *_, before, last = (known[0], *known) if len(known) == 1 else known
+
+    def grown(value: str) -> float:
+        small, large = max(1, getattr(before, value)), max(1, getattr(last, value))
+        power = 2.0 if before is last else math.log(large / small) / math.log(last.size / before.size)
+        return large * (size / last.size) ** min(2.0, max(1.0, power))
+
+    return _Cost(size, grown("ms"), int(grown("peak_bytes")))
+
+
+def objection(expected: _Cost, longest_ms: float, free_bytes: int) -> str | None:
+    """Why a call is not tried."""
+    if expected.ms > longest_ms:
+        return f"a call would take about {expected.ms / 1e3:.0f} s, more than {longest_ms / 1e3:.0f}"
+    if expected.peak_bytes > free_bytes:
+        return f"a call would take about {expected.peak_bytes / 2**30:.0f} GiB, {free_bytes / 2**30:.0f} are free"
+    return None
+
+
+def free_bytes(device: torch.device) -> int:
+    """Four fifths of what the device, or the machine, has left."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] * 4 // 5
+    fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    return int(fields["MemAvailable"].split()[0]) * 1024 * 4 // 5
+
+
+def measure_op(
+    setting: Setting,
+    op: str,
+    sizes: Sequence[int],
+    dtype: str,
+    modes: Sequence[Mode],
+    out: Path,
+    *,
+    longest: float,
+    resume: bool,
+) -> None:
+    """Append the lines of an op, smallest size first."""
+    costs: dict[tuple[str, str], list[_Cost]] = {}
+    for size in sorted(sizes):
+        case = CASES[op][size]
+        wanted = dict(op=op, case=case.name, dtype=dtype, device=setting.device_name)
+        lines = [line for line in results.measured(out, **wanted) if line.mode in modes] if resume else []
+        if not set(modes) <= {line.mode for line in lines}:
+            lines = _measure_size(setting, op, case, size, dtype, modes, costs, longest)
+            results.append(out, lines)
+        for line in lines:
+            costs.setdefault((line.backend, line.mode), []).append(_Cost(size, line.ms_p50, line.peak_bytes or 0))
+
+
+def _measure_size(setting, op, case, size, dtype, modes, costs, longest) -> list[Line]:
+    left_out: dict[str, str] = {}
+    for (name, mode), known in costs.items():
+        if mode in modes and (reason := objection(predict(known, size), 1e3 * longest, free_bytes(setting.device))):
+            left_out[name] = reason
+    ours = tuple(name for name in chosen_among(op, setting.device) if name not in left_out)
+    theirs = tuple(peer.name for peer in peers(op) if peer.name not in left_out)
+    here = dataclasses.replace(setting, backends=ours, peer_names=theirs)
+    lines, absent = measure(here, op, case, dtype, modes) if ours else ([], {})
+    for line in lines:
+        print(describe(line), flush=True)
+    for name, reason in (left_out | absent).items():
+        print(f"{op:11} {case.name:24} {dtype} absent: {name}: {reason}", flush=True)
+    return lines
+
+
+def main() -> int:
+    cuda = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(description="time and memory against size; about half an hour on 2 cores")
+    parser.add_argument("--device", default="cuda" if cuda else "cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--op", nargs="+", default=list(CASES), choices=CASES)
+    parser.add_argument("--size", type=int, nargs="+", help="tokens, clips or pixels; all of the op unless given")
+    parser.add_argument("--dtype", choices=["bf16", "fp32"], help="bf16 where the device multiplies it in hardware unless given")
+    parser.add_argument("--mode", nargs="+", default=["fwd", "fwd+bwd"], choices=["fwd", "fwd+bwd"])
+    parser.add_argument("--seconds", type=float, default=30, help="of a size and mode's rounds; at least two are run")
+    parser.add_argument("--longest", type=float, default=30, help="seconds of a call: who would take longer leaves the race")
+    parser.add_argument("--resume", action="store_true", help="leave out what the results hold for this code")
+    parser.add_argument("--out", type=Path, help="append result lines to this file; bench/results/<device>.jsonl unless given")
+    given = parser.parse_args()
+    setting = Setting(torch.device(given.device), warmup=1, seconds=given.seconds)
+    dtype = given.dtype or ("bf16" if native_bf16(setting.device) else "fp32")
+    out = given.out or results.of_device(setting.device_name)
+    for op in given.op:
+        sizes = given.size or list(CASES[op])
+        if unknown := sorted(set(sizes) - set(CASES[op])):
+            parser.error(f"{op} has no size {', '.join(map(str, unknown))}; it has {', '.join(map(str, CASES[op]))}")
+        gate(setting, [op], dtype, chosen_only=True)
+        measure_op(setting, op, sizes, dtype, given.mode, out, longest=given.longest, resume=given.resume)
+    return int(any("red" in reason for reason in setting.refused.values()))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
