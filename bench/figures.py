@@ -31,8 +31,8 @@ def scaling(shown: Sequence[Shown], folder: Path) -> dict[Path, str]:
         panels = [Panel(f"{op}, {dtype}, {mode}", x_label, "time (ms)", _times(each), log=True) for mode, each in modes.items()]
         panels += [Panel(f"{op}, {dtype}, {mode}", x_label, "peak memory (MiB)", _peaks(each), log=True) for mode, each in modes.items()]
         stem = folder / f"{slug(group[0].line.device)}_scaling_{op}_{variable}_{dtype}"
-        save(panels, len(modes), stem)
-        made[stem] = f"{op} in {dtype} by {variable}: time above, peak memory beyond the inputs below. Bars are p20 to p80."
+        if save(panels, len(modes), stem):
+            made[stem] = f"{op} in {dtype} by {variable}: time above, peak memory beyond the inputs below. Bars are p20 to p80."
     return made
 
 
@@ -79,14 +79,15 @@ def drop_rate(group: Group, flops: Flops, folder: Path) -> dict[Path, str]:
     work = _work(group, flops)
     times = [_by_mode(group, mode, "time (ms)", _time) for mode in MODES if group.backends(mode)]
     peaks = [_by_mode(group, mode, "peak memory (MiB)", _peak) for mode in MODES if group.backends(mode)]
-    made = {
-        "work": (work, "what a drop rate saves: the work of a clip, our time, and both as shares of those of drop rate 0"),
-        "time": (times, "time by drop rate, ours against the peers. Bars are p20 to p80"),
-        "memory": (peaks, "peak memory by drop rate, ours against the peers"),
-    }
-    for name, (panels, _) in made.items():
-        save(panels, len(panels), folder / f"{stem}_{name}")
-    return {folder / f"{stem}_{name}": f"{group.title}: {caption}." for name, (_, caption) in made.items()}
+    made = {}
+    for name, panels, caption in (
+        ("work", work, "what a drop rate saves: the work of a clip, our time, and both as shares of those of drop rate 0"),
+        ("time", times, "time by drop rate, ours against the peers. Bars are p20 to p80"),
+        ("memory", peaks, "peak memory by drop rate, ours against the peers"),
+    ):
+        if save(panels, len(panels), folder / f"{stem}_{name}"):
+            made[folder / f"{stem}_{name}"] = f"{group.title}: {caption}."
+    return made
 
 
 def _work(group: Group, flops: Flops) -> list[Panel]:
@@ -102,9 +103,8 @@ def _work(group: Group, flops: Flops) -> list[Panel]:
         true = Curve("GFLOPs, true", [Point(p, each.true) for p, each in counted.items()])
         convention = Curve("GFLOPs, the paper's convention", [Point(p, each.convention) for p, each in counted.items()])
         published = Curve("GFLOPs, published", [Point(p, each.published) for p, each in counted.items() if each.published], "marks")
-        drawn = [convention, true, *([published] if published.points else [])]
-        panels.insert(0, Panel("forward pass of a clip", "drop rate (%)", "GFLOPs", drawn, ticks=_TICKS))
-        relative = [curve for curve in map(_relative, [true, *ours]) if curve.points]
+        panels.insert(0, Panel("forward pass of a clip", "drop rate (%)", "GFLOPs", [convention, true, published], ticks=_TICKS))
+        relative = [_relative(curve) for curve in (true, *ours)]
         panels.append(Panel("relative to drop rate 0", "drop rate (%)", "share of drop rate 0 (%)", relative, ticks=_TICKS))
     return panels
 

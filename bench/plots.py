@@ -1,7 +1,7 @@
 """Panels of curves as PNG and SVG, the same bytes from the same numbers. What is ours is always the thick blue line."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -45,14 +45,19 @@ class Panel:
     ticks: tuple[float, ...] | None = None  # of x
 
 
-def save(panels: Sequence[Panel], columns: int, stem: Path) -> None:
-    """Write ``stem``.png and ``stem``.svg: panels row by row, one legend below all."""
+def save(panels: Sequence[Panel], columns: int, stem: Path) -> bool:
+    """Write ``stem``.png and ``stem``.svg: panels row by row, one legend below all. False where there is nothing to draw."""
     try:
         import matplotlib
         from matplotlib.figure import Figure
         from matplotlib.lines import Line2D
     except ImportError as error:
         raise ImportError("figures need matplotlib: pip install 'vatt_fast[eval]'") from error
+    panels = [replace(panel, curves=[curve for curve in panel.curves if curve.points]) for panel in panels]
+    panels = [panel for panel in panels if panel.curves]
+    if not panels:
+        return False
+    columns = min(columns, len(panels))
     rows = -(-len(panels) // columns)
     # a fixed salt, and no date or version in the file: rebuilding gives the same bytes
     with matplotlib.rc_context({"svg.hashsalt": "vatt_fast", "font.size": 9, "axes.titlesize": 10}):
@@ -71,6 +76,7 @@ def save(panels: Sequence[Panel], columns: int, stem: Path) -> None:
         stem.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(f"{stem}.png", dpi=120, metadata={"Software": None})
         figure.savefig(f"{stem}.svg", metadata={"Date": None, "Creator": None})
+    return True
 
 
 def _styles(panels: Sequence[Panel]) -> dict[str, dict[str, Any]]:
