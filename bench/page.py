@@ -1,4 +1,4 @@
-"""A page of HTML that needs nothing beside itself: headings, paragraphs, tables and figures. Text is markdown of one line: bold, code, links."""
+"""A page of HTML that needs nothing beside itself. Its texts are markdown of one line: bold, code, links."""
 
 import base64
 import html
@@ -22,10 +22,11 @@ pre { font-size: 12px; background: #f4f4f4; padding: .5rem .7rem; overflow-x: au
 figure { margin: 1rem 0; break-inside: avoid; }
 figure img { width: 100%; height: auto; }
 figcaption, .note { font-size: 13px; color: #444; }
+@page { margin: 12mm; }
 @media print {
   body { font-size: 10pt; margin: 0; max-width: none; }
   .wide, pre { overflow: visible; }
-  table { font-size: 7.5pt; } tr { break-inside: avoid; } th, td { padding: .1rem .35rem; white-space: normal; }
+  table { font-size: 6.8pt; } tr { break-inside: avoid; } th, td { padding: .1rem .3rem; } th { white-space: normal; }
   pre { font-size: 7pt; white-space: pre-wrap; }
 }
 """

@@ -62,17 +62,17 @@ def save(panels: Sequence[Panel], columns: int, stem: Path) -> bool:
     # a fixed salt, and no date or version in the file: rebuilding gives the same bytes
     with matplotlib.rc_context({"svg.hashsalt": "vatt_fast", "font.size": 9, "axes.titlesize": 10}):
         styles = _styles(panels)
-        legend_columns = min(len(styles), 2 * columns if max(map(len, styles)) > 18 else 3 * columns)
-        legend_rows = -(-len(styles) // legend_columns)
-        figure = Figure(figsize=(4.6 * columns, 3.3 * rows + 0.22 * legend_rows + 0.15), layout="constrained")
-        for panel, axis in zip(panels, figure.subplots(rows, columns, squeeze=False).flat, strict=False):
-            _draw(panel, axis, styles)
         handles = [Line2D([], [], label=name, **style) for name, style in styles.items()]
         if any(point.stale for panel in panels for curve in panel.curves for point in curve.points):
-            handles.append(
-                Line2D([], [], label="hollow: measured on other code", color="grey", marker="o", linestyle="", markerfacecolor="white")
-            )
-        figure.legend(handles=handles, loc="outside lower center", ncols=legend_columns, frameon=False, handlelength=4.4)
+            handles.append(Line2D([], [], label="hollow: stale", color="grey", marker="o", linestyle="", markerfacecolor="white"))
+        width = min(4.6 * columns, 11.0)
+        longest = max(len(str(handle.get_label())) for handle in handles)
+        legend_columns = min(len(handles), max(1, int(width / (0.9 + 0.075 * longest))))  # inches: a handle, and a letter
+        legend_rows = -(-len(handles) // legend_columns)
+        figure = Figure(figsize=(width, 3.3 * rows + 0.22 * legend_rows + 0.15), layout="constrained")
+        for panel, axis in zip(panels, figure.subplots(rows, columns, squeeze=False).flat, strict=False):
+            _draw(panel, axis, styles)
+        figure.legend(handles=handles, loc="outside lower center", ncols=legend_columns, frameon=False, handlelength=4.4, borderaxespad=0.8)
         stem.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(f"{stem}.png", dpi=120, metadata={"Software": None})
         figure.savefig(f"{stem}.svg", metadata={"Date": None, "Creator": None})
@@ -120,7 +120,7 @@ def _draw(panel: Panel, axis: Any, styles: dict[str, dict[str, Any]]) -> None:
     if panel.log:
         _log_axes(axis, every_x)
         return
-    axis.margins(x=0.08)
+    axis.margins(x=0.11)
     if panel.from_zero:
         axis.set_ylim(0, 1.02 * axis.get_ylim()[1])
     if panel.ticks:

@@ -119,9 +119,9 @@ def write(report: Report, out: Path) -> Path:
     """The page and its figures below ``out``."""
     page = Page("vatt_fast: what was measured")
     page.paragraph(
-        "Made by `make report` from committed result lines alone. **Bold** and the thick blue line are ours, all else are peers, timed in the "
-        f"same process by turns; times are p50 with p20 to p80; {STALE} and hollow markers are lines measured on other code than this. Under "
-        "each table stand the commands that measure it again, on a machine like its own."
+        "Made by `make report` from committed result lines alone. **Bold** and the thick blue line are ours, all else are peers, timed in "
+        f"the same process by turns; times are p50 with p20 to p80; {STALE} and hollow markers are stale lines, measured on other code or "
+        "another torch than this. Under each table stand the commands that measure it again, on a machine like its own."
     )
     for sentence in absent(report):
         page.paragraph(sentence)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from .results import Line, number
 from .tables import Shown, Table, grouped, step
 
-# (configuration, drop rate) -> forward GFLOPs of a clip: .published (where the paper has them), .convention (as it counts), .true; None: unknown
+# (configuration, drop rate) -> forward GFLOPs of a clip: .published (None: not in the paper), .convention (as it counts), .true; None: unknown
 Flops = Callable[[str, float], Any]
 
 MODES = {"fwd+bwd": "training step", "fwd": "inference"}

@@ -131,7 +131,7 @@ class Table:
         return f"{table}\n\n{self.footnote()}" if self.stale else table
 
     def footnote(self) -> str:
-        return f"{STALE} measured on other code than this: {'; '.join(self.stale)}." if self.stale else ""
+        return f"{STALE} stale: {'; '.join(self.stale)}." if self.stale else ""
 
 
 _BACKEND = results.HEADINGS.index("backend")
