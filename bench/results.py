@@ -111,7 +111,7 @@ def measured(path: str | Path, **wanted: Any) -> list[Line]:
     return [line for line in read(path) if all(getattr(line, name) == value for name, value in wanted.items()) and not stale(line)]
 
 
-_HEADINGS = ["op", "case", "dtype", "mode", "backend", "ms_p50", "p20..p80", "speed", "share", "error", "peak_MiB", "over_best_peer"]
+HEADINGS = ["op", "case", "dtype", "mode", "backend", "ms_p50", "p20..p80", "speed", "share", "error", "peak_MiB", "over_best_peer"]
 
 
 def markdown(lines: Sequence[Line]) -> str:
@@ -119,24 +119,29 @@ def markdown(lines: Sequence[Line]) -> str:
     groups: dict[tuple, list[Line]] = {}
     for line in lines:
         groups.setdefault((line.op, line.case, line.dtype, line.mode), []).append(line)
-    rows = ["| " + " | ".join(_HEADINGS) + " |", "|" + "---|" * len(_HEADINGS)]
+    rows = ["| " + " | ".join(HEADINGS) + " |", "|" + "---|" * len(HEADINGS)]
     for group in groups.values():
-        rows += ["| " + " | ".join(_cells(line)) + " |" for line in sorted(group, key=lambda line: line.ms_p50)]
+        rows += ["| " + " | ".join(cells(line)) + " |" for line in sorted(group, key=lambda line: line.ms_p50)]
     return "\n".join(rows)
 
 
-def _cells(line: Line) -> list[str]:
-    speed = f"{line.tflops:.4g} TFLOP/s" if line.tflops is not None else f"{line.gb_per_s:.4g} GB/s" if line.gb_per_s is not None else ""
-    if line.clips_per_second is not None:
-        speed = f"{line.clips_per_second:.4g} clips/s, {speed}"
+def number(value: float) -> str:
+    """Four digits, and never an exponent for something large."""
+    return f"{value:.4g}" if abs(value) < 999.5 else f"{value:.0f}"
+
+
+def cells(line: Line) -> list[str]:
+    """A line under HEADINGS."""
+    speeds = ((line.clips_per_second, "clips/s"), (line.tflops, "TFLOP/s"), (line.gb_per_s, "GB/s"))
+    speed = ", ".join(f"{number(value)} {unit}" for value, unit in speeds if value is not None)
     return [
         line.op,
         line.case,
         line.dtype,
         line.mode,
         f"**{line.backend}**" if line.ours else line.backend,
-        f"{line.ms_p50:.4g}",
-        f"{line.ms_p20:.4g}..{line.ms_p80:.4g}",
+        number(line.ms_p50),
+        f"{number(line.ms_p20)}..{number(line.ms_p80)}",
         speed,
         "" if line.share_of_ceiling is None else f"{line.share_of_ceiling:.0%}",
         "" if line.error is None else f"{line.error:.1e} ({line.error_of})",

@@ -329,21 +329,23 @@ def describe(line: Line) -> str:
 
 
 def select(op: str, names: Sequence[str]) -> list[Case]:
-    """Cases by name; "primary" and "parity" are all of a tag, "cpu" those a CPU is judged by.
+    """Cases by name, those a CPU is judged by included; "primary" and "parity" are all of a tag, "cpu" all of the CPU's.
 
     Raises:
         ValueError: an unknown name.
     """
+    for_cpu = {case.name: case for case in FOR_CPU[op]}
+    named = CASES[op] | for_cpu
     chosen: dict[str, Case] = {}
     for name in names:
         if name == "cpu":
-            chosen |= {case.name: case for case in FOR_CPU[op]}
+            chosen |= for_cpu
         elif name in ("primary", "parity"):
             chosen |= {case.name: case for case in CASES[op].values() if tag(case) == name}
-        elif name in CASES[op]:
-            chosen[name] = CASES[op][name]
+        elif name in named:
+            chosen[name] = named[name]
         else:
-            raise ValueError(f"unknown case {name!r}; {op} has primary, parity, cpu, {', '.join(CASES[op])}")
+            raise ValueError(f"unknown case {name!r}; {op} has primary, parity, cpu, {', '.join(named)}")
     return list(chosen.values())
 
 

@@ -1,0 +1,166 @@
+"""The report's figures from result lines: ops by size, whole steps by drop rate, accuracy by drop rate."""
+
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+
+from . import accuracy, results
+from .plots import Curve, Panel, Point, save
+from .step_tables import MODES, Flops, Group, gflops
+from .tables import Shown, grouped, scaled
+
+_X_LABELS = {"tokens": "tokens T", "clips": "clips B", "pixels": "pixels of a clip, T x H x W"}
+_MIB = 2**20
+_TICKS = (0.0, 25.0, 50.0, 75.0)
+
+
+def slug(device: str) -> str:
+    """A device's name as file names have it."""
+    return results.of_device(device).stem
+
+
+# -- ops by size -------------------------------------------------------------------------------------------------------
+
+
+def scaling(shown: Sequence[Shown], folder: Path) -> dict[Path, str]:
+    """{file without its ending: caption}, one an op, dtype and variable of one device: time above memory, modes side by side."""
+    made = {}
+    for (op, dtype, variable), group in grouped(shown, lambda line: (line.op, line.dtype, _at(line).variable)).items():
+        x_label = _X_LABELS.get(variable, variable)
+        modes = grouped(group, lambda line: line.mode)
+        panels = [Panel(f"{op}, {dtype}, {mode}", x_label, "time (ms)", _times(each), log=True) for mode, each in modes.items()]
+        panels += [Panel(f"{op}, {dtype}, {mode}", x_label, "peak memory (MiB)", _peaks(each), log=True) for mode, each in modes.items()]
+        stem = folder / f"{slug(group[0].line.device)}_scaling_{op}_{variable}_{dtype}"
+        if save(panels, len(modes), stem):
+            made[stem] = f"{op} in {dtype} by {variable}: time above, peak memory beyond the inputs below. Bars are p20 to p80."
+    return made
+
+
+def _at(line):
+    found = scaled(line)
+    assert found
+    return found
+
+
+def _times(shown: Sequence[Shown]) -> list[Curve]:
+    def point(each: Shown) -> Point:
+        line = each.line
+        return Point(_at(line).size, line.ms_p50, line.ms_p20, line.ms_p80, bool(each.stale))
+
+    return [*_curves(shown, point), Curve("floor: the ceiling's time", _floor(shown), "bound")]
+
+
+def _floor(shown: Sequence[Shown]) -> list[Point]:
+    """What the measured ceiling allows. Each process measured its own: their median."""
+    found = {
+        size: [each.line.ms_p50 * each.line.share_of_ceiling for each in group if each.line.share_of_ceiling]
+        for size, group in grouped(shown, lambda line: _at(line).size).items()
+    }
+    return [Point(size, statistics.median(floors)) for size, floors in found.items() if floors]
+
+
+def _peaks(shown: Sequence[Shown]) -> list[Curve]:
+    told = [each for each in shown if each.line.peak_bytes]  # a logarithm has no zero
+    return _curves(told, lambda each: Point(_at(each.line).size, (each.line.peak_bytes or 0) / _MIB, stale=bool(each.stale)))
+
+
+def _curves(shown: Sequence[Shown], point) -> list[Curve]:
+    """A curve a backend, ours first."""
+    groups = grouped(sorted(shown, key=lambda each: not each.line.ours), lambda line: line.backend)
+    return [Curve(name, [point(each) for each in group], "ours" if group[0].line.ours else "peer") for name, group in groups.items()]
+
+
+# -- whole steps by drop rate ------------------------------------------------------------------------------------------
+
+
+def drop_rate(group: Group, flops: Flops, folder: Path) -> dict[Path, str]:
+    """{file without its ending: caption}: work and time of ours, time against the peers, memory against the peers."""
+    stem = f"{slug(group.device)}_{group.stem}"
+    work = _work(group, flops)
+    times = [_by_mode(group, mode, "time (ms)", _time) for mode in MODES if group.backends(mode)]
+    peaks = [_by_mode(group, mode, "peak memory (MiB)", _peak) for mode in MODES if group.backends(mode)]
+    made = {}
+    for name, panels, caption in (
+        ("work", work, "what a drop rate saves: the work of a clip, our time, and both as shares of those of drop rate 0"),
+        ("time", times, "time by drop rate, ours against the peers. Bars are p20 to p80"),
+        ("memory", peaks, "peak memory by drop rate, ours against the peers"),
+    ):
+        if save(panels, len(panels), folder / f"{stem}_{name}"):
+            made[folder / f"{stem}_{name}"] = f"{group.title}: {caption}."
+    return made
+
+
+def _work(group: Group, flops: Flops) -> list[Panel]:
+    counted = gflops(group, flops)
+    ours = []
+    for mode, name in MODES.items():
+        backend = next(iter(group.backends(mode)), None)  # ours first
+        if backend and any(each.line.ours for each in group.at(mode, backend).values()):
+            points = [Point(p, each.line.ms_p50, stale=bool(each.stale)) for p, each in group.at(mode, backend).items()]
+            ours.append(Curve(f"{backend}, {name}", points, "ours"))
+    panels = [Panel("time of ours", "drop rate (%)", "time (ms)", ours, ticks=_TICKS)]
+    if counted:
+        true = Curve("GFLOPs, true", [Point(p, each.true) for p, each in counted.items()])
+        convention = Curve("GFLOPs, the paper's convention", [Point(p, each.convention) for p, each in counted.items()])
+        published = Curve("GFLOPs, published", [Point(p, each.published) for p, each in counted.items() if each.published], "marks")
+        panels.insert(0, Panel("forward pass of a clip", "drop rate (%)", "GFLOPs", [convention, true, published], ticks=_TICKS))
+        relative = [_relative(curve) for curve in (true, *ours)]
+        panels.append(Panel("relative to drop rate 0", "drop rate (%)", "share of drop rate 0 (%)", relative, ticks=_TICKS))
+    return panels
+
+
+def _relative(curve: Curve) -> Curve:
+    """In percent of the value at drop rate 0; nothing where that is not known."""
+    whole = {point.x: point.y for point in curve.points}.get(0)
+    return Curve(curve.name, [point._replace(y=100 * point.y / whole) for point in curve.points] if whole else [], curve.kind)
+
+
+def _by_mode(group: Group, mode: str, y_label: str, point) -> Panel:
+    curves = []
+    for backend in group.backends(mode):
+        by_percent = group.at(mode, backend)
+        ours = any(each.line.ours for each in by_percent.values())
+        points = [found for percent, each in by_percent.items() if (found := point(percent, each)) is not None]
+        curves.append(Curve(backend, points, "ours" if ours else "peer"))
+    return Panel(MODES[mode], "drop rate (%)", y_label, curves, ticks=_TICKS)
+
+
+def _time(percent: int, each: Shown) -> Point:
+    return Point(percent, each.line.ms_p50, each.line.ms_p20, each.line.ms_p80, bool(each.stale))
+
+
+def _peak(percent: int, each: Shown) -> Point | None:
+    return None if each.line.peak_bytes is None else Point(percent, each.line.peak_bytes / _MIB, stale=bool(each.stale))
+
+
+# -- accuracy ----------------------------------------------------------------------------------------------------------
+
+
+def accuracies(runs: Sequence[accuracy.Run], folder: Path) -> dict[Path, str]:
+    """Mean and spread of retrieval and linear probe against what a training step costs."""
+    panels, untrained = [], []
+    for measure, before in (("t2v_r10", "t2v_r10_before"), ("motion_probe", "motion_probe_before")):
+        untrained.append(f"{statistics.mean(getattr(run, before) for run in runs):.1f} %")
+        curves = []
+        for steps in sorted({run.steps for run in runs}):
+            curves.append(Curve(f"mean of the seeds, {steps} steps", _means([run for run in runs if run.steps == steps], measure), "ours"))
+        curves.append(Curve("one seed", [Point(run.train_gflops, getattr(run, measure)) for run in runs], "dots"))
+        panels.append(
+            Panel(accuracy.MEASURES[measure], "training GFLOPs of a clip", f"{accuracy.MEASURES[measure]} (%)", curves, from_zero=False)
+        )
+    stem = folder / "accuracy"
+    save(panels, len(panels), stem)
+    what = (
+        "Accuracy against the work of training, points labelled by drop rate. Bars are one standard deviation over the seeds; the axes do"
+    )
+    return {stem: f"{what} not begin at zero. Untrained: {' and '.join(untrained)}."}
+
+
+def _means(runs: Sequence[accuracy.Run], measure: str) -> list[Point]:
+    points = []
+    for drop_rate in sorted({run.drop_rate for run in runs}):
+        group = [run for run in runs if run.drop_rate == drop_rate]
+        mean, deviation = accuracy.spread(group, measure)
+        low, high = (None, None) if deviation is None else (mean - deviation, mean + deviation)
+        points.append(Point(group[0].train_gflops, mean, low, high, label=f"{drop_rate:.0%}"))
+    return points

@@ -1,0 +1,155 @@
+"""Whole steps by drop rate: for each configuration the paper's layout (its Tables 5 and 6), drop rates as columns."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from itertools import chain, repeat
+from typing import Any, NamedTuple
+
+from .results import Line, number
+from .tables import Shown, Table, grouped, step
+
+# (configuration, drop rate) -> forward GFLOPs of a clip: .published (None: not in the paper), .convention (as it counts), .true; None: unknown
+Flops = Callable[[str, float], Any]
+
+MODES = {"fwd+bwd": "training step", "fwd": "inference"}
+_COLUMNS = (75, 50, 25, 0)  # the paper's drop rates, and its order
+
+
+class Group(NamedTuple):
+    """What can be compared: one configuration on one device, at one batch and in one dtype."""
+
+    configuration: str
+    device: str
+    dtype: str
+    batch: int
+    features: bool
+    shown: Sequence[Shown]
+
+    @property
+    def title(self) -> str:
+        return f"{self.configuration}, {self.dtype}, batch {self.batch}{', features of all tokens' if self.features else ''}"
+
+    @property
+    def stem(self) -> str:
+        return f"{self.configuration}_{self.dtype}_b{self.batch}{'_features' if self.features else ''}"
+
+    @property
+    def percents(self) -> list[int]:
+        found = {_percent(each.line) for each in self.shown}
+        return [*_COLUMNS, *sorted(found - set(_COLUMNS), reverse=True)]
+
+    def backends(self, mode: str) -> list[str]:
+        """Ours first."""
+        here = [each.line for each in self.shown if each.line.mode == mode]
+        return list(dict.fromkeys(line.backend for line in sorted(here, key=lambda line: not line.ours)))
+
+    def at(self, mode: str, backend: str) -> dict[int, Shown]:
+        """By drop rate in percent."""
+        return {_percent(each.line): each for each in self.shown if (each.line.mode, each.line.backend) == (mode, backend)}
+
+
+def _percent(line: Line) -> int:
+    at = step(line)
+    assert at
+    return at.percent
+
+
+def groups(shown: Iterable[Shown]) -> list[Group]:
+    def key(line: Line) -> Group:
+        at = step(line)
+        assert at
+        return Group(at.configuration, line.device, line.dtype, at.batch, at.features, shown=())
+
+    return [group._replace(shown=members) for group, members in grouped(shown, key).items()]
+
+
+def gflops(group: Group, flops: Flops) -> dict[int, Any]:
+    """By drop rate in percent, where they are known."""
+    found = {percent: flops(group.configuration, percent / 100) for percent in group.percents}
+    return {percent: each for percent, each in found.items() if each is not None}
+
+
+def _heading(group: Group) -> list[str]:
+    return [f"{percent} %" for percent in group.percents]
+
+
+# -- one configuration, everything -------------------------------------------------------------------------------------
+
+
+def table(group: Group, flops: Flops) -> Table:
+    """GFLOPs, then for training and inference time, speed and memory of ours and of every other contender."""
+
+    def row(first: str, second: str, cells: Mapping[int, str]) -> list[str]:
+        return [first, second, *(cells.get(percent, "") for percent in group.percents)]
+
+    counted = gflops(group, flops)
+    rows = [
+        row("GFLOPs of a clip, forward", "published", {p: f"{each.published:.1f}" for p, each in counted.items() if each.published}),
+        row(" ", "by the paper's convention", {p: f"{each.convention:.1f}" for p, each in counted.items()}),
+        row(" ", "true", {p: f"{each.true:.1f}" for p, each in counted.items()}),
+    ]
+    for mode, name in MODES.items():
+        backends = group.backends(mode)
+        lines = {backend: group.at(mode, backend) for backend in backends}
+        ours = [backend for backend in backends if any(each.line.ours for each in lines[backend].values())]
+        titles = {backend: f"**{backend}**" if backend in ours else backend for backend in backends}
+        block = [row(" ", f"{titles[b]}, ms", {p: each.mark(number(each.line.ms_p50)) for p, each in lines[b].items()}) for b in backends]
+        for b in ours:
+            block += [row(" ", f"{titles[b]} {what}", _cells(lines[b], cell)) for what, cell in _OURS.items()]
+        block += [row(" ", f"{titles[b]}, peak MiB", _cells(lines[b], _mebibytes)) for b in backends]
+        if block:
+            block[0][0] = name
+        rows += block
+    return Table.of(group.title, [" ", "drop rate", *_heading(group)], rows, group.shown)
+
+
+def _cells(by_percent: Mapping[int, Shown], cell: Callable[[Line], str]) -> dict[int, str]:
+    return {percent: cell(each.line) for percent, each in by_percent.items()}
+
+
+def _mebibytes(line: Line) -> str:
+    return "" if line.peak_bytes is None else number(line.peak_bytes / 2**20)
+
+
+def _speedup(line: Line) -> str:
+    if line.speedup_over_best_peer is None:
+        return ""
+    return f"{line.speedup_over_best_peer:.2f}x{f' ({line.best_peer})' if line.best_peer else ''}"
+
+
+_OURS: dict[str, Callable[[Line], str]] = {
+    "over best peer": _speedup,
+    "clips/s": lambda line: "" if line.clips_per_second is None else number(line.clips_per_second),
+    "TFLOP/s": lambda line: "" if line.tflops is None else number(line.tflops),
+}
+
+
+# -- all configurations, in short --------------------------------------------------------------------------------------
+
+
+def summary(found: Sequence[Group], flops: Flops) -> Table:
+    """Three rows a configuration: GFLOPs, training and inference, the fastest of ours beside the best peer. For groups of one device."""
+    percents = sorted({percent for group in found for percent in group.percents}, reverse=True)
+    rows = []
+    for group in found:
+        counted = gflops(group, flops)
+        cells = {p: f"{each.true:.1f}{f' ({each.published:.1f})' if each.published else ''}" for p, each in counted.items()}
+        block = {"GFLOPs of a clip, true (published)": cells} if cells else {}
+        block |= {f"{name}, ms": {p: _duel(group, mode, p) for p in percents} for mode, name in MODES.items() if group.backends(mode)}
+        for first, (what, of) in zip(chain([group.title], repeat(" ")), block.items(), strict=False):
+            rows.append([first, what, *(of.get(percent, "") for percent in percents)])
+    headings = ["configuration", "drop rate", *(f"{percent} %" for percent in percents)]
+    return replace(Table.of("Drop rate", headings, rows, [each for group in found for each in group.shown]), commands=())
+
+
+def _duel(group: Group, mode: str, percent: int) -> str:
+    """Ours in bold, the best peer and how they compare."""
+    here = [by[percent] for backend in group.backends(mode) if percent in (by := group.at(mode, backend))]
+    ours, theirs = (sorted((e for e in here if e.line.ours is mine), key=lambda e: e.line.ms_p50) for mine in (True, False))
+    texts = [ours[0].mark(f"**{number(ours[0].line.ms_p50)}**")] if ours else []
+    if ours and ours[0].line.best_peer and ours[0].line.best_peer_ms_p50:  # of the same process
+        texts.append(f"{ours[0].line.best_peer} {number(ours[0].line.best_peer_ms_p50)}")
+    elif theirs:
+        texts.append(theirs[0].mark(f"{theirs[0].line.backend} {number(theirs[0].line.ms_p50)}"))
+    ratio = ours[0].line.speedup_over_best_peer if ours else None
+    return ", ".join(texts if ratio is None else [*texts, f"{ratio:.2f}x"])
