@@ -11,7 +11,7 @@ time and repeated. ``python -m bench.report`` makes tables and figures of the li
 import argparse
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -104,7 +104,7 @@ def _cells(given: argparse.Namespace) -> Iterator[tuple[str, float, Mode]]:
                 yield name, drop_rate, mode
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     cuda = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description="time and memory against drop rate; about an hour on 2 cores")
     parser.add_argument("--device", default="cuda" if cuda else "cpu", choices=["cpu", "cuda"])
@@ -118,7 +118,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=60, help="of a cell's timed rounds; at least two rounds are run")
     parser.add_argument("--resume", action="store_true", help="leave out what the results hold for this code")
     parser.add_argument("--out", type=Path, help="append result lines to this file; bench/results/<device>.jsonl unless given")
-    given = parser.parse_args()
+    given = parser.parse_args(arguments)
     setting = Setting(torch.device(given.device), clock="perf_counter", rounds=given.rounds, warmup=0, seconds=given.seconds)
     dtype = given.dtype or ("bf16" if dispatch.native_bf16(setting.device) else "fp32")
     out = given.out or results.of_device(setting.device_name)

@@ -9,15 +9,13 @@ stale depends on the sources, the history and the torch of this environment (``r
 
 import argparse
 import difflib
-import importlib
-import importlib.util
 import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import accuracy, figures, results, step_tables, tables
+from . import accuracy, drop_rate, figures, results, step_tables, tables
 from .machine import ROOT
 from .page import Page
 from .results import Line, number
@@ -54,12 +52,9 @@ class Report:
         return [*self.ops, *self.scaling, *self.steps]
 
 
-def counted_flops() -> Flops:
-    """bench.drop_rate's count, and None for what is not a configuration of it."""
-    if importlib.util.find_spec("bench.drop_rate") is None:
-        return lambda configuration, drop_rate: None
-    module = importlib.import_module("bench.drop_rate")
-    return lambda configuration, drop_rate: module.gflops(configuration, drop_rate) if configuration in module.CONFIGURATIONS else None
+def counted_flops(configuration: str, rate: float) -> drop_rate.GFLOPs | None:
+    """None for what is not a configuration of the paper's tables."""
+    return drop_rate.gflops(configuration, rate) if configuration in drop_rate.CONFIGURATIONS else None
 
 
 # -- tables of the README ----------------------------------------------------------------------------------------------
@@ -237,7 +232,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> int:
     given = parser().parse_args()
-    report = Report.read(given.results, counted_flops())
+    report = Report.read(given.results, counted_flops)
     before = given.readme.read_text() if given.readme.exists() else ""
     try:
         after = fill(before, report)

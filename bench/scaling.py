@@ -127,7 +127,7 @@ def _measure_size(setting, op, case, size, dtype, modes, costs, longest) -> list
     return lines
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     cuda = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description="time and memory against size; about half an hour on 2 cores")
     parser.add_argument("--device", default="cuda" if cuda else "cpu", choices=["cpu", "cuda"])
@@ -139,7 +139,7 @@ def main() -> int:
     parser.add_argument("--longest", type=float, default=30, help="seconds of a call: who would take longer leaves the race")
     parser.add_argument("--resume", action="store_true", help="leave out what the results hold for this code")
     parser.add_argument("--out", type=Path, help="append result lines to this file; bench/results/<device>.jsonl unless given")
-    given = parser.parse_args()
+    given = parser.parse_args(arguments)
     setting = Setting(torch.device(given.device), warmup=1, seconds=given.seconds)
     dtype = given.dtype or ("bf16" if native_bf16(setting.device) else "fp32")
     out = given.out or results.of_device(setting.device_name)

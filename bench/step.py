@@ -273,9 +273,8 @@ def compare(
     times = interleaved(
         calls, rounds=setting.rounds, warmup=setting.warmup, clock=HostClock(setting.device), failed=absent, **setting.limits()
     )
-    theirs = [timing for name, timing in times.items() if not contenders[name].ours]
-    best = min(theirs, key=lambda timing: timing.p50, default=None)
-    return [_line(setting, task, name, contenders[name].ours, timing, peaks[name], best) for name, timing in times.items()], absent
+    best = min((name for name in times if not contenders[name].ours), key=lambda name: times[name].p50, default=None)
+    return [_line(setting, task, name, contenders[name].ours, times, peaks[name], best) for name in times], absent
 
 
 def _check_same(found: Tensor, wanted: Tensor, dtype: torch.dtype) -> None:
@@ -284,8 +283,14 @@ def _check_same(found: Tensor, wanted: Tensor, dtype: torch.dtype) -> None:
         raise ValueError(f"other results than the first contender's: they differ by {error:.1e}")
 
 
-def _line(setting: Setting, task: Task, name: str, ours: bool, timing: Timing, peaks: tuple[int, int | None], best: Timing | None) -> Line:
+def _line(
+    setting: Setting, task: Task, name: str, ours: bool, times: dict[str, Timing], peaks: tuple[int, int | None], best: str | None
+) -> Line:
+    timing = times[name]
     tflops = task.flops / timing.p50 / 1e9
+    compared: dict[str, Any] = {}
+    if ours and best is not None:
+        compared = dict(speedup_over_best_peer=timing.speedup_over(times[best]), best_peer=best, best_peer_ms_p50=times[best].p50)
     return Line(
         op="step",
         case=task.case,
@@ -312,8 +317,8 @@ def _line(setting: Setting, task: Task, name: str, ours: bool, timing: Timing, p
         date=machine.today(),
         dropout=task.dropout,
         drop_rate=task.drop_rate,
-        speedup_over_best_peer=timing.speedup_over(best) if ours and best else None,
         clips_per_second=1e3 * task.batch / timing.p50,
+        **compared,
     )
 
 
@@ -352,7 +357,7 @@ def fitting_batch(trainer: Trainer, drop_rate: float, start: int, features: bool
 
 
 def describe(line: Line) -> str:
-    ratio = "" if line.speedup_over_best_peer is None else f"  {line.speedup_over_best_peer:.2f}x best peer"
+    ratio = "" if line.speedup_over_best_peer is None else f"  {line.speedup_over_best_peer:.2f}x best peer ({line.best_peer})"
     return (
         f"{line.case:34} {line.dtype} {'*' if line.ours else ' '}{line.backend:28} {line.ms_p50:10.2f} ms ({line.ms_p20:.2f}..{line.ms_p80:.2f}) "
         f"{line.clips_per_second:9.2f} clips/s {line.tflops:8.2f} TFLOP/s {line.share_of_ceiling:6.1%} of the matmul ceiling  "

@@ -1,7 +1,6 @@
 """Cost and accuracy against the drop rate: what bench.drop_rate and bench.accuracy say of themselves."""
 
 import dataclasses
-import sys
 
 import pytest
 import torch
@@ -90,9 +89,8 @@ def small_video(monkeypatch):
     return config
 
 
-def run_main(module, monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["bench", *map(str, arguments)])
-    return module.main()
+def run_main(module, *arguments):
+    return module.main([str(each) for each in arguments])
 
 
 def test_a_table_cell_is_measured_once(small_video, monkeypatch, tmp_path, capsys):
@@ -112,7 +110,7 @@ def test_a_table_cell_is_measured_once(small_video, monkeypatch, tmp_path, capsy
         "--out",
         out,
     ]
-    assert run_main(drop_rate, monkeypatch, *arguments, "--drop-rate", 0.75) == 0
+    assert run_main(drop_rate, *arguments, "--drop-rate", 0.75) == 0
     first = results.read(out)
     assert {(line.mode, line.backend) for line in first} == {(mode, name) for mode in ("fwd", "fwd+bwd") for name in ("auto", "plain")}
     for line in first:
@@ -123,11 +121,11 @@ def test_a_table_cell_is_measured_once(small_video, monkeypatch, tmp_path, capsy
             floors.step_flops(small_video, 2, 0.75, features=False, mode=line.mode, modalities=("video",)), rel=1e-3
         )
     monkeypatch.setattr(results, "stale", lambda line: None)
-    assert run_main(drop_rate, monkeypatch, *arguments, "--drop-rate", 0.75, 0.0, "--mode", "fwd", "--resume") == 0
+    assert run_main(drop_rate, *arguments, "--drop-rate", 0.75, 0.0, "--mode", "fwd", "--resume") == 0
     more = results.read(out)
     assert more[: len(first)] == first and {(line.mode, line.drop_rate) for line in more[len(first) :]} == {("fwd", 0.0)}
     monkeypatch.setattr(results, "stale", lambda line: "changed")
-    assert run_main(drop_rate, monkeypatch, *arguments, "--drop-rate", 0.75, "--mode", "fwd", "--resume") == 0
+    assert run_main(drop_rate, *arguments, "--drop-rate", 0.75, "--mode", "fwd", "--resume") == 0
     assert len(results.read(out)) == len(more) + 2
 
 
@@ -136,7 +134,7 @@ def test_nothing_is_timed_while_parity_is_red(small_video, monkeypatch, tmp_path
         drop_rate, "gate", lambda setting, *args, **options: setting.refused.update({("nce", "reference"): "parity is red"})
     )
     with pytest.raises(SystemExit, match="red"):
-        run_main(drop_rate, monkeypatch, "--device", "cpu", "--configuration", "small_video", "--out", tmp_path / "lines.jsonl")
+        run_main(drop_rate, "--device", "cpu", "--configuration", "small_video", "--out", tmp_path / "lines.jsonl")
     assert not (tmp_path / "lines.jsonl").exists()
 
 

@@ -1,7 +1,6 @@
 """The race against size: who leaves it, what it prints and keeps."""
 
 import dataclasses
-import sys
 
 import pytest
 import torch
@@ -49,16 +48,15 @@ def small(monkeypatch):
     monkeypatch.setattr(scaling, "gate", lambda *args, **options: None)
 
 
-def run_main(monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["bench.scaling", "--device", "cpu", "--op", "attention", "--dtype", "fp32", *map(str, arguments)])
-    return scaling.main()
+def run_main(*arguments):
+    return scaling.main(["--device", "cpu", "--op", "attention", "--dtype", "fp32", *map(str, arguments)])
 
 
 def test_a_size_is_measured_once_and_the_slow_leave(small, monkeypatch, tmp_path, capsys):
     peers = {peer.name: peer for peer in scaling.peers("attention")}
     monkeypatch.setattr(scaling, "peers", lambda op: [peers["eager"], peers["sdpa_math"]])
     out = tmp_path / "lines.jsonl"
-    assert run_main(monkeypatch, "--size", 5, "--mode", "fwd", "--seconds", 0, "--out", out) == 0
+    assert run_main("--size", 5, "--mode", "fwd", "--seconds", 0, "--out", out) == 0
     first = results.read(out)
     assert {line.backend for line in first} >= {"torch_sdpa", "reference", "eager", "sdpa_math"}
     assert {(line.case, line.mode, line.rounds) for line in first} == {("scaling_tokens_5", "fwd", 2)}
@@ -68,7 +66,7 @@ def test_a_size_is_measured_once_and_the_slow_leave(small, monkeypatch, tmp_path
     results.append(out, slow)
     monkeypatch.setattr(results, "stale", lambda line: None)
     capsys.readouterr()
-    assert run_main(monkeypatch, "--mode", "fwd", "--seconds", 0, "--resume", "--out", out) == 0
+    assert run_main("--mode", "fwd", "--seconds", 0, "--resume", "--out", out) == 0
     found = results.read(out)
     assert found[: len(slow)] == slow  # nothing measured twice
     later = {line.backend for line in found[len(slow) :]}
@@ -76,7 +74,7 @@ def test_a_size_is_measured_once_and_the_slow_leave(small, monkeypatch, tmp_path
     assert "absent: eager: a call would take about" in capsys.readouterr().out
 
 
-def test_an_unknown_size_is_refused(small, monkeypatch, capsys):
+def test_an_unknown_size_is_refused(small, capsys):
     with pytest.raises(SystemExit):
-        run_main(monkeypatch, "--size", 6)
+        run_main("--size", 6)
     assert "it has 5, 40" in capsys.readouterr().err
