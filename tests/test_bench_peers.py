@@ -1,16 +1,25 @@
-"""What a user would pick instead of ours: the libraries' losses are those they claim to be, or are absent with a reason."""
+"""What a user would pick instead of ours: the libraries' losses and towers are those they claim to be, or are absent with a reason."""
 
 import dataclasses
 import sys
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
-from bench import op_calls, peers, run
+from bench import op_calls, peers, run, towers
+from vatt_fast.config import TowerConfig, VATTConfig, preset
+from vatt_fast.flops import true_flops
+from vatt_fast.kernels import patch_embed, patchify
 from vatt_fast.kernels.cases import CASES
 
 CPU = torch.device("cpu")
 SQUARE = CASES["nce"]["square"]
+# clips that are not square, patches neither: an axis taken for another shows
+SMALL = dataclasses.replace(
+    preset("tiny"), video=TowerConfig(depth=2, dim=32, mlp_dim=64, num_heads=2, head_dim=16), frames=8, height=16, width=24, video_patch=(4, 4, 8)
+)  # fmt: skip
 
 
 def build(name, case, device=CPU):
@@ -105,3 +114,85 @@ def test_another_loss_is_timed_but_never_compared():
     alone = dataclasses.replace(setting, peer_names=("siglip",))
     ours = next(line for line in run.measure(alone, "nce", SQUARE, "fp32", ["fwd"])[0] if line.ours)
     assert ours.best_peer is None and ours.speedup_over_best_peer is None
+
+
+# -- towers ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tower():
+    pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    found = towers.videomae(SMALL, CPU)
+    if isinstance(found, str):
+        pytest.skip(found)
+    return found
+
+
+def clips(batch=2):
+    shape = (batch, SMALL.frames, SMALL.height, SMALL.width, 3)
+    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+
+
+KEEPS = {"batch": torch.tensor([0, 4, 5, 9, 11]), "clip": torch.tensor([[1, 2, 3, 7, 10], [0, 2, 6, 8, 11]]), "all": None}
+
+
+@pytest.mark.parametrize("keep", KEEPS.values(), ids=KEEPS)
+def test_videomae_reads_our_patches_in_our_order(tower, keep):
+    """With our projection's weights its tokens are our op's, for every kept patch."""
+    video = patchify(clips(), SMALL.video_patch)
+    with torch.no_grad():
+        projection = tower.embeddings.patch_embeddings.projection  # (dim, C, t, h, w); ours (dim, (t, h, w, C))
+        weight = projection.weight.permute(0, 2, 3, 4, 1).flatten(1)
+        position = tower.embeddings.position_embeddings[0]
+        ours = patch_embed(video, weight, projection.bias, position, keep, scale=2 / 255, shift=-1.0)
+        inputs = towers.videomae_inputs(SMALL, video, keep)
+        theirs = tower.embeddings(**inputs)
+    assert inputs["pixel_values"].shape == (2, SMALL.frames, 3, SMALL.height, SMALL.width)
+    assert theirs.shape[1] == (SMALL.num_video_patches if keep is None else keep.shape[-1])
+    torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-5)
+
+
+def test_videomae_does_not_see_a_dropped_slab(tower):
+    slab = SMALL.num_video_patches // SMALL.video_grid[0]  # the patches of one step in time
+    keep = torch.arange(slab, SMALL.num_video_patches)
+    frames = clips()
+    changed = frames.clone()
+    changed[:, : SMALL.video_patch[0]] = 255 - changed[:, : SMALL.video_patch[0]]
+    rows = [patchify(each, SMALL.video_patch) for each in (frames, changed)]
+    with torch.no_grad():
+        one, other = (towers.videomae_features(tower, towers.videomae_inputs(SMALL, each, keep)) for each in rows)
+        seen, differently = (towers.videomae_features(tower, towers.videomae_inputs(SMALL, each, None)) for each in rows)
+    assert torch.equal(one, other) and not torch.allclose(seen, differently)
+
+
+def test_videomae_trains_on_sdpa(tower):
+    assert tower.config._attn_implementation == "sdpa"
+    video = patchify(clips(), SMALL.video_patch)
+    pooled = towers.videomae_features(tower, towers.videomae_inputs(SMALL, video, KEEPS["batch"]))
+    assert pooled.shape == (2, SMALL.video.dim)
+    pooled.square().sum().backward()
+    assert all(parameter.grad is not None and parameter.grad.any() for parameter in tower.encoder.layer[0].attention.parameters())
+    assert tower.embeddings.patch_embeddings.projection.weight.grad.any()
+
+
+@pytest.mark.parametrize("drop_rate", [0.0, 0.5])
+def test_videomae_costs_what_our_formula_says_but_for_the_agg_token(tower, drop_rate):
+    kept = SMALL.num_video_patches - int(drop_rate * SMALL.num_video_patches)
+    keep = torch.arange(kept) if drop_rate else None
+    inputs = towers.videomae_inputs(SMALL, patchify(clips(1), SMALL.video_patch), keep)
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):  # the CPU's flash kernel is not counted
+        towers.videomae_features(tower, inputs)
+    video = SMALL.video
+    of_agg = video.depth * (2 * (4 * video.dim**2 + 2 * video.dim * video.mlp_dim) + 4 * ((kept + 1) ** 2 - kept**2) * video.dim)
+    ours = true_flops(SMALL, drop_rate, drop_first=False, modalities=("video",))["video"]
+    assert counter.get_total_flops() == ours - of_agg
+
+
+def test_videomae_is_absent_with_a_reason(monkeypatch):
+    assert "modality_agnostic" in towers.videomae(preset("agnostic_medium"), CPU)
+    assert "VideoMAE pads nothing" in towers.videomae(dataclasses.replace(SMALL, frames=9), CPU)
+    narrow = dataclasses.replace(SMALL, video=dataclasses.replace(SMALL.video, num_heads=1))
+    assert "1 heads of 16 do not make dim 32" in towers.videomae(narrow, CPU)
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    assert towers.videomae(VATTConfig(), CPU).startswith("transformers cannot be imported: ")
