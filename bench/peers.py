@@ -1,12 +1,14 @@
 """Whom the ops are measured against: each peer builds, for a case, a function with the op's own arguments, or says why it is absent.
 
 A peer returns what ``op_calls.COMPARED`` lists (attention without lse). Plain torch, eager and compiled; torch's fused attention, each kernel by
-itself; and other libraries where they are importable. Compiled peers are compiled for the exact shape.
+itself; and other libraries where they are importable. Compiled peers are compiled for the exact shape. Another loss that a user would pick
+instead is a peer too, marked as not ``alike``: its time can be compared, its values cannot.
 """
 
 import functools
-import importlib
-from collections.abc import Callable
+import importlib.util
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -32,6 +34,7 @@ class Peer(NamedTuple):
     build: Callable[[Case, torch.device], Function | str]
     package: str | None = None  # a library's; None: torch itself
     compiled: bool = False
+    alike: bool = True  # False: another loss in the same role, whatever tensors it returns: timed, its error not taken
 
     @property
     def version(self) -> dict[str, str]:
@@ -41,11 +44,11 @@ class Peer(NamedTuple):
 _PEERS: list[Peer] = []
 
 
-def peer(op: str, name: str, *, package: str | None = None, compiled: bool = False):
+def peer(op: str, name: str, *, package: str | None = None, compiled: bool = False, alike: bool = True):
     """Register ``build(case, device)``; adding a peer is one decorated function."""
 
     def register(build):
-        _PEERS.append(Peer(op, name, build, package, compiled))
+        _PEERS.append(Peer(op, name, build, package, compiled, alike))
         return build
 
     return register
@@ -267,16 +270,23 @@ _CHUNK = 1024  # rows of x at a time
 def chunked(x, y, *, scale, texts_per_clip=1, first=0, x_valid=None, y_valid=None, bound=None) -> tuple[Tensor, ...]:
     """Materialised by chunks of rows, each computed again for its gradient."""
     parts = []
-    for start in range(0, x.shape[0], _CHUNK):
-        part = slice(start, start + _CHUNK)
+    for part in _chunks(x):
         valid = None if x_valid is None else x_valid[part]
         function = functools.partial(
-            materialised, scale=scale, texts_per_clip=texts_per_clip, first=first + start, x_valid=valid, y_valid=y_valid
+            materialised, scale=scale, texts_per_clip=texts_per_clip, first=first + part.start, x_valid=valid, y_valid=y_valid
         )
-        row, col, pos = torch.utils.checkpoint.checkpoint(function, x[part], y, use_reentrant=False, preserve_rng_state=False)
-        parts.append((row, col, pos))
+        parts.append(_recomputed(function, x[part], y))
     rows, cols, own = zip(*parts, strict=True)
     return torch.cat(rows), torch.logsumexp(torch.stack(cols), 0), torch.cat(own)
+
+
+def _chunks(x: Tensor) -> Iterator[slice]:
+    return (slice(start, start + _CHUNK) for start in range(0, x.shape[0], _CHUNK))
+
+
+def _recomputed(function: Callable, *tensors: Tensor) -> Any:
+    """Nothing is kept for the gradient but the inputs."""
+    return torch.utils.checkpoint.checkpoint(function, *tensors, use_reentrant=False, preserve_rng_state=False)
 
 
 def _only_in_chunks(compiled: bool):
@@ -292,12 +302,18 @@ peer("nce", "chunked")(_only_in_chunks(False))
 peer("nce", "chunked_compiled", compiled=True)(_only_in_chunks(True))
 
 
+def _only_whole_pairs(package: str, case: Any) -> str | None:
+    """Why a loss over a square of clips and texts, all of them there, cannot run a case."""
+    whole = case.texts_per_clip == 1 and case.batch == case.clips and not case.x_invalid and not case.y_invalid
+    return None if whole else f"{package} takes one text a clip, all clips on one device and no masks"
+
+
 @peer("nce", "cut_cross_entropy", package="cut-cross-entropy")
 def _(case, device):
     if device.type != "cuda":
         return "cut-cross-entropy runs on CUDA"
-    if case.texts_per_clip != 1 or case.batch != case.clips or case.x_invalid or case.y_invalid:
-        return "cut-cross-entropy takes one text a clip, all clips on one device and no masks"
+    if reason := _only_whole_pairs("cut-cross-entropy", case):
+        return reason
     try:
         from cut_cross_entropy import linear_cross_entropy
     except (ImportError, OSError) as error:
@@ -312,3 +328,73 @@ def _(case, device):
         return row.float(), col.float(), pos
 
     return run
+
+
+def open_clip_losses() -> Any | str:
+    """open_clip's module of losses, or why there is none.
+
+    Read from its file, which imports torch alone: the package around it imports torchvision, whose usual wheels are linked against CUDA and
+    do not load beside a CPU build of torch. ``pip install --no-deps open_clip_torch`` is therefore enough, and torchvision better left out:
+    one that does not load takes transformers' models with it.
+    """
+    package = importlib.util.find_spec("open_clip")
+    if package is None or not package.submodule_search_locations:
+        return "open_clip_torch cannot be imported: it is not installed"
+    spec = importlib.util.spec_from_file_location("open_clip_losses", Path(package.submodule_search_locations[0]) / "loss.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except (ImportError, OSError) as error:
+        return f"open_clip_torch cannot be imported: {error}"
+    return module
+
+
+@peer("nce", "open_clip", package="open_clip_torch")
+def _(case, device):
+    """ClipLoss: both matrices of logits, each by a product of its own. Its cross-entropies are their log-sums less the positive logits."""
+    if reason := _only_whole_pairs("open_clip's ClipLoss", case):
+        return reason
+    if isinstance(losses := open_clip_losses(), str):
+        return losses
+    loss = losses.ClipLoss()
+
+    def run(x, y, *, scale, **_):
+        of_clips, of_texts = (logits.float() for logits in loss.get_logits(x, y, scale))  # fp32, as autocast runs a cross-entropy
+        return torch.logsumexp(of_clips, 1), torch.logsumexp(of_texts, 1), of_clips.diagonal()
+
+    return run
+
+
+SIGLIP_BIAS = -10.0  # where SigLIP's learned offset starts; held fixed, as the temperature is
+
+
+def siglip(x, y, *, scale, first=0, **_) -> tuple[Tensor, ...]:
+    """SigLIP's loss of every clip (arXiv 2303.15343), not divided by their number; by chunks of rows as ``chunked``.
+
+    Every pair of a clip and a text is judged by itself, -log sigmoid(S) where they belong together and -log sigmoid(-S) elsewhere,
+    S = scale * x @ y.T + bias, so no log-sum spans the matrix. open_clip's SigLipLoss splits it over devices, not within one: hence this.
+    """
+    if x.shape[0] <= _CHUNK:
+        return (_siglip_rows(x, y, scale=scale, first=first),)
+    parts = [_recomputed(functools.partial(_siglip_rows, scale=scale, first=first + part.start), x[part], y) for part in _chunks(x)]
+    return (torch.cat(parts),)
+
+
+def _siglip_rows(x, y, *, scale, first) -> Tensor:
+    S = (x @ y.T).float() * scale + SIGLIP_BIAS
+    own = S.gather(1, first + torch.arange(x.shape[0], device=x.device)[:, None])
+    return F.softplus(S).sum(1) - own.squeeze(1)  # -log sigmoid(s) = softplus(-s) = softplus(s) - s: no matrix of labels
+
+
+def _siglip(compiled: bool):
+    def build(case, device):
+        if case.texts_per_clip != 1 or case.x_invalid or case.y_invalid:
+            return "SigLIP takes one text a clip and no masks"
+        return compile_exactly(siglip) if compiled else siglip
+
+    return build
+
+
+peer("nce", "siglip", alike=False)(_siglip(False))
+peer("nce", "siglip_compiled", compiled=True, alike=False)(_siglip(True))

@@ -31,7 +31,7 @@ class Line:
     tflops: float | None  # achieved, where the floor is the matmuls'
     gb_per_s: float | None  # achieved, where the floor is the bytes'
     share_of_ceiling: float | None  # of the ceiling measured in this process
-    error: float | None  # worst of the outputs and, unless mode is fwd, the gradients: ||x - fp64|| / ||fp64||
+    error: float | None  # worst of the outputs and, unless mode is fwd, the gradients: ||x - fp64|| / ||fp64||; None of another loss
     error_of: str | None  # the tensor it belongs to
     error_batch: int | None  # the batch at which it was measured
     device: str

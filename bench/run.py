@@ -4,7 +4,8 @@
     python -m bench.run --device cpu                    # every op at the CPU's own cases, lines to bench/results/
 
 First the op's parity tests run in the asked dtype, and each contender's error is taken against fp64 at the case itself; what is red is not
-timed. Of every contender a line is printed and, with --out, appended; ours name the best peer, its time and its error.
+timed. Of every contender a line is printed and, with --out, appended; ours name the best peer, its time and its error. Another loss in the
+same role is timed beside them: it has no error and is never the best peer.
 """
 
 import argparse
@@ -155,7 +156,7 @@ def gate(setting: Setting, ops: Iterable[str], dtype: str, *, chosen_only: bool 
 class _Contender:
     name: str
     function: Function
-    errors: dict[str, float]
+    errors: dict[str, float]  # empty where it computes another loss
     peer: Peer | None = None
     no_backward: str | None = None  # why it is timed in mode fwd only
 
@@ -198,7 +199,7 @@ def _contenders(setting: Setting, op: str, case: Case, dtype: str, absent: dict[
             if isinstance(function, str):
                 absent[name] = function
                 continue
-            errors, no_backward = _errors(function, op, inputs, exact)
+            errors, no_backward = ({}, None) if peer and not peer.alike else _errors(function, op, inputs, exact)
         except Exception as error:
             absent[name] = first_line(error)
             continue
@@ -206,7 +207,7 @@ def _contenders(setting: Setting, op: str, case: Case, dtype: str, absent: dict[
             absent[name] = setting.refused[op, name] = reason
             setting.report(f"RED: {op} {name} on {case.name} {dtype}: {reason}; it is not timed")
             continue
-        if peer is not None and not max(errors.values()) < 1:
+        if peer is not None and peer.alike and not max(errors.values()) < 1:
             absent[name] = f"it computes something else: errors {errors}"
             continue
         found.append(_Contender(name, function, errors, peer, no_backward))
@@ -268,7 +269,7 @@ def _measure_mode(setting, op: str, case: Case, dtype: str, mode: Mode, contende
 
 
 def _best_peer(times: dict[str, Timing], contenders: Sequence[_Contender]) -> _Contender | None:
-    theirs = [contender for contender in contenders if contender.peer and contender.name in times]
+    theirs = [contender for contender in contenders if contender.peer and contender.peer.alike and contender.name in times]
     return min(theirs, key=lambda contender: times[contender.name].p50, default=None)
 
 
@@ -277,7 +278,7 @@ def _line(setting, op, case, dtype, mode, contender, times, clock, peaks, best: 
     least = work(case, mode, DTYPES[dtype].itemsize)
     compute = least.bound(ceilings) == "compute"
     speed = least.flops / timing.p50 / 1e9 if compute else least.bytes / timing.p50 / 1e6
-    error, error_of = op_calls.worst(contender.errors, mode)
+    error, error_of = op_calls.worst(contender.errors, mode) if contender.errors else (None, None)
     compared: dict[str, Any] = {}
     if contender.peer is None and best is not None and len(times[best.name].ms) == len(timing.ms):
         compared = dict(
@@ -305,7 +306,7 @@ def _line(setting, op, case, dtype, mode, contender, times, clock, peaks, best: 
         share_of_ceiling=speed / (ceilings.tflops if compute else ceilings.gb_per_s),
         error=error,
         error_of=error_of,
-        error_batch=op_calls.reduced(case, setting.device).batch,
+        error_batch=op_calls.reduced(case, setting.device).batch if contender.errors else None,
         device=setting.device_name,
         versions=setting.versions | (contender.peer.version if contender.peer else {}),
         commit=machine.commit(),
@@ -321,9 +322,10 @@ def describe(line: Line) -> str:
     ratio = ""
     if line.speedup_over_best_peer is not None:
         ratio = f"  {line.speedup_over_best_peer:.2f}x best peer ({line.best_peer} {line.best_peer_ms_p50:.4f} ms, error {line.best_peer_error:.1e})"
+    error = "another loss in the same role" if line.error is None else f"error {line.error:.1e} ({line.error_of})"
     return (
         f"{line.op:11} {line.case:24} {line.dtype} {line.mode:7} {'*' if line.ours else ' '}{line.backend:26} {line.ms_p50:10.4f} ms "
-        f"({line.ms_p20:.4f}..{line.ms_p80:.4f}) {speed} {line.share_of_ceiling:6.1%}  error {line.error:.1e} ({line.error_of})"
+        f"({line.ms_p20:.4f}..{line.ms_p80:.4f}) {speed} {line.share_of_ceiling:6.1%}  {error}"
         f"  peak {(line.peak_bytes or 0) / 2**20:8.1f} MiB  {line.clock}{ratio}"
     )
 

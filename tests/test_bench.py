@@ -269,7 +269,7 @@ def test_peers_compute_what_the_ops_do():
             for peer in peers.peers(op):
                 function = peer.build(case, CPU)
                 no_kernel = peer.name == "sdpa_flash" and inputs.get("bias") is not None  # on the CPU it has no gradient for a mask
-                if peer.compiled or isinstance(function, str) or no_kernel:
+                if peer.compiled or not peer.alike or isinstance(function, str) or no_kernel:
                     continue
                 errors = op_calls.errors(op_calls.values(function, op, inputs), exact)
                 assert max(errors.values()) < 1e-5, (peer.name, case.name, errors)

@@ -1,0 +1,77 @@
+"""Whole towers that a user would pick instead, of the size of our video tower, for steps of a model that has video alone.
+
+VideoMAE of Hugging Face's transformers is the nearest: the same blocks over the same patches, some of them dropped. It projects every patch
+and then drops, where our model reads kept ones only, and has no AGG token, so one token less; its features are pooled by their mean.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from vatt_fast.config import VATTConfig
+from vatt_fast.kernels import unpatchify
+
+# B batch, N patches, K kept, k values a patch
+
+
+def videomae(config: VATTConfig, device: torch.device) -> nn.Module | str:
+    """A VideoMAE encoder of the sizes of ``config.video``, random weights, torch's SDPA; or why there is none.
+
+    Its last LayerNorm stays in it, as in our encoder; with ``use_mean_pooling`` the library leaves it to its classifier.
+    """
+    tower = config.video
+    if config.agnostic:
+        return "a modality_agnostic trunk has projections before and behind it; VideoMAE has none"
+    if tower.num_heads * tower.head_dim != tower.dim:
+        return f"{tower.num_heads} heads of {tower.head_dim} do not make dim {tower.dim}; VideoMAE's do"
+    size = (config.frames, config.height, config.width)
+    if any(length % patch for length, patch in zip(size, config.video_patch, strict=True)):
+        return f"a clip of {size} is no multiple of the patch {config.video_patch}; VideoMAE pads nothing"
+    try:
+        from transformers import VideoMAEConfig, VideoMAEModel
+    except (ImportError, OSError, RuntimeError) as error:  # RuntimeError: a torchvision made for another torch lies beside it
+        return f"transformers cannot be imported: {error}"
+    model = VideoMAEModel(
+        VideoMAEConfig(
+            image_size=size[1:],
+            num_frames=config.frames,
+            patch_size=config.video_patch[1:],
+            tubelet_size=config.video_patch[0],
+            hidden_size=tower.dim,
+            num_hidden_layers=tower.depth,
+            num_attention_heads=tower.num_heads,
+            intermediate_size=tower.mlp_dim,
+            hidden_dropout_prob=config.dropout,
+            attention_probs_dropout_prob=config.dropout,
+            use_mean_pooling=False,
+            attn_implementation="sdpa",
+        )
+    ).to(device)
+    # a plain attribute, which .to leaves behind: without this a GPU would wait for its copy from the host in every step
+    model.embeddings.position_embeddings = model.embeddings.position_embeddings.to(device)
+    return model
+
+
+def videomae_inputs(config: VATTConfig, video: Tensor, keep: Tensor | None) -> dict[str, Tensor | None]:
+    """What ``videomae``'s tower takes for a batch of ours.
+
+    Our patches and its tokens are both row-major over (time, height, width), so an index of ours is one of its. A loader made for VideoMAE
+    hands over such clips: making them here need not be timed, although our own op normalises within its time.
+
+    Args:
+        video: (B, N, k) uint8 patch rows, none dropped.
+        keep: (K,) or (B, K) kept patches; None keeps all.
+
+    Returns:
+        pixel_values (B, T, C, H, W) fp32 in [-1, 1], and bool_masked_pos (B, N), True where dropped, or None.
+    """
+    clip = unpatchify(video, config.video_patch, (config.frames, config.height, config.width, 3))
+    dropped = None
+    if keep is not None:
+        dropped = torch.ones(video.shape[:2], dtype=torch.bool, device=video.device)
+        dropped.scatter_(1, keep.to(video.device).long().expand(video.shape[0], -1), False)
+    return {"pixel_values": clip.permute(0, 1, 4, 2, 3).contiguous() * (2 / 255) - 1, "bool_masked_pos": dropped}
+
+
+def videomae_features(tower: nn.Module, inputs: dict[str, Tensor | None]) -> Tensor:
+    """(B, dim): the mean over the tokens that were kept."""
+    return tower(**inputs).last_hidden_state.mean(1)
