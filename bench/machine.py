@@ -74,6 +74,11 @@ def version_of(package: str) -> str | None:
         return None
 
 
+def package_version(package: str | None) -> dict[str, str]:
+    """{package: version}, of a library that a contender is from; of torch itself nothing."""
+    return {package: version_of(package) or "unknown"} if package else {}
+
+
 @functools.cache
 def commit() -> str:
     """Short hash, "-dirty" behind it where tracked files differ; "unknown" outside a checkout."""

@@ -21,8 +21,6 @@ from vatt_fast.kernels import patchify
 from vatt_fast.kernels.cases import Case
 from vatt_fast.kernels.dispatch import autocast_dtype
 
-from .machine import version_of
-
 Function = Callable[..., tuple[Tensor, ...]]
 
 # B batch, T queries, S keys, H heads, K kept, M clips of x, P texts a clip
@@ -35,10 +33,6 @@ class Peer(NamedTuple):
     package: str | None = None  # a library's; None: torch itself
     compiled: bool = False
     alike: bool = True  # False: another loss in the same role, whatever tensors it returns: timed, its error not taken
-
-    @property
-    def version(self) -> dict[str, str]:
-        return {self.package: version_of(self.package) or "unknown"} if self.package else {}
 
 
 _PEERS: list[Peer] = []

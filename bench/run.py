@@ -308,7 +308,7 @@ def _line(setting, op, case, dtype, mode, contender, times, clock, peaks, best: 
         error_of=error_of,
         error_batch=op_calls.reduced(case, setting.device).batch if contender.errors else None,
         device=setting.device_name,
-        versions=setting.versions | (contender.peer.version if contender.peer else {}),
+        versions=setting.versions | machine.package_version(contender.peer.package if contender.peer else None),
         commit=machine.commit(),
         date=machine.today(),
         drop_rate=case.origin.drop_rate if case.origin else None,

@@ -31,7 +31,7 @@ from .run import Setting
 from .timer import HostClock, Timing, first_line, interleaved, peak_bytes, peak_resident, trim_host_memory
 
 _BATCHES = 2  # rotated through
-_CLASSES = 600  # of a classifier: Kinetics-600's, the tower that Table 7 counts
+CLASSES = 600  # of a classifier: Kinetics-600's, the tower that Table 7 counts
 
 # -- contenders --------------------------------------------------------------------------------------------------------
 
@@ -100,7 +100,7 @@ class Trainer:
         self.config, self.device, self.dtype, self.modalities = config, device, dtype, modalities
         torch.manual_seed(0)
         self.model = VATT(config).to(device)
-        self.head = None if modalities == MODALITIES else nn.Linear(config.pooled_dim(*modalities), _CLASSES, device=device)
+        self.head = None if modalities == MODALITIES else nn.Linear(config.pooled_dim(*modalities), CLASSES, device=device)
         trainable = [p for p in self.model.parameters() if p.requires_grad]
         trainable += [] if self.head is None else self.head.parameters()
         self.optimizer = torch.optim.Adam(trainable, lr=1e-5, fused=True)
@@ -124,7 +124,7 @@ class Trainer:
 
         def step(batch: dict[str, Tensor]) -> Tensor:
             with formulation.context():
-                with self._autocast():
+                with self.autocast():
                     loss = function(batch)
                 self.optimizer.zero_grad(set_to_none=True)
                 loss.backward()
@@ -146,12 +146,12 @@ class Trainer:
         function = formulation.compiled(outputs_of)
 
         def infer(batch: dict[str, Tensor]) -> Tensor:
-            with formulation.context(), self._autocast(), torch.no_grad():
+            with formulation.context(), self.autocast(), torch.no_grad():
                 return function(batch)
 
         return [functools.partial(infer, batch) for batch in self.batches]
 
-    def _autocast(self) -> torch.autocast:
+    def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def _scores(self, output: VATTOutput) -> Tensor:
@@ -161,8 +161,12 @@ class Trainer:
     def _loss(self, output: VATTOutput) -> Tensor:
         if self.head is None:
             return vatt_loss(output, self.config, scale=self.model.scale()).total
-        scores = self._scores(output)
-        return F.cross_entropy(scores.float(), torch.arange(len(scores), device=scores.device) % _CLASSES)
+        return classification_loss(self._scores(output))
+
+
+def classification_loss(scores: Tensor) -> Tensor:
+    """Cross-entropy of class scores (B, classes) for some labels."""
+    return F.cross_entropy(scores.float(), torch.arange(len(scores), device=scores.device) % scores.shape[1])
 
 
 def make_batch(
@@ -191,8 +195,9 @@ class Contender(NamedTuple):
     """One who does the whole of a step or an inference."""
 
     ours: bool
-    build: Callable[[], Sequence[Callable[[], Tensor]]]  # calls on rotating batches, each returning a loss or outputs
-    alike: bool = True  # False: another model of the same size
+    build: Callable[[], Sequence[Callable[[], Tensor]] | str]  # calls on rotating batches, each returning a loss or outputs; or why none
+    alike: bool = True  # False: another model of the same size, which it brings along
+    package: str | None = None  # a library's
 
 
 class Task(NamedTuple):
@@ -243,7 +248,7 @@ def compare(
     *,
     between: Callable[[], None] = lambda: None,
 ) -> tuple[list[Line], dict[str, str]]:
-    """Time contenders against each other; a line of each, and {contender: reason} of those that failed.
+    """Time contenders against each other; a line of each, and {contender: reason} of those that are absent or failed.
 
     Args:
         between: frees what a contender leaves behind, such as gradients.
@@ -255,15 +260,20 @@ def compare(
     absent: dict[str, str] = {}
     outputs = None
     for name, contender in contenders.items():
+        others = 0 if contender.alike or setting.device.type != "cuda" else torch.cuda.memory_allocated(setting.device)
         try:
             mine = contender.build()
+            if isinstance(mine, str):
+                absent[name] = mine
+                continue
             result = mine[0]()  # compiled, and Adam's state allocated, outside the measurement
             if not torch.isfinite(result).all():
                 raise FloatingPointError("the result is not finite")
             if task.mode == "fwd" and contender.alike:  # of a training step dropout makes every loss another
                 outputs = result if outputs is None else outputs
                 _check_same(result, outputs, DTYPES[task.dtype])
-            peaks[name] = _peaks(mine[0], setting.device)
+            allocated, resident = _peaks(mine[0], setting.device)
+            peaks[name] = (allocated - others, resident)
             calls[name] = mine
         except Exception as error:
             absent[name] = first_line(error)
@@ -274,7 +284,7 @@ def compare(
         calls, rounds=setting.rounds, warmup=setting.warmup, clock=HostClock(setting.device), failed=absent, **setting.limits()
     )
     best = min((name for name in times if not contenders[name].ours), key=lambda name: times[name].p50, default=None)
-    return [_line(setting, task, name, contenders[name].ours, times, peaks[name], best) for name in times], absent
+    return [_line(setting, task, name, contenders[name], times, peaks[name], best) for name in times], absent
 
 
 def _check_same(found: Tensor, wanted: Tensor, dtype: torch.dtype) -> None:
@@ -284,12 +294,12 @@ def _check_same(found: Tensor, wanted: Tensor, dtype: torch.dtype) -> None:
 
 
 def _line(
-    setting: Setting, task: Task, name: str, ours: bool, times: dict[str, Timing], peaks: tuple[int, int | None], best: str | None
+    setting: Setting, task: Task, name: str, contender: Contender, times: dict[str, Timing], peaks: tuple[int, int | None], best: str | None
 ) -> Line:
     timing = times[name]
     tflops = task.flops / timing.p50 / 1e9
     compared: dict[str, Any] = {}
-    if ours and best is not None:
+    if contender.ours and best is not None:
         compared = dict(speedup_over_best_peer=timing.speedup_over(times[best]), best_peer=best, best_peer_ms_p50=times[best].p50)
     return Line(
         op="step",
@@ -297,7 +307,7 @@ def _line(
         dtype=task.dtype,
         mode=task.mode,
         backend=name,
-        ours=ours,
+        ours=contender.ours,
         ms_p20=timing.p20,
         ms_p50=timing.p50,
         ms_p80=timing.p80,
@@ -312,7 +322,7 @@ def _line(
         error_of=None,
         error_batch=None,
         device=setting.device_name,
-        versions=setting.versions,
+        versions=setting.versions | machine.package_version(contender.package),
         commit=machine.commit(),
         date=machine.today(),
         dropout=task.dropout,

@@ -41,7 +41,7 @@ def videomae(config: VATTConfig, device: torch.device) -> nn.Module | str:
             num_attention_heads=tower.num_heads,
             intermediate_size=tower.mlp_dim,
             hidden_dropout_prob=config.dropout,
-            attention_probs_dropout_prob=config.dropout,
+            attention_probs_dropout_prob=config.dropout,  # as ours: recipe "paper" has none
             use_mean_pooling=False,
             attn_implementation="sdpa",
         )
