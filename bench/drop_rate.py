@@ -11,7 +11,8 @@ time and repeated. ``python -m bench.report`` makes tables and figures of the li
 import argparse
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,9 +26,10 @@ from vatt_fast.kernels import dispatch
 from . import results, towers
 from .floors import MODALITIES, Mode
 from .machine import DTYPES
+from .race import Contender, compare
 from .results import Line
 from .run import Setting, gate
-from .step import CLASSES, Contender, Formulation, Trainer, classification_loss, compare, describe, formulations, task_of
+from .step import CLASSES, Formulation, Trainer, classification_loss, describe, formulations, task_of
 
 DROP_RATES = (0.75, 0.5, 0.25, 0.0)
 _COMPILED_AT = 0.5  # on a CPU
@@ -111,25 +113,74 @@ def _videomae_calls(trainer: Trainer, mode: Mode) -> list[Callable[[], Tensor]] 
     return [functools.partial(infer if mode == "fwd" else step, inputs) for inputs in batches]
 
 
-def measure(
-    setting: Setting, trainer: Trainer, name: str, drop_rate: float, mode: Mode, batch: int, compiled: bool
-) -> tuple[list[Line], dict[str, str]]:
-    """Lines of one cell of the table, and {contender: reason} of those that are absent or failed."""
-    trainer.set_batch(batch, drop_rate)
-    task = task_of(trainer, case_name(name, drop_rate, batch), mode, batch, drop_rate)
-    contenders = contenders_of(trainer, mode, compiled)
+class Cell(NamedTuple):
+    """One of the table: a configuration at a drop rate, in training or inference."""
+
+    configuration: str
+    drop_rate: float
+    mode: Mode
+    batch: int
+    compiled: bool  # with compiled contenders
+
+    @property
+    def case(self) -> str:
+        return f"{self.configuration}_drop{round(100 * self.drop_rate)}_b{self.batch}"
+
+
+def cells(
+    configurations: Sequence[str],
+    modes: Sequence[Mode],
+    drop_rates: Sequence[float],
+    *,
+    batch: int | None,
+    compiled_at: Sequence[float],
+    cuda: bool,
+) -> list[Cell]:
+    """Configuration by configuration. A batch of None is 1 clip on a CPU and 16 on a GPU, of tiny 32."""
+
+    def size(name: str) -> int:
+        return batch or (32 if name == "tiny" else 16 if cuda else 1)
+
+    return [
+        Cell(name, drop_rate, mode, size(name), drop_rate in compiled_at)
+        for name in configurations
+        for mode in modes
+        for drop_rate in drop_rates
+    ]
+
+
+def measure(setting: Setting, trainer: Trainer, cell: Cell) -> tuple[list[Line], dict[str, str]]:
+    """Lines of a cell, and {contender: reason} of those that are absent or failed."""
+    trainer.set_batch(cell.batch, cell.drop_rate)
+    task = task_of(trainer, cell.case, cell.mode, cell.batch, cell.drop_rate)
+    contenders = contenders_of(trainer, cell.mode, cell.compiled)
     return compare(setting, task, contenders, between=functools.partial(trainer.optimizer.zero_grad, set_to_none=True))
 
 
-def case_name(configuration: str, drop_rate: float, batch: int) -> str:
-    return f"{configuration}_drop{round(100 * drop_rate)}_b{batch}"
+def measure_all(setting: Setting, wanted: Sequence[Cell], dtype: str, out: Path) -> list[str]:
+    """Measure cells and append their lines, until the setting's deadline; what did not run, and why."""
+    missing: list[str] = []
+    name, trainer = "", None
+    for cell in wanted:
+        if setting.deadline is not None and time.monotonic() > setting.deadline:
+            missing.append(f"{cell.case} {cell.mode}: out of time; --resume continues")
+            continue
+        if cell.configuration != name:
+            trainer, name = None, cell.configuration  # the old one's memory is free before the new one takes its own
+            config, modalities, _ = CONFIGURATIONS[name]
+            trainer = Trainer(config, cell.batch, cell.drop_rate, setting.device, DTYPES[dtype], modalities)
+        assert trainer is not None
+        lines, absent = measure(setting, trainer, cell)
+        for line in lines:
+            print(describe(line), flush=True)
+        missing += [f"{cell.case} {cell.mode}: {contender}: {reason}" for contender, reason in absent.items()]
+        results.append(out, lines)
+    return missing
 
 
-def _cells(given: argparse.Namespace) -> Iterator[tuple[str, float, Mode]]:
-    for name in given.configuration:
-        for mode in given.mode:
-            for drop_rate in given.drop_rate:
-                yield name, drop_rate, mode
+def unmeasured(wanted: Sequence[Cell], dtype: str, out: Path, device: str) -> list[Cell]:
+    """Those of which ``out`` holds no line for this code."""
+    return [cell for cell in wanted if not results.measured(out, op="step", case=cell.case, mode=cell.mode, dtype=dtype, device=device)]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -140,42 +191,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--drop-rate", type=float, nargs="+", default=DROP_RATES)
     parser.add_argument("--mode", nargs="+", default=["fwd", "fwd+bwd"], choices=["fwd", "fwd+bwd"], help="inference, training")
     parser.add_argument("--dtype", choices=["bf16", "fp32"], help="bf16 where the device multiplies it in hardware unless given")
-    parser.add_argument("--batch", type=int, default=16 if cuda else 1, help="clips; of tiny 32")
+    parser.add_argument("--batch", type=int, help="clips; 1 on a CPU and 16 on a GPU, of tiny 32, unless given")
     parser.add_argument("--compiled-at", type=float, nargs="*", help="drop rates with compiled contenders; all on a GPU, 0.5 on a CPU")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=60, help="of a cell's timed rounds; at least two rounds are run")
     parser.add_argument("--resume", action="store_true", help="leave out what the results hold for this code")
+    parser.add_argument("--minutes", type=float, help="begin nothing after this long")
     parser.add_argument("--out", type=Path, help="append result lines to this file; bench/results/<device>.jsonl unless given")
     given = parser.parse_args(arguments)
-    setting = Setting(torch.device(given.device), clock="perf_counter", rounds=given.rounds, warmup=0, seconds=given.seconds)
+    deadline = None if given.minutes is None else time.monotonic() + 60 * given.minutes
+    options = dict(rounds=given.rounds, warmup=0, seconds=given.seconds, deadline=deadline)
+    setting = Setting(torch.device(given.device), clock="perf_counter", **options)
     dtype = given.dtype or ("bf16" if dispatch.native_bf16(setting.device) else "fp32")
     out = given.out or results.of_device(setting.device_name)
-    compiled_at = given.compiled_at if given.compiled_at is not None else given.drop_rate if given.device == "cuda" else [_COMPILED_AT]
-    status, name, trainer, gated = 0, "", None, False
-    for cell in _cells(given):
-        configuration, drop_rate, mode = cell
-        batch = 32 if configuration == "tiny" and given.batch == parser.get_default("batch") else given.batch
-        wanted = dict(op="step", case=case_name(configuration, drop_rate, batch), mode=mode, dtype=dtype, device=setting.device_name)
-        if given.resume and results.measured(out, **wanted):
-            continue
-        if not gated:
-            gate(setting, dispatch.OPS, dtype, chosen_only=True)
-            if red := {where: reason for where, reason in setting.refused.items() if "red" in reason}:
-                raise SystemExit(f"parity is red, nothing is timed: {red}")
-            gated = True
-        if configuration != name:
-            trainer, name = None, configuration  # the old one's memory is free before the new one takes its own
-            config, modalities, _ = CONFIGURATIONS[configuration]
-            trainer = Trainer(config, batch, drop_rate, setting.device, DTYPES[dtype], modalities)
-        assert trainer is not None
-        lines, absent = measure(setting, trainer, configuration, drop_rate, mode, batch, drop_rate in compiled_at)
-        for line in lines:
-            print(describe(line), flush=True)
-        for contender, reason in absent.items():
-            print(f"absent: {cell}: {contender}: {reason}", flush=True)
-            status |= int(contender.startswith("auto"))
-        results.append(out, lines)
-    return status
+    on_gpu = given.device == "cuda"
+    compiled_at = given.compiled_at if given.compiled_at is not None else given.drop_rate if on_gpu else [_COMPILED_AT]
+    wanted = cells(given.configuration, given.mode, given.drop_rate, batch=given.batch, compiled_at=compiled_at, cuda=on_gpu)
+    if given.resume:
+        wanted = unmeasured(wanted, dtype, out, setting.device_name)
+    if not wanted:
+        return 0
+    gate(setting, dispatch.OPS, dtype, chosen_only=True)
+    if red := {where: reason for where, reason in setting.refused.items() if "red" in reason}:
+        raise SystemExit(f"parity is red, nothing is timed: {red}")
+    missing = measure_all(setting, wanted, dtype, out)
+    for each in missing:
+        print(f"absent: {each}", flush=True)
+    return int(any(": auto" in each for each in missing))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,8 @@ parity  the op tests on the device, bf16 included, and the tests marked gpu     
 tune    every candidate tile at the primary cases                                     -> tuned/<arch>.json
 ops     every op at its primary cases against its peers, interleaved                  -> ops.jsonl
 step    the whole training step at three drop rates, with and without features        -> step.jsonl
+paper   the paper's configurations by drop rate, training and inference               -> paper.jsonl
+scaling ops by size                                                                   -> scaling.jsonl
 
 A part that fails is reported in summary.md (and failures.jsonl) and the rest goes on. The exit status is 1 where parity is red.
 """
@@ -31,15 +33,16 @@ from vatt_fast.config import preset
 from vatt_fast.kernels import dispatch
 from vatt_fast.kernels.cases import CASES, Case, tag
 
-from . import machine, parity, results, step, tune
+from . import drop_rate, machine, parity, results, scaling, step, tune
 from .floors import Mode
 from .machine import DTYPES
 from .run import Setting, describe, measure
 from .timer import first_line, side_stream
 
-STAGES = ("parity", "tune", "ops", "step")
+STAGES = ("parity", "tune", "ops", "step", "paper", "scaling")
 BUDGET_S = 540.0
-_PARITY, _OPS, _STEP, _FAILURES = "parity.txt", "ops.jsonl", "step.jsonl", "failures.jsonl"
+_PARITY, _FAILURES = "parity.txt", "failures.jsonl"
+_OPS, _STEP, _PAPER, _SCALING = "ops.jsonl", "step.jsonl", "paper.jsonl", "scaling.jsonl"
 _TESTED = ("fp32", "fp16", "bf16", "fp64")
 
 # what a dry run does instead: enough to pass every line of the logic
@@ -262,21 +265,26 @@ def _cases(run: Run, op: str) -> list[Case]:
 # -- step --------------------------------------------------------------------------------------------------------------
 
 
-def step_stage(run: Run) -> None:
+def _step_setting(run: Run, stage: str) -> Setting | None:
+    """Of whole steps, which run whatever dispatch chooses; None while any of it is red."""
     setting = run.setting(clock="perf_counter", rounds=1 if run.dry else 7, warmup=1)
     red = {f"{op} {backend}" for (op, backend), reason in setting.refused.items() if "red" in reason}
     if red:
-        run.fail("step", "all", f"parity is red: {', '.join(sorted(red))}")
+        run.fail(stage, "all", f"parity is red: {', '.join(sorted(red))}")
+    return None if red else setting
+
+
+def step_stage(run: Run) -> None:
+    setting = _step_setting(run, "step")
+    if setting is None:
         return
     path = run.out / _STEP
     done = {(line.case, line.backend) for line in results.read(path)}
     name = "tiny" if run.dry else run.preset
     trainer = step.Trainer(preset(name), 1, 0.5, run.device, DTYPES[run.dtype])
-    for drop_rate, features, contenders in _steps(run.dry):
-        title = (
-            f"{name}_drop{round(100 * drop_rate)}, {'features' if features else 'AGG only'}, {', '.join(c.describe() for c in contenders)}"
-        )
-        if any(_is_step(case, name, drop_rate, features) and backend in {c.describe() for c in contenders} for case, backend in done):
+    for rate, features, contenders in _steps(run.dry):
+        title = f"{name}_drop{round(100 * rate)}, {'features' if features else 'AGG only'}, {', '.join(c.describe() for c in contenders)}"
+        if any(_is_step(case, name, rate, features) and backend in {c.describe() for c in contenders} for case, backend in done):
             continue
         if run.left < 0:
             run.fail("step", title, "out of time; run the stage again to continue")
@@ -285,8 +293,8 @@ def step_stage(run: Run) -> None:
             fitted = [
                 each for each in contenders if each.name != "reference"
             ]  # it stores every score: nobody's choice, so it sets no batch
-            batch = 2 if run.dry else step.fitting_batch(trainer, drop_rate, 256, features, fitted)
-            lines, absent = step.measure_step(setting, trainer, name, batch, drop_rate, contenders, features=features)
+            batch = 2 if run.dry else step.fitting_batch(trainer, rate, 256, features, fitted)
+            lines, absent = step.measure_step(setting, trainer, name, batch, rate, contenders, features=features)
         except Exception as error:
             run.fail("step", title, first_line(error))
             continue
@@ -303,12 +311,39 @@ def _steps(dry: bool) -> list[tuple[float, bool, list[step.Formulation]]]:
         return [(0.5, False, step.formulations(("auto", "plain"), ()))]
     contenders = [*step.formulations(("auto", "plain"), ("default",)), *step.formulations(("reference",), ())]
     strongest = [each for each in step.formulations(("auto", "plain"), ("max-autotune-no-cudagraphs",)) if each.compile]
-    common = [(drop_rate, features, contenders) for features in (False, True) for drop_rate in (0.5, 0.0, 0.75)]
+    common = [(rate, features, contenders) for features in (False, True) for rate in (0.5, 0.0, 0.75)]
     return [*common, (0.5, False, strongest)]
 
 
-def _is_step(case: str, name: str, drop_rate: float, features: bool) -> bool:
-    return case.startswith(f"{name}_drop{round(100 * drop_rate)}_b") and case.endswith("_features") == features
+def _is_step(case: str, name: str, rate: float, features: bool) -> bool:
+    return case.startswith(f"{name}_drop{round(100 * rate)}_b") and case.endswith("_features") == features
+
+
+# -- the paper's configurations, and sizes -----------------------------------------------------------------------------
+
+
+def paper_stage(run: Run) -> None:
+    setting = _step_setting(run, "paper")
+    if setting is None:
+        return
+    names, rates = (["tiny"], [0.5]) if run.dry else (list(drop_rate.CONFIGURATIONS), drop_rate.DROP_RATES)
+    compiled_at = [] if run.dry else [0.5]  # compilation would take the whole stage
+    wanted = drop_rate.cells(names, ["fwd+bwd", "fwd"], rates, batch=2 if run.dry else None, compiled_at=compiled_at, cuda=not run.dry)
+    out = run.out / _PAPER
+    for reason in drop_rate.measure_all(setting, drop_rate.unmeasured(wanted, run.dtype, out, setting.device_name), run.dtype, out):
+        where, _, why = reason.partition(": ")
+        run.fail("paper", where, why)
+
+
+def scaling_stage(run: Run) -> None:
+    setting = run.setting()
+    for op, cases in scaling.CASES.items():
+        sizes = [min(cases)] if run.dry else list(cases)
+        for reason in scaling.measure_op(
+            setting, op, sizes, run.dtype, ["fwd"] if run.dry else ["fwd", "fwd+bwd"], run.out / _SCALING, longest=2.0, resume=True
+        ):
+            where, _, why = reason.partition(": ")
+            run.fail("scaling", where, why)
 
 
 # -- summary -----------------------------------------------------------------------------------------------------------
@@ -326,7 +361,7 @@ def summarise(run: Run) -> str:
     for path in sorted((run.out / "tuned").glob("*.json")):
         table = tune.read_table(path)
         lines += [f"- {path.name}: {', '.join(f'{kernel} ({len(entries)})' for kernel, entries in sorted(table.items()))}"]
-    for title, file in (("Ops", _OPS), ("Training step", _STEP)):
+    for title, file in (("Ops", _OPS), ("Training step", _STEP), ("The paper's configurations", _PAPER), ("Ops by size", _SCALING)):
         measured = results.read(run.out / file)
         lines += ["", f"## {title}", ""]
         if measured:
@@ -349,7 +384,9 @@ def _grouped(failures: list[dict[str, str]]) -> list[str]:
     return lines
 
 
-_RUN: dict[str, Callable[[Run], None]] = {"parity": parity_stage, "tune": tune_stage, "ops": ops_stage, "step": step_stage}
+_RUN: dict[str, Callable[[Run], None]] = {
+    "parity": parity_stage, "tune": tune_stage, "ops": ops_stage, "step": step_stage, "paper": paper_stage, "scaling": scaling_stage,
+}  # fmt: skip
 
 
 def main() -> int:
@@ -371,7 +408,7 @@ def main() -> int:
         run.forget_failures(stage)
         print(f"== {stage}, at most {run.budget:.0f} s", flush=True)
         try:
-            table = run.tuned() if stage in ("ops", "step") else {}
+            table = run.tuned() if stage not in ("parity", "tune") else {}
             with tune.applied(table) if table else contextlib.nullcontext():
                 _RUN[stage](run)
         except Exception as error:

@@ -9,7 +9,6 @@ same role is timed beside them: it has no error and is never the best peer.
 """
 
 import argparse
-import dataclasses
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -20,13 +19,14 @@ import torch
 from torch import Tensor
 
 from vatt_fast.kernels import dispatch
-from vatt_fast.kernels.cases import CASES, Case, NCECase, make, tag
+from vatt_fast.kernels.cases import Case, make
 
 from . import machine, op_calls, parity, results
 from .floors import MODES, Mode, work
 from .machine import DTYPES, Ceilings
 from .peers import Peer, peers
 from .results import Line
+from .selection import at_batch, select
 from .timer import (
     Clock,
     EventClock,
@@ -42,42 +42,6 @@ from .timer import (
 )
 
 Function = Callable[..., tuple[Tensor, ...]]
-
-
-def _from_clips(case: Case) -> Case:
-    """A video case whose patches are still in the clip."""
-    return dataclasses.replace(case, name=f"{case.name}_clip", clip=(32, 224, 224, 3), patch=(4, 16, 16))
-
-
-def _at_batch(case: Case, batch: int) -> Case:
-    """Another batch; where x holds all clips, all of them."""
-    more = {"clips": batch} if isinstance(case, NCECase) and case.batch == case.clips else {}
-    return dataclasses.replace(case, batch=batch, name=f"{case.name}_b{batch}", **more)
-
-
-# what a CPU is judged by: the presets' own sizes, at batches that it finishes in a fraction of a second
-FOR_CPU: dict[str, tuple[Case, ...]] = {
-    "attention": (
-        *(_at_batch(CASES["attention"][name], 1) for name in ("video_bbs_drop50", "video_bbs_drop0", "audio_bbs_drop50")),
-        _at_batch(CASES["attention"]["video_mbs_drop50"], 2),
-        CASES["attention"]["text_bbs"],
-        CASES["attention"]["video_tiny_drop50"],
-    ),
-    "drop_token": (CASES["drop_token"]["video_mbs_drop50"], CASES["drop_token"]["video_mbs_drop50_per_clip"]),
-    "nce": (
-        CASES["nce"]["va_bbs_one_device"],
-        CASES["nce"]["vt_bbs_one_device"],
-        _at_batch(CASES["nce"]["va_bbs_one_device"], 8192),
-        CASES["nce"]["vt_bbs"],
-    ),
-    "patch_embed": (
-        _from_clips(_at_batch(CASES["patch_embed"]["video_mbs_drop50"], 2)),
-        _at_batch(CASES["patch_embed"]["video_mbs_drop50"], 2),
-        _at_batch(CASES["patch_embed"]["video_mbs_drop0"], 2),
-        CASES["patch_embed"]["audio_bbs_drop50"],
-        CASES["patch_embed"]["video_tiny_drop50"],
-    ),
-}
 
 
 @dataclass
@@ -330,27 +294,6 @@ def describe(line: Line) -> str:
     )
 
 
-def select(op: str, names: Sequence[str]) -> list[Case]:
-    """Cases by name, those a CPU is judged by included; "primary" and "parity" are all of a tag, "cpu" all of the CPU's.
-
-    Raises:
-        ValueError: an unknown name.
-    """
-    for_cpu = {case.name: case for case in FOR_CPU[op]}
-    named = CASES[op] | for_cpu
-    chosen: dict[str, Case] = {}
-    for name in names:
-        if name == "cpu":
-            chosen |= for_cpu
-        elif name in ("primary", "parity"):
-            chosen |= {case.name: case for case in CASES[op].values() if tag(case) == name}
-        elif name in named:
-            chosen[name] = named[name]
-        else:
-            raise ValueError(f"unknown case {name!r}; {op} has primary, parity, cpu, {', '.join(named)}")
-    return list(chosen.values())
-
-
 def main() -> int:
     # argparse, here and in the other commands: a machine lent for a measurement has torch, not necessarily the command line's extras
     parser = argparse.ArgumentParser(description="time an op's backends against its peers", epilog="python -m bench.floors lists the cases")
@@ -398,7 +341,7 @@ def main() -> int:
         except ValueError as error:
             parser.error(str(error))
         if given.batch:
-            cases = [_at_batch(case, given.batch) for case in cases]
+            cases = [at_batch(case, given.batch) for case in cases]
         out = _out(given.out, setting)
         status |= _measure_all(setting, op, cases, dtypes, given.mode, out, given.resume)
     return status

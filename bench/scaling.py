@@ -8,6 +8,7 @@ results hold for this code is not measured again. ``python -m bench.report`` dra
 import argparse
 import dataclasses
 import math
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -88,43 +89,46 @@ def free_bytes(device: torch.device) -> int:
 
 
 def measure_op(
-    setting: Setting,
-    op: str,
-    sizes: Sequence[int],
-    dtype: str,
-    modes: Sequence[Mode],
-    out: Path,
-    *,
-    longest: float,
-    resume: bool,
-) -> None:
-    """Append the lines of an op, smallest size first."""
+    setting: Setting, op: str, sizes: Sequence[int], dtype: str, modes: Sequence[Mode], out: Path, *, longest: float, resume: bool
+) -> list[str]:
+    """Append the lines of an op, smallest size first, until the setting's deadline; who is absent, and why.
+
+    Args:
+        longest: seconds of a call: who would take longer leaves the race.
+    """
     costs: dict[tuple[str, str], list[_Cost]] = {}
+    absent: list[str] = []
     for size in sorted(sizes):
         case = CASES[op][size]
         wanted = dict(op=op, case=case.name, dtype=dtype, device=setting.device_name)
         lines = [line for line in results.measured(out, **wanted) if line.mode in modes] if resume else []
         if not set(modes) <= {line.mode for line in lines}:
-            lines = _measure_size(setting, op, case, size, dtype, modes, costs, longest)
+            if setting.deadline is not None and time.monotonic() > setting.deadline:
+                return [*absent, f"{op} {case.name}: out of time; --resume continues"]
+            left_out = _too_slow_or_large(costs, size, modes, 1e3 * longest, setting.device)
+            lines, others = _race(setting, op, case, dtype, modes, left_out)
+            absent += [f"{op} {case.name}: {name}: {reason}" for name, reason in (left_out | others).items()]
+            for line in lines:
+                print(describe(line), flush=True)
             results.append(out, lines)
         for line in lines:
             costs.setdefault((line.backend, line.mode), []).append(_Cost(size, line.ms_p50, line.peak_bytes or 0))
+    return absent
 
 
-def _measure_size(setting, op, case, size, dtype, modes, costs, longest) -> list[Line]:
-    left_out: dict[str, str] = {}
+def _too_slow_or_large(costs, size: int, modes: Sequence[Mode], longest_ms: float, device: torch.device) -> dict[str, str]:
+    found: dict[str, str] = {}
     for (name, mode), known in costs.items():
-        if mode in modes and (reason := objection(predict(known, size), 1e3 * longest, free_bytes(setting.device))):
-            left_out[name] = reason
+        if mode in modes and (reason := objection(predict(known, size), longest_ms, free_bytes(device))):
+            found[name] = reason
+    return found
+
+
+def _race(setting: Setting, op: str, case: Case, dtype: str, modes: Sequence[Mode], left_out) -> tuple[list[Line], dict[str, str]]:
     ours = tuple(name for name in chosen_among(op, setting.device) if name not in left_out)
     theirs = tuple(peer.name for peer in peers(op) if peer.name not in left_out)
     here = dataclasses.replace(setting, backends=ours, peer_names=theirs)
-    lines, absent = measure(here, op, case, dtype, modes) if ours else ([], {})
-    for line in lines:
-        print(describe(line), flush=True)
-    for name, reason in (left_out | absent).items():
-        print(f"{op:11} {case.name:24} {dtype} absent: {name}: {reason}", flush=True)
-    return lines
+    return measure(here, op, case, dtype, modes) if ours else ([], {})
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -138,9 +142,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=30, help="of a size and mode's rounds; at least two are run")
     parser.add_argument("--longest", type=float, default=30, help="seconds of a call: who would take longer leaves the race")
     parser.add_argument("--resume", action="store_true", help="leave out what the results hold for this code")
+    parser.add_argument("--minutes", type=float, help="begin nothing after this long")
     parser.add_argument("--out", type=Path, help="append result lines to this file; bench/results/<device>.jsonl unless given")
     given = parser.parse_args(arguments)
-    setting = Setting(torch.device(given.device), warmup=1, seconds=given.seconds)
+    deadline = None if given.minutes is None else time.monotonic() + 60 * given.minutes
+    setting = Setting(torch.device(given.device), warmup=1, seconds=given.seconds, deadline=deadline)
     dtype = given.dtype or ("bf16" if native_bf16(setting.device) else "fp32")
     out = given.out or results.of_device(setting.device_name)
     for op in given.op:
@@ -148,7 +154,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if unknown := sorted(set(sizes) - set(CASES[op])):
             parser.error(f"{op} has no size {', '.join(map(str, unknown))}; it has {', '.join(map(str, CASES[op]))}")
         gate(setting, [op], dtype, chosen_only=True)
-        measure_op(setting, op, sizes, dtype, given.mode, out, longest=given.longest, resume=given.resume)
+        for absent in measure_op(setting, op, sizes, dtype, given.mode, out, longest=given.longest, resume=given.resume):
+            print(f"absent: {absent}", flush=True)
     return int(any("red" in reason for reason in setting.refused.values()))
 
 

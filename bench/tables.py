@@ -9,7 +9,7 @@ from vatt_fast.config import PRESETS, SHORT_NAMES
 
 from . import results
 from .results import Line, number
-from .run import select
+from .selection import select
 
 NONE, STALE = "\N{EN DASH}", "\N{DAGGER}"
 

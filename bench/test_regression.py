@@ -9,7 +9,7 @@ import torch
 
 from . import op_calls
 from .machine import DTYPES
-from .run import select
+from .selection import select
 
 CASES = {
     "attention": ("video_tiny_drop50", "text_tiny"),

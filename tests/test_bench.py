@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import floors, gpu, machine, op_calls, parity, peers, results, run, step, timer, tune
+from bench import floors, gpu, machine, op_calls, parity, peers, results, run, scaling, step, timer, tune
 from vatt_fast.config import PRESETS
 from vatt_fast.kernels import tiles
 from vatt_fast.kernels.cases import CASES, AttentionCase, tag
@@ -548,10 +548,14 @@ def test_the_dry_run_passes_every_stage(tmp_path):
     done = command("bench.gpu", "--out", tmp_path, "--dry-run")
     assert done.returncode == 0, done.stdout + done.stderr
     found = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
-    assert {"parity.txt", "ops.jsonl", "step.jsonl", "summary.md", "failures.jsonl"} <= found
+    assert {"parity.txt", "ops.jsonl", "step.jsonl", "paper.jsonl", "scaling.jsonl", "summary.md", "failures.jsonl"} <= found
     lines = results.read(tmp_path / "ops.jsonl")
     assert {line.op for line in lines} == set(CASES) and {line.ours for line in lines} == {True, False}
     assert {line.backend for line in results.read(tmp_path / "step.jsonl")} == {"auto", "plain"}
+    assert {(line.case, line.mode) for line in results.read(tmp_path / "paper.jsonl")} == {
+        ("tiny_drop50_b2", m) for m in ("fwd", "fwd+bwd")
+    }
+    assert {line.op for line in results.read(tmp_path / "scaling.jsonl")} == set(scaling.CASES)
     summary = (tmp_path / "summary.md").read_text()
     assert summary.startswith("# Dry run") and "| nce | reference | " in summary and "its times mean nothing" in summary
     assert not [line for line in summary.splitlines() if "the whole stage" in line]

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import pytest
 
-from bench import accuracy, figures, report, results, run, step_tables, tables
+from bench import accuracy, figures, report, results, selection, step_tables, tables
 from bench.results import Line
 from vatt_fast.kernels.cases import CASES
 
@@ -310,7 +310,7 @@ def test_commands_are_those_of_the_modules(monkeypatch, cuda):
             assert wanted[name] is None or value == wanted[name] or value == [wanted[name]], (name, each)
         assert not cuda or given.device == "cuda"
         if module == "bench.run":
-            (case,) = run.select(each.op, given.case)
+            (case,) = selection.select(each.op, given.case)
             assert each.case == (f"{case.name}_b{given.batch}" if given.batch else case.name)
         if module == "bench.step":
             assert given.preset == tables.step(each).configuration and given.batch == tables.step(each).batch
@@ -325,12 +325,12 @@ def test_a_command_in_full():
     )
 
 
-@pytest.mark.parametrize("op", list(run.FOR_CPU))
+@pytest.mark.parametrize("op", list(selection.FOR_CPU))
 def test_every_case_of_the_cpu_can_be_asked_for_by_name(op):
-    for case in run.FOR_CPU[op]:
-        assert run.select(op, [case.name]) == [case]
-    assert run.select(op, ["cpu"]) == list(run.FOR_CPU[op])
+    for case in selection.FOR_CPU[op]:
+        assert selection.select(op, [case.name]) == [case]
+    assert selection.select(op, ["cpu"]) == list(selection.FOR_CPU[op])
     name = next(iter(CASES[op]))
-    assert run.select(op, [name, "cpu"]) == [CASES[op][name], *run.FOR_CPU[op]]
-    with pytest.raises(ValueError, match=f"unknown case 'none'.*{run.FOR_CPU[op][0].name}"):
-        run.select(op, ["none"])
+    assert selection.select(op, [name, "cpu"]) == [CASES[op][name], *selection.FOR_CPU[op]]
+    with pytest.raises(ValueError, match=f"unknown case 'none'.*{selection.FOR_CPU[op][0].name}"):
+        selection.select(op, ["none"])

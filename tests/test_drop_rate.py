@@ -7,7 +7,7 @@ import torch
 from test_bench import command
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import accuracy, drop_rate, floors, results, step
+from bench import accuracy, drop_rate, floors, race, results, step
 from bench.run import Setting
 from vatt_fast.config import TowerConfig, VATTConfig
 from vatt_fast.model import VATT
@@ -145,9 +145,9 @@ def test_who_computes_something_else_is_not_timed(small_video, monkeypatch):
     trainer = step.Trainer(small_video, 2, 0.5, setting.device, torch.float32, ("video",))
     right = drop_rate.contenders_of(trainer, "fwd", compiled=False)
     (call, _) = right["plain"].build()
-    wrong = step.Contender(False, lambda: [lambda: 1.01 * call()])
+    wrong = race.Contender(False, lambda: [lambda: 1.01 * call()])
     task = step.task_of(trainer, "case", "fwd", 2, 0.5)
-    lines, absent = step.compare(setting, task, right | {"wrong": wrong, "another": wrong._replace(alike=False)})
+    lines, absent = race.compare(setting, task, right | {"wrong": wrong, "another": wrong._replace(alike=False)})
     assert {line.backend for line in lines} - {"videomae"} == {"auto", "plain", "another"} and "other results" in absent["wrong"]
 
 

@@ -71,7 +71,7 @@ def test_a_size_is_measured_once_and_the_slow_leave(small, monkeypatch, tmp_path
     assert found[: len(slow)] == slow  # nothing measured twice
     later = {line.backend for line in found[len(slow) :]}
     assert "eager" not in later and {"sdpa_math", "torch_sdpa"} <= later
-    assert "absent: eager: a call would take about" in capsys.readouterr().out
+    assert "absent: attention scaling_tokens_40: eager: a call would take about" in capsys.readouterr().out
 
 
 def test_an_unknown_size_is_refused(small, capsys):

@@ -1,0 +1,137 @@
+"""Whole steps against each other: what contenders do, how they are timed, and the lines of it."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import machine
+from .floors import Mode
+from .machine import DTYPES
+from .results import Line
+from .run import Setting
+from .timer import HostClock, Timing, first_line, interleaved, peak_bytes, peak_resident, trim_host_memory
+
+
+class Contender(NamedTuple):
+    """One who does the whole of a step or an inference."""
+
+    ours: bool
+    build: Callable[[], Sequence[Callable[[], Tensor]] | str]  # calls on rotating batches, each returning a loss or outputs; or why none
+    alike: bool = True  # False: another model of the same size, which it brings along
+    package: str | None = None  # a library's
+
+
+class Task(NamedTuple):
+    """What the contenders do, as its result lines name it."""
+
+    case: str
+    mode: Mode  # fwd+bwd: a training step; fwd: inference
+    dtype: str
+    batch: int
+    drop_rate: float
+    flops: int
+    dropout: float
+
+
+def compare(
+    setting: Setting,
+    task: Task,
+    contenders: Mapping[str, Contender],
+    *,
+    between: Callable[[], None] = lambda: None,
+) -> tuple[list[Line], dict[str, str]]:
+    """Time contenders against each other; a line of each, and {contender: reason} of those that are absent or failed.
+
+    Args:
+        between: frees what a contender leaves behind, such as gradients.
+    """
+    torch._dynamo.reset()
+    torch._dynamo.config.recompile_limit = 64  # one code object, a contender after the other
+    calls: dict[str, Sequence[Callable[[], Tensor]]] = {}
+    peaks: dict[str, tuple[int, int | None]] = {}
+    absent: dict[str, str] = {}
+    outputs = None
+    for name, contender in contenders.items():
+        others = 0 if contender.alike or setting.device.type != "cuda" else torch.cuda.memory_allocated(setting.device)
+        try:
+            mine = contender.build()
+            if isinstance(mine, str):
+                absent[name] = mine
+                continue
+            result = mine[0]()  # compiled, and Adam's state allocated, outside the measurement
+            if not torch.isfinite(result).all():
+                raise FloatingPointError("the result is not finite")
+            if task.mode == "fwd" and contender.alike:  # of a training step dropout makes every loss another
+                outputs = result if outputs is None else outputs
+                _check_same(result, outputs, DTYPES[task.dtype])
+            allocated, resident = _peaks(mine[0], setting.device)
+            peaks[name] = (allocated - others, resident)
+            calls[name] = mine
+        except Exception as error:
+            absent[name] = first_line(error)
+        between()
+        if setting.device.type == "cuda":
+            torch.cuda.empty_cache()
+    times = interleaved(
+        calls, rounds=setting.rounds, warmup=setting.warmup, clock=HostClock(setting.device), failed=absent, **setting.limits()
+    )
+    best = min((name for name in times if not contenders[name].ours), key=lambda name: times[name].p50, default=None)
+    return [_line(setting, task, name, contenders[name], times, peaks[name], best) for name in times], absent
+
+
+def _check_same(found: Tensor, wanted: Tensor, dtype: torch.dtype) -> None:
+    error = float((found.double() - wanted.double()).norm() / wanted.double().norm())
+    if not error < (1e-3 if dtype == torch.float32 else 0.1):  # roundings of a dozen blocks
+        raise ValueError(f"other results than the first contender's: they differ by {error:.1e}")
+
+
+def _line(
+    setting: Setting, task: Task, name: str, contender: Contender, times: dict[str, Timing], peaks: tuple[int, int | None], best: str | None
+) -> Line:
+    timing = times[name]
+    tflops = task.flops / timing.p50 / 1e9
+    compared: dict[str, Any] = {}
+    if contender.ours and best is not None:
+        compared = dict(speedup_over_best_peer=timing.speedup_over(times[best]), best_peer=best, best_peer_ms_p50=times[best].p50)
+    return Line(
+        op="step",
+        case=task.case,
+        dtype=task.dtype,
+        mode=task.mode,
+        backend=name,
+        ours=contender.ours,
+        ms_p20=timing.p20,
+        ms_p50=timing.p50,
+        ms_p80=timing.p80,
+        rounds=len(timing.ms),
+        clock=HostClock.name,
+        peak_bytes=peaks[0],
+        peak_resident=peaks[1],
+        tflops=tflops,
+        gb_per_s=None,
+        share_of_ceiling=tflops / setting.ceilings_of(task.dtype).tflops,
+        error=None,
+        error_of=None,
+        error_batch=None,
+        device=setting.device_name,
+        versions=setting.versions | machine.package_version(contender.package),
+        commit=machine.commit(),
+        date=machine.today(),
+        dropout=task.dropout,
+        drop_rate=task.drop_rate,
+        clips_per_second=1e3 * task.batch / timing.p50,
+        **compared,
+    )
+
+
+def _peaks(call: Callable[[], Any], device: torch.device) -> tuple[int, int | None]:
+    """Of a GPU everything allocated at the peak; on the CPU what the call allocates beyond weights and state, and the whole process."""
+    if device.type != "cuda":
+        trim_host_memory()
+        found: list[int] = []
+        resident = peak_resident(lambda: found.append(peak_bytes(call, device)))
+        return found[0], resident
+    before = torch.cuda.memory_allocated(device)
+    return before + peak_bytes(call, device), None
