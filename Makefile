@@ -1,4 +1,4 @@
-# setup | demo | test | report | lint. An active environment with torch >= 2.9 is used as it is; otherwise .venv is made from constraints.txt.
+# setup | demo | test | bench | report | lint. An active environment with torch >= 2.9 is used as it is; otherwise .venv is made from constraints.txt.
 
 VENV ?= .venv
 ACTIVE ?= $(shell python3 -c "from importlib.metadata import version; print(*['yes'] * (tuple(map(int, version('torch').split('.')[:2])) >= (2, 9)))" 2>/dev/null)
@@ -14,7 +14,7 @@ INSTALL := $(PYTHON) -m pip install --quiet --constraint constraints.txt
 INSTALLED := $(VENV)/.vatt_fast_installed
 endif
 
-.PHONY: setup demo test report lint
+.PHONY: setup demo test bench report lint
 
 setup: $(INSTALLED)
 
@@ -33,6 +33,10 @@ demo: setup
 
 test: setup
 	$(PYTHON) -m pytest
+
+bench: setup
+	$(PYTHON) -m pytest bench --benchmark-autosave
+	$(PYTHON) -m bench
 
 report: setup
 	$(PYTHON) -m bench.report

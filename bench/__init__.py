@@ -1,6 +1,6 @@
-"""What produces every number of the README: floors, timing against peers, tuning, whole training steps. Run from the root: ``python -m bench.run``.
+"""What produces every number of the README: floors, timing against peers, tuning, whole steps, cost and accuracy by drop rate, the report.
 
-Not installed. A claim without a result line (``results.py``) does not appear, and only what is green is timed.
+Run from the root: ``python -m bench`` for everything of this machine, or one part, ``python -m bench.run``. Not installed. A claim without a result line (``results.py``) does not appear, and only what is green is timed.
 """
 
 import os
