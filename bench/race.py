@@ -109,6 +109,7 @@ def _line(
         clock=HostClock.name,
         peak_bytes=peaks[0],
         peak_resident=peaks[1],
+        stolen=timing.stolen,
         tflops=tflops,
         gb_per_s=None,
         share_of_ceiling=tflops / setting.ceilings_of(task.dtype).tflops,

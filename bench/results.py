@@ -46,6 +46,7 @@ class Line:
     best_peer_ms_p50: float | None = None
     best_peer_error: float | None = None
     peak_resident: int | None = None  # of the process, everything in it included; Linux
+    stolen: float | None = None  # share of the processors' time that the hypervisor took for others during the rounds; Linux
 
     def to_json(self) -> str:
         return json.dumps(_rounded(dataclasses.asdict(self)))
@@ -98,8 +99,13 @@ def _measured_files(line: Line) -> tuple[str, ...]:
     return (*sources, *(_MODEL if line.op == "step" else ()), *others)
 
 
+_DISTURBED = 0.05
+
+
 def stale(line: Line) -> str | None:
-    """Why a line no longer speaks of this code: what it measured has changed, or torch is another; None where it does."""
+    """Why a line does not speak of this code: what it measured has changed, torch is another, or it was disturbed; None where it does."""
+    if line.stolen is not None and line.stolen > _DISTURBED:
+        return f"more than {_DISTURBED:.0%} of the processors' time went to other machines"
     if changed := machine.changed_since(line.commit, _measured_files(line)):
         return changed
     here, there = (versions.split("+")[0] for versions in (torch.__version__, line.versions["torch"]))

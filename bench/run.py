@@ -265,6 +265,7 @@ def _line(setting, op, case, dtype, mode, contender, times, clock, peaks, best: 
         clock=clock,
         peak_bytes=peaks[0],
         peak_resident=peaks[1],
+        stolen=timing.stolen,
         tflops=speed if compute else None,
         gb_per_s=None if compute else speed,
         share_of_ceiling=speed / (ceilings.tflops if compute else ceilings.gb_per_s),

@@ -21,9 +21,10 @@ _FLUSH_FACTOR = 4  # zeros written before each timed call, in sizes of the L2 ca
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds of one contender, one a round."""
+    """Milliseconds of one contender, one a round, and what a hypervisor took of all processors' time during the rounds."""
 
     ms: tuple[float, ...]
+    stolen: float | None = None
 
     @property
     def p20(self) -> float:
@@ -163,13 +164,24 @@ def interleaved(
             samples[name] = sample
     ms: dict[str, list[float]] = {name: [] for name in samples}
     names = list(samples)
+    before = _processor_ticks()
     for r in range(rounds):
         if r >= least and deadline is not None and time.monotonic() > deadline:
             break
         turn = r % max(1, len(names))
         for name in names[turn:] + names[:turn]:
             ms[name].append(samples[name](r))
-    return {name: Timing(tuple(values)) for name, values in ms.items()}
+    after = _processor_ticks()
+    stolen = None if before is None or after is None else (after[1] - before[1]) / max(1, after[0] - before[0])
+    return {name: Timing(tuple(values), stolen) for name, values in ms.items()}
+
+
+def _processor_ticks(stat: Path = Path("/proc/stat")) -> tuple[int, int] | None:
+    """All, and those stolen, of all processors together since the start, where Linux tells (proc(5))."""
+    if not stat.exists():
+        return None
+    ticks = [int(field) for field in stat.read_text().split("\n", 1)[0].split()[1:9]]  # guests' time is part of user's
+    return sum(ticks), ticks[7]
 
 
 def first_line(error: BaseException) -> str:

@@ -141,6 +141,21 @@ def test_a_deadline_leaves_one_round():
     assert times["a"].ms == (1,)
 
 
+def test_stolen_time_is_told(tmp_path, monkeypatch):
+    """Of 100 ticks, guests' not among them, 30 were stolen."""
+    stat = tmp_path / "stat"
+    stat.write_text("cpu  10 0 0 50 0 0 0 40 5 5\ncpu0 1 0 0 5 0 0 0 4 0 0\n")
+    assert timer._processor_ticks(stat) == (100, 40) and timer._processor_ticks(tmp_path / "none") is None
+    ticks = iter([(100, 40), (200, 70)])
+    monkeypatch.setattr(timer, "_processor_ticks", lambda: next(ticks))
+    times = timer.interleaved({"a": [lambda: 1], "b": [lambda: 2]}, rounds=2, warmup=0, clock=FakeClock())
+    assert times["a"].stolen == times["b"].stolen == 0.3
+    fresh = dataclasses.replace(LINE, stolen=None)
+    monkeypatch.setattr(machine, "changed_since", lambda commit, paths: None)
+    lines = [dataclasses.replace(fresh, versions={"torch": torch.__version__}, stolen=each) for each in (None, 0.04, 0.3)]
+    assert [bool(results.stale(line)) for line in lines] == [False, False, True]
+
+
 def test_percentiles_and_ratios():
     timing = timer.Timing((5.0, 1.0, 3.0, 2.0, 4.0, 6.0))
     assert (timing.p20, timing.p50, timing.p80) == (2.0, 3.5, 5.0)
