@@ -50,8 +50,8 @@ def _many_scores(mode, x, y, **options) -> bool:
     return x.shape[0] * y.shape[0] >= 2**22 and native.level() != "base"
 
 
-def _half_compute(mode, patches, weight, *tensors, dtype=None, **options) -> bool:
-    return (dtype or weight.dtype) == torch.bfloat16 and native.level() != "base"
+def _vectorised(mode, *tensors, **options) -> bool:
+    return native.level() != "base"
 
 
 def _queries_fill_lanes(mode, q, k, v, **options) -> bool:
@@ -83,7 +83,7 @@ PREFERENCE: dict[tuple[str, str], tuple[Row, ...]] = {
         Row("attention", "native_cpu", _several_queries),
         Row("attention", "torch_sdpa"),
         Row("nce", "native_cpu", _many_scores),
-        Row("patch_embed", "native_cpu", _half_compute),
+        Row("patch_embed", "native_cpu", _vectorised),
         *_REFERENCES,
     ),
     ("torch", "cuda"): (

@@ -9,6 +9,11 @@ def cast(x, dtype):
     return x.to(dtype) if isinstance(x, torch.Tensor) else x.astype(dtype)
 
 
+def on_cpu(x) -> bool:
+    """A torch tensor whose values can be asked for without a wait."""
+    return isinstance(x, torch.Tensor) and x.device.type == "cpu"
+
+
 def wide(xp, x):
     """x in the dtype of statistics: fp32, or fp64 for fp64 inputs."""
     return cast(x, xp.promote_types(x.dtype, xp.float32))
@@ -32,9 +37,10 @@ def softmax(xp, scores, *, holes: bool):
         p = xp.exp(scores - peak)
         p = p / p.sum(-1, keepdims=True)
     top = xp.amax(p, axis=-1, keepdims=True)
-    if holes:  # such a row is nan so far
+    if holes:
         empty = peak == -math.inf
-        p, top = xp.where(empty, 0.0, p), xp.where(empty, 1.0, top)
+        if not on_cpu(p) or empty.any():  # such a row is nan so far
+            p, top = xp.where(empty, 0.0, p), xp.where(empty, 1.0, top)
     return p, (peak - xp.log(top))[..., 0]
 
 

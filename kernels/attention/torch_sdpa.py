@@ -8,7 +8,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from ..numerics import wide
+from ..numerics import on_cpu, wide
 from . import reference
 
 aten = torch.ops.aten
@@ -72,14 +72,18 @@ def _flash(q, mask) -> bool:
 
 def _mask(q, k, bias, key_mask):
     """Additive (B, H, T, S) mask in q's dtype, and which rows have no key (its first three axes, or 1): those attend everything and are
-    blanked later."""
+    blanked later. None where there is no mask; and where there are no such rows, if the tensors are on the CPU, which tells without a wait."""
     B, T, H, _ = q.shape
     if bias is None and key_mask is None:
         return None, None
     mask = torch.zeros((1, 1, 1, 1), dtype=q.dtype, device=q.device) if bias is None else bias.unsqueeze(0).to(q.dtype)
-    if key_mask is not None:
-        mask = mask.masked_fill(key_mask.logical_not().unsqueeze(1).unsqueeze(1), -math.inf)
     empty = (mask == -math.inf).all(-1)
+    if key_mask is not None:
+        whole = on_cpu(mask) and not (mask == -math.inf).any()  # then it is the key mask alone that empties rows
+        mask = mask.masked_fill(key_mask.logical_not().unsqueeze(1).unsqueeze(1), -math.inf)
+        empty = key_mask.any(-1).logical_not()[:, None, None] if whole else (mask == -math.inf).all(-1)
+    if on_cpu(mask) and not empty.any():
+        return mask.expand(B, H, T, k.shape[1]), None
     mask = mask.masked_fill(empty.unsqueeze(-1), 0.0)
     if q.device.type != "cpu":
         S = mask.shape[-1]
