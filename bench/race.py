@@ -78,7 +78,8 @@ def compare(
         calls, rounds=setting.rounds, warmup=setting.warmup, clock=HostClock(setting.device), failed=absent, **setting.limits()
     )
     best = min((name for name in times if not contenders[name].ours), key=lambda name: times[name].p50, default=None)
-    return [_line(setting, task, name, contenders[name], times, peaks[name], best) for name in times], absent
+    ceiling = setting.ceilings_of(task.dtype).tflops
+    return [_line(setting, task, name, contenders[name], times, peaks[name], best, ceiling) for name in times], absent
 
 
 def _check_same(found: Tensor, wanted: Tensor, dtype: torch.dtype) -> None:
@@ -88,7 +89,14 @@ def _check_same(found: Tensor, wanted: Tensor, dtype: torch.dtype) -> None:
 
 
 def _line(
-    setting: Setting, task: Task, name: str, contender: Contender, times: dict[str, Timing], peaks: tuple[int, int | None], best: str | None
+    setting: Setting,
+    task: Task,
+    name: str,
+    contender: Contender,
+    times: dict[str, Timing],
+    peaks: tuple[int, int | None],
+    best: str | None,
+    ceiling: float,
 ) -> Line:
     timing = times[name]
     tflops = task.flops / timing.p50 / 1e9
@@ -112,7 +120,7 @@ def _line(
         stolen=timing.stolen,
         tflops=tflops,
         gb_per_s=None,
-        share_of_ceiling=tflops / setting.ceilings_of(task.dtype).tflops,
+        share_of_ceiling=tflops / ceiling,
         error=None,
         error_of=None,
         error_batch=None,
