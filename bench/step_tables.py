@@ -85,8 +85,8 @@ def table(group: Group, flops: Flops) -> Table:
     counted = gflops(group, flops)
     rows = [
         row("GFLOPs of a clip, forward", "published", {p: f"{each.published:.1f}" for p, each in counted.items() if each.published}),
-        row(" ", "by the paper's convention", {p: f"{each.convention:.1f}" for p, each in counted.items()}),
-        row(" ", "true", {p: f"{each.true:.1f}" for p, each in counted.items()}),
+        row(" ", "by the paper's convention", {p: number(each.convention) for p, each in counted.items()}),
+        row(" ", "true", {p: number(each.true) for p, each in counted.items()}),
     ]
     for mode, name in MODES.items():
         backends = group.backends(mode)
@@ -133,7 +133,7 @@ def summary(found: Sequence[Group], flops: Flops) -> Table:
     rows = []
     for group in found:
         counted = gflops(group, flops)
-        cells = {p: f"{each.true:.1f}{f' ({each.published:.1f})' if each.published else ''}" for p, each in counted.items()}
+        cells = {p: f"{number(each.true)}{f' ({each.published:.1f})' if each.published else ''}" for p, each in counted.items()}
         block = {"GFLOPs of a clip, true (published)": cells} if cells else {}
         block |= {f"{name}, ms": {p: _duel(group, mode, p) for p in percents} for mode, name in MODES.items() if group.backends(mode)}
         for first, (what, of) in zip(chain([group.title], repeat(" ")), block.items(), strict=False):
