@@ -10,9 +10,9 @@ import sys
 
 STAGES: dict[str, list[str]] = {
     "ops": ["bench.run", "--device", "cpu", "--seconds", "30"],
-    "small": ["bench.drop_rate", "--configuration", "tiny"],
-    "scaling": ["bench.scaling"],
-    "drop_rate": ["bench.drop_rate"],
+    "small": ["bench.drop_rate", "--device", "cpu", "--configuration", "tiny"],
+    "scaling": ["bench.scaling", "--device", "cpu"],
+    "drop_rate": ["bench.drop_rate", "--device", "cpu"],
 }
 
 

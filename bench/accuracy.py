@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from vatt_fast.config import preset
-from vatt_fast.demo import SUMMARY, DemoConfig, run_demo
+from vatt_fast.demo import DemoConfig, run_demo
 
 from . import machine
 from .floors import step_flops
@@ -50,22 +50,24 @@ class Run:
     versions: dict[str, str]
     commit: str
     date: str
+    clips: int = 1200  # trained on
 
 
 def read(path: Path = RESULTS) -> list[Run]:
     """Runs of a file; none where it does not exist."""
-    return [Run(**json.loads(line)) for line in path.read_text().splitlines()] if path.exists() else []
+    if not path.exists():
+        return []
+    return [Run(**json.loads(line)) for line in path.read_text().rpartition("\n")[0].splitlines()]  # a killed run may leave half a line
 
 
 def measure(drop_rate: float, seed: int, steps: int, folder: Path, clips: tuple[int, int] = (1200, 200)) -> Run:
     """Pre-train and evaluate, or continue an interrupted run of the same settings below ``folder``."""
-    out = folder / f"steps{steps}_drop{round(100 * drop_rate)}_seed{seed}"
+    out = folder / f"steps{steps}_clips{clips[0]}_drop{round(100 * drop_rate)}_seed{seed}"
     demo = DemoConfig(
         out=str(out), world=str(folder / "world"), steps=steps, drop_rate=drop_rate, seed=seed, precision="fp32",
         train_clips=clips[0], test_clips=clips[1],
     )  # fmt: skip
-    done = out / SUMMARY  # written, but killed before its line was
-    summary = json.loads(done.read_text()) if done.exists() else run_demo(demo, progress=False)
+    summary = run_demo(demo, progress=False)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return Run(
         drop_rate=drop_rate,
@@ -77,6 +79,7 @@ def measure(drop_rate: float, seed: int, steps: int, folder: Path, clips: tuple[
         versions=machine.versions(device),
         commit=machine.commit(),
         date=machine.today(),
+        clips=clips[0],
     )
 
 
@@ -114,14 +117,15 @@ def main() -> None:
     given = parser.parse_args()
     for seed in given.seed:  # a whole row of the table before the next seed: an interrupted command leaves comparable runs
         for drop_rate in given.drop_rate:
-            if any((run.drop_rate, run.seed, run.steps) == (drop_rate, seed, given.steps) for run in read(given.out)):
+            wanted = (drop_rate, seed, given.steps, given.clips[0])
+            if any((run.drop_rate, run.seed, run.steps, run.clips) == wanted for run in read(given.out)):
                 continue
             run = measure(drop_rate, seed, given.steps, given.folder, tuple(given.clips))
             given.out.parent.mkdir(parents=True, exist_ok=True)
             with given.out.open("a") as file:
                 file.write(json.dumps(dataclasses.asdict(run)) + "\n")
             print(run, flush=True)
-    print(markdown([run for run in read(given.out) if run.steps == given.steps]))
+    print(markdown([run for run in read(given.out) if (run.steps, run.clips) == (given.steps, given.clips[0])]))
 
 
 if __name__ == "__main__":

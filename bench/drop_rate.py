@@ -24,12 +24,13 @@ from vatt_fast.flops import convention_flops, flops_table, true_flops
 from vatt_fast.kernels import dispatch
 
 from . import results, towers
-from .floors import MODALITIES, Mode
+from .floors import MODALITIES, Mode, step_flops
 from .machine import DTYPES
 from .race import Contender, compare
 from .results import Line
 from .run import Setting, gate
 from .step import CLASSES, Formulation, Trainer, classification_loss, describe, formulations, task_of
+from .timer import first_line
 
 DROP_RATES = (0.75, 0.5, 0.25, 0.0)
 _COMPILED_AT = 0.5  # on a CPU
@@ -61,6 +62,7 @@ class GFLOPs(NamedTuple):
     published: float | None
     convention: float  # as the paper counts: all patches projected, two texts
     true: float  # kept patches projected, features of all tokens, the configuration's own texts
+    timed: float  # as true, the last blocks working for AGG alone: what our contenders are timed at
 
 
 def gflops(configuration: str, drop_rate: float) -> GFLOPs:
@@ -72,6 +74,7 @@ def gflops(configuration: str, drop_rate: float) -> GFLOPs:
         published.get((*published_as, drop_rate)) if published_as else None,
         convention_flops(released, drop_rate, modalities=modalities, training=training) / 1e9,
         sum(true_flops(config, drop_rate, modalities=modalities).values()) / 1e9,
+        step_flops(config, 1, drop_rate, features=False, mode="fwd", modalities=modalities) / 1e9,
     )
 
 
@@ -89,7 +92,8 @@ def _calls(trainer: Trainer, formulation: Formulation, mode: Mode) -> list[Calla
 
 
 def _videomae_calls(trainer: Trainer, mode: Mode) -> list[Callable[[], Tensor]] | str:
-    """The same work on the same batches by the other library's tower, its clips normalised beforehand."""
+    """The other library's tower on the same batches, its clips normalised beforehand. It projects every patch, and its last block works for
+    all tokens, whose mean it pools."""
     tower = towers.videomae(trainer.config, trainer.device)
     if isinstance(tower, str):
         return tower
@@ -157,30 +161,38 @@ def measure(setting: Setting, trainer: Trainer, cell: Cell) -> tuple[list[Line],
     return compare(setting, task, contenders, between=functools.partial(trainer.optimizer.zero_grad, set_to_none=True))
 
 
-def measure_all(setting: Setting, wanted: Sequence[Cell], dtype: str, out: Path) -> list[str]:
-    """Measure cells and append their lines, until the setting's deadline; what did not run, and why."""
-    missing: list[str] = []
+def measure_all(setting: Setting, wanted: Sequence[Cell], dtype: str, out: Path) -> list[tuple[str, str, str]]:
+    """Measure cells and append their lines, until the setting's deadline; (cell, contender, reason) of what did not run."""
+    missing: list[tuple[str, str, str]] = []
     name, trainer = "", None
     for cell in wanted:
         if setting.deadline is not None and time.monotonic() > setting.deadline:
-            missing.append(f"{cell.case} {cell.mode}: out of time; --resume continues")
+            missing.append((f"{cell.case} {cell.mode}", "all", "out of time; --resume continues"))
             continue
-        if cell.configuration != name:
-            trainer, name = None, cell.configuration  # the old one's memory is free before the new one takes its own
-            config, modalities, _ = CONFIGURATIONS[name]
-            trainer = Trainer(config, cell.batch, cell.drop_rate, setting.device, DTYPES[dtype], modalities)
-        assert trainer is not None
-        lines, absent = measure(setting, trainer, cell)
+        try:
+            if trainer is None or cell.configuration != name:
+                trainer, name = None, cell.configuration  # the old one's memory is free before the new one takes its own
+                config, modalities, _ = CONFIGURATIONS[name]
+                trainer = Trainer(config, cell.batch, cell.drop_rate, setting.device, DTYPES[dtype], modalities)
+            lines, absent = measure(setting, trainer, cell)
+        except Exception as error:  # out of memory with all contenders' state at once, say: the other cells go on
+            missing.append((f"{cell.case} {cell.mode}", "all", first_line(error)))
+            continue
         for line in lines:
             print(describe(line), flush=True)
-        missing += [f"{cell.case} {cell.mode}: {contender}: {reason}" for contender, reason in absent.items()]
+        missing += [(f"{cell.case} {cell.mode}", contender, reason) for contender, reason in absent.items()]
         results.append(out, lines)
     return missing
 
 
 def unmeasured(wanted: Sequence[Cell], dtype: str, out: Path, device: str) -> list[Cell]:
-    """Those of which ``out`` holds no line for this code."""
-    return [cell for cell in wanted if not results.measured(out, op="step", case=cell.case, mode=cell.mode, dtype=dtype, device=device)]
+    """Those of which ``out`` holds no line of ours for this code, or none of ours compiled where that is wanted."""
+
+    def measured(cell: Cell) -> bool:
+        lines = results.measured(out, op="step", case=cell.case, mode=cell.mode, dtype=dtype, device=device, ours=True)
+        return any(line.backend.endswith("_compiled") or not cell.compiled for line in lines)
+
+    return [cell for cell in wanted if not measured(cell)]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -212,12 +224,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not wanted:
         return 0
     gate(setting, dispatch.OPS, dtype, chosen_only=True)
-    if red := {where: reason for where, reason in setting.refused.items() if "red" in reason}:
-        raise SystemExit(f"parity is red, nothing is timed: {red}")
+    if reason := setting.refusal():
+        raise SystemExit(f"nothing is timed: {reason}")
     missing = measure_all(setting, wanted, dtype, out)
     for each in missing:
-        print(f"absent: {each}", flush=True)
-    return int(any(": auto" in each for each in missing))
+        print(f"absent: {': '.join(each)}", flush=True)
+    return int(any(contender == "all" or contender.startswith("auto") for _, contender, _ in missing))
 
 
 if __name__ == "__main__":

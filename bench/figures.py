@@ -104,7 +104,8 @@ def _work(group: Group, flops: Flops) -> list[Panel]:
         convention = Curve("GFLOPs, the paper's convention", [Point(p, each.convention) for p, each in counted.items()])
         published = Curve("GFLOPs, published", [Point(p, each.published) for p, each in counted.items() if each.published], "marks")
         panels.insert(0, Panel("forward pass of a clip", "drop rate (%)", "GFLOPs", [convention, true, published], ticks=_TICKS))
-        relative = [_relative(curve) for curve in (true, *ours)]
+        timed = Curve("GFLOPs, as timed", [Point(p, each.timed) for p, each in counted.items()])
+        relative = [_relative(curve) for curve in (timed, *ours)]
         panels.append(Panel("relative to drop rate 0", "drop rate (%)", "share of drop rate 0 (%)", relative, ticks=_TICKS))
     return panels
 

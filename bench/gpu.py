@@ -85,8 +85,7 @@ class Run:
         found = self.parity()
         for op in dispatch.OPS:
             for backend in dispatch.BACKENDS[op]:
-                if reason := parity.objection(found, op, backend):
-                    setting.refused[op, backend] = reason
+                setting.note(op, backend, parity.objection(found, op, backend))
 
     def tuned(self) -> tune.Table:
         """What the tune stage has written into the folder."""
@@ -268,10 +267,10 @@ def _cases(run: Run, op: str) -> list[Case]:
 def _step_setting(run: Run, stage: str) -> Setting | None:
     """Of whole steps, which run whatever dispatch chooses; None while any of it is red."""
     setting = run.setting(clock="perf_counter", rounds=1 if run.dry else 7, warmup=1)
-    red = {f"{op} {backend}" for (op, backend), reason in setting.refused.items() if "red" in reason}
-    if red:
-        run.fail(stage, "all", f"parity is red: {', '.join(sorted(red))}")
-    return None if red else setting
+    reason = setting.refusal()
+    if reason:
+        run.fail(stage, "all", reason)
+    return None if reason else setting
 
 
 def step_stage(run: Run) -> None:
@@ -326,24 +325,26 @@ def paper_stage(run: Run) -> None:
     setting = _step_setting(run, "paper")
     if setting is None:
         return
-    names, rates = (["tiny"], [0.5]) if run.dry else (list(drop_rate.CONFIGURATIONS), drop_rate.DROP_RATES)
-    compiled_at = [] if run.dry else [0.5]  # compilation would take the whole stage
-    wanted = drop_rate.cells(names, ["fwd+bwd", "fwd"], rates, batch=2 if run.dry else None, compiled_at=compiled_at, cuda=not run.dry)
+    modes: list[Mode] = ["fwd+bwd", "fwd"]
+    if run.dry:
+        wanted = drop_rate.cells(["tiny"], modes, [0.5], batch=2, compiled_at=[], cuda=False)
+    else:  # compilation takes minutes: one rate of the main preset, when all else is there
+        wanted = drop_rate.cells(list(drop_rate.CONFIGURATIONS), modes, drop_rate.DROP_RATES, batch=None, compiled_at=[], cuda=True)
+        wanted += drop_rate.cells(["mbs_32x224x224"], modes, [0.5], batch=None, compiled_at=[0.5], cuda=True)
     out = run.out / _PAPER
-    for reason in drop_rate.measure_all(setting, drop_rate.unmeasured(wanted, run.dtype, out, setting.device_name), run.dtype, out):
-        where, _, why = reason.partition(": ")
-        run.fail("paper", where, why)
+    left = drop_rate.unmeasured(wanted, run.dtype, out, setting.device_name)
+    for where, who, reason in drop_rate.measure_all(setting, left, run.dtype, out):
+        run.fail("paper", f"{where}: {who}", reason)
 
 
 def scaling_stage(run: Run) -> None:
     setting = run.setting()
+    modes: list[Mode] = ["fwd"] if run.dry else ["fwd", "fwd+bwd"]
     for op, cases in scaling.CASES.items():
         sizes = [min(cases)] if run.dry else list(cases)
-        for reason in scaling.measure_op(
-            setting, op, sizes, run.dtype, ["fwd"] if run.dry else ["fwd", "fwd+bwd"], run.out / _SCALING, longest=2.0, resume=True
-        ):
-            where, _, why = reason.partition(": ")
-            run.fail("scaling", where, why)
+        absent = scaling.measure_op(setting, op, sizes, run.dtype, modes, run.out / _SCALING, longest=2.0, resume=True)
+        for where, who, reason in absent:
+            run.fail("scaling", f"{where}: {who}", reason)
 
 
 # -- summary -----------------------------------------------------------------------------------------------------------

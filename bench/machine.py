@@ -79,14 +79,18 @@ def package_version(package: str | None) -> dict[str, str]:
     return {package: version_of(package) or "unknown"} if package else {}
 
 
+# what measuring and reporting write: a line must not make the next one's tree dirty
+_WRITTEN = ("bench/results", "bench/figures", "bench/report.html", "*.md")
+
+
 @functools.cache
 def commit() -> str:
-    """Short hash, "-dirty" behind it where tracked files differ; "unknown" outside a checkout."""
-
+    """Short hash, "-dirty" behind it where code differs from it; outside a checkout VATT_FAST_COMMIT's value, or "unknown"."""
     try:
-        return _git("rev-parse", "--short=10", "HEAD") + ("-dirty" if _git("status", "--porcelain", "--untracked-files=no") else "")
+        changed = _git("status", "--porcelain", "--untracked-files=no", "--", ".", *(f":(exclude){each}" for each in _WRITTEN))
+        return _git("rev-parse", "--short=10", "HEAD") + ("-dirty" if changed else "")
     except (OSError, subprocess.SubprocessError):
-        return "unknown"
+        return os.environ.get("VATT_FAST_COMMIT", "unknown")
 
 
 @functools.cache
@@ -98,7 +102,7 @@ def changed_since(then: str, paths: tuple[str, ...]) -> str | None:
         _git("cat-file", "-e", f"{then}^{{commit}}")
         changed = _git("diff", "--name-only", then, "--", *paths).splitlines()
     except (OSError, subprocess.SubprocessError):
-        return f"commit {then} is not known here"
+        return None if then == commit() else f"commit {then} is not known here"
     return f"{changed[0]} has changed" if changed else None
 
 

@@ -116,7 +116,8 @@ def write(report: Report, out: Path) -> Path:
     page.paragraph(
         "Made by `make report` from committed result lines alone. **Bold** and the thick blue line are ours, all else are peers, timed in "
         f"the same process by turns; times are p50 with p20 to p80; {STALE} and hollow markers are stale lines, measured on other code or "
-        "another torch than this. Under each table stand the commands that measure it again, on a machine like its own."
+        "another torch than this. Peak MiB is what torch allocates: of an op beyond its inputs, of a step beyond weights and optimizer state on a "
+        "CPU and everything on a GPU; process MiB is all that the process holds, compilers included. Under each table stand the commands that measure it again, on a machine like its own."
     )
     for sentence in absent(report):
         page.paragraph(sentence)

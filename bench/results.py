@@ -27,7 +27,7 @@ class Line:
     ms_p80: float
     rounds: int
     clock: str  # cuda_graph, cuda_events, perf_counter
-    peak_bytes: int | None  # beyond the inputs; of a step everything
+    peak_bytes: int | None  # beyond the inputs; of a step on a GPU everything, on a CPU beyond weights and optimizer state
     tflops: float | None  # achieved, where the floor is the matmuls'
     gb_per_s: float | None  # achieved, where the floor is the bytes'
     share_of_ceiling: float | None  # of the ceiling measured in this process
@@ -45,7 +45,7 @@ class Line:
     best_peer: str | None = None  # whom speedup_over_best_peer speaks of; its own line says the rest
     best_peer_ms_p50: float | None = None
     best_peer_error: float | None = None
-    peak_resident: int | None = None  # of the process, everything in it included; Linux
+    peak_resident: int | None = None  # of the process, everything in it included, compilation too; Linux
     stolen: float | None = None  # share of the processors' time that the hypervisor took for others during the rounds; Linux
 
     def to_json(self) -> str:
@@ -94,9 +94,14 @@ def _measured_files(line: Line) -> tuple[str, ...]:
     """Pathspecs of what a line measures: its op's kernels, all ops' and the model for a step, and what ops share. A case keeps its name."""
     device = "cuda" if "cuda" in line.versions else "cpu"
     op = "*" if line.op == "step" else line.op
-    sources = (f":(glob)kernels/{op}/**", ":(glob)kernels/*.py", *((f"csrc/{op}*", "csrc/*isa*", "csrc/bind*") if device == "cpu" else ()))
+    sources = (
+        f":(glob)kernels/{op}/**",
+        ":(glob)kernels/*.py",
+        *((f"csrc/{op}*", "csrc/*isa*", "csrc/bind*") if device == "cpu" else ("kernels/tiles",)),
+    )
+    contenders = () if line.ours else ("bench/peers.py", "bench/towers.py")
     others = tuple(f":(exclude,glob)kernels/**/{name}*" for name in (*_ELSEWHERE[device], "cases", "jax", "xla"))
-    return (*sources, *(_MODEL if line.op == "step" else ()), *others)
+    return (*sources, *(_MODEL if line.op == "step" else ()), *contenders, *others)
 
 
 _DISTURBED = 0.05
@@ -147,7 +152,7 @@ def cells(line: Line) -> list[str]:
         line.mode,
         f"**{line.backend}**" if line.ours else line.backend,
         number(line.ms_p50),
-        f"{number(line.ms_p20)}..{number(line.ms_p80)}",
+        f"{number(line.ms_p20)}..{number(line.ms_p80)} of {line.rounds}",
         speed,
         "" if line.share_of_ceiling is None else f"{line.share_of_ceiling:.0%}",
         "" if line.error is None else f"{line.error:.1e} ({line.error_of})",

@@ -42,6 +42,7 @@ from .timer import (
 )
 
 Function = Callable[..., tuple[Tensor, ...]]
+AUTO = "auto"  # whatever dispatch chooses
 
 
 @dataclass
@@ -61,6 +62,7 @@ class Setting:
     tiles: str = ""  # which tuned table is in use, where it is not the installed one
     ceilings: dict[str, Ceilings] = field(default_factory=dict)
     refused: dict[tuple[str, str], str] = field(default_factory=dict)  # (op, backend) -> why parity forbids timing
+    green: set[tuple[str, str]] = field(default_factory=set)  # (op, backend) whose parity tests passed
     report: Callable[[str], None] = print
 
     def __post_init__(self):
@@ -77,6 +79,25 @@ class Setting:
         if self.seconds is None:
             return {"deadline": self.deadline}
         return {"deadline": time.monotonic() + self.seconds, "least": 2}
+
+    def note(self, op: str, backend: str, reason: str | None) -> None:
+        """What parity said of a backend: None where it is green."""
+        self.refused.pop((op, backend), None)
+        self.green.discard((op, backend))
+        if reason:
+            self.refused[op, backend] = reason
+        else:
+            self.green.add((op, backend))
+
+    def refusal(self, ops: Iterable[str] = dispatch.OPS) -> str | None:
+        """Why nothing may be timed that runs whatever dispatch chooses, a whole step or "auto": all that is chosen among must be green, but
+        for what cannot run here and was skipped."""
+        chosen = {op: chosen_among(op, self.device) for op in ops}
+        if red := [f"{op} {name}" for op, names in chosen.items() for name in names if "red" in self.refused.get((op, name), "")]:
+            return f"parity is red: {', '.join(red)}"
+        if dark := [op for op, names in chosen.items() if not any((op, name) in self.green for name in names)]:
+            return f"no parity test of {', '.join(dark)} has passed here"
+        return None
 
     def make_clock(self, name: str = "") -> Clock:
         name = name or self.clock
@@ -106,17 +127,20 @@ def gate(setting: Setting, ops: Iterable[str], dtype: str, *, chosen_only: bool 
         chosen_only: only those that dispatch may choose, as a whole step runs them.
     """
     cpu = setting.device.type == "cpu"  # where a Triton kernel is only interpreted: not timed, so not tested either
-    backends = {op: chosen_among(op, setting.device) if chosen_only else setting.backends or dispatch.BACKENDS[op] for op in ops}
+    backends = {
+        op: chosen_among(op, setting.device)
+        if chosen_only or AUTO in (setting.backends or ())
+        else setting.backends or dispatch.BACKENDS[op]
+        for op in ops
+    }
     pairs = [(op, name) for op, names in backends.items() for name in names if not (cpu and name.startswith("triton"))]
     timeout = None if setting.deadline is None else max(1.0, setting.deadline - time.monotonic())
     found, output = parity.check(pairs, dtype, setting.device.type, timeout)
     for op, backend in pairs:
         reason = parity.objection(found, op, backend)
-        setting.refused.pop((op, backend), None)
-        if reason:
-            setting.refused[op, backend] = reason
-            if "red" in reason or not found:
-                setting.report(f"{op} {backend}: {reason}\n{output[-2000:]}")
+        setting.note(op, backend, reason)
+        if reason and ("red" in reason or not found):
+            setting.report(f"{op} {backend}: {reason}\n{output[-2000:]}")
 
 
 @dataclass
@@ -150,7 +174,7 @@ def _contenders(setting: Setting, op: str, case: Case, dtype: str, absent: dict[
     exact = op_calls.truth(op, inputs, DTYPES[dtype])
     plain = op_calls.errors(op_calls.values(_yardstick(op, small, setting.device), op, inputs), exact)
     found: list[_Contender] = []
-    candidates: list[tuple[str, Peer | None]] = [(name, None) for name in setting.backends or dispatch.BACKENDS[op]]
+    candidates: list[tuple[str, Peer | None]] = [(name, None) for name in setting.backends or (AUTO, *dispatch.BACKENDS[op])]
     candidates += [
         (each.name, each) for each in peers(op, setting.peer_names) if setting.compiled_peers or not each.compiled or setting.peer_names
     ]
@@ -158,11 +182,11 @@ def _contenders(setting: Setting, op: str, case: Case, dtype: str, absent: dict[
         if peer is None and name.startswith("triton") and setting.versions.get("triton", "").endswith("(interpreter)"):
             absent[name] = "Triton's interpreter runs it here: that takes no time worth telling"
             continue
-        if peer is None and (reason := setting.refused.get((op, name))):
+        if peer is None and (reason := setting.refusal([op]) if name == AUTO else setting.refused.get((op, name))):
             absent[name] = reason
             continue
         try:
-            function = op_calls.on_backend(op, name) if peer is None else peer.build(case, setting.device)
+            function = op_calls.on_backend(op, "" if name == AUTO else name) if peer is None else peer.build(case, setting.device)
             if isinstance(function, str):
                 absent[name] = function
                 continue
@@ -308,7 +332,7 @@ def main() -> int:
         "--dtype", nargs="+", choices=[*DTYPES], help="bf16 where the device multiplies it in hardware unless given, else fp32"
     )
     parser.add_argument("--mode", nargs="+", default=["fwd", "fwd+bwd"], choices=MODES)
-    parser.add_argument("--backends", nargs="+", help="ours; all of the op unless given")
+    parser.add_argument("--backends", nargs="+", help="ours, auto among them; all of the op unless given")
     parser.add_argument("--peers", nargs="*", help="all of the op unless given; give none for ours alone")
     parser.add_argument("--no-compiled-peers", action="store_true", help="leave out peers under torch.compile")
     parser.add_argument("--clock", choices=["cuda_graph", "cuda_events", "perf_counter"], default="")
@@ -326,8 +350,8 @@ def main() -> int:
         parser.error("the following arguments are required: --op")
     status = 0
     for op in given.op or dispatch.OPS:
-        # those that a CPU chooses among; the others would only be refused one by one
-        backends = given.backends or (chosen_among(op, torch.device("cpu")) if cpu else None)
+        # what a user gets, and those that it is chosen among; the others would only be refused one by one
+        backends = given.backends or ([AUTO, *chosen_among(op, torch.device("cpu"))] if cpu else None)
         try:
             cases = select(op, given.case or ["cpu" if cpu else "primary"])
             setting = Setting(
@@ -340,7 +364,7 @@ def main() -> int:
                 compiled_peers=not given.no_compiled_peers,
             )
             peers(op, setting.peer_names)
-            if unknown := sorted(set(given.backends or ()) - set(dispatch.BACKENDS[op])):
+            if unknown := sorted(set(given.backends or ()) - {AUTO, *dispatch.BACKENDS[op]}):
                 raise ValueError(f"unknown backends {', '.join(unknown)}; {op} has {', '.join(dispatch.BACKENDS[op])}")
         except ValueError as error:
             parser.error(str(error))
@@ -375,7 +399,7 @@ def _measure_all(setting: Setting, op: str, cases: Sequence[Case], dtypes: Seque
 
 def _is_measured(setting: Setting, out, op: str, case: Case, dtype: str, modes: Sequence[Mode]) -> bool:
     lines = results.measured(out, op=op, case=case.name, dtype=dtype, device=setting.device_name)
-    return set(modes) <= {line.mode for line in lines}
+    return set(modes) <= {line.mode for line in lines if line.ours}
 
 
 if __name__ == "__main__":

@@ -22,7 +22,8 @@ from . import results
 from .floors import Mode
 from .peers import peers
 from .results import Line
-from .run import Setting, chosen_among, describe, gate, measure
+from .run import AUTO, Setting, describe, gate, measure
+from .timer import first_line
 
 _PATCH = (4, 16, 16)
 
@@ -90,24 +91,27 @@ def free_bytes(device: torch.device) -> int:
 
 def measure_op(
     setting: Setting, op: str, sizes: Sequence[int], dtype: str, modes: Sequence[Mode], out: Path, *, longest: float, resume: bool
-) -> list[str]:
-    """Append the lines of an op, smallest size first, until the setting's deadline; who is absent, and why.
+) -> list[tuple[str, str, str]]:
+    """Append the lines of an op, smallest size first, until the setting's deadline; (case, contender, reason) of who is absent.
 
     Args:
         longest: seconds of a call: who would take longer leaves the race.
     """
     costs: dict[tuple[str, str], list[_Cost]] = {}
-    absent: list[str] = []
+    absent: list[tuple[str, str, str]] = []
     for size in sorted(sizes):
         case = CASES[op][size]
         wanted = dict(op=op, case=case.name, dtype=dtype, device=setting.device_name)
         lines = [line for line in results.measured(out, **wanted) if line.mode in modes] if resume else []
-        if not set(modes) <= {line.mode for line in lines}:
+        if not set(modes) <= {line.mode for line in lines if line.ours}:
             if setting.deadline is not None and time.monotonic() > setting.deadline:
-                return [*absent, f"{op} {case.name}: out of time; --resume continues"]
+                return [*absent, (f"{op} {case.name}", "all", "out of time; --resume continues")]
             left_out = _too_slow_or_large(costs, size, modes, 1e3 * longest, setting.device)
-            lines, others = _race(setting, op, case, dtype, modes, left_out)
-            absent += [f"{op} {case.name}: {name}: {reason}" for name, reason in (left_out | others).items()]
+            try:
+                lines, others = _race(setting, op, case, dtype, modes, left_out)
+            except Exception as error:  # out of memory with all contenders' state at once, say
+                lines, others = [], {"all": first_line(error)}
+            absent += [(f"{op} {case.name}", name, reason) for name, reason in (left_out | others).items()]
             for line in lines:
                 print(describe(line), flush=True)
             results.append(out, lines)
@@ -125,7 +129,7 @@ def _too_slow_or_large(costs, size: int, modes: Sequence[Mode], longest_ms: floa
 
 
 def _race(setting: Setting, op: str, case: Case, dtype: str, modes: Sequence[Mode], left_out) -> tuple[list[Line], dict[str, str]]:
-    ours = tuple(name for name in chosen_among(op, setting.device) if name not in left_out)
+    ours = () if AUTO in left_out else (AUTO,)
     theirs = tuple(peer.name for peer in peers(op) if peer.name not in left_out)
     here = dataclasses.replace(setting, backends=ours, peer_names=theirs)
     return measure(here, op, case, dtype, modes) if ours else ([], {})
@@ -155,8 +159,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parser.error(f"{op} has no size {', '.join(map(str, unknown))}; it has {', '.join(map(str, CASES[op]))}")
         gate(setting, [op], dtype, chosen_only=True)
         for absent in measure_op(setting, op, sizes, dtype, given.mode, out, longest=given.longest, resume=given.resume):
-            print(f"absent: {absent}", flush=True)
-    return int(any("red" in reason for reason in setting.refused.values()))
+            print(f"absent: {': '.join(absent)}", flush=True)
+    return int(any(setting.refusal([op]) for op in given.op))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import vatt_fast.losses
 import vatt_fast.model
 from vatt_fast.config import PRESETS, SHORT_NAMES, VATTConfig, preset
-from vatt_fast.kernels import use_backend
+from vatt_fast.kernels import dispatch, use_backend
 from vatt_fast.losses import vatt_loss
 from vatt_fast.model import VATT, VATTOutput
 
@@ -28,7 +28,7 @@ from .floors import MODALITIES, Mode, step_flops
 from .machine import DTYPES
 from .race import Contender, Task, compare
 from .results import Line
-from .run import Setting
+from .run import Setting, gate
 
 _BATCHES = 2  # rotated through
 CLASSES = 600  # of a classifier: Kinetics-600's, the tower that Table 7 counts
@@ -134,8 +134,9 @@ class Trainer:
         return [functools.partial(step, batch) for batch in self.batches]
 
     def inference_of(self, formulation: Formulation) -> list[Callable[[], Tensor]]:
-        """Embeddings of every modality, or class scores, (B, ...); the model is put in evaluation mode."""
+        """Embeddings of every modality, or class scores, (B, ...); the model is put in evaluation mode, its optimizer forgets."""
         self.model.eval()
+        self.optimizer.state.clear()
 
         def outputs_of(batch: dict[str, Tensor]) -> Tensor:
             output = self.model(**batch)
@@ -271,6 +272,9 @@ def main() -> int:
     except ValueError as error:
         parser.error(str(error))
     setting = Setting(torch.device(given.device), clock="perf_counter", rounds=given.rounds, warmup=1)
+    gate(setting, dispatch.OPS, given.dtype, chosen_only=True)
+    if reason := setting.refusal():
+        raise SystemExit(f"nothing is timed: {reason}")
     trainer = Trainer(preset(given.preset), 1, 0.5, setting.device, DTYPES[given.dtype])
     status = 0
     for drop_rate in given.drop_rate:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from .results import Line, number
 from .tables import Shown, Table, grouped, step
 
-# (configuration, drop rate) -> forward GFLOPs of a clip: .published (None: not in the paper), .convention (as it counts), .true; None: unknown
+# (configuration, drop rate) -> forward GFLOPs of a clip: .published (None: not in the paper), .convention (as it counts), .true, .timed; None: unknown
 Flops = Callable[[str, float], Any]
 
 MODES = {"fwd+bwd": "training step", "fwd": "inference"}
@@ -86,7 +86,8 @@ def table(group: Group, flops: Flops) -> Table:
     rows = [
         row("GFLOPs of a clip, forward", "published", {p: f"{each.published:.1f}" for p, each in counted.items() if each.published}),
         row(" ", "by the paper's convention", {p: number(each.convention) for p, each in counted.items()}),
-        row(" ", "true", {p: number(each.true) for p, each in counted.items()}),
+        row(" ", "true, features of all tokens", {p: number(each.true) for p, each in counted.items()}),
+        row(" ", "true, as timed: AGG alone at the end", {p: number(each.timed) for p, each in counted.items()}),
     ]
     for mode, name in MODES.items():
         backends = group.backends(mode)
@@ -96,7 +97,8 @@ def table(group: Group, flops: Flops) -> Table:
         block = [row(" ", f"{titles[b]}, ms", {p: each.mark(number(each.line.ms_p50)) for p, each in lines[b].items()}) for b in backends]
         for b in ours:
             block += [row(" ", f"{titles[b]} {what}", _cells(lines[b], cell)) for what, cell in _OURS.items()]
-        block += [row(" ", f"{titles[b]}, peak MiB", _cells(lines[b], _mebibytes)) for b in backends]
+        block += [row(" ", f"{titles[b]}, peak MiB", _cells(lines[b], lambda line: _mebibytes(line.peak_bytes))) for b in backends]
+        block += [row(" ", f"{titles[b]}, process MiB", cells) for b in backends if any((cells := _cells(lines[b], _process)).values())]
         if block:
             block[0][0] = name
         rows += block
@@ -107,8 +109,12 @@ def _cells(by_percent: Mapping[int, Shown], cell: Callable[[Line], str]) -> dict
     return {percent: cell(each.line) for percent, each in by_percent.items()}
 
 
-def _mebibytes(line: Line) -> str:
-    return "" if line.peak_bytes is None else number(line.peak_bytes / 2**20)
+def _mebibytes(size: int | None) -> str:
+    return "" if size is None else number(size / 2**20)
+
+
+def _process(line: Line) -> str:
+    return _mebibytes(line.peak_resident)
 
 
 def _speedup(line: Line) -> str:

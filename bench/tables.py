@@ -9,6 +9,7 @@ from vatt_fast.config import PRESETS, SHORT_NAMES
 
 from . import results
 from .results import Line, number
+from .run import AUTO
 from .selection import select
 
 NONE, STALE = "\N{EN DASH}", "\N{DAGGER}"
@@ -78,7 +79,7 @@ def step(line: Line) -> Step | None:
 
 def command(line: Line) -> str:
     """What measures the line again, on a machine like its own."""
-    shared = f"--dtype {line.dtype} --mode {line.mode}{' --device cuda' if 'cuda' in line.versions else ''}"
+    shared = f"--dtype {line.dtype} --mode {line.mode} --device {'cuda' if 'cuda' in line.versions else 'cpu'}"
     if at := step(line):
         drop_rate = f"{at.percent / 100 if line.drop_rate is None else line.drop_rate:g}"
         if at.configuration in (*PRESETS, *SHORT_NAMES) and (at.features or at.configuration != "tiny"):  # bench.drop_rate has a tiny too
@@ -180,13 +181,14 @@ _GLANCE = ["op", "case", "dtype", "mode", "ours", "ms", "best peer", "its ms", "
 
 
 def glance(shown: Iterable[Shown]) -> Table:
-    """A row a case, dtype and mode: the fastest of ours beside the best peer of the same process."""
+    """A row a case, dtype and mode: what dispatch chooses beside the best peer of the same process; without a line of it the fastest of ours."""
     rows: list[list[str]] = []
     told: list[Shown] = []
     for (op, *names), group in grouped(shown, lambda line: (line.op, line.case, line.dtype, line.mode)).items():
-        ours = min((each for each in group if each.line.ours), key=lambda each: each.line.ms_p50, default=None)
-        if ours is None:
+        mine = [each for each in group if each.line.ours]
+        if not mine:
             continue
+        ours = min(mine, key=lambda each: (each.line.backend != AUTO, each.line.ms_p50))
         told.append(ours)
         line = ours.line
         speedup = "" if line.speedup_over_best_peer is None else f"{line.speedup_over_best_peer:.2f}x"

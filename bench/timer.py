@@ -172,8 +172,12 @@ def interleaved(
         for name in names[turn:] + names[:turn]:
             ms[name].append(samples[name](r))
     after = _processor_ticks()
-    stolen = None if before is None or after is None else (after[1] - before[1]) / max(1, after[0] - before[0])
+    told = before is not None and after is not None and after[0] - before[0] >= _FEWEST_TICKS
+    stolen = (after[1] - before[1]) / (after[0] - before[0]) if told else None  # type: ignore[index]
     return {name: Timing(tuple(values), stolen) for name, values in ms.items()}
+
+
+_FEWEST_TICKS = 100  # of a hundredth of a second: of fewer one alone would be a large share
 
 
 def _processor_ticks(stat: Path = Path("/proc/stat")) -> tuple[int, int] | None:

@@ -216,7 +216,7 @@ def test_lines_survive_a_file(tmp_path):
     assert results.read(tmp_path / "none.jsonl") == []
     table = results.markdown([LINE, peer]).splitlines()
     assert len(table) == 4
-    assert "| eager | 1 |" in table[2] and "**reference** | 2 | 1..3 | 1.5 TFLOP/s | 25% | 1.0e-03 (out) | 2.0 | 1.25x |" in table[3]
+    assert "| eager | 1 |" in table[2] and "**reference** | 2 | 1..3 of 5 | 1.5 TFLOP/s | 25% | 1.0e-03 (out) | 2.0 | 1.25x |" in table[3]
 
 
 def test_the_commit_says_dirty_and_unknown(monkeypatch, tmp_path):
@@ -237,6 +237,33 @@ def test_the_commit_says_dirty_and_unknown(monkeypatch, tmp_path):
     (tmp_path / "file").write_text("2")
     machine.commit.cache_clear()
     assert machine.commit() == f"{clean}-dirty"
+    machine.commit.cache_clear()
+
+
+def test_what_measuring_writes_makes_no_tree_dirty(tmp_path, monkeypatch):
+    def git(*arguments):
+        subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *arguments], cwd=tmp_path, check=True, capture_output=True)
+
+    def commit():
+        machine.commit.cache_clear()
+        return machine.commit()
+
+    monkeypatch.setenv("VATT_FAST_COMMIT", "1234567890")
+    monkeypatch.setattr(machine, "ROOT", tmp_path)
+    assert commit() == "1234567890"  # no checkout
+    written = ("bench/results/cpu.jsonl", "bench/figures/a.png", "bench/report.html", "README.md")
+    for name in (*written, "kernels/a.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("1\n")
+    git("init")
+    git("add", ".")
+    git("commit", "-m", "one")
+    clean = commit()
+    for name in written:
+        (tmp_path / name).write_text("2\n")
+    assert commit() == clean and len(clean) == 10
+    (tmp_path / "kernels/a.py").write_text("2\n")
+    assert commit() == f"{clean}-dirty"
     machine.commit.cache_clear()
 
 

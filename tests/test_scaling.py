@@ -45,7 +45,7 @@ def small(monkeypatch):
     """Attention at two tiny sizes, and no parity run before it."""
     cases = {size: AttentionCase(f"scaling_tokens_{size}", 1, size, size, 2, 16) for size in (5, 40)}
     monkeypatch.setitem(scaling.CASES, "attention", cases)
-    monkeypatch.setattr(scaling, "gate", lambda *args, **options: None)
+    monkeypatch.setattr(scaling, "gate", lambda setting, ops, dtype, **options: [setting.note(op, "reference", None) for op in ops])
 
 
 def run_main(*arguments):
@@ -58,7 +58,7 @@ def test_a_size_is_measured_once_and_the_slow_leave(small, monkeypatch, tmp_path
     out = tmp_path / "lines.jsonl"
     assert run_main("--size", 5, "--mode", "fwd", "--seconds", 0, "--out", out) == 0
     first = results.read(out)
-    assert {line.backend for line in first} >= {"torch_sdpa", "reference", "eager", "sdpa_math"}
+    assert {line.backend for line in first} == {"auto", "eager", "sdpa_math"}
     assert {(line.case, line.mode, line.rounds) for line in first} == {("scaling_tokens_5", "fwd", 2)}
     # as if a peer had taken long at the small size
     slow = [dataclasses.replace(line, ms_p50=1e4 if line.backend == "eager" else line.ms_p50) for line in first]
@@ -70,7 +70,7 @@ def test_a_size_is_measured_once_and_the_slow_leave(small, monkeypatch, tmp_path
     found = results.read(out)
     assert found[: len(slow)] == slow  # nothing measured twice
     later = {line.backend for line in found[len(slow) :]}
-    assert "eager" not in later and {"sdpa_math", "torch_sdpa"} <= later
+    assert "eager" not in later and {"sdpa_math", "auto"} <= later
     assert "absent: attention scaling_tokens_40: eager: a call would take about" in capsys.readouterr().out
 
 

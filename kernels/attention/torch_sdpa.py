@@ -77,11 +77,10 @@ def _mask(q, k, bias, key_mask):
     if bias is None and key_mask is None:
         return None, None
     mask = torch.zeros((1, 1, 1, 1), dtype=q.dtype, device=q.device) if bias is None else bias.unsqueeze(0).to(q.dtype)
-    empty = (mask == -math.inf).all(-1)
+    only_keys = key_mask is not None and on_cpu(mask) and not (mask == -math.inf).any()  # then no row is empty but with its whole clip
     if key_mask is not None:
-        whole = on_cpu(mask) and not (mask == -math.inf).any()  # then it is the key mask alone that empties rows
         mask = mask.masked_fill(key_mask.logical_not().unsqueeze(1).unsqueeze(1), -math.inf)
-        empty = key_mask.any(-1).logical_not()[:, None, None] if whole else (mask == -math.inf).all(-1)
+    empty = key_mask.any(-1).logical_not()[:, None, None] if only_keys else (mask == -math.inf).all(-1)
     if on_cpu(mask) and not empty.any():
         return mask.expand(B, H, T, k.shape[1]), None
     mask = mask.masked_fill(empty.unsqueeze(-1), 0.0)
