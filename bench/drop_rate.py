@@ -28,7 +28,7 @@ from .floors import MODALITIES, Mode, step_flops
 from .machine import DTYPES
 from .race import Contender, compare
 from .results import Line
-from .run import Setting, gate
+from .setting import Setting, gate, sweep_options, sweep_setting
 from .step import CLASSES, Formulation, Trainer, classification_loss, describe, formulations, task_of
 from .timer import first_line
 
@@ -196,26 +196,15 @@ def unmeasured(wanted: Sequence[Cell], dtype: str, out: Path, device: str) -> li
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    cuda = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description="time and memory against drop rate; about an hour on 2 cores")
-    parser.add_argument("--device", default="cuda" if cuda else "cpu", choices=["cpu", "cuda"])
+    sweep_options(parser, seconds=60)
     parser.add_argument("--configuration", nargs="+", default=list(CONFIGURATIONS), choices=CONFIGURATIONS)
     parser.add_argument("--drop-rate", type=float, nargs="+", default=DROP_RATES)
-    parser.add_argument("--mode", nargs="+", default=["fwd", "fwd+bwd"], choices=["fwd", "fwd+bwd"], help="inference, training")
-    parser.add_argument("--dtype", choices=["bf16", "fp32"], help="bf16 where the device multiplies it in hardware unless given")
     parser.add_argument("--batch", type=int, help="clips; 1 on a CPU and 16 on a GPU, of tiny 32, unless given")
     parser.add_argument("--compiled-at", type=float, nargs="*", help="drop rates with compiled contenders; all on a GPU, 0.5 on a CPU")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--seconds", type=float, default=60, help="of a cell's timed rounds; at least two rounds are run")
-    parser.add_argument("--resume", action="store_true", help="leave out what the results hold for this code")
-    parser.add_argument("--minutes", type=float, help="begin nothing after this long")
-    parser.add_argument("--out", type=Path, help="append result lines to this file; bench/results/<device>.jsonl unless given")
     given = parser.parse_args(arguments)
-    deadline = None if given.minutes is None else time.monotonic() + 60 * given.minutes
-    options = dict(rounds=given.rounds, warmup=0, seconds=given.seconds, deadline=deadline)
-    setting = Setting(torch.device(given.device), clock="perf_counter", **options)
-    dtype = given.dtype or ("bf16" if dispatch.native_bf16(setting.device) else "fp32")
-    out = given.out or results.of_device(setting.device_name)
+    setting, dtype, out = sweep_setting(given, clock="perf_counter", rounds=given.rounds, warmup=0)
     on_gpu = given.device == "cuda"
     compiled_at = given.compiled_at if given.compiled_at is not None else given.drop_rate if on_gpu else [_COMPILED_AT]
     wanted = cells(given.configuration, given.mode, given.drop_rate, batch=given.batch, compiled_at=compiled_at, cuda=on_gpu)

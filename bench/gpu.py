@@ -36,7 +36,8 @@ from vatt_fast.kernels.cases import CASES, Case, tag
 from . import drop_rate, machine, parity, results, scaling, step, tune
 from .floors import Mode
 from .machine import DTYPES
-from .run import Setting, describe, measure
+from .run import describe, measure
+from .setting import Setting
 from .timer import first_line, side_stream
 
 STAGES = ("parity", "tune", "ops", "step", "paper", "scaling")
@@ -85,7 +86,7 @@ class Run:
         found = self.parity()
         for op in dispatch.OPS:
             for backend in dispatch.BACKENDS[op]:
-                setting.note(op, backend, parity.objection(found, op, backend))
+                setting.set_verdict(op, backend, parity.objection(found, op, backend))
 
     def tuned(self) -> tune.Table:
         """What the tune stage has written into the folder."""

@@ -10,7 +10,7 @@ from . import machine
 from .floors import Mode
 from .machine import DTYPES
 from .results import Line
-from .run import Setting
+from .setting import Setting
 from .timer import HostClock, Timing, first_line, interleaved, peak_bytes, peak_resident, trim_host_memory
 
 

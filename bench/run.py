@@ -9,9 +9,8 @@ same role is timed beside them: it has no error and is never the best peer.
 """
 
 import argparse
-import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +20,14 @@ from torch import Tensor
 from vatt_fast.kernels import dispatch
 from vatt_fast.kernels.cases import Case, make
 
-from . import machine, op_calls, parity, results
+from . import machine, op_calls, results
 from .floors import MODES, Mode, work
-from .machine import DTYPES, Ceilings
+from .machine import DTYPES
 from .peers import Peer, peers
 from .results import Line
 from .selection import at_batch, select
+from .setting import AUTO, DTYPE_HELP, Setting, chosen_among, gate, is_measured, native_dtype
 from .timer import (
-    Clock,
-    EventClock,
-    GraphClock,
-    HostClock,
     Timing,
     first_line,
     interleaved,
@@ -42,105 +38,6 @@ from .timer import (
 )
 
 Function = Callable[..., tuple[Tensor, ...]]
-AUTO = "auto"  # whatever dispatch chooses
-
-
-@dataclass
-class Setting:
-    """What all measurements of one process share."""
-
-    device: torch.device
-    clock: str = ""  # "" : graph replay on a GPU, perf_counter elsewhere
-    rounds: int = 0  # 0: 50 on a GPU, 11 elsewhere
-    warmup: int = 3
-    backends: tuple[str, ...] | None = None  # None: all of the op
-    peer_names: tuple[str, ...] | None = None  # None: all of the op
-    compiled_peers: bool = True
-    quick_ceilings: bool = False
-    deadline: float | None = None  # of time.monotonic
-    seconds: float | None = None  # instead: of the rounds of each race; two at least are run
-    tiles: str = ""  # which tuned table is in use, where it is not the installed one
-    ceilings: dict[str, Ceilings] = field(default_factory=dict)
-    refused: dict[tuple[str, str], str] = field(default_factory=dict)  # (op, backend) -> why parity forbids timing
-    green: set[tuple[str, str]] = field(default_factory=set)  # (op, backend) whose parity tests passed
-    report: Callable[[str], None] = print
-
-    def __post_init__(self):
-        cuda = self.device.type == "cuda"
-        self.clock = self.clock or ("cuda_graph" if cuda else "perf_counter")
-        self.rounds = self.rounds or (50 if cuda else 11)
-        if self.clock != "perf_counter" and not cuda:
-            raise ValueError(f"clock {self.clock!r} needs a CUDA device; on {self.device.type} it is perf_counter")
-        self.versions = machine.versions(self.device) | ({"tiles": self.tiles} if self.tiles else {})
-        self.device_name = machine.name(self.device)
-
-    def limits(self) -> dict[str, Any]:
-        """How long a race that begins now may go on."""
-        if self.seconds is None:
-            return {"deadline": self.deadline}
-        return {"deadline": time.monotonic() + self.seconds, "least": 2}
-
-    def note(self, op: str, backend: str, reason: str | None) -> None:
-        """What parity said of a backend: None where it is green."""
-        self.refused.pop((op, backend), None)
-        self.green.discard((op, backend))
-        if reason:
-            self.refused[op, backend] = reason
-        else:
-            self.green.add((op, backend))
-
-    def refusal(self, ops: Iterable[str] = dispatch.OPS) -> str | None:
-        """Why nothing may be timed that runs whatever dispatch chooses, a whole step or "auto": all that is chosen among must be green, but
-        for what cannot run here and was skipped."""
-        chosen = {op: chosen_among(op, self.device) for op in ops}
-        if red := [f"{op} {name}" for op, names in chosen.items() for name in names if "red" in self.refused.get((op, name), "")]:
-            return f"parity is red: {', '.join(red)}"
-        if dark := [op for op, names in chosen.items() if not any((op, name) in self.green for name in names)]:
-            return f"no parity test of {', '.join(dark)} has passed here"
-        return None
-
-    def make_clock(self, name: str = "") -> Clock:
-        name = name or self.clock
-        if name == "perf_counter":
-            return HostClock(self.device)
-        return GraphClock(self.device) if name == "cuda_graph" else EventClock(self.device)
-
-    def ceilings_of(self, dtype: str) -> Ceilings:
-        """The highest of this process so far: measured again for every race, since clock rates and neighbours change."""
-        now = machine.measure_ceilings(self.device, DTYPES[dtype], quick=self.quick_ceilings)
-        if dtype not in self.ceilings:
-            self.report(f"ceilings on {self.device_name}: {now.tflops:.4g} TFLOP/s in {dtype}, copy {now.gb_per_s:.4g} GB/s")
-        best = self.ceilings.get(dtype, now)
-        self.ceilings[dtype] = Ceilings(max(best.tflops, now.tflops), max(best.gb_per_s, now.gb_per_s))
-        return self.ceilings[dtype]
-
-
-def chosen_among(op: str, device: torch.device) -> list[str]:
-    """Backends that dispatch may choose on a device; others are there for who asks."""
-    return list(dict.fromkeys(row.backend for row in dispatch.PREFERENCE["torch", device.type] if row.op == op))
-
-
-def gate(setting: Setting, ops: Iterable[str], dtype: str, *, chosen_only: bool = False) -> None:
-    """Run the parity tests of the backends that will be timed, and note which are refused.
-
-    Args:
-        chosen_only: only those that dispatch may choose, as a whole step runs them.
-    """
-    cpu = setting.device.type == "cpu"  # where a Triton kernel is only interpreted: not timed, so not tested either
-    backends = {
-        op: chosen_among(op, setting.device)
-        if chosen_only or AUTO in (setting.backends or ())
-        else setting.backends or dispatch.BACKENDS[op]
-        for op in ops
-    }
-    pairs = [(op, name) for op, names in backends.items() for name in names if not (cpu and name.startswith("triton"))]
-    timeout = None if setting.deadline is None else max(1.0, setting.deadline - time.monotonic())
-    found, output = parity.check(pairs, dtype, setting.device.type, timeout)
-    for op, backend in pairs:
-        reason = parity.objection(found, op, backend)
-        setting.note(op, backend, reason)
-        if reason and ("red" in reason or not found):
-            setting.report(f"{op} {backend}: {reason}\n{output[-2000:]}")
 
 
 @dataclass
@@ -328,9 +225,7 @@ def main() -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
     parser.add_argument("--op", nargs="+", choices=dispatch.OPS, help="required on a GPU; all of them on the CPU")
     parser.add_argument("--case", nargs="+", help="names, primary, parity or cpu; primary on a GPU and cpu on the CPU unless given")
-    parser.add_argument(
-        "--dtype", nargs="+", choices=[*DTYPES], help="bf16 where the device multiplies it in hardware unless given, else fp32"
-    )
+    parser.add_argument("--dtype", nargs="+", choices=[*DTYPES], help=DTYPE_HELP)
     parser.add_argument("--mode", nargs="+", default=["fwd", "fwd+bwd"], choices=MODES)
     parser.add_argument("--backends", nargs="+", help="ours, auto among them; all of the op unless given")
     parser.add_argument("--peers", nargs="*", help="all of the op unless given; give none for ours alone")
@@ -345,7 +240,7 @@ def main() -> int:
     )
     given = parser.parse_args()
     cpu = given.device == "cpu"
-    dtypes = given.dtype or ["bf16" if dispatch.native_bf16(torch.device(given.device)) else "fp32"]
+    dtypes = given.dtype or [native_dtype(torch.device(given.device))]
     if not given.op and not cpu:
         parser.error("the following arguments are required: --op")
     status = 0
@@ -383,7 +278,7 @@ def _out(asked: str | None, setting: Setting) -> str | Path | None:
 def _measure_all(setting: Setting, op: str, cases: Sequence[Case], dtypes: Sequence[str], modes: Sequence[Mode], out, resume: bool) -> int:
     """Print and keep the lines of an op; 1 where one of its backends is red."""
     for dtype in dtypes:
-        left = [case for case in cases if not (resume and out and _is_measured(setting, out, op, case, dtype, modes))]
+        left = [case for case in cases if not (resume and out and is_measured(setting, out, op, case, dtype, modes))]
         if left:
             gate(setting, [op], dtype)
         for case in left:
@@ -395,11 +290,6 @@ def _measure_all(setting: Setting, op: str, cases: Sequence[Case], dtypes: Seque
             if out:
                 results.append(out, lines)
     return int(any("red" in reason or "error beyond" in reason for reason in setting.refused.values()))
-
-
-def _is_measured(setting: Setting, out, op: str, case: Case, dtype: str, modes: Sequence[Mode]) -> bool:
-    lines = results.measured(out, op=op, case=case.name, dtype=dtype, device=setting.device_name)
-    return set(modes) <= {line.mode for line in lines if line.ours}
 
 
 if __name__ == "__main__":

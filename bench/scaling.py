@@ -16,13 +16,13 @@ from typing import NamedTuple
 import torch
 
 from vatt_fast.kernels.cases import AttentionCase, Case, NCECase, PatchEmbedCase
-from vatt_fast.kernels.dispatch import native_bf16
 
 from . import results
 from .floors import Mode
 from .peers import peers
 from .results import Line
-from .run import AUTO, Setting, describe, gate, measure
+from .run import describe, measure
+from .setting import AUTO, Setting, gate, is_measured, sweep_options, sweep_setting
 from .timer import first_line
 
 _PATCH = (4, 16, 16)
@@ -101,9 +101,10 @@ def measure_op(
     absent: list[tuple[str, str, str]] = []
     for size in sorted(sizes):
         case = CASES[op][size]
-        wanted = dict(op=op, case=case.name, dtype=dtype, device=setting.device_name)
-        lines = [line for line in results.measured(out, **wanted) if line.mode in modes] if resume else []
-        if not set(modes) <= {line.mode for line in lines if line.ours}:
+        if resume and is_measured(setting, out, op, case, dtype, modes):
+            known = results.measured(out, op=op, case=case.name, dtype=dtype, device=setting.device_name)
+            lines = [line for line in known if line.mode in modes]
+        else:
             if setting.deadline is not None and time.monotonic() > setting.deadline:
                 return [*absent, (f"{op} {case.name}", "all", "out of time; --resume continues")]
             left_out = _too_slow_or_large(costs, size, modes, 1e3 * longest, setting.device)
@@ -136,31 +137,25 @@ def _race(setting: Setting, op: str, case: Case, dtype: str, modes: Sequence[Mod
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    cuda = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description="time and memory against size; about half an hour on 2 cores")
-    parser.add_argument("--device", default="cuda" if cuda else "cpu", choices=["cpu", "cuda"])
+    sweep_options(parser, seconds=30)
     parser.add_argument("--op", nargs="+", default=list(CASES), choices=CASES)
     parser.add_argument("--size", type=int, nargs="+", help="tokens, clips or pixels; all of the op unless given")
-    parser.add_argument("--dtype", choices=["bf16", "fp32"], help="bf16 where the device multiplies it in hardware unless given")
-    parser.add_argument("--mode", nargs="+", default=["fwd", "fwd+bwd"], choices=["fwd", "fwd+bwd"])
-    parser.add_argument("--seconds", type=float, default=30, help="of a size and mode's rounds; at least two are run")
     parser.add_argument("--longest", type=float, default=30, help="seconds of a call: who would take longer leaves the race")
-    parser.add_argument("--resume", action="store_true", help="leave out what the results hold for this code")
-    parser.add_argument("--minutes", type=float, help="begin nothing after this long")
-    parser.add_argument("--out", type=Path, help="append result lines to this file; bench/results/<device>.jsonl unless given")
     given = parser.parse_args(arguments)
-    deadline = None if given.minutes is None else time.monotonic() + 60 * given.minutes
-    setting = Setting(torch.device(given.device), warmup=1, seconds=given.seconds, deadline=deadline)
-    dtype = given.dtype or ("bf16" if native_bf16(setting.device) else "fp32")
-    out = given.out or results.of_device(setting.device_name)
+    setting, dtype, out = sweep_setting(given, warmup=1)
+    status = 0
     for op in given.op:
         sizes = given.size or list(CASES[op])
         if unknown := sorted(set(sizes) - set(CASES[op])):
             parser.error(f"{op} has no size {', '.join(map(str, unknown))}; it has {', '.join(map(str, CASES[op]))}")
+        if given.resume and all(is_measured(setting, out, op, CASES[op][size], dtype, given.mode) for size in sizes):
+            continue
         gate(setting, [op], dtype, chosen_only=True)
+        status |= int(setting.refusal([op]) is not None)
         for absent in measure_op(setting, op, sizes, dtype, given.mode, out, longest=given.longest, resume=given.resume):
             print(f"absent: {': '.join(absent)}", flush=True)
-    return int(any(setting.refusal([op]) for op in given.op))
+    return status
 
 
 if __name__ == "__main__":

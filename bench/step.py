@@ -28,7 +28,7 @@ from .floors import MODALITIES, Mode, step_flops
 from .machine import DTYPES
 from .race import Contender, Task, compare
 from .results import Line
-from .run import Setting, gate
+from .setting import Setting, gate
 
 _BATCHES = 2  # rotated through
 CLASSES = 600  # of a classifier: Kinetics-600's, the tower that Table 7 counts

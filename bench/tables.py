@@ -9,8 +9,8 @@ from vatt_fast.config import PRESETS, SHORT_NAMES
 
 from . import results
 from .results import Line, number
-from .run import AUTO
 from .selection import select
+from .setting import AUTO
 
 NONE, STALE = "\N{EN DASH}", "\N{DAGGER}"
 

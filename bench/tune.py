@@ -27,8 +27,8 @@ from vatt_fast.kernels.tiles import Tiles
 from . import op_calls
 from .floors import Mode
 from .machine import DTYPES
-from .run import Setting, gate
 from .selection import select
+from .setting import Setting, gate
 from .timer import Call, Clock, first_line, interleaved, side_stream
 
 Table = dict[str, dict[str, Tiles]]

@@ -51,6 +51,7 @@ def _many_scores(mode, x, y, **options) -> bool:
 
 
 def _vectorised(mode, *tensors, **options) -> bool:
+    """Its passes are written for wide registers; without them it runs when asked for."""
     return native.level() != "base"
 
 

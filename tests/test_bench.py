@@ -14,6 +14,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench import floors, gpu, machine, op_calls, parity, peers, results, run, scaling, step, timer, tune
+from bench.setting import Setting
 from vatt_fast.config import PRESETS
 from vatt_fast.kernels import tiles
 from vatt_fast.kernels.cases import CASES, AttentionCase, tag
@@ -393,7 +394,7 @@ SKIPPED [1] tests/test_ops.py:100: it cannot run this"""
 
 
 def test_what_parity_refuses_is_not_timed():
-    setting = run.Setting(CPU, rounds=1, warmup=0, backends=("reference",), peer_names=("gather",), quick_ceilings=True)
+    setting = Setting(CPU, rounds=1, warmup=0, backends=("reference",), peer_names=("gather",), quick_ceilings=True)
     setting.refused["drop_token", "reference"] = "its parity tests are red: 1 failed, 0 passed"
     lines, absent = run.measure(setting, "drop_token", CASES["drop_token"]["ragged"], "fp32", ["fwd"])
     assert [line.backend for line in lines] == ["gather"]
@@ -401,7 +402,7 @@ def test_what_parity_refuses_is_not_timed():
 
 
 def test_what_is_wrong_at_the_case_is_not_timed(monkeypatch):
-    setting = run.Setting(CPU, rounds=1, warmup=0, backends=("reference",), peer_names=("materialised",), quick_ceilings=True)
+    setting = Setting(CPU, rounds=1, warmup=0, backends=("reference",), peer_names=("materialised",), quick_ceilings=True)
     exact_of = op_calls.truth
 
     def truth(op, inputs, dtype):  # from the op as it is; then it breaks
@@ -418,7 +419,7 @@ def test_what_is_wrong_at_the_case_is_not_timed(monkeypatch):
 
 
 def test_a_line_holds_what_was_measured():
-    setting = run.Setting(CPU, rounds=3, warmup=1, backends=("reference",), peer_names=("eager", "sdpa_flash"), quick_ceilings=True)
+    setting = Setting(CPU, rounds=3, warmup=1, backends=("reference",), peer_names=("eager", "sdpa_flash"), quick_ceilings=True)
     lines, absent = run.measure(setting, "attention", CASES["attention"]["ragged_17"], "fp32", ["fwd", "bwd", "fwd+bwd"])
     assert not absent and len(lines) == 9
     for line in lines:
@@ -631,7 +632,7 @@ def test_the_summary_tells_failures_and_red_parity(tmp_path):
 @pytest.mark.parametrize("clock", ["cuda_graph", "cuda_events"])
 def test_gpu_clocks_agree_with_the_floor(clock):
     device = torch.device("cuda")
-    setting = run.Setting(device, clock=clock, rounds=5, peer_names=("eager", "sdpa_flash"), backends=("torch_sdpa",))
+    setting = Setting(device, clock=clock, rounds=5, peer_names=("eager", "sdpa_flash"), backends=("torch_sdpa",))
     lines, absent = run.measure(setting, "attention", CASES["attention"]["video_mbs_drop50"], "bf16", ["fwd", "bwd"])
     assert not absent and len(lines) == 6
     for line in lines:

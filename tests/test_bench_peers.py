@@ -9,6 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench import op_calls, peers, run, towers
+from bench.setting import Setting
 from vatt_fast.config import TowerConfig, VATTConfig, preset
 from vatt_fast.flops import true_flops
 from vatt_fast.kernels import patch_embed, patchify
@@ -99,7 +100,7 @@ def test_siglip_of_a_shard_is_its_part_of_the_whole(monkeypatch):
 
 def test_another_loss_is_timed_but_never_compared():
     names = ("siglip", "materialised")
-    setting = run.Setting(CPU, rounds=2, warmup=0, backends=("reference",), peer_names=names, quick_ceilings=True)
+    setting = Setting(CPU, rounds=2, warmup=0, backends=("reference",), peer_names=names, quick_ceilings=True)
     lines, absent = run.measure(setting, "nce", SQUARE, "fp32", ["fwd", "fwd+bwd"])
     assert not absent and len(lines) == 6
     for line in lines:

@@ -9,7 +9,7 @@ from test_bench import LINE, command
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench import accuracy, drop_rate, floors, parity, race, results, step
-from bench.run import Setting
+from bench.setting import Setting
 from vatt_fast.config import TowerConfig, VATTConfig
 from vatt_fast.kernels import dispatch
 from vatt_fast.model import VATT
@@ -87,7 +87,9 @@ def small_video(monkeypatch):
     tower = TowerConfig(depth=2, dim=32, mlp_dim=64, num_heads=2, head_dim=16)
     config = VATTConfig(video=tower, audio=tower, text=tower, frames=8, height=32, width=32, vocab_size=2)
     monkeypatch.setitem(drop_rate.CONFIGURATIONS, "small_video", drop_rate.Configuration(config, ("video",), None))
-    monkeypatch.setattr(drop_rate, "gate", lambda setting, ops, dtype, **options: [setting.note(op, "reference", None) for op in ops])
+    monkeypatch.setattr(
+        drop_rate, "gate", lambda setting, ops, dtype, **options: [setting.set_verdict(op, "reference", None) for op in ops]
+    )
     return config
 
 
@@ -154,7 +156,8 @@ def test_who_computes_something_else_is_not_timed(small_video):
     trainer = step.Trainer(small_video, 2, 0.5, setting.device, torch.float32, ("video",))
     right = drop_rate.contenders_of(trainer, "fwd", compiled=False)
     (call, _) = right["plain"].build()
-    wrong = race.Contender(False, lambda: [lambda: 1.01 * call()])
+    result = 1.01 * call()
+    wrong = race.Contender(False, lambda: [lambda: result])  # the fastest of all
     task = step.task_of(trainer, "case", "fwd", 2, 0.5)
     lines, absent = race.compare(setting, task, right | {"wrong": wrong, "another": wrong._replace(alike=False)})
     assert {line.backend for line in lines} - {"videomae"} == {"auto", "plain", "another"} and "other results" in absent["wrong"]

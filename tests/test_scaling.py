@@ -45,7 +45,7 @@ def small(monkeypatch):
     """Attention at two tiny sizes, and no parity run before it."""
     cases = {size: AttentionCase(f"scaling_tokens_{size}", 1, size, size, 2, 16) for size in (5, 40)}
     monkeypatch.setitem(scaling.CASES, "attention", cases)
-    monkeypatch.setattr(scaling, "gate", lambda setting, ops, dtype, **options: [setting.note(op, "reference", None) for op in ops])
+    monkeypatch.setattr(scaling, "gate", lambda setting, ops, dtype, **options: [setting.set_verdict(op, "reference", None) for op in ops])
 
 
 def run_main(*arguments):
@@ -78,3 +78,13 @@ def test_an_unknown_size_is_refused(small, capsys):
     with pytest.raises(SystemExit):
         run_main("--size", 6)
     assert "it has 5, 40" in capsys.readouterr().err
+
+
+def test_where_nothing_is_left_no_parity_is_run(small, monkeypatch, tmp_path):
+    out = tmp_path / "lines.jsonl"
+    assert run_main("--size", 5, "--mode", "fwd", "--seconds", 0, "--out", out) == 0
+    monkeypatch.setattr(results, "stale", lambda line: None)
+    monkeypatch.setattr(scaling, "gate", lambda *args, **options: pytest.fail("parity was run"))
+    before = out.read_text()
+    assert run_main("--size", 5, "--mode", "fwd", "--seconds", 0, "--out", out, "--resume") == 0
+    assert out.read_text() == before
