@@ -227,8 +227,8 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
 
 def check_one_device(**tensors) -> None:
     """Raise ValueError where the given tensors, None ones aside, lie on more than one device: a kernel would read foreign memory."""
-    devices = {name: tensor.device for name, tensor in tensors.items() if tensor is not None}
-    if len(set(devices.values())) > 1:
+    if len({tensor.device for tensor in tensors.values() if tensor is not None}) > 1:
+        devices = {name: tensor.device for name, tensor in tensors.items() if tensor is not None}
         raise ValueError(f"{', '.join(f'{name} is on {device}' for name, device in devices.items())}; move them to one device")
 
 
@@ -239,8 +239,11 @@ def without_autocast(implementation):
     @functools.wraps(implementation)
     def run(*args, **kwargs):
         device = args[0].device
+        autocast = autocast_dtype(device) is not None
+        if not autocast and device.type != "cuda":
+            return implementation(*args, **kwargs)
         with contextlib.ExitStack() as stack:
-            if autocast_dtype(device) is not None:
+            if autocast:
                 stack.enter_context(torch.autocast(device.type, enabled=False))
             if device.type == "cuda":
                 stack.enter_context(torch.cuda.device(device))

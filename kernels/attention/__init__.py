@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ..dispatch import autocast_dtype, check_one_device, choose, requested, without_autocast
+from ..dispatch import autocast_dtype, check_one_device, choose, requested
+from ..registration import operator
 
 # B batch, T query tokens, S key tokens, H heads
 
@@ -72,9 +73,7 @@ def _check(q, k, v, bias, key_mask):
 # Op and backward are opaque to the compiler; the backend is chosen inside, by a name that travels with the call.
 
 
-@torch.library.custom_op("vatt_fast::attention", mutates_args=())
-@without_autocast
-def _attention(
+def _forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -90,15 +89,12 @@ def _attention(
     return out.contiguous(), lse.contiguous()
 
 
-@_attention.register_fake
-def _(q, k, v, bias, key_mask, scale, deterministic, bias_grad, backend):
+def _fake_forward(q, k, v, bias, key_mask, scale, deterministic, bias_grad, backend):
     B, T, H, _ = q.shape
     return q.new_empty(q.shape), q.new_empty((B, H, T), dtype=torch.promote_types(q.dtype, torch.float32))
 
 
-@torch.library.custom_op("vatt_fast::attention_backward", mutates_args=())
-@without_autocast
-def _attention_backward(
+def _backward(
     d_out: Tensor,
     d_lse: Tensor | None,
     q: Tensor,
@@ -120,8 +116,7 @@ def _attention_backward(
     return d_q.contiguous(), d_k.contiguous(), d_v.contiguous(), d_bias
 
 
-@_attention_backward.register_fake
-def _(d_out, d_lse, q, k, v, bias, key_mask, out, lse, scale, deterministic, bias_grad, backend):
+def _fake_backward(d_out, d_lse, q, k, v, bias, key_mask, out, lse, scale, deterministic, bias_grad, backend):
     d_bias = bias.new_empty(bias.shape) if bias_grad else q.new_empty(0)
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), d_bias
 
@@ -146,8 +141,8 @@ def _refuse(ctx, *_):
     raise NotImplementedError("attention has no second derivative; for one, write it with torch.softmax")
 
 
-_attention.register_autograd(_differentiate, setup_context=_save)
-_attention_backward.register_autograd(_refuse)
+_attention = operator("attention", _forward, _fake_forward, _differentiate, _save)
+_attention_backward = operator("attention_backward", _backward, _fake_backward, _refuse)
 
 
 @register_flop_formula(torch.ops.vatt_fast.attention)

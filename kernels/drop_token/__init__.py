@@ -7,7 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..dispatch import check_one_device, choose, requested, without_autocast
+from ..dispatch import check_one_device, choose, requested
+from ..registration import operator
 
 # B batch, N tokens, K kept
 
@@ -113,25 +114,19 @@ def check_keep_shape(keep: Tensor, batch: int) -> None:
         )
 
 
-@torch.library.custom_op("vatt_fast::drop_token", mutates_args=())
-@without_autocast
-def _drop_token(tokens: Tensor, keep: Tensor, backend: str) -> Tensor:
+def _forward(tokens: Tensor, keep: Tensor, backend: str) -> Tensor:
     return choose("drop_token", "fwd", backend, tokens, keep).forward(tokens, keep).contiguous()
 
 
-@_drop_token.register_fake
-def _(tokens, keep, backend):
+def _fake_forward(tokens, keep, backend):
     return tokens.new_empty((tokens.shape[0], keep.shape[-1], tokens.shape[2]))
 
 
-@torch.library.custom_op("vatt_fast::drop_token_backward", mutates_args=())
-@without_autocast
-def _drop_token_backward(d_kept: Tensor, keep: Tensor, num_tokens: int, backend: str) -> Tensor:
+def _backward(d_kept: Tensor, keep: Tensor, num_tokens: int, backend: str) -> Tensor:
     return choose("drop_token", "bwd", backend, d_kept, keep).backward(d_kept, keep, num_tokens)
 
 
-@_drop_token_backward.register_fake
-def _(d_kept, keep, num_tokens, backend):
+def _fake_backward(d_kept, keep, num_tokens, backend):
     return d_kept.new_empty((d_kept.shape[0], num_tokens, d_kept.shape[2]))
 
 
@@ -149,5 +144,5 @@ def _refuse(ctx, *_):
     raise NotImplementedError("drop_token has no second derivative; for one, index the tokens")
 
 
-_drop_token.register_autograd(_differentiate, setup_context=_save)
-_drop_token_backward.register_autograd(_refuse)
+_drop_token = operator("drop_token", _forward, _fake_forward, _differentiate, _save)
+_drop_token_backward = operator("drop_token_backward", _backward, _fake_backward, _refuse)

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ..dispatch import autocast_dtype, check_one_device, choose, requested, without_autocast
+from ..dispatch import autocast_dtype, check_one_device, choose, requested
+from ..registration import operator
 
 # M clips of x, N clips in all, P texts a clip, D dimensions
 
@@ -74,9 +75,7 @@ def _check(x, y, texts_per_clip, first, x_valid, y_valid):
             raise ValueError(f"{name} is {tuple(valid.shape)} {valid.dtype}; it must be bool ({count},)")
 
 
-@torch.library.custom_op("vatt_fast::nce", mutates_args=())
-@without_autocast
-def _contrastive_lse(
+def _forward(
     x: Tensor,
     y: Tensor,
     scale: Tensor,
@@ -92,14 +91,11 @@ def _contrastive_lse(
     return row, col, pos
 
 
-@_contrastive_lse.register_fake
-def _(x, y, scale, x_valid, y_valid, texts_per_clip, first, bound, backend):
+def _fake_forward(x, y, scale, x_valid, y_valid, texts_per_clip, first, bound, backend):
     return scale.new_empty(x.shape[0]), scale.new_empty(y.shape[0]), scale.new_empty(x.shape[0])
 
 
-@torch.library.custom_op("vatt_fast::nce_backward", mutates_args=())
-@without_autocast
-def _contrastive_lse_backward(
+def _backward(
     d_row: Tensor,
     d_col: Tensor,
     d_pos: Tensor,
@@ -122,8 +118,7 @@ def _contrastive_lse_backward(
     return d_x.to(x.dtype), d_y.to(y.dtype), d_scale
 
 
-@_contrastive_lse_backward.register_fake
-def _(d_row, d_col, d_pos, x, y, scale, x_valid, y_valid, row, col, pos, texts_per_clip, first, bound, backend):
+def _fake_backward(d_row, d_col, d_pos, x, y, scale, x_valid, y_valid, row, col, pos, texts_per_clip, first, bound, backend):
     return x.new_empty(x.shape), y.new_empty(y.shape), scale.new_empty(())
 
 
@@ -141,8 +136,8 @@ def _refuse(ctx, *_):
     raise NotImplementedError("contrastive_lse has no second derivative; for one, write it with torch.logsumexp")
 
 
-_contrastive_lse.register_autograd(_differentiate, setup_context=_save)
-_contrastive_lse_backward.register_autograd(_refuse)
+_contrastive_lse = operator("nce", _forward, _fake_forward, _differentiate, _save)
+_contrastive_lse_backward = operator("nce_backward", _backward, _fake_backward, _refuse)
 
 
 @register_flop_formula(torch.ops.vatt_fast.nce)

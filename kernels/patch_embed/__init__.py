@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ..dispatch import autocast_dtype, check_one_device, choose, requested, without_autocast
+from ..dispatch import autocast_dtype, check_one_device, choose, requested
 from ..drop_token import check_keep_shape
+from ..registration import operator
 from .patchify import patchify, unpatchify
 
 __all__ = ["patch_embed", "patchify", "unpatchify"]
@@ -111,9 +112,7 @@ def _grid_size(shape, patch) -> tuple[int, int]:
     return count, math.prod(patch) * math.prod(shape[1 + len(patch) :])
 
 
-@torch.library.custom_op("vatt_fast::patch_embed", mutates_args=())
-@without_autocast
-def _patch_embed(
+def _forward(
     patches: Tensor,
     weight: Tensor,
     bias: Tensor,
@@ -136,15 +135,12 @@ def _num_tokens(patches_shape, keep_shape, agg, patch) -> int:
     return (count if keep_shape is None else keep_shape[-1]) + (agg is not None)
 
 
-@_patch_embed.register_fake
-def _(patches, weight, bias, position, keep, agg, scale, shift, patch, gathered, dtype, backend):
+def _fake_forward(patches, weight, bias, position, keep, agg, scale, shift, patch, gathered, dtype, backend):
     tokens = _num_tokens(patches.shape, None if keep is None else keep.shape, agg, patch)
     return weight.new_empty((patches.shape[0], tokens, weight.shape[0]), dtype=dtype)
 
 
-@torch.library.custom_op("vatt_fast::patch_embed_backward", mutates_args=())
-@without_autocast
-def _patch_embed_backward(
+def _backward(
     d_tokens: Tensor,
     patches: Tensor,
     weight: Tensor,
@@ -167,8 +163,7 @@ def _patch_embed_backward(
     return tuple(weight.new_empty(0) if g is None or x is None else g.to(x.dtype).contiguous() for g, x in zip(grads, like, strict=True))  # type: ignore[return-value]
 
 
-@_patch_embed_backward.register_fake
-def _(d_tokens, patches, weight, bias, position, keep, agg, scale, shift, patch, gathered, d_patches, backend):
+def _fake_backward(d_tokens, patches, weight, bias, position, keep, agg, scale, shift, patch, gathered, d_patches, backend):
     like = (patches if d_patches else None, weight, bias, position, agg)
     return tuple(weight.new_empty(0) if x is None else x.new_empty(x.shape) for x in like)
 
@@ -199,8 +194,8 @@ def _refuse(ctx, *_):
     raise NotImplementedError("patch_embed has no second derivative; for one, write it with torch.nn.functional.linear")
 
 
-_patch_embed.register_autograd(_differentiate, setup_context=_save)
-_patch_embed_backward.register_autograd(_refuse)
+_patch_embed = operator("patch_embed", _forward, _fake_forward, _differentiate, _save)
+_patch_embed_backward = operator("patch_embed_backward", _backward, _fake_backward, _refuse)
 
 
 def _products(patches_shape, weight_shape, keep_shape, patch) -> int:

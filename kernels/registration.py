@@ -1,0 +1,56 @@
+"""Operators of torch from plain functions: what ``torch.library.custom_op`` makes of them, at half the time a call.
+
+Its registration of gradients reads the operator's schema anew at every call, and it checks at every call what tests check once (NOTES.md has
+figures). Here the same parts are put together once: an implementation for any device, a fake one for shapes, and one function for autograd.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from .dispatch import without_autocast
+
+_library = torch.library.Library("vatt_fast", "FRAGMENT")
+
+
+def operator(
+    name: str,
+    implementation: Callable,
+    fake: Callable,
+    differentiate: Callable[..., tuple],
+    save: Callable[[Any, tuple, Any], None] = lambda ctx, inputs, output: None,
+):
+    """``torch.ops.vatt_fast.<name>``, opaque to the compiler, differentiable.
+
+    Args:
+        implementation: takes tensors, None and plain values by position, no defaults; its annotations are the schema. It returns new tensors.
+            The caller's autocast is off inside.
+        fake: the same on tensors without values.
+        differentiate, save: ``backward(ctx, *gradients)`` and ``setup_context(ctx, inputs, output)`` as of ``torch.autograd.Function``.
+    """
+    _library.define(name + torch.library.infer_schema(implementation, mutates_args=()), tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(name, torch._disable_dynamo(without_autocast(implementation)), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"vatt_fast::{name}", fake, lib=_library)
+    overload = getattr(torch.ops.vatt_fast, name).default
+
+    def below_autograd(keys, *inputs):
+        with torch._C._AutoDispatchBelowAutograd():
+            return overload.redispatch(keys & torch._C._after_autograd_keyset, *inputs)
+
+    def forward(ctx, keys, *inputs):
+        output = below_autograd(keys, *inputs)
+        save(ctx, inputs, output)
+        return output
+
+    def backward(ctx, *gradients):
+        return None, *differentiate(ctx, *gradients)
+
+    function: Any = type(name, (torch.autograd.Function,), {"forward": staticmethod(forward), "backward": staticmethod(backward)})
+
+    def autograd(keys, *inputs):
+        wanted = torch.is_grad_enabled() and any(isinstance(each, torch.Tensor) and each.requires_grad for each in inputs)
+        return function.apply(keys, *inputs) if wanted else below_autograd(keys, *inputs)
+
+    _library.impl(name, autograd, "Autograd", with_keyset=True)
+    return overload
