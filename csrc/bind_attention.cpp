@@ -1,9 +1,8 @@
 // Python's entry to csrc/attention.cpp.
-#include <pybind11/pybind11.h>
-
 #include <tuple>
 
 #include "attention.h"
+#include "binding.h"
 #include "isa.h"
 
 namespace py = pybind11;
@@ -13,14 +12,8 @@ namespace vatt_fast {
 #if defined(VF_X86)
 namespace {
 
-using Address = uintptr_t;                                              // of a tensor's memory; 0: there is none
-using Strided = std::tuple<Address, int64_t, int64_t, int64_t>;         // with strides of batch, row and head, in elements
+using Strided = std::tuple<Address, int64_t, int64_t, int64_t>;         // memory with strides of batch, row and head, in elements
 using Shape = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t>;  // B, T, S, H, head_dim
-
-template <typename T>
-T* at(Address address) {
-  return reinterpret_cast<T*>(address);
-}
 
 Heads heads(const Strided& x) { return {at<const uint16_t>(std::get<0>(x)), std::get<1>(x), std::get<2>(x), std::get<3>(x)}; }
 

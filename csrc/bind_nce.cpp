@@ -1,6 +1,5 @@
 // Python's entry to csrc/nce.cpp.
-#include <pybind11/pybind11.h>
-
+#include "binding.h"
 #include "isa.h"
 #include "nce.h"
 
@@ -9,13 +8,6 @@ namespace py = pybind11;
 namespace vatt_fast {
 
 namespace {
-
-using Address = uintptr_t;  // of a tensor's memory; 0: there is none
-
-template <typename T>
-T* at(Address address) {
-  return reinterpret_cast<T*>(address);
-}
 
 struct Kernels {
   int64_t (*scratch_floats)(int64_t rows, int64_t columns);

@@ -1,10 +1,9 @@
 // Python's entry to csrc/patch_embed.cpp. Addresses are integers, 0 for null; dtypes are named as in Element.
-#include <pybind11/pybind11.h>
-
 #include <iterator>
 #include <stdexcept>
 #include <string>
 
+#include "binding.h"
 #include "isa.h"
 #include "patch_embed.h"
 
@@ -13,27 +12,12 @@ namespace py = pybind11;
 namespace vatt_fast {
 namespace {
 
-using Address = std::uintptr_t;
-
-template <typename T = void>
-T* at(Address address) {
-  return reinterpret_cast<T*>(address);
-}
-
 Element element_of(const std::string& name) {
   if (name == "uint8") return Element::uint8;
   if (name == "bf16") return Element::bf16;
   if (name == "fp16") return Element::fp16;
   if (name == "fp32") return Element::fp32;
   throw std::invalid_argument("unknown element type " + name);
-}
-
-// Indices are read before anything else is: a wrong one would reach foreign memory.
-void check_keep(const int64_t* keep, int64_t lines, int64_t K, int64_t limit) {
-  if (keep == nullptr) return;
-  for (int64_t i = 0; i < lines * K; ++i)
-    if (keep[i] < 0 || keep[i] >= limit)
-      throw py::index_error("keep has the index " + std::to_string(keep[i]) + "; there are " + std::to_string(limit) + " patches");
 }
 
 int64_t lines_of(int64_t keep_stride, int64_t clips) { return keep_stride ? clips : 1; }
@@ -82,7 +66,7 @@ void pack(Address patches, const std::string& element, const py::tuple& place, A
   call.packed = at(packed);
   call.element = element_of(packed_element);
   call.rows = {first, count, K, A};
-  check_keep(call.patches.keep, lines_of(keep_stride, clips_of(call.rows)), K, s.patches());
+  check_keep(call.patches.keep, lines_of(keep_stride, clips_of(call.rows)), K, s.patches(), "patches");
   call.k = s.values();
   call.threads = threads;
   VF_RUN(pack_patches, call);
@@ -121,7 +105,7 @@ void finish(Address product, const std::string& product_element, Address tokens,
   call.keep = at<const int64_t>(keep);
   call.keep_stride = keep_stride;
   call.rows = {first, count, K, agg ? 1 : 0};
-  if (position) check_keep(call.keep, lines_of(keep_stride, clips_of(call.rows)), K, positions);
+  if (position) check_keep(call.keep, lines_of(keep_stride, clips_of(call.rows)), K, positions, "patches");
   call.dim = dim;
   call.threads = threads;
   VF_RUN(finish_tokens, call);
@@ -129,7 +113,7 @@ void finish(Address product, const std::string& product_element, Address tokens,
 
 void sums(Address d_tokens, const std::string& element, Address keep, int64_t keep_stride, Address inverse, Address d_position,
           Address parts, Address d_bias, Address d_agg, int64_t B, int64_t K, int64_t dim, int64_t rows, int threads) {
-  check_keep(at<const int64_t>(keep), lines_of(keep_stride, B), K, rows);
+  check_keep(at<const int64_t>(keep), lines_of(keep_stride, B), K, rows, "patches");
   SumGradients call = {};
   call.d_tokens = at(d_tokens);
   call.element = element_of(element);

@@ -12,6 +12,7 @@ namespace vatt_fast {
 
 // each in its own bind_<op>.cpp
 void bind_attention(py::module_& m);
+void bind_drop_token(py::module_& m);
 void bind_nce(py::module_& m);
 void bind_patch_embed(py::module_& m);
 
@@ -37,6 +38,7 @@ PYBIND11_MODULE(_native, m) {
   m.def("level", [] { return name_of(current_level()); });
   m.def("hold_to", &hold_to_named);
   bind_attention(m);
+  bind_drop_token(m);
   bind_nce(m);
   bind_patch_embed(m);
 }

@@ -35,7 +35,9 @@ OPS = {
     "nce.cpp": ("base", "avx2", "avx512_bf16", "amx_bf16"),
     "attention.cpp": ("amx_bf16",),
 }
-SHARED = ("binding.cpp", "bind_attention.cpp", "bind_nce.cpp", "bind_patch_embed.cpp", "isa.cpp")  # for any machine
+SHARED = (  # for any machine
+    "binding.cpp", "bind_attention.cpp", "bind_drop_token.cpp", "bind_nce.cpp", "bind_patch_embed.cpp", "drop_token.cpp", "isa.cpp",
+)  # fmt: skip
 
 
 def build(target: Path, folder: Path, *, emulated: bool = False, flags: Sequence[str] = ()) -> None:

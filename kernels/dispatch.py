@@ -46,10 +46,6 @@ def _several_queries(mode, q, k, v, **options) -> bool:
     return q.shape[1] >= 16
 
 
-def _many_scores(mode, x, y, **options) -> bool:
-    return x.shape[0] * y.shape[0] >= 2**22 and native.level() != "base"
-
-
 def _vectorised(mode, *tensors, **options) -> bool:
     """Its passes are written for wide registers; without them it runs when asked for."""
     return native.level() != "base"
@@ -83,7 +79,8 @@ PREFERENCE: dict[tuple[str, str], tuple[Row, ...]] = {
     ("torch", "cpu"): (
         Row("attention", "native_cpu", _several_queries),
         Row("attention", "torch_sdpa"),
-        Row("nce", "native_cpu", _many_scores),
+        Row("drop_token", "native_cpu"),
+        Row("nce", "native_cpu"),
         Row("patch_embed", "native_cpu", _vectorised),
         *_REFERENCES,
     ),

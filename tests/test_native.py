@@ -69,6 +69,7 @@ def test_without_the_extension_torch_runs_and_says_why():
             q = torch.zeros(1, 3, 2, 64)
             tensors, options = {
                 "attention": ((q, q, q), dict(scale=1.0)),
+                "drop_token": ((q[0], torch.tensor([0])), {}),
                 "nce": ((q[0, :, 0], q[0, :, 0]), dict(scale=1.0)),
                 "patch_embed": ((q[0], q[0, 0], q[0, 0, :, 0]), dict(scale=1.0, shift=0.0, dtype=torch.float32)),
             }[op]
