@@ -40,7 +40,7 @@ class Line:
     date: str
     dropout: float = 0.0
     drop_rate: float | None = None  # DropToken's, of the case
-    speedup_over_best_peer: float | None = None  # median over the rounds; of peers None
+    speedup_over_best_peer: float | None = None  # median over the rounds, by one clock for both; of peers None
     clips_per_second: float | None = None
     best_peer: str | None = None  # whom speedup_over_best_peer speaks of; its own line says the rest
     best_peer_ms_p50: float | None = None
@@ -150,7 +150,7 @@ def cells(line: Line) -> list[str]:
         line.case,
         line.dtype,
         line.mode,
-        f"**{line.backend}**" if line.ours else line.backend,
+        (f"**{line.backend}**" if line.ours else line.backend) + (" (launches counted)" if line.clock == "cuda_events" else ""),
         number(line.ms_p50),
         f"{number(line.ms_p20)}..{number(line.ms_p80)} of {line.rounds}",
         speed,

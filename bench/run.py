@@ -31,6 +31,7 @@ from .timer import (
     Timing,
     first_line,
     interleaved,
+    keep_host_memory,
     peak_bytes,
     peak_resident,
     side_stream,
@@ -131,6 +132,7 @@ def _measure_mode(setting, op: str, case: Case, dtype: str, mode: Mode, contende
         try:
             calls[contender.name] = [op_calls.call(contender.function, op, inputs, mode) for inputs in sets]
             calls[contender.name][0]()  # compiled and tuned outside the measurement
+            trim_host_memory()  # of the contenders before
             resident = peak_resident(calls[contender.name][0]) if setting.device.type == "cpu" else None
             peaks[contender.name] = (peak_bytes(calls[contender.name][0], setting.device), resident)
         except Exception as error:
@@ -139,21 +141,38 @@ def _measure_mode(setting, op: str, case: Case, dtype: str, mode: Mode, contende
     ceilings = setting.ceilings_of(dtype)
     failed: dict[str, str] = {}
     options: dict[str, Any] = dict(rounds=setting.rounds, warmup=setting.warmup, failed=failed, **setting.limits())
-    times = interleaved(calls, clock=setting.make_clock(), **options)
-    clocks = dict.fromkeys(times, setting.clock)
-    if failed and setting.clock == "cuda_graph":  # what cannot be captured is timed by events, and its lines say so
-        again = {name: calls[name] for name in failed}
+    races = {setting.clock: interleaved(calls, clock=setting.make_clock(), **options)}
+    if failed and setting.clock == "cuda_graph":  # what cannot be captured is timed by events, and beside it whom it is compared with
+        first = races[setting.clock]
+        best = _best_peer(first, contenders)
+        beside = [each.name for each in contenders if each.name in first and (each.peer is None or each is best)]
+        again = {name: calls[name] for name in (*failed, *beside)}
         failed.clear()
-        by_events = interleaved(again, clock=setting.make_clock("cuda_events"), **options)
-        times |= by_events
-        clocks |= dict.fromkeys(by_events, "cuda_events")
+        races["cuda_events"] = interleaved(again, clock=setting.make_clock("cuda_events"), **options)
     absent |= {f"{name} {mode}": reason for name, reason in failed.items()}
-    best = _best_peer(times, contenders)
-    return [
-        _line(setting, op, case, dtype, mode, contender, times, clocks[contender.name], peaks[contender.name], best, ceilings)
-        for contender in contenders
-        if contender.name in times
-    ]
+    lines = []
+    for contender in contenders:
+        if clock := next((clock for clock, times in races.items() if contender.name in times), None):
+            timing, compared = races[clock][contender.name], {} if contender.peer else _compared(contender.name, mode, contenders, races)
+            lines.append(_line(setting, op, case, dtype, mode, contender, timing, clock, peaks[contender.name], compared, ceilings))
+    return lines
+
+
+def _compared(name: str, mode: Mode, contenders: Sequence[_Contender], races: dict[str, dict[str, Timing]]) -> dict[str, Any]:
+    """What a line of ours says of the best peer, by one clock for both; by the one that is worse for ours, where there are two."""
+    found = []
+    for times in races.values():
+        if name in times and (best := _best_peer(times, contenders)):
+            found.append((times[name].speedup_over(times[best.name]), times[best.name].p50, best))
+    if not found:
+        return {}
+    speedup, ms, best = min(found, key=lambda each: each[0])
+    return dict(
+        speedup_over_best_peer=speedup,
+        best_peer=best.name,
+        best_peer_ms_p50=ms,
+        best_peer_error=op_calls.worst(best.errors, mode)[0],
+    )
 
 
 def _best_peer(times: dict[str, Timing], contenders: Sequence[_Contender]) -> _Contender | None:
@@ -161,20 +180,11 @@ def _best_peer(times: dict[str, Timing], contenders: Sequence[_Contender]) -> _C
     return min(theirs, key=lambda contender: times[contender.name].p50, default=None)
 
 
-def _line(setting, op, case, dtype, mode, contender, times, clock, peaks, best: _Contender | None, ceilings) -> Line:
-    timing = times[contender.name]
+def _line(setting, op, case, dtype, mode, contender, timing: Timing, clock: str, peaks, compared: dict[str, Any], ceilings) -> Line:
     least = work(case, mode, DTYPES[dtype].itemsize)
     compute = least.bound(ceilings) == "compute"
     speed = least.flops / timing.p50 / 1e9 if compute else least.bytes / timing.p50 / 1e6
     error, error_of = op_calls.worst(contender.errors, mode) if contender.errors else (None, None)
-    compared: dict[str, Any] = {}
-    if contender.peer is None and best is not None and len(times[best.name].ms) == len(timing.ms):
-        compared = dict(
-            speedup_over_best_peer=timing.speedup_over(times[best.name]),
-            best_peer=best.name,
-            best_peer_ms_p50=times[best.name].p50,
-            best_peer_error=op_calls.worst(best.errors, mode)[0],
-        )
     return Line(
         op=op,
         case=case.name,
@@ -293,4 +303,5 @@ def _measure_all(setting: Setting, op: str, cases: Sequence[Case], dtypes: Seque
 
 
 if __name__ == "__main__":
+    keep_host_memory()
     raise SystemExit(main())

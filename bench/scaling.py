@@ -23,7 +23,7 @@ from .peers import peers
 from .results import Line
 from .run import describe, measure
 from .setting import AUTO, Setting, gate, is_measured, sweep_options, sweep_setting
-from .timer import first_line
+from .timer import first_line, keep_host_memory
 
 _PATCH = (4, 16, 16)
 
@@ -159,4 +159,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    keep_host_memory()
     raise SystemExit(main())

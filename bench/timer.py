@@ -235,6 +235,17 @@ def peak_resident(call: Call) -> int | None:
     return int(mark.split()[1]) * 1024
 
 
+def keep_host_memory() -> None:
+    """Have this process keep freed memory, as it is kept from step to step of a training loop: a call on fresh pages, which glibc otherwise
+    asks for anew from 32 MiB on, may take longer for the pages than for its work (NOTES.md)."""
+    if platform.system() == "Linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
+        for option, value in ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1)):
+            mallopt(option, value)
+
+
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of mallopt(3)
+
+
 def trim_host_memory() -> None:
     """Give freed memory of large cases back to the system (glibc keeps it otherwise)."""
     if platform.system() == "Linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):

@@ -418,6 +418,35 @@ def test_what_is_wrong_at_the_case_is_not_timed(monkeypatch):
     assert "error beyond twice plain torch's" in absent["reference"] and any(text.startswith("RED") for text in reports)
 
 
+class ToldTimes:
+    """A clock that knows beforehand what each contender takes, in the order of their turns; None cannot be captured."""
+
+    def __init__(self, *ms):
+        self.ms = iter(ms)
+
+    def prepare(self, calls):
+        if (ms := next(self.ms)) is None:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return lambda i: ms
+
+
+def test_what_cannot_be_captured_is_compared_with_ours_by_the_same_clock(monkeypatch):
+    """By graphs ours takes 1 ms and eager 3; by events flash takes 2, ours 4 and eager 5."""
+    clocks = {"cuda_graph": ToldTimes(1.0, 3.0, None), "cuda_events": ToldTimes(2.0, 4.0, 5.0)}
+    raced, interleaved = [], run.interleaved
+    monkeypatch.setattr(run, "interleaved", lambda calls, **options: raced.append([*calls]) or interleaved(calls, **options))
+    setting = Setting(CPU, rounds=2, warmup=1, backends=("reference",), peer_names=("eager", "sdpa_flash"), quick_ceilings=True)
+    setting.clock = "cuda_graph"
+    monkeypatch.setattr(setting, "make_clock", lambda name="": clocks[name or setting.clock])
+    lines, absent = run.measure(setting, "attention", CASES["attention"]["ragged_17"], "fp32", ["fwd"])
+    assert not absent
+    assert {line.backend: line.clock for line in lines} == {"reference": "cuda_graph", "eager": "cuda_graph", "sdpa_flash": "cuda_events"}
+    assert "sdpa_flash (launches counted)" in results.markdown(lines)
+    assert raced == [["reference", "eager", "sdpa_flash"], ["sdpa_flash", "reference", "eager"]]  # again with whom it is compared
+    ours = next(line for line in lines if line.ours)
+    assert ours.ms_p50 == 1.0 and (ours.best_peer, ours.best_peer_ms_p50, ours.speedup_over_best_peer) == ("sdpa_flash", 2.0, 0.5)
+
+
 def test_a_line_holds_what_was_measured():
     setting = Setting(CPU, rounds=3, warmup=1, backends=("reference",), peer_names=("eager", "sdpa_flash"), quick_ceilings=True)
     lines, absent = run.measure(setting, "attention", CASES["attention"]["ragged_17"], "fp32", ["fwd", "bwd", "fwd+bwd"])
