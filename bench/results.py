@@ -40,7 +40,7 @@ class Line:
     date: str
     dropout: float = 0.0
     drop_rate: float | None = None  # DropToken's, of the case
-    speedup_over_best_peer: float | None = None  # median over the rounds, by one clock for both; of peers None
+    speedup_over_best_peer: float | None = None  # median over the rounds; of peers None
     clips_per_second: float | None = None
     best_peer: str | None = None  # whom speedup_over_best_peer speaks of; its own line says the rest
     best_peer_ms_p50: float | None = None

@@ -9,6 +9,7 @@ same role is timed beside them: it has no error and is never the best peer.
 """
 
 import argparse
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -140,39 +141,37 @@ def _measure_mode(setting, op: str, case: Case, dtype: str, mode: Mode, contende
             absent[f"{contender.name} {mode}"] = first_line(error)
     ceilings = setting.ceilings_of(dtype)
     failed: dict[str, str] = {}
-    options: dict[str, Any] = dict(rounds=setting.rounds, warmup=setting.warmup, failed=failed, **setting.limits())
-    races = {setting.clock: interleaved(calls, clock=setting.make_clock(), **options)}
+    races = {setting.clock: _race(setting, setting.clock, calls, failed)}
     if failed and setting.clock == "cuda_graph":  # what cannot be captured is timed by events, and beside it whom it is compared with
-        first = races[setting.clock]
-        best = _best_peer(first, contenders)
-        beside = [each.name for each in contenders if each.name in first and (each.peer is None or each is best)]
-        again = {name: calls[name] for name in (*failed, *beside)}
+        again = {name: calls[name] for name in (*failed, *_compared_with(failed, races[setting.clock], contenders))}
         failed.clear()
-        races["cuda_events"] = interleaved(again, clock=setting.make_clock("cuda_events"), **options)
+        races["cuda_events"] = _race(setting, "cuda_events", again, failed)
     absent |= {f"{name} {mode}": reason for name, reason in failed.items()}
     lines = []
     for contender in contenders:
-        if clock := next((clock for clock, times in races.items() if contender.name in times), None):
-            timing, compared = races[clock][contender.name], {} if contender.peer else _compared(contender.name, mode, contenders, races)
-            lines.append(_line(setting, op, case, dtype, mode, contender, timing, clock, peaks[contender.name], compared, ceilings))
+        if found := [(clock, times) for clock, times in races.items() if contender.name in times]:
+            clock, times = found[0] if contender.peer else min(found, key=lambda each: _speedup(contender, each[1], contenders))
+            best = _best_peer(times, contenders)
+            lines.append(_line(setting, op, case, dtype, mode, contender, times, clock, peaks[contender.name], best, ceilings))
     return lines
 
 
-def _compared(name: str, mode: Mode, contenders: Sequence[_Contender], races: dict[str, dict[str, Timing]]) -> dict[str, Any]:
-    """What a line of ours says of the best peer, by one clock for both; by the one that is worse for ours, where there are two."""
-    found = []
-    for times in races.values():
-        if name in times and (best := _best_peer(times, contenders)):
-            found.append((times[name].speedup_over(times[best.name]), times[best.name].p50, best))
-    if not found:
-        return {}
-    speedup, ms, best = min(found, key=lambda each: each[0])
-    return dict(
-        speedup_over_best_peer=speedup,
-        best_peer=best.name,
-        best_peer_ms_p50=ms,
-        best_peer_error=op_calls.worst(best.errors, mode)[0],
+def _race(setting: Setting, clock: str, calls: dict[str, list], failed: dict[str, str]) -> dict[str, Timing]:
+    return interleaved(
+        calls, rounds=setting.rounds, warmup=setting.warmup, clock=setting.make_clock(clock), failed=failed, **setting.limits()
     )
+
+
+def _compared_with(failed: dict[str, str], times: dict[str, Timing], contenders: Sequence[_Contender]) -> list[str]:
+    """Of those that were timed: ours and the best peer, or all peers if one of ours is among ``failed``."""
+    best = None if any(each.peer is None and each.name in failed for each in contenders) else _best_peer(times, contenders)
+    return [each.name for each in contenders if each.name in times and (each.peer is None or best is None or each is best)]
+
+
+def _speedup(contender: _Contender, times: dict[str, Timing], contenders: Sequence[_Contender]) -> float:
+    """Over the best peer, by which of two clocks ours does worse; that one it is told by."""
+    best = _best_peer(times, contenders)
+    return times[contender.name].speedup_over(times[best.name]) if best else math.inf
 
 
 def _best_peer(times: dict[str, Timing], contenders: Sequence[_Contender]) -> _Contender | None:
@@ -180,11 +179,20 @@ def _best_peer(times: dict[str, Timing], contenders: Sequence[_Contender]) -> _C
     return min(theirs, key=lambda contender: times[contender.name].p50, default=None)
 
 
-def _line(setting, op, case, dtype, mode, contender, timing: Timing, clock: str, peaks, compared: dict[str, Any], ceilings) -> Line:
+def _line(setting, op, case, dtype, mode, contender, times, clock, peaks, best: _Contender | None, ceilings) -> Line:
+    timing = times[contender.name]
     least = work(case, mode, DTYPES[dtype].itemsize)
     compute = least.bound(ceilings) == "compute"
     speed = least.flops / timing.p50 / 1e9 if compute else least.bytes / timing.p50 / 1e6
     error, error_of = op_calls.worst(contender.errors, mode) if contender.errors else (None, None)
+    compared: dict[str, Any] = {}
+    if contender.peer is None and best is not None:
+        compared = dict(
+            speedup_over_best_peer=timing.speedup_over(times[best.name]),
+            best_peer=best.name,
+            best_peer_ms_p50=times[best.name].p50,
+            best_peer_error=op_calls.worst(best.errors, mode)[0],
+        )
     return Line(
         op=op,
         case=case.name,

@@ -236,8 +236,8 @@ def peak_resident(call: Call) -> int | None:
 
 
 def keep_host_memory() -> None:
-    """Have this process keep freed memory, as it is kept from step to step of a training loop: a call on fresh pages, which glibc otherwise
-    asks for anew from 32 MiB on, may take longer for the pages than for its work (NOTES.md)."""
+    """Have this process keep freed memory: glibc gives blocks of 32 MiB and more back at once, and a call that is timed alone may then take
+    longer for fresh pages than for its work. A whole step hardly feels them (NOTES.md)."""
     if platform.system() == "Linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
         for option, value in ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1)):
             mallopt(option, value)

@@ -33,6 +33,7 @@ void hold_to_named(const std::string& name) {
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
+  m.attr("INTERFACE") = 2;  // kernels/native.py has the same
   m.def("available", [] { return name_of(available().level); });
   m.def("missing", [] { return available().missing; });
   m.def("level", [] { return name_of(current_level()); });

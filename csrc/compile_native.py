@@ -34,10 +34,9 @@ OPS = {
     "patch_embed.cpp": ("base", "avx2", "avx512_bf16"),
     "nce.cpp": ("base", "avx2", "avx512_bf16", "amx_bf16"),
     "attention.cpp": ("amx_bf16",),
+    "drop_token.cpp": ("base",),  # it copies
 }
-SHARED = (  # for any machine
-    "binding.cpp", "bind_attention.cpp", "bind_drop_token.cpp", "bind_nce.cpp", "bind_patch_embed.cpp", "drop_token.cpp", "isa.cpp",
-)  # fmt: skip
+SHARED = ("binding.cpp", "bind_attention.cpp", "bind_drop_token.cpp", "bind_nce.cpp", "bind_patch_embed.cpp", "isa.cpp")  # for any machine
 
 
 def build(target: Path, folder: Path, *, emulated: bool = False, flags: Sequence[str] = ()) -> None:

@@ -15,27 +15,27 @@ int threads_for(const KeptRows& r, int64_t rows) {
 }  // namespace
 
 void take_rows(const KeptRows& r, const char* tokens, int64_t stride_b, int64_t stride_n, char* kept) {
-  const int64_t rows = r.B * r.K;
-#pragma omp parallel for num_threads(threads_for(r, rows)) schedule(static)
-  for (int64_t row = 0; row < rows; ++row) {
-    const int64_t b = row / r.K, n = r.keep[b * r.keep_stride + row % r.K];
-    std::memcpy(kept + row * r.row_bytes, tokens + b * stride_b + n * stride_n, r.row_bytes);
-  }
+#pragma omp parallel for collapse(2) num_threads(threads_for(r, r.B * r.K)) schedule(static)
+  for (int64_t b = 0; b < r.B; ++b)
+    for (int64_t n = 0; n < r.K; ++n)
+      std::memcpy(kept + (b * r.K + n) * r.row_bytes, tokens + b * stride_b + r.keep[b * r.keep_stride + n] * stride_n, r.row_bytes);
 }
 
 void put_rows(const KeptRows& r, const char* kept, char* tokens, int32_t* inverse) {
-  const int64_t lines = r.keep_stride ? r.B : 1, rows = r.B * r.N;
+  const int64_t lines = r.keep_stride ? r.B : 1, inverse_stride = r.keep_stride ? r.N : 0;
   std::fill(inverse, inverse + lines * r.N, -1);
-  for (int64_t i = 0; i < lines * r.K; ++i) inverse[i / r.K * r.N + r.keep[i]] = static_cast<int32_t>(i % r.K);
-#pragma omp parallel for num_threads(threads_for(r, rows)) schedule(static)
-  for (int64_t row = 0; row < rows; ++row) {
-    const int64_t b = row / r.N, n = inverse[(lines > 1 ? b * r.N : 0) + row % r.N];
-    char* const token = tokens + row * r.row_bytes;
-    if (n < 0)
-      std::memset(token, 0, r.row_bytes);
-    else
-      std::memcpy(token, kept + (b * r.K + n) * r.row_bytes, r.row_bytes);
-  }
+  for (int64_t b = 0; b < lines; ++b)
+    for (int64_t n = 0; n < r.K; ++n) inverse[b * r.N + r.keep[b * r.K + n]] = static_cast<int32_t>(n);
+#pragma omp parallel for collapse(2) num_threads(threads_for(r, r.B * r.N)) schedule(static)
+  for (int64_t b = 0; b < r.B; ++b)
+    for (int64_t n = 0; n < r.N; ++n) {
+      char* const token = tokens + (b * r.N + n) * r.row_bytes;
+      const int32_t from = inverse[b * inverse_stride + n];
+      if (from < 0)
+        std::memset(token, 0, r.row_bytes);
+      else
+        std::memcpy(token, kept + (b * r.K + from) * r.row_bytes, r.row_bytes);
+    }
 }
 
 }  // namespace vatt_fast

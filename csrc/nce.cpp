@@ -337,6 +337,9 @@ static void sum_own(const NceChunk& c, const Tile& t, const Parts& parts) {
   }
 }
 
+// A thread without a tile would only be waited for.
+static int threads_for(const NceChunk& c, int64_t tiles) { return tiles < c.threads ? (int)tiles : c.threads; }
+
 static void join_row(const NceChunk& c, const NceSums& sums, const Parts& parts, int64_t i) {
   for (int64_t strip = 0; strip < strips_of(c); strip++) {
     const int64_t at = strip * c.rows + i;
@@ -363,7 +366,7 @@ static void join_column(const NceChunk& c, const NceSums& sums, const Parts& par
 void nce_forward(const NceChunk& c, const NceSums& sums) {
   const Parts parts = parts_in(c, sums.scratch);
   const int64_t tiles = strips_of(c) * blocks_of(c);
-#pragma omp parallel num_threads(c.threads)
+#pragma omp parallel num_threads(threads_for(c, tiles))
   {
     begin_tiles(c);
 #pragma omp for schedule(dynamic, 1)
@@ -431,7 +434,7 @@ static double weigh_tile(const NceChunk& c, const Tile& t, const NceGradients& g
 void nce_backward(const NceChunk& c, const NceGradients& g) {
   const int64_t tiles = strips_of(c) * blocks_of(c);
   double* d_scales = reinterpret_cast<double*>(g.scratch);
-#pragma omp parallel num_threads(c.threads)
+#pragma omp parallel num_threads(threads_for(c, tiles))
   {
     begin_tiles(c);
 #pragma omp for schedule(dynamic, 1)

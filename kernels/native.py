@@ -7,6 +7,7 @@ import importlib
 import os
 from typing import Any
 
+INTERFACE = 2  # csrc/binding.cpp has the same: raise both when what the extension takes or offers changes
 extension: Any = None
 _failure = "not built: the install found no C++ compiler, or it failed (pip install with VATT_FAST_NATIVE=required shows why)"
 try:
@@ -15,6 +16,9 @@ except ModuleNotFoundError:
     pass
 except ImportError as error:
     _failure = f"built, but cannot be loaded: {error}"
+
+if extension is not None and getattr(extension, "INTERFACE", 1) != INTERFACE:  # an editable install's sources have moved on
+    extension, _failure = None, "built from other sources than these: install again (make setup)"
 
 if extension is not None and (_asked := os.environ.get("VATT_FAST_ISA")):
     try:

@@ -1,7 +1,8 @@
-"""Operators of torch from plain functions: what ``torch.library.custom_op`` makes of them, at half the time a call.
+"""Operators of torch from plain functions: what ``torch.library.custom_op`` makes of them, at two thirds of the time a call (NOTES.md).
 
-Its registration of gradients reads the operator's schema anew at every call, and it checks at every call what tests check once (NOTES.md has
-figures). Here the same parts are put together once: an implementation for any device, a fake one for shapes, and one function for autograd.
+Its registration of gradients reads the operator's schema anew at every call, and every call is checked for results that share memory with
+inputs or each other, as tests do here (``tests/test_ops.py``). Here the same parts are put together once: an implementation for any device, a
+fake one for shapes, and one function for autograd.
 """
 
 from collections.abc import Callable
@@ -34,23 +35,24 @@ def operator(
     torch.library.register_fake(f"vatt_fast::{name}", fake, lib=_library)
     overload = getattr(torch.ops.vatt_fast, name).default
 
-    def below_autograd(keys, *inputs):
+    def below_autograd(*inputs_and_keys):
+        *inputs, keys = inputs_and_keys
         with torch._C._AutoDispatchBelowAutograd():
             return overload.redispatch(keys & torch._C._after_autograd_keyset, *inputs)
 
-    def forward(ctx, keys, *inputs):
-        output = below_autograd(keys, *inputs)
-        save(ctx, inputs, output)
+    def forward(ctx, *inputs_and_keys):
+        output = below_autograd(*inputs_and_keys)
+        save(ctx, inputs_and_keys[:-1], output)
         return output
 
     def backward(ctx, *gradients):
-        return None, *differentiate(ctx, *gradients)
+        return *differentiate(ctx, *gradients), None
 
     function: Any = type(name, (torch.autograd.Function,), {"forward": staticmethod(forward), "backward": staticmethod(backward)})
 
     def autograd(keys, *inputs):
-        wanted = torch.is_grad_enabled() and any(isinstance(each, torch.Tensor) and each.requires_grad for each in inputs)
-        return function.apply(keys, *inputs) if wanted else below_autograd(keys, *inputs)
+        wanted = torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs)
+        return function.apply(*inputs, keys) if wanted else below_autograd(*inputs, keys)
 
     _library.impl(name, autograd, "Autograd", with_keyset=True)
     return overload

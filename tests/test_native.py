@@ -62,6 +62,17 @@ def test_every_lower_instruction_set_can_be_held_to_and_no_higher_one():
         extension.hold_to(before)
 
 
+def test_an_extension_of_other_sources_is_refused():
+    """As after an update of an editable install that was not built again."""
+    done = python("""
+        import sys, types
+        sys.modules["vatt_fast.kernels._native"] = types.ModuleType("_native")
+        from vatt_fast.kernels import native
+        print(repr(native.level()), native.explain())
+    """)
+    assert done.stdout.startswith("'' built from other sources"), done.stdout + done.stderr
+
+
 def test_without_the_extension_torch_runs_and_says_why():
     with using(None):
         assert native.level() == "" and "VATT_FAST_NATIVE=required" in native.explain()

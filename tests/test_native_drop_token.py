@@ -10,6 +10,7 @@ from vatt_fast.kernels.drop_token import native_cpu, reference
 pytestmark = pytest.mark.skipif(native.extension is None, reason=f"the extension is {native.explain()}")
 
 KEEPS = {"batch": torch.tensor([30, 2, 7], dtype=torch.int32), "clip": torch.tensor([[0, 36], [5, 4], [36, 1]])}
+ONE = {"batch": KEEPS["batch"], "clip": KEEPS["clip"][:1]}  # of a batch of one clip
 
 
 def tokens_of(dtype=torch.float32, B=3, N=37, dim=5):
@@ -24,6 +25,14 @@ def test_any_dtype_is_copied_as_it_is(dtype, per):
     assert kept.dtype == dtype and torch.equal(kept, reference.forward(tokens, keep))
     scattered = native_cpu.backward(kept, keep, 37)
     assert scattered.dtype == dtype and torch.equal(scattered, reference.backward(kept, keep, 37))
+
+
+@pytest.mark.parametrize("per", ONE)
+def test_one_clip(per):
+    tokens, keep = tokens_of(B=1), ONE[per]
+    kept = native_cpu.forward(tokens, keep)
+    assert torch.equal(kept, reference.forward(tokens, keep))
+    assert torch.equal(native_cpu.backward(kept, keep, 37), reference.backward(kept, keep, 37))
 
 
 @pytest.mark.parametrize("per", KEEPS)
@@ -48,10 +57,12 @@ def test_nothing_is_touched_beyond_the_tensors(monkeypatch, per, at_end):
     def walled(x):
         return guarded(x.shape, x.dtype, at_end).copy_(x)
 
-    monkeypatch.setattr(torch.Tensor, "new_empty", lambda x, shape: guarded(shape, x.dtype, at_end))
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda x, shape, dtype=None: guarded(shape, dtype or x.dtype, at_end))
     tokens, keep = tokens_of(), KEEPS[per].long()
     kept = native_cpu.forward(walled(tokens), walled(keep))
     assert torch.equal(kept, reference.forward(tokens, keep))
+    part = tokens[..., 1:4]  # from a row's second value to its fourth
+    assert torch.equal(native_cpu.forward(walled(tokens)[..., 1:4], walled(keep)), reference.forward(part, keep))
     scattered = native_cpu.backward(walled(kept), walled(keep), 37)
     monkeypatch.undo()
     assert torch.equal(scattered, reference.backward(kept, keep, 37))
@@ -83,7 +94,7 @@ def test_any_number_of_threads_copies_the_same(per):
 
 @pytest.mark.parametrize("lazy", [torch.conj, torch._neg_view])
 def test_values_that_memory_does_not_hold_are_copied_all_the_same(lazy):
-    """torch marks a conjugate or a negative instead of computing it; so do gradients arrive."""
+    """torch marks a conjugate or a negative instead of computing it, and computes it before it calls an op of somebody else's."""
     tokens = torch.complex(tokens_of(), tokens_of()).requires_grad_()
     keep = KEEPS["clip"]
     with use_backend("drop_token=native_cpu"):

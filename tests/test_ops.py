@@ -12,6 +12,7 @@ import zlib
 import plain_ops
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from vatt_fast.kernels import attention, contrastive_lse, dispatch, drop_token, patch_embed, sample_keep, tiles, use_backend
 from vatt_fast.kernels.cases import CASES, DIFFERENTIABLE, AttentionCase, make, tag
@@ -55,6 +56,27 @@ def on_backend(op, backend):
         if "cannot run this" in str(error):
             pytest.skip(str(error))
         raise
+
+
+class OwnMemory(TorchDispatchMode):
+    """Results of our operators share memory with no input and no other result: torch may write into any of them."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        results = function(*args, **kwargs or {})
+        if function.namespace == "vatt_fast":
+            self.check(function, args, results if isinstance(results, tuple | list) else (results,))
+        return results
+
+    def check(self, function, args, results):
+        taken = {_memory(each) for each in args if isinstance(each, torch.Tensor)}
+        for i, each in enumerate(results):
+            if each.numel():
+                assert _memory(each) not in taken, f"result {i} of {function} lies in memory that is not its own"
+                taken.add(_memory(each))
+
+
+def _memory(tensor):
+    return tensor.untyped_storage().data_ptr()
 
 
 def promote(inputs, dtype):
@@ -158,7 +180,7 @@ def judged(op, backend, case, device, dtype, *, without=(), function=None, conte
     truth = run(PLAIN[op], op, promote(inputs, torch.float64), dtype=dtype, without=without)
     yardstick = run(PLAIN[op], op, inputs, dtype=dtype, without=without)
     there = make(case, dtype, device, seed=zlib.crc32(case.name.encode()))
-    with on_backend(op, backend), context():
+    with on_backend(op, backend), context(), OwnMemory():
         result = run(function or OPS[op], op, there, dtype=dtype, without=without)
     assert_as_good_as_plain(result, yardstick, truth, dtype, cancelled_rows(op, inputs))
     return result

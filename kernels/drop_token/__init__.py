@@ -115,7 +115,6 @@ def check_keep_shape(keep: Tensor, batch: int) -> None:
 
 
 def _forward(tokens: Tensor, keep: Tensor, backend: str) -> Tensor:
-    tokens = tokens.resolve_conj().resolve_neg()  # kernels copy what memory holds
     return choose("drop_token", "fwd", backend, tokens, keep).forward(tokens, keep).contiguous()
 
 
@@ -124,7 +123,6 @@ def _fake_forward(tokens, keep, backend):
 
 
 def _backward(d_kept: Tensor, keep: Tensor, num_tokens: int, backend: str) -> Tensor:
-    d_kept = d_kept.resolve_conj().resolve_neg()
     return choose("drop_token", "bwd", backend, d_kept, keep).backward(d_kept, keep, num_tokens)
 
 

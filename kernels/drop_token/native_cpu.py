@@ -1,4 +1,4 @@
-"""DropToken's gather and scatter on a CPU: whole rows, by all threads (csrc/drop_token.cpp); torch's index_select copies with one.
+"""DropToken's gather and scatter on a CPU: whole rows, by all threads (csrc/drop_token.cpp).
 
 Backward writes every row of the gradient once, a kept token's or zeros.
 """
@@ -22,7 +22,7 @@ def forward(tokens, keep):
 def backward(d_kept, keep, num_tokens):
     d_kept, keep = d_kept.contiguous(), keep.long().contiguous()
     d_tokens = d_kept.new_empty((d_kept.shape[0], num_tokens, d_kept.shape[2]))
-    inverse = torch.empty((d_kept.shape[0] if keep.ndim == 2 else 1, num_tokens), dtype=torch.int32)
+    inverse = keep.new_empty((d_kept.shape[0] if keep.ndim == 2 else 1, num_tokens), dtype=torch.int32)
     native.extension.drop_token_put(d_kept.data_ptr(), d_tokens.data_ptr(), inverse.data_ptr(), *_rows(d_kept, keep, num_tokens))
     return d_tokens
 

@@ -20,10 +20,9 @@ from .patchify import unpatchify
 # B batch, N patches, K kept, k values a patch; A 1 with AGG, else 0; R = B (A + K) rows of all clips, AGG's among them
 
 _ELEMENTS = {torch.uint8: "uint8", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-_CHUNK_BYTES = (
-    24 * 2**20
-)  # of packed rows: the product reads all of the weight for every chunk; from 32 MiB on glibc gives memory back at once
-_LONG_CHUNK_BYTES = 48 * 2**20  # where a chunk costs a pass over d_weight
+# of packed rows: a product reads all of the weight for every chunk; glibc gives blocks of 32 MiB and more back at once
+_CHUNK_BYTES = 24 * 2**20
+_LONG_CHUNK_BYTES = 31 * 2**20  # where a chunk costs a pass over d_weight
 
 
 def forward(patches, weight, bias, *, position=None, keep=None, agg=None, scale, shift, patch=None, gathered=False, dtype):
