@@ -140,8 +140,9 @@ def _peak(percent: int, each: Shown) -> Point | None:
 def accuracies(runs: Sequence[accuracy.Run], folder: Path) -> dict[Path, str]:
     """Mean and spread of retrieval and linear probe against what a training step costs."""
     panels, untrained = [], []
-    for measure, before in (("t2v_r10", "t2v_r10_before"), ("motion_probe", "motion_probe_before")):
-        untrained.append(f"{statistics.mean(getattr(run, before) for run in runs):.1f} %")
+    for measure in ("t2v_r10", "a2v_r10", "motion_probe"):
+        if hasattr(runs[0], before := f"{measure}_before"):
+            untrained.append(f"{accuracy.MEASURES[measure]} {statistics.mean(getattr(run, before) for run in runs):.1f} %")
         curves = []
         for steps in sorted({run.steps for run in runs}):
             curves.append(Curve(f"mean of the seeds, {steps} steps", _means([run for run in runs if run.steps == steps], measure), "ours"))
@@ -154,7 +155,7 @@ def accuracies(runs: Sequence[accuracy.Run], folder: Path) -> dict[Path, str]:
     what = (
         "Accuracy against the work of training, points labelled by drop rate. Bars are one standard deviation over the seeds; the axes do"
     )
-    return {stem: f"{what} not begin at zero. Untrained: {' and '.join(untrained)}."}
+    return {stem: f"{what} not begin at zero. Untrained: {', '.join(untrained)}."}
 
 
 def _means(runs: Sequence[accuracy.Run], measure: str) -> list[Point]:

@@ -144,7 +144,7 @@ def test_the_page_says_what_the_lines_say_and_needs_nothing_else(tmp_path, monke
     assert "11.33 †" in page and page.count(CHANGED) == 1 and "10.21 †" not in page
     assert "0.1 TFLOP/s in a fp32 matmul, 13 GB/s in a copy" in page and "2026-12-01" in page and "torch 2.13.0" in page
     assert "No line was measured on a GPU" in page and "with AMX" not in page
-    assert "<td>96.0 ± 1.0</td>" in page and "Untrained: 5.5 % and 50.0 %" in page
+    assert "<td>96.0 ± 1.0</td>" in page and "Untrained: text to video R@10 5.5 %, linear probe of 8 motions 50.0 %" in page
 
     first = {path.relative_to(tmp_path): path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     drawn = {path.stem for path in (tmp_path / "figures").glob("*.png")}

@@ -129,7 +129,7 @@ def level(request):
         yield request.param
 
 
-@pytest.mark.parametrize(("op", "name"), [(op, case.name) for op in OPS for case in PARITY[op]])
+@pytest.mark.parametrize(("op", "name"), [(op, case.name) for op in OPS if op != "drop_token" for case in PARITY[op]])  # it has one version
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_the_battery_holds_on_every_instruction_set(level, op, name, dtype):
     case = next(case for case in PARITY[op] if case.name == name)
