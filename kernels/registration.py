@@ -1,4 +1,4 @@
-"""Operators of torch from plain functions: what ``torch.library.custom_op`` makes of them, at two thirds of the time a call (NOTES.md).
+"""Operators of torch from plain functions: what ``torch.library.custom_op`` makes of them, with less work a call (figures in NOTES.md).
 
 Its registration of gradients reads the operator's schema anew at every call, and every call is checked for results that share memory with
 inputs or each other, as tests do here (``tests/test_ops.py``). Here the same parts are put together once: an implementation for any device, a
