@@ -97,7 +97,7 @@ def _measured_files(line: Line) -> tuple[str, ...]:
     sources = (
         f":(glob)kernels/{op}/**",
         ":(glob)kernels/*.py",
-        *((f"csrc/{op}*", "csrc/*isa*", "csrc/bind*") if device == "cpu" else ("kernels/tiles",)),
+        *((f"csrc/*{op}*", "csrc/vectors.h", "csrc/*isa*", "csrc/bind*") if device == "cpu" else ("kernels/tiles",)),
     )
     contenders = () if line.ours else ("bench/peers.py", "bench/towers.py")
     others = tuple(f":(exclude,glob)kernels/**/{name}*" for name in (*_ELSEWHERE[device], "cases", "jax", "xla"))

@@ -18,7 +18,7 @@ struct Kernels {
 Kernels kernels() {
 #if defined(VF_X86)
   if (current_level() >= Level::amx_bf16) return {amx_bf16::nce_scratch_floats, amx_bf16::nce_forward, amx_bf16::nce_backward};
-  if (current_level() >= Level::avx512_bf16) return {avx512_bf16::nce_scratch_floats, avx512_bf16::nce_forward, avx512_bf16::nce_backward};
+  if (current_level() >= Level::avx512) return {avx512::nce_scratch_floats, avx512::nce_forward, avx512::nce_backward};
   if (current_level() >= Level::avx2) return {avx2::nce_scratch_floats, avx2::nce_forward, avx2::nce_backward};
 #endif
   return {base::nce_scratch_floats, base::nce_forward, base::nce_backward};

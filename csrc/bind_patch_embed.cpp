@@ -29,8 +29,8 @@ int64_t clips_of(const Rows& rows) { return (rows.first + rows.count - 1) / (row
 #define VF_RUN(function, call)                                   \
   do {                                                           \
     py::gil_scoped_release others_may_run;                       \
-    if (current_level() >= Level::avx512_bf16)                   \
-      avx512_bf16::function(call);                               \
+    if (current_level() >= Level::avx512)                        \
+      avx512::function(call);                                    \
     else if (current_level() >= Level::avx2)                     \
       avx2::function(call);                                      \
     else                                                         \

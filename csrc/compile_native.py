@@ -26,14 +26,15 @@ AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
 LEVELS = {  # name, which is also the namespace -> flags
     "base": [],
     "avx2": AVX2,
-    "avx512_bf16": [*AVX512, "-mavx512bf16"],
+    "avx512": AVX512,
     "amx_bf16": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
 }
 # op -> the instruction sets it is compiled for; a machine uses the highest that it has
 OPS = {
-    "patch_embed.cpp": ("base", "avx2", "avx512_bf16"),
-    "nce.cpp": ("base", "avx2", "avx512_bf16", "amx_bf16"),
+    "patch_embed.cpp": ("base", "avx2", "avx512"),
+    "nce.cpp": ("base", "avx2", "avx512", "amx_bf16"),
     "attention.cpp": ("amx_bf16",),
+    "short_attention.cpp": ("avx2", "avx512"),
     "drop_token.cpp": ("base",),  # it copies
 }
 SHARED = ("binding.cpp", "bind_attention.cpp", "bind_drop_token.cpp", "bind_nce.cpp", "bind_patch_embed.cpp", "isa.cpp")  # for any machine
@@ -43,7 +44,7 @@ def build(target: Path, folder: Path, *, emulated: bool = False, flags: Sequence
     """Compile the extension to ``target``, objects to ``folder``. The compiler is CXX, else Python's own or c++; it needs OpenMP.
 
     Args:
-        emulated: the matrix unit and bf16 instructions are written out in AVX-512 (emulated.h), for tests on machines without them.
+        emulated: the matrix unit and its set's bf16 instructions are written out in AVX-512 (emulated.h), for tests on machines without them.
         flags: further ones for compiler and linker, e.g. ["-fsanitize=undefined"].
 
     Raises:
@@ -107,7 +108,7 @@ def _recipe(target: Path, compiler: list[str], emulated: bool, flags: Sequence[s
     units = [(source, f"{Path(source).stem}.o", [*BINDING, *headers]) for source in SHARED]
     for source, levels in OPS.items():
         for level in levels if X86 else [each for each in levels if each == "base"]:
-            own = AVX512 if emulated and level in ("avx512_bf16", "amx_bf16") else LEVELS[level]
+            own = AVX512 if emulated and level == "amx_bf16" else LEVELS[level]
             units.append((source, f"{Path(source).stem}_{level}.o", [*KERNEL, *own, f"-DVF_LEVEL={level}"]))
     macros = [*(["-DVF_X86"] if X86 else []), *(["-DVF_EMULATED"] if emulated else [])]
     undefined = " -undefined dynamic_lookup" if sys.platform == "darwin" else ""

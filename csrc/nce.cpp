@@ -1,7 +1,6 @@
 // The contrastive log-sums: what is done with a chunk of products x @ y^T. Forward, one pass sums exp(S) by rows, columns and own texts;
 // backward, one pass turns products into weights. Compiled once for each instruction set (VF_LEVEL): vectors are the compiler's own, as
-// wide as the set has them, and the one that has a matrix unit computes the products of bf16 vectors too. No header code but intrinsics:
-// a function shared with another set's object would be merged with it.
+// wide as the set has them, and the one that has a matrix unit computes the products of bf16 vectors too.
 //
 // R clips (rows), C texts (columns) of a chunk, D dimensions; tiles of TILE_ROWS x TILE_COLUMNS scores are the tasks, whatever the number
 // of threads: each leaves its sums apart, and they are joined in the tiles' order, so the bits do not depend on who did what.
@@ -12,7 +11,7 @@
 // which set has the matrix unit
 #define VF_TILES_base 0
 #define VF_TILES_avx2 0
-#define VF_TILES_avx512_bf16 0
+#define VF_TILES_avx512 0
 #define VF_TILES_amx_bf16 1
 #define VF_JOINED(a, b) a##b
 #define VF_JOIN(a, b) VF_JOINED(a, b)
@@ -25,71 +24,11 @@
 namespace vatt_fast {
 namespace VF_LEVEL {
 
-#if defined(__AVX512F__)
-constexpr int WIDTH = 16;
-#elif defined(__AVX2__)
-constexpr int WIDTH = 8;
-#else
-constexpr int WIDTH = 4;
-#endif
+#include "vectors.h"
+
 constexpr int64_t TILE_ROWS = 128, TILE_COLUMNS = 512;  // 256 KiB of products: they stay in a core's L2 from one pass to the next
 
 int64_t nce_tile_floats() { return TILE_ROWS * TILE_COLUMNS; }
-
-typedef float Floats __attribute__((vector_size(4 * WIDTH)));
-typedef int32_t Ints __attribute__((vector_size(4 * WIDTH)));
-
-// -- vectors -----------------------------------------------------------------------------------------------------------
-
-static inline Floats load(const float* at) {
-  Floats v;
-  __builtin_memcpy(&v, at, sizeof v);
-  return v;
-}
-static inline Ints load(const int32_t* at) {
-  Ints v;
-  __builtin_memcpy(&v, at, sizeof v);
-  return v;
-}
-static inline void store(float* at, Floats v) { __builtin_memcpy(at, &v, sizeof v); }
-static inline Floats all(float value) { return value - Floats{}; }
-static inline Floats where(Ints mask, Floats v) { return (Floats)((Ints)v & mask); }  // else 0, also for nan
-static inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }
-
-static inline float sum_of(Floats v) {
-  float lanes[WIDTH];
-  __builtin_memcpy(lanes, &v, sizeof v);
-  for (int half = WIDTH / 2; half; half /= 2)
-    for (int i = 0; i < half; i++) lanes[i] += lanes[i + half];
-  return lanes[0];
-}
-
-static inline float largest_of(Floats v) {
-  float lanes[WIDTH], top;
-  __builtin_memcpy(lanes, &v, sizeof v);
-  top = lanes[0];
-  for (int i = 1; i < WIDTH; i++) top = lanes[i] > top ? lanes[i] : top;
-  return top;
-}
-
-// exp, relative error below 2e-7; 0 below -87, nan stays nan. x = n ln 2 + r, exp(r) by a polynomial, 2^n by the exponent's bits.
-static inline Floats exp_of(Floats x) {
-  constexpr float LOWEST = -87.3f, HIGHEST = 88.3f, TO_INTEGER = 12582912.0f;  // 1.5 * 2^23: adding it rounds, and leaves n in the low bits
-  const Floats bounded = x < LOWEST ? all(LOWEST) : x > HIGHEST ? all(HIGHEST) : x;
-  const Floats shifted = bounded * 1.44269504088896341f + TO_INTEGER;
-  const Floats n = shifted - TO_INTEGER;
-  const Floats r = (bounded - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 in two parts: the first product is exact
-  Floats p = all(1.9875691500e-4f);
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = (p * r * r + r) + 1.0f;
-  const Ints power = ((Ints)shifted << 23) + 0x3f800000;
-  const Floats value = p * (Floats)power;
-  return x < LOWEST ? Floats{} : value;
-}
 
 // -- own texts ---------------------------------------------------------------------------------------------------------
 

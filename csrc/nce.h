@@ -52,7 +52,7 @@ struct NceGradients {
 VF_DECLARE_NCE(base)
 #if defined(VF_X86)
 VF_DECLARE_NCE(avx2)
-VF_DECLARE_NCE(avx512_bf16)
+VF_DECLARE_NCE(avx512)
 VF_DECLARE_NCE(amx_bf16)
 namespace amx_bf16 {
 // y (texts, dim) bf16, multiples of 16 and 32 -> panels of 16 texts, each (dim / 2, 16, 2): the order in which tiles are read.

@@ -7,12 +7,6 @@
 #if defined(__AVX2__)
 #include <immintrin.h>
 #endif
-#if defined(VF_EMULATED) && defined(__AVX512F__)
-#include "emulated.h"
-#define VF_BF16
-#elif defined(__AVX512BF16__)
-#define VF_BF16
-#endif
 
 namespace vatt_fast {
 namespace VF_LEVEL {
@@ -72,29 +66,26 @@ inline void convert(const In* __restrict in, Out* __restrict out, int64_t count)
   for (int64_t i = 0; i < count; ++i) store(load(in[i]), out + i);
 }
 
-#if defined(VF_BF16)
-inline __m512i two_to_bf16(__m512 low, __m512 high) { return (__m512i)_mm512_cvtne2ps_pbh(high, low); }
-
+#if defined(__AVX512F__)
 inline __m512 centred(const uint8_t* in) {
   const __m128i values = _mm_xor_si128(_mm_loadu_si128(reinterpret_cast<const __m128i*>(in)), _mm_set1_epi8(-128));
   return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(values));
 }
 
+inline __m256i to_bf16(const uint8_t* in) {  // -128 .. 127 is exact in bf16: the upper half of the float is all of it
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_castps_si512(centred(in)), 16));
+}
+
 inline void convert(const uint8_t* __restrict in, Bf16* __restrict out, int64_t count) {
   int64_t i = 0;
-  for (; i + 32 <= count; i += 32) _mm512_storeu_si512(out + i, two_to_bf16(centred(in + i), centred(in + i + 16)));
-  if (i + 16 <= count) {  // runs of 48, a line of a patch of 16 RGB pixels
-    const __m512i both = two_to_bf16(centred(in + i), _mm512_setzero_ps());
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i), _mm512_castsi512_si256(both));
-    i += 16;
-  }
+  for (; i + 16 <= count; i += 16) _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i), to_bf16(in + i));
   for (; i < count; ++i) store(load(in[i]), out + i);
 }
 
-inline void convert(const float* __restrict in, Bf16* __restrict out, int64_t count) {
+inline void convert(const uint8_t* __restrict in, float* __restrict out, int64_t count) {
   int64_t i = 0;
-  for (; i + 32 <= count; i += 32) _mm512_storeu_si512(out + i, two_to_bf16(_mm512_loadu_ps(in + i), _mm512_loadu_ps(in + i + 16)));
-  for (; i < count; ++i) store(in[i], out + i);
+  for (; i + 16 <= count; i += 16) _mm512_storeu_ps(out + i, centred(in + i));
+  for (; i < count; ++i) store(load(in[i]), out + i);
 }
 #elif defined(__AVX2__)
 inline __m256 centred(const uint8_t* in) {
@@ -104,7 +95,7 @@ inline __m256 centred(const uint8_t* in) {
 
 inline void convert(const uint8_t* __restrict in, Bf16* __restrict out, int64_t count) {
   int64_t i = 0;
-  for (; i + 16 <= count; i += 16) {  // -128 .. 127 is exact in bf16: the upper half of the float is all of it
+  for (; i + 16 <= count; i += 16) {  // exact, as above
     const __m256i low = _mm256_srli_epi32(_mm256_castps_si256(centred(in + i)), 16);
     const __m256i high = _mm256_srli_epi32(_mm256_castps_si256(centred(in + i + 8)), 16);
     const __m256i both = _mm256_permute4x64_epi64(_mm256_packus_epi32(low, high), 0xd8);

@@ -105,7 +105,7 @@ struct FinishWeight {  // d_weight = scale * product + factor * d_bias of its ro
 VF_DECLARE_PATCH_EMBED(base)
 #if defined(VF_X86)
 VF_DECLARE_PATCH_EMBED(avx2)
-VF_DECLARE_PATCH_EMBED(avx512_bf16)
+VF_DECLARE_PATCH_EMBED(avx512)
 #endif
 
 }  // namespace vatt_fast

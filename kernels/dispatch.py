@@ -16,6 +16,7 @@ import torch
 from . import native
 
 OPS = ("attention", "drop_token", "nce", "patch_embed")
+_FEW_TOKENS = {"avx2": 64, "avx512": 256, "amx_bf16": 256}
 
 
 class Row(NamedTuple):
@@ -41,9 +42,12 @@ def _not_yet_measured(mode, *tensors, **options) -> bool:
     return False
 
 
-def _several_queries(mode, q, k, v, **options) -> bool:
-    """For a query or two the packing of all keys would be most of the work (predicted, NOTES.md)."""
-    return q.shape[1] >= 16
+def _bf16_or_few_tokens(mode, q, k, v, **options) -> bool:
+    """bf16, on a matrix unit: for a query or two the packing of all keys would be most of the work (predicted, NOTES.md). fp32: up to where
+    splitting products for the threads costs the libraries more than it gains (measured, NOTES.md)."""
+    if q.dtype == torch.bfloat16:
+        return q.shape[1] >= 16
+    return max(q.shape[1], k.shape[1]) <= _FEW_TOKENS.get(native.level(), 0)
 
 
 def _vectorised(mode, *tensors, **options) -> bool:
@@ -77,7 +81,7 @@ _REFERENCES = tuple(Row(op, "reference") for op in OPS)
 # (framework, device): best first. What is not listed here still runs when asked for by name.
 PREFERENCE: dict[tuple[str, str], tuple[Row, ...]] = {
     ("torch", "cpu"): (
-        Row("attention", "native_cpu", _several_queries),
+        Row("attention", "native_cpu", _bf16_or_few_tokens),
         Row("attention", "torch_sdpa"),
         Row("drop_token", "native_cpu"),
         Row("nce", "native_cpu"),

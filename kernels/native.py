@@ -1,13 +1,13 @@
 """The C++ extension (csrc/): whether it was built, and which instruction set of this machine its kernels use.
 
-The environment variable VATT_FAST_ISA (base, avx2, avx512_bf16, amx_bf16), read at import, holds them to a lower one.
+The environment variable VATT_FAST_ISA (base, avx2, avx512, amx_bf16), read at import, holds them to a lower one.
 """
 
 import importlib
 import os
 from typing import Any
 
-INTERFACE = 2  # csrc/binding.cpp has the same: raise both when what the extension takes or offers changes
+INTERFACE = 3  # csrc/binding.cpp has the same: raise both when what the extension takes or offers changes
 extension: Any = None
 _failure = "not built: the install found no C++ compiler, or it failed (pip install with VATT_FAST_NATIVE=required shows why)"
 try:
@@ -28,7 +28,7 @@ if extension is not None and (_asked := os.environ.get("VATT_FAST_ISA")):
 
 
 def level() -> str:
-    """Instruction set in use: "base", "avx2", "avx512_bf16", "amx_bf16"; "" without the extension."""
+    """Instruction set in use: "base", "avx2", "avx512", "amx_bf16"; "" without the extension."""
     return "" if extension is None else extension.level()
 
 

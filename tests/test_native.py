@@ -40,7 +40,7 @@ def test_the_environment_holds_the_kernels_to_a_lower_instruction_set():
     if native.extension.available() != "base":
         assert "VATT_FAST_ISA" in explained and native.extension.available() in explained
     wrong = python(show, VATT_FAST_ISA="sse9")
-    assert wrong.returncode and "VATT_FAST_ISA" in wrong.stderr and "avx512_bf16" in wrong.stderr
+    assert wrong.returncode and "VATT_FAST_ISA" in wrong.stderr and "avx512" in wrong.stderr
     if native.extension.available() != "amx_bf16":
         beyond = python(show, VATT_FAST_ISA="amx_bf16")
         assert beyond.returncode and native.extension.missing() in beyond.stderr

@@ -1,8 +1,11 @@
-"""Attention in C++ on Intel's matrix unit (csrc/attention.cpp): bf16 in, fp32 sums and statistics, scores never stored."""
+"""Attention in C++: bf16 on Intel's matrix unit (csrc/attention.cpp), fp32 sums and statistics, scores never stored; fp32 of few tokens
+with AVX2 or AVX-512 (native_short.py)."""
 
 import torch
 
 from .. import native
+from . import native_short
+from .native_short import address, strided
 
 # B batch, T queries, S keys, H heads, D head_dim
 
@@ -10,6 +13,8 @@ _MAX_HEAD_DIM = 128
 
 
 def forward(q, k, v, *, scale, bias=None, key_mask=None, deterministic=False):
+    if q.dtype == torch.float32:
+        return native_short.forward(q, k, v, scale=scale, bias=bias, key_mask=key_mask)
     B, T, H, D = q.shape
     shape, threads, scratch = _prepare(q, k, backward=False)
     key_mask = None if key_mask is None else key_mask.contiguous()
@@ -17,13 +22,15 @@ def forward(q, k, v, *, scale, bias=None, key_mask=None, deterministic=False):
     out = torch.empty((B, T, H, D), dtype=q.dtype)
     lse = torch.empty((B, H, T), dtype=torch.float32)
     native.extension.attention_forward(
-        shape, scale, threads, _strided(q), _strided(k), _strided(v),
-        _address(key_mask), _address(bias), out.data_ptr(), lse.data_ptr(), scratch.data_ptr(),
+        shape, scale, threads, strided(q), strided(k), strided(v),
+        address(key_mask), address(bias), out.data_ptr(), lse.data_ptr(), scratch.data_ptr(),
     )  # fmt: skip
     return out, lse
 
 
 def backward(d_out, d_lse, q, k, v, out, lse, *, scale, bias=None, key_mask=None, deterministic=False, bias_grad=False):
+    if q.dtype == torch.float32:
+        return native_short.backward(d_out, d_lse, q, k, v, lse, scale=scale, bias=bias, key_mask=key_mask, bias_grad=bias_grad)
     _, T, H, _ = q.shape
     d_out, out = (x if x.stride(-1) == 1 else x.contiguous() for x in (d_out, out))
     shape, threads, scratch = _prepare(q, k, backward=True)
@@ -34,9 +41,9 @@ def backward(d_out, d_lse, q, k, v, out, lse, *, scale, bias=None, key_mask=None
     d_q, d_k, d_v = (torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
     d_bias = torch.zeros((H, k.shape[1], T), dtype=torch.float32) if bias_grad else None
     native.extension.attention_backward(
-        shape, scale, threads, _strided(q), _strided(k), _strided(v), _strided(out), _strided(d_out),
-        _address(key_mask), _address(bias), lse.data_ptr(), _address(d_lse),
-        d_q.data_ptr(), d_k.data_ptr(), d_v.data_ptr(), _address(d_bias), scratch.data_ptr(),
+        shape, scale, threads, strided(q), strided(k), strided(v), strided(out), strided(d_out),
+        address(key_mask), address(bias), lse.data_ptr(), address(d_lse),
+        d_q.data_ptr(), d_k.data_ptr(), d_v.data_ptr(), address(d_bias), scratch.data_ptr(),
     )  # fmt: skip
     return d_q, d_k, d_v, None if d_bias is None else d_bias.transpose(1, 2)
 
@@ -49,25 +56,19 @@ def _prepare(q, k, *, backward: bool):
     return shape, threads, scratch[-scratch.data_ptr() % 64 :]
 
 
-def _strided(x):
-    return (x.data_ptr(), *x.stride()[:3])
-
-
-def _address(x):
-    return 0 if x is None else x.data_ptr()
-
-
 def unsupported(q, k, v, *, scale, bias=None, key_mask=None, deterministic=False, bias_grad=False) -> str | None:
     if q.device.type != "cpu":
         return f"tensors are on {q.device.type}; these kernels run on cpu"
     if native.extension is None:
         return f"the C++ extension is {native.explain()}"
-    if native.level() != "amx_bf16":
-        return f"it needs AMX (amx_bf16), and the instruction set is {native.explain()}"
-    if q.dtype != torch.bfloat16:
-        return f"{q.dtype} is not bfloat16, which alone the matrix unit takes"
-    if q.shape[-1] > _MAX_HEAD_DIM:
-        return f"head_dim {q.shape[-1]} is beyond {_MAX_HEAD_DIM}"
     if any(x.stride(-1) != 1 for x in (q, k, v)):
         return "the last axis of q, k and v must be contiguous"
+    if q.dtype == torch.float32:
+        return native_short.unsupported(q, k)
+    if q.dtype != torch.bfloat16:
+        return f"{q.dtype} is neither float32 nor bfloat16"
+    if native.level() != "amx_bf16":
+        return f"in bf16 it needs AMX (amx_bf16), and the instruction set is {native.explain()}"
+    if q.shape[-1] > _MAX_HEAD_DIM:
+        return f"head_dim {q.shape[-1]} is beyond {_MAX_HEAD_DIM}"
     return None

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 import torch
 
 from .. import native
+from ..dispatch import native_bf16
 from ..numerics import put_rows
 from .dtypes import refused
 from .patchify import unpatchify
@@ -98,7 +99,7 @@ class _Rows:
             self.keep, self.keep_stride = keep.to(torch.int64).contiguous(), self.K if keep.ndim == 2 else 0
         self.gathered = gathered
         self.centre = 128.0 if patches.dtype == torch.uint8 else 0.0
-        self.product_dtype = torch.float32 if native.level() in ("base", "avx2") else dtype
+        self.product_dtype = dtype if native.level() == "amx_bf16" or native_bf16(patches.device) else torch.float32
 
     def chunks(self, most_bytes: int) -> Iterator[tuple[int, torch.Tensor]]:
         """The first row of each chunk, and its rows; the next one lies in the same memory."""

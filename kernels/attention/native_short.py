@@ -1,0 +1,62 @@
+"""Attention of few tokens in C++ with AVX2 or AVX-512 (csrc/short_attention.cpp): fp32, the scores of a head in a core's cache."""
+
+import torch
+import torch.nn.functional as F
+
+from .. import native
+
+# B batch, T queries, S keys, H heads, D head_dim
+
+_MOST_TOKENS = 512  # beyond, a head's scores leave the cache
+_GROUPS = 16  # of clips, whose parts of d_bias are summed one by one: as many for any number of threads, so that the bits are the same
+_LANES = 16  # floats of the widest vector: the kernel takes biases by key, queries filled up to whole vectors
+
+
+def forward(q, k, v, *, scale, bias, key_mask):
+    B, T, H, D = q.shape
+    arguments, _kept = _arguments(q, k, v, scale, bias, key_mask)
+    out, lse = torch.empty((B, T, H, D), dtype=q.dtype), torch.empty((B, H, T), dtype=q.dtype)
+    native.extension.short_attention_forward(*arguments, out.data_ptr(), lse.data_ptr())
+    return out, lse
+
+
+def backward(d_out, d_lse, q, k, v, lse, *, scale, bias, key_mask, bias_grad):
+    B, T, H, _ = q.shape
+    arguments, _kept = _arguments(q, k, v, scale, bias, key_mask)
+    d_out = d_out if d_out.stride(-1) == 1 else d_out.contiguous()
+    lse, d_lse = lse.contiguous(), None if d_lse is None else d_lse.contiguous()
+    groups = min(B, _GROUPS)
+    d_q, d_k, d_v = (torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
+    d_bias = torch.empty((groups, H, k.shape[1], T + -T % _LANES), dtype=q.dtype) if bias_grad else None
+    native.extension.short_attention_backward(
+        *arguments, strided(d_out), lse.data_ptr(), address(d_lse),
+        d_q.data_ptr(), d_k.data_ptr(), d_v.data_ptr(), address(d_bias), groups,
+    )  # fmt: skip
+    return d_q, d_k, d_v, None if d_bias is None else d_bias.sum(0)[..., :T].transpose(1, 2)
+
+
+def _arguments(q, k, v, scale, bias, key_mask):
+    """What both calls begin with, and the tensors whose addresses are in it."""
+    B, T, H, D = q.shape
+    shape, threads, row = (B, T, k.shape[1], H, D), min(torch.get_num_threads(), B * H), T + -T % _LANES
+    key_mask = None if key_mask is None else key_mask.contiguous()
+    bias = None if bias is None else F.pad(bias.to(torch.float32).transpose(1, 2), (0, row - T)).contiguous()
+    scratch = torch.empty(threads * native.extension.short_attention_floats(shape), dtype=q.dtype)
+    arguments = (shape, scale, threads, strided(q), strided(k), strided(v), address(key_mask), address(bias), row, scratch.data_ptr())
+    return arguments, (key_mask, bias, scratch)
+
+
+def strided(x) -> tuple[int, ...]:
+    return (x.data_ptr(), *x.stride()[:3])
+
+
+def address(x) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
+def unsupported(q, k) -> str | None:
+    if native.level() == "base":
+        return f"in fp32 it needs AVX2, and the instruction set is {native.explain()}"
+    if max(q.shape[1], k.shape[1]) > _MOST_TOKENS:
+        return f"{max(q.shape[1], k.shape[1])} tokens are more than the {_MOST_TOKENS} that its fp32 kernel takes"
+    return None
