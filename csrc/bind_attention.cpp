@@ -64,8 +64,9 @@ void bind_few_tokens(py::module_& m) {
 
 Heads heads(const Strided& x) { return {at<const uint16_t>(std::get<0>(x)), std::get<1>(x), std::get<2>(x), std::get<3>(x)}; }
 
-AttentionShape shape_of(const Shape& s, float scale, int threads) {
-  return {std::get<0>(s), std::get<1>(s), std::get<2>(s), std::get<3>(s), std::get<4>(s), scale, threads};
+AttentionShape shape_of(const Shape& shape, float scale, int threads) {
+  const auto [B, T, S, H, D] = shape;
+  return {B, T, S, H, D, scale, threads};
 }
 
 void bind_matrix_unit(py::module_& m) {

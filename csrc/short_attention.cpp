@@ -104,7 +104,7 @@ static inline void unpack(const float* from, int64_t width, float factor, float*
 
 // -- one head ----------------------------------------------------------------------------------------------------------
 // Scores lie transposed, (S, padded T): a vector holds a key's scores with several queries, so that softmax is sums of vectors. Lanes beyond
-// T hold something finite that nobody reads.
+// T hold what no result takes.
 
 static inline const float* head_of(const FloatHeads& x, int64_t b, int64_t h) { return x.data + b * x.batch + h * x.head; }
 
@@ -187,7 +187,11 @@ static void forward_head(const ShortAttention& a, int64_t b, int64_t h, float* o
   multiply({weights, 1, width}, values, T, S, mixed);
   for (int64_t t = 0; t < T; t++) {
     lse[(b * H + h) * T + t] = peaks[t] + logf(totals[t]);
-    unpack(mixed + t * padded(D), D, totals[t] > 0 ? 1 / totals[t] : totals[t], out + ((b * T + t) * H + h) * D);
+    float* row = out + ((b * T + t) * H + h) * D;
+    if (totals[t] == 0)
+      zero(row, 1, D, D);
+    else
+      unpack(mixed + t * padded(D), D, 1 / totals[t], row);
   }
 }
 
@@ -198,6 +202,7 @@ static void differentiate(const ShortAttention& a, int64_t b, int64_t h, const f
   const int64_t width = padded(a.queries);
   for (int64_t t = 0; t < width; t += WIDTH) {
     const Floats log_sum = load(lse + t);
+    const Ints has_keys = log_sum < INFINITY;
     Floats total = {}, delta = {};
     for (int64_t s = 0; s < a.keys; s++) {
       const bool nothing = hidden(a, b, s);
@@ -212,7 +217,7 @@ static void differentiate(const ShortAttention& a, int64_t b, int64_t h, const f
     for (int64_t s = 0; s < a.keys; s++) {
       float *e = p + s * width + t, *d = d_scores + s * width + t;
       store(e, load(e) * factor);
-      store(d, load(e) * (load(d) - delta));  // also of a hidden key: 0
+      store(d, where(has_keys, load(e) * (load(d) - delta)));  // of a hidden key: 0
       if (d_bias) store(d_bias + s * a.bias_row + t, load(d_bias + s * a.bias_row + t) + load(d));
     }
   }
@@ -238,7 +243,10 @@ static void backward_head(const ShortAttention& a, const ShortGradients& g, int6
   multiply({k, a.k.row, 1}, pack_transposed(q, a.q.row, T, D, transposed), S, D, p);
   multiply({head_of(a.v, b, h), a.v.row, 1}, pack_transposed(d_out, g.d_out.row, T, D, transposed), S, D, d_scores);
   differentiate(a, b, h, lse, d_lse, p, d_scores, d_bias);
-  multiply({p, width, 1}, pack(d_out, g.d_out.row, T, D, packed), S, T, result);
+  const Packed packed_d_out = pack(d_out, g.d_out.row, T, D, packed);
+  for (int64_t t = 0; t < T; t++)
+    if (lse[t] == INFINITY) zero(packed + t * packed_d_out.width, 1, packed_d_out.width, 0);
+  multiply({p, width, 1}, packed_d_out, S, T, result);
   unpack_rows(result, S, D, 1, d_v, H * D);
   multiply({d_scores, width, 1}, pack(q, a.q.row, T, D, packed), S, T, result);
   unpack_rows(result, S, D, a.scale, d_k, H * D);

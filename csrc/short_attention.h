@@ -18,7 +18,7 @@ struct ShortAttention {
   int threads;
   FloatHeads q, k, v;
   const uint8_t* key_mask;  // (B, S) contiguous bool, or null
-  const float* bias;        // (H, S, bias_row) contiguous, finite beyond T; or null
+  const float* bias;        // (H, S, bias_row) contiguous, anything beyond T; or null
   int64_t bias_row;         // T filled up to a multiple of 16
   float* scratch;           // short_attention_floats(...) for each thread
 };

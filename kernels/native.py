@@ -32,6 +32,11 @@ def level() -> str:
     return "" if extension is None else extension.level()
 
 
+def address(tensor) -> int:
+    """What the extension takes for a tensor; 0 for None."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
 def explain() -> str:
     """One line: what is used, and why not more."""
     if extension is None:

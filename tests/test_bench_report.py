@@ -143,7 +143,7 @@ def test_the_page_says_what_the_lines_say_and_needs_nothing_else(tmp_path, monke
     assert "<b>eager</b>" not in page and "<b>plain</b>" not in page
     assert "11.33 †" in page and page.count(CHANGED) == 1 and "10.21 †" not in page
     assert "0.1 TFLOP/s in a fp32 matmul, 13 GB/s in a copy" in page and "2026-12-01" in page and "torch 2.13.0" in page
-    assert "No line was measured on a GPU" in page and "with AMX" not in page
+    assert "No line was measured on a GPU" in page and "No line was measured on a CPU with AMX" in page
     assert "<td>96.0 ± 1.0</td>" in page and "Untrained: text to video R@10 5.5 %, linear probe of 8 motions 50.0 %" in page
 
     first = {path.relative_to(tmp_path): path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
@@ -191,7 +191,8 @@ def test_absent_devices_are_named():
     on_gpu = line(device=GPU, versions={"torch": "2.13.0", "cuda": "13.0"})
     assert "GPU" in sentences(line()) and "AMX" in sentences(line())
     assert "GPU" not in sentences(on_gpu) and "AMX" in sentences(on_gpu)
-    assert "AMX" not in sentences(line(backend="native_cpu")) and "AMX" in sentences(line("nce", backend="native_cpu"))
+    assert "AMX" in sentences(line(backend="native_cpu")) and "AMX" in sentences(line("nce", backend="native_cpu", dtype="bf16"))
+    assert "AMX" not in sentences(line(backend="native_cpu", dtype="bf16"))
 
 
 def test_without_matplotlib_the_message_says_what_to_install(tmp_path, monkeypatch):

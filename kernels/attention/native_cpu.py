@@ -4,8 +4,9 @@ with AVX2 or AVX-512 (native_short.py)."""
 import torch
 
 from .. import native
+from ..native import address
 from . import native_short
-from .native_short import address, strided
+from .native_short import strided
 
 # B batch, T queries, S keys, H heads, D head_dim
 

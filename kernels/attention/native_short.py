@@ -4,18 +4,19 @@ import torch
 import torch.nn.functional as F
 
 from .. import native
+from ..native import address
 
 # B batch, T queries, S keys, H heads, D head_dim
 
-_MOST_TOKENS = 512  # beyond, a head's scores leave the cache
-_GROUPS = 16  # of clips, whose parts of d_bias are summed one by one: as many for any number of threads, so that the bits are the same
+_MOST_TOKENS = 512  # beyond, a head's scores leave any core's cache
+_GROUPS = 16  # of clips, each with a d_bias of its own: as many for any number of threads, so that the bits are the same
 _LANES = 16  # floats of the widest vector: the kernel takes biases by key, queries filled up to whole vectors
 
 
 def forward(q, k, v, *, scale, bias, key_mask):
-    B, T, H, D = q.shape
+    B, T, H, _ = q.shape
     arguments, _kept = _arguments(q, k, v, scale, bias, key_mask)
-    out, lse = torch.empty((B, T, H, D), dtype=q.dtype), torch.empty((B, H, T), dtype=q.dtype)
+    out, lse = torch.empty(q.shape, dtype=q.dtype), torch.empty((B, H, T), dtype=q.dtype)
     native.extension.short_attention_forward(*arguments, out.data_ptr(), lse.data_ptr())
     return out, lse
 
@@ -25,7 +26,7 @@ def backward(d_out, d_lse, q, k, v, lse, *, scale, bias, key_mask, bias_grad):
     arguments, _kept = _arguments(q, k, v, scale, bias, key_mask)
     d_out = d_out if d_out.stride(-1) == 1 else d_out.contiguous()
     lse, d_lse = lse.contiguous(), None if d_lse is None else d_lse.contiguous()
-    groups = min(B, _GROUPS)
+    groups = min(B, _GROUPS) if bias_grad else B
     d_q, d_k, d_v = (torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
     d_bias = torch.empty((groups, H, k.shape[1], T + -T % _LANES), dtype=q.dtype) if bias_grad else None
     native.extension.short_attention_backward(
@@ -48,10 +49,6 @@ def _arguments(q, k, v, scale, bias, key_mask):
 
 def strided(x) -> tuple[int, ...]:
     return (x.data_ptr(), *x.stride()[:3])
-
-
-def address(x) -> int:
-    return 0 if x is None else x.data_ptr()
 
 
 def unsupported(q, k) -> str | None:

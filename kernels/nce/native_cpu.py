@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 
 from .. import native
+from ..native import address
 
 # M clips of x, N clips in all, P texts a clip, T = N * P texts, D dimensions
 
@@ -30,8 +31,8 @@ def forward(x, y, *, scale, texts_per_clip, first, x_valid=None, y_valid=None, b
     peaks = [torch.full((size,), -math.inf) for size in (M, T, M)] if scores.running else None
     for chunk in scores.chunks():
         places = (chunk.clips, chunk.texts, chunk.clips)
-        at = [_address(vector[place]) for vectors in (totals, peaks) if vectors for vector, place in zip(vectors, places, strict=True)]
-        native.extension.nce_forward(*chunk.native, *at, *[0] * (6 - len(at)), _address(scores.scratch))
+        at = [address(vector[place]) for vectors in (totals, peaks) if vectors for vector, place in zip(vectors, places, strict=True)]
+        native.extension.nce_forward(*chunk.native, *at, *[0] * (6 - len(at)), address(scores.scratch))
     lses = [total.log_() for total in totals]  # of an empty set -inf
     if peaks:
         lses = [lse.add_(peak) for lse, peak in zip(lses, peaks, strict=True)]
@@ -51,8 +52,8 @@ def backward(d_row, d_col, d_pos, x, y, row, col, pos, *, scale, texts_per_clip,
     d_y_part = None if in_place else torch.empty((scores.texts, y.shape[1]), dtype=torch.float32)
     for chunk in scores.chunks():
         places = (chunk.clips, chunk.texts, chunk.clips)
-        at = [_address(vector[place]) for vectors in (gradients, lses) for vector, place in zip(vectors, places, strict=True)]
-        native.extension.nce_backward(*chunk.native, *at, _address(d_scale), _address(scores.scratch))
+        at = [address(vector[place]) for vectors in (gradients, lses) for vector, place in zip(vectors, places, strict=True)]
+        native.extension.nce_backward(*chunk.native, *at, address(d_scale), address(scores.scratch))
         weights = scores.weights[: chunk.x.shape[0], : chunk.y.shape[0]]
         _multiply(d_x[chunk.clips], weights, chunk.y, chunk.texts.start == 0)
         sums = d_y[chunk.texts] if d_y_part is None else d_y_part[: chunk.y.shape[0]]
@@ -121,18 +122,18 @@ class _Scores:
                     _multiply(self.products[: x.shape[0], : y.shape[0]], x, y.t(), True)
                 rows = _aligned(x) if panels is not None else None
                 chunk = (
-                    _address(self.products),
+                    address(self.products),
                     self.weights.stride(0),
                     x.shape[0],
                     y.shape[0],
-                    0 if self.x_valid is None else _address(self.x_valid[clips]),
-                    _address(self.y_counts[texts]),
+                    0 if self.x_valid is None else address(self.x_valid[clips]),
+                    address(self.y_counts[texts]),
                     (self.first + i) * self.texts_per_clip - j,
                     self.texts_per_clip,
                     self.scale,
                     self.running,
                     torch.get_num_threads(),
-                    *((0, 0, 0, 0) if panels is None else (_address(rows), _address(panels), panels.shape[1], _address(self.weights))),
+                    *((0, 0, 0, 0) if panels is None else (address(rows), address(panels), panels.shape[1], address(self.weights))),
                 )
                 yield _Chunk(clips, texts, x, y, chunk)
 
@@ -141,7 +142,7 @@ def _panels(y) -> torch.Tensor:
     """Texts in the order in which the matrix unit reads them."""
     rows = _aligned(y)
     panels = torch.empty_like(rows)
-    native.extension.nce_pack(_address(rows), *rows.shape, _address(panels), torch.get_num_threads())
+    native.extension.nce_pack(address(rows), *rows.shape, address(panels), torch.get_num_threads())
     return panels
 
 
@@ -177,10 +178,6 @@ def _gradient(d_lse, lse, running: bool):
 
 def _padded(texts: int) -> int:
     return -(-texts // _ALIGNMENT) * _ALIGNMENT
-
-
-def _address(tensor) -> int:
-    return tensor.data_ptr()
 
 
 def unsupported(x, y, *, scale, texts_per_clip=1, first=0, x_valid=None, y_valid=None, bound=None) -> str | None:

@@ -14,6 +14,7 @@ import torch
 
 from .. import native
 from ..dispatch import native_bf16
+from ..native import address
 from ..numerics import put_rows
 from .dtypes import refused
 from .patchify import unpatchify
@@ -46,7 +47,7 @@ def forward(patches, weight, bias, *, position=None, keep=None, agg=None, scale,
         torch.mm(packed, weight.T, out=product)
         native.extension.patch_finish(
             product.data_ptr(), _ELEMENTS[product.dtype], part.data_ptr(), _ELEMENTS[dtype], scale, whole_bias.data_ptr(), *place,
-            _address(agg), _address(rows.keep), rows.keep_stride, first, count, rows.K, dim, torch.get_num_threads(),
+            address(agg), address(rows.keep), rows.keep_stride, first, count, rows.K, dim, torch.get_num_threads(),
         )  # fmt: skip
     return tokens.view(B, rows.A + rows.K, dim)
 
@@ -99,7 +100,8 @@ class _Rows:
             self.keep, self.keep_stride = keep.to(torch.int64).contiguous(), self.K if keep.ndim == 2 else 0
         self.gathered = gathered
         self.centre = 128.0 if patches.dtype == torch.uint8 else 0.0
-        self.product_dtype = dtype if native.level() == "amx_bf16" or native_bf16(patches.device) else torch.float32
+        multiplied = native_bf16(patches.device) or native.level() == "amx_bf16"  # which tests also emulate
+        self.product_dtype = dtype if multiplied else torch.float32
 
     def chunks(self, most_bytes: int) -> Iterator[tuple[int, torch.Tensor]]:
         """The first row of each chunk, and its rows; the next one lies in the same memory."""
@@ -111,7 +113,7 @@ class _Rows:
         for first in range(0, R, count):
             packed = memory[: R - first]
             native.extension.patch_pack(
-                self.patches.data_ptr(), _ELEMENTS[self.patches.dtype], self.place, 0 if self.gathered else _address(self.keep), self.keep_stride,
+                self.patches.data_ptr(), _ELEMENTS[self.patches.dtype], self.place, 0 if self.gathered else address(self.keep), self.keep_stride,
                 packed.data_ptr(), _ELEMENTS[packed.dtype], first, packed.shape[0], self.K, self.A, torch.get_num_threads(),
             )  # fmt: skip
             yield first, packed
@@ -125,7 +127,7 @@ def _weight(weight, bias, factor, scale, product_dtype):
     whole_bias = torch.empty(dim)
     copy = None if weight.dtype == product_dtype else torch.empty((dim, k), dtype=product_dtype)
     native.extension.patch_weight(
-        weight.data_ptr(), _ELEMENTS[weight.dtype], weight.stride(0), bias.data_ptr(), _address(copy), whole_bias.data_ptr(),
+        weight.data_ptr(), _ELEMENTS[weight.dtype], weight.stride(0), bias.data_ptr(), address(copy), whole_bias.data_ptr(),
         scale * factor, dim, k, torch.get_num_threads(),
     )  # fmt: skip
     return weight if copy is None else copy, whole_bias
@@ -141,8 +143,8 @@ def _sums(d_tokens, position, rows: _Rows):
     d_position = None if position is None else torch.empty((count, dim))
     parts = torch.empty((-(-count // native.extension.patch_rows_a_part), 2, dim))
     native.extension.patch_sums(
-        d_tokens.data_ptr(), _ELEMENTS[d_tokens.dtype], _address(keep), keep_stride, _address(inverse), _address(d_position),
-        parts.data_ptr(), d_bias.data_ptr(), _address(d_agg), B, rows.K, dim, count, torch.get_num_threads(),
+        d_tokens.data_ptr(), _ELEMENTS[d_tokens.dtype], address(keep), keep_stride, address(inverse), address(d_position),
+        parts.data_ptr(), d_bias.data_ptr(), address(d_agg), B, rows.K, dim, count, torch.get_num_threads(),
     )  # fmt: skip
     return d_bias, d_position, d_agg
 
@@ -181,10 +183,6 @@ def _readable(matrix):
 
 def _vector(vector):
     return None if vector is None else vector.float().contiguous()
-
-
-def _address(tensor) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
 
 
 def unsupported(
