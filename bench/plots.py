@@ -41,7 +41,6 @@ class Panel:
     y_label: str
     curves: Sequence[Curve]
     log: bool = False  # both axes
-    from_zero: bool = True  # the y axis, unless it is logarithmic
     ticks: tuple[float, ...] | None = None  # of x
 
 
@@ -121,8 +120,7 @@ def _draw(panel: Panel, axis: Any, styles: dict[str, dict[str, Any]]) -> None:
         _log_axes(axis, every_x)
         return
     axis.margins(x=0.11)
-    if panel.from_zero:
-        axis.set_ylim(0, 1.02 * axis.get_ylim()[1])
+    axis.set_ylim(0, 1.02 * axis.get_ylim()[1])
     if panel.ticks:
         margin = 0.06 * (panel.ticks[-1] - panel.ticks[0])
         axis.set(xticks=panel.ticks, xlim=(panel.ticks[0] - margin, panel.ticks[-1] + margin))
