@@ -32,7 +32,7 @@ demo: setup
 	$(PYTHON) -m vatt_fast.cli demo
 
 test: setup
-	$(PYTHON) -m pytest
+	$(PYTHON) -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile
 
 bench: setup
 	$(PYTHON) -m pytest bench --benchmark-autosave
