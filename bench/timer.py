@@ -8,12 +8,13 @@ import contextlib
 import ctypes
 import platform
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from torch._C._profiler import _EventType
 
 Call = Callable[[], Any]
 _FLUSH_FACTOR = 4  # zeros written before each timed call, in sizes of the L2 cache: they evict it, and hide the launch of what follows
@@ -214,12 +215,24 @@ def peak_bytes(call: Call, device: torch.device) -> int:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         result = call()
     del result
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    live: dict[int, int] = {}  # bytes by address
     total = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        total += event.nbytes()
+    for event in sorted(_allocations(profile.profiler.kineto_results.experimental_event_tree()), key=lambda event: event.start_time_ns):
+        address, size = event.extra_fields.ptr, event.extra_fields.alloc_size
+        if size > 0:
+            live[address] = size
+            total += size
+        else:  # what was there before, such as the last step's gradients, is none of the call's; the profiler may even give it another's size
+            total -= live.pop(address, 0)
         peak = max(peak, total)
     return peak
+
+
+def _allocations(events: Iterable[Any]) -> Iterator[Any]:
+    for event in events:
+        if event.tag == _EventType.Allocation:
+            yield event
+        yield from _allocations(event.children)
 
 
 def peak_resident(call: Call) -> int | None:

@@ -176,6 +176,19 @@ def test_peak_memory_on_the_cpu_is_what_torch_allocates():
     assert timer.peak_bytes(lambda: ((x + 1) * 2).sum(), CPU) == pytest.approx(8e6, rel=0.01)
 
 
+def test_peak_memory_of_a_step_counts_its_gradients_whatever_lay_there_before():
+    weight = torch.randn(1000, 1000, requires_grad=True)
+
+    def step():
+        weight.grad = None  # the last step's
+        weight.sum().backward()
+
+    for _ in range(3):  # the profiler knows the first gradient, and may take a later one for it
+        assert timer.peak_bytes(step, CPU) == pytest.approx(4e6, rel=0.01)
+        weight.grad = None
+        step()
+
+
 # -- result lines ------------------------------------------------------------------------------------------------------
 
 LINE = results.Line(
