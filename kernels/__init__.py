@@ -3,6 +3,11 @@
 The names below are functions; the folders of the same name hold their contracts, references and kernels.
 """
 
+if __name__ == "kernels":  # transformers tries to import a package of this name, and finds this folder where it is on the path
+    raise ImportError(
+        "this folder is the source of vatt_fast.kernels, not the package 'kernels': import vatt_fast.kernels, or run elsewhere"
+    )
+
 from .attention import attention
 from .dispatch import explain, use_backend
 from .drop_token import drop_token, sample_keep

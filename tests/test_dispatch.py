@@ -458,8 +458,9 @@ def test_kernels_are_not_importable_at_top_level(tmp_path):
     calls = [node for node in ast.walk(setup) if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "setup"]
     package_dir = next(ast.literal_eval(k.value) for k in calls[0].keywords if k.arg == "package_dir")
     assert package_dir == {"vatt_fast.kernels": "kernels"}
-    done = subprocess.run([sys.executable, "-c", "import kernels"], capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode and "No module named 'kernels'" in done.stderr
+    for folder, message in ((tmp_path, "No module named 'kernels'"), (root, "the source of vatt_fast.kernels")):
+        done = subprocess.run([sys.executable, "-c", "import vatt_fast.kernels, kernels"], capture_output=True, text=True, cwd=folder)
+        assert done.returncode and f"Error: {message}" in done.stderr.replace("this folder is ", "")
 
 
 # -- bad input ---------------------------------------------------------------------------------------------------------
