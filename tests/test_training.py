@@ -15,6 +15,7 @@ from oracle import recording
 
 from vatt_fast.config import PRESETS
 from vatt_fast.data.media import write_clip
+from vatt_fast.training import loop
 from vatt_fast.training.loop import CHECKPOINT, METRICS, PretrainConfig, pretrain
 from vatt_fast.training.schedule import learning_rate
 from vatt_fast.weights import create_model, load_tensors
@@ -86,8 +87,6 @@ def test_a_continued_run_equals_an_uninterrupted_one(folder, tmp_path):
         pass
 
     # stop like a kill between checkpoints: three steps done, the checkpoint holds two
-    import vatt_fast.training.loop as loop
-
     original, calls = loop.train_step, []
 
     def failing(*args):
@@ -111,6 +110,26 @@ def test_a_continued_run_equals_an_uninterrupted_one(folder, tmp_path):
     assert [line["step"] for line in metrics(tmp_path / "stopped")] == [1, 2, 3, 4, 5, 6]
     for a, b in zip(metrics(tmp_path / "whole"), metrics(tmp_path / "stopped"), strict=True):
         assert a["loss"] == b["loss"]
+
+
+def test_a_folder_without_captions_trains_video_and_audio(folder, tmp_path):
+    media = tmp_path / "media"
+    media.mkdir()
+    for file in folder.glob("*.mp4"):
+        (media / file.name).symlink_to(file)
+    model = run(settings(media, tmp_path / "run", steps=3))
+    lines = metrics(tmp_path / "run")
+    assert all(line["loss_va"] > 0 and line["loss_vt"] == 0 and np.isfinite(line["loss"]) for line in lines)
+    before = loop.initial_model(model.config, model.vocabulary, 0).state_dict()
+    assert not torch.equal(model.state_dict()["video_tokens.project.weight"], before["video_tokens.project.weight"])
+    assert all(value.isfinite().all() for value in model.state_dict().values() if value.is_floating_point())
+    found = model.encode(video=media / "0.mp4", audio=media / "0.mp4", text=["a word"])
+    assert all(value.isfinite().all() for value in found.values())
+
+
+def test_a_warm_up_beyond_the_run_is_told(folder, tmp_path):
+    with pytest.warns(UserWarning, match="warmup_steps 2 >= steps 2: the learning rate never reaches 0.001"):
+        run(settings(folder, tmp_path / "run", steps=2))
 
 
 def test_a_terminated_process_leaves_a_checkpoint_and_continues(folder, tmp_path):

@@ -41,7 +41,8 @@ def embed(model: str, data: str, out: str, batch_size: int = 32) -> None:
     Args:
         model: saved model or run folder.
         data: folder of media files; captions.json adds text embeddings.
-        out: .npz to write: files, z_video_va, z_audio_va, z_video_vt (unit norm, nan rows for missing streams), z_text_vt.
+        out: .npz to write: files (N,), z_video_va, z_audio_va (N, d_va) and z_video_vt (N, d_vt), unit norm, nan rows for missing streams, of
+            the window in a file's middle; z_text_vt (N, P, d_vt), its P nearest sentences, nan where there are fewer.
         batch_size: clips at a time.
     """
     embeddings, files, skipped = _embed_folder(model, data, batch_size)

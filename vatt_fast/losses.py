@@ -45,7 +45,9 @@ def contrastive_terms(
     x_valid: Tensor | None = None,
     y_valid: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Per-clip loss terms of this device's clips against the clips of all devices.
+    """Per-clip loss terms of this device's clips against the clips of all devices (paper eq. 4 and 5): NCE, with P > 1 texts MIL-NCE.
+
+    ``global_mean`` makes one loss of them. Every device must hold the same number M of clips.
 
     Args:
         x: (M, D) embeddings of one modality; y: (M, D) or (M, P, D) of the other. Normalised here.
@@ -55,6 +57,9 @@ def contrastive_terms(
 
     Returns:
         terms (M,), 0 where there is none, and valid (M,) bool: which clips have a term.
+
+    Raises:
+        ValueError: shapes that do not fit, or an unknown form.
     """
     if y.ndim == 2:
         y = y[:, None]
@@ -110,7 +115,11 @@ def vatt_loss(
 
     Args:
         scale: ``model.scale()``; None takes the config's fixed temperature.
-        video_valid, audio_valid: (B,) bool; text_valid: (B, P) bool; None: all valid.
+        video_valid, audio_valid: (B,) bool; text_valid: (B, P) bool; None: all valid. Give the model the same ones: it keeps invalid clips
+            out of its batch norms, here they are no term and nobody's negative.
+
+    Raises:
+        ValueError: no pair of modalities in the output.
     """
     scale = 1 / config.temperature if scale is None else scale
     pairs = {"va": (output.z_video_va, output.z_audio_va, audio_valid), "vt": (output.z_video_vt, output.z_text_vt, text_valid)}

@@ -427,7 +427,19 @@ class VATT(nn.Module):
         return (x if features else None), x[:, 0]
 
     def sample_keep(self, drop_rate: float, *, seed: int, step: int, rank: int = 0, per: str = "batch", batch: int | None = None):
-        """DropToken for one step: {"video_keep": ..., "audio_keep": ...} int32 index tensors for ``forward``, drawn on the host."""
+        """DropToken for one step, as ``forward`` takes it: {"video_keep": ..., "audio_keep": ...}, drawn on the host.
+
+        Args:
+            drop_rate: fraction of patches removed, in [0, 1).
+            rank: device of a data-parallel run; each draws its own.
+            per: "batch" keeps the same patches of all clips, (K,); "clip" others of each, (batch, K), and needs ``batch``, clips.
+
+        Returns:
+            int32 indices on the CPU, sorted, the same for the same seed, step and rank.
+
+        Raises:
+            ValueError: an argument out of range, or per="clip" without ``batch``.
+        """
         counts = {"video": self.config.num_video_patches, "audio": self.config.num_audio_patches}
         return {
             f"{modality}_keep": torch.from_numpy(

@@ -58,6 +58,7 @@ class StepOptions:
 
 
 def make_mesh(devices) -> Mesh:
+    """All ``devices`` (such as ``jax.devices()``) on one axis: they share the batch and, if asked for, the weights."""
     return Mesh(np.array(devices), (AXIS,))
 
 
@@ -114,6 +115,11 @@ _join.defvjp(_join_forward, _join_backward)
 
 
 def initial_state(params: Arrays, statistics: Arrays, config: VATTConfig) -> TrainState:
+    """What the first step takes, on no mesh yet (``place``): weights, batch-norm statistics, and Adam's zeros for the trainable weights.
+
+    Args:
+        params, statistics: as ``jax_model.forward`` takes them.
+    """
     trained = {name: value for name, value in params.items() if jax_weights.trainable(name, config)}
     return TrainState(params, statistics, _adam(StepOptions()).init(trained))
 

@@ -6,6 +6,7 @@ import json
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -16,7 +17,7 @@ from tqdm import tqdm
 from ..compile_tpu import has_a_tpu, without_a_tpu
 from ..config import VATTConfig, preset
 from ..data.dataset import Batch, ClipDataset, ClipSpec, folder_captions, loader
-from ..data.text import Vocabulary
+from ..data.text import PADDING, UNKNOWN, Vocabulary, split_words
 from ..kernels.dispatch import native_bf16
 from ..losses import VATTLoss, vatt_loss
 from ..model import VATT
@@ -32,9 +33,10 @@ _FREE = ("out", "workers", "framework", "shard_weights", "recompute", "device", 
 
 @dataclasses.dataclass(frozen=True)
 class PretrainConfig:
-    """One pre-training run. Defaults follow the paper (section 4.1 and appendix); a laptop wants the tiny preset and fewer steps."""
+    """One pre-training run. All defaults but the preset follow the paper (section 4.1 and appendix); a laptop wants smaller batches, fewer
+    steps and a higher learning rate (``vatt-fast demo`` has 32 clips, 1000 steps, 1.5e-3)."""
 
-    data: str  # folder of media files with captions.json
+    data: str  # folder of media files; with captions.json, or video and audio alone are trained
     out: str  # run folder: config.json, model.safetensors, vocabulary.txt, checkpoint.safetensors, metrics.jsonl, TensorBoard events
     preset: str = "tiny"  # base_base_small (bbs), medium_base_small (mbs), large_base_small (lbs), agnostic_medium (ma) or tiny
     recipe: Literal["paper", "released"] = "paper"
@@ -88,6 +90,10 @@ def pretrain(run: PretrainConfig, *, model_config: VATTConfig | None = None, pro
         ValueError: settings out of range, unreadable data, or an output folder of another run.
     """
     out = Path(run.out)
+    if run.warmup_steps >= run.steps:
+        warnings.warn(
+            f"warmup_steps {run.warmup_steps} >= steps {run.steps}: the learning rate never reaches {run.learning_rate:g}", stacklevel=2
+        )
     vocabulary = vocabulary_of(run.data, run.max_words)
     config = dataclasses.replace(model_config or preset(run.preset, run.recipe), vocab_size=len(vocabulary))
     dataset = ClipDataset(
@@ -202,10 +208,10 @@ def train_step(model: VATT, optimizer: torch.optim.Optimizer, batch: Batch, run:
         torch.manual_seed(run.seed * 1_000_003 + step)  # a continued run draws the same dropout
     keep = model.sample_keep(run.drop_rate, seed=run.seed, step=step, per=run.drop_per, batch=batch.video.shape[0])
     valid = dict(video_valid=batch.video_valid, audio_valid=batch.audio_valid, text_valid=batch.text_valid)
+    optimizer.zero_grad(set_to_none=True)  # first: the last step's gradients would lie beside this one's activations
     with autocast:
         output = model(batch.video, batch.audio, batch.text, **keep, **valid)
         loss = vatt_loss(output, model.config, scale=model.scale(), **valid)
-    optimizer.zero_grad(set_to_none=True)
     loss.total.backward()
     optimizer.step()
     model.clamp_temperature()
@@ -222,9 +228,9 @@ def initial_model(config: VATTConfig, vocabulary: Vocabulary, seed: int) -> VATT
 
 
 def vocabulary_of(folder: str | Path, max_words: int) -> Vocabulary:
-    """The most frequent words of a folder's captions."""
-    captions = folder_captions(folder)
-    return Vocabulary.build((caption.text for entries in captions.values() for caption in entries), max_words)
+    """The most frequent words of a folder's captions; only padding and the unknown word where there are none."""
+    sentences = [caption.text for entries in folder_captions(folder).values() for caption in entries]
+    return Vocabulary.build(sentences, max_words) if any(map(split_words, sentences)) else Vocabulary([PADDING, UNKNOWN])
 
 
 def describe(run: PretrainConfig, config: VATTConfig) -> dict[str, Any]:
