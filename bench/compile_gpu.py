@@ -1,6 +1,6 @@
 """Compile every Triton kernel at the presets' own cases with the real compilers, no device needed, and read what they made of it.
 
-    python -m bench.compile_gpu                                   # every op, case and target: about half an hour on two cores
+    python -m bench.compile_gpu                                   # every op, case and target but attention in fp32: about half an hour on two cores
     python -m bench.compile_gpu --target sm_90 --op attention     # a part of it
 
 The ops' own host code runs on meta tensors while every launch is replaced by the compilation it would have needed, so that exactly the
@@ -264,7 +264,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--op", nargs="+", choices=dispatch.OPS, default=list(dispatch.OPS))
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bf16", "fp32"])
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, help="bf16 and fp32 otherwise; attention bf16 alone, whose fp32 takes hours")
     parser.add_argument("--case", nargs="+", help="names of cases; all primary ones otherwise")
     parser.add_argument("--out", type=Path, help="a file for the rows as JSON lines")
     options = parser.parse_args(argv)
@@ -275,7 +275,7 @@ def main(argv: list[str] | None = None) -> int:
         for case in CASES[op].values():
             if (options.case is None and tag(case) != "primary") or (options.case and case.name not in options.case):
                 continue
-            for dtype in options.dtype:
+            for dtype in options.dtype or (("bf16",) if op == "attention" else ("bf16", "fp32")):
                 for target in options.target:
                     rows += compile_case(op, case.name, dtype, target)
             print(f"{op} {case.name}: {len(distinct(rows))} distinct kernels so far", file=sys.stderr, flush=True)

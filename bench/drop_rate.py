@@ -106,9 +106,9 @@ def _videomae_calls(trainer: Trainer, mode: Mode) -> list[Callable[[], Tensor]] 
             return head(towers.videomae_features(tower, inputs))
 
     def step(inputs: dict[str, Tensor | None]) -> Tensor:
+        optimizer.zero_grad(set_to_none=True)
         with trainer.autocast():
             loss = classification_loss(head(towers.videomae_features(tower, inputs)))
-        optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
         return loss.detach()

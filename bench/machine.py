@@ -1,5 +1,6 @@
 """The device under test: its name, versions, commit, and the ceilings measured on it now, matmul TFLOP/s and copy GB/s."""
 
+import ast
 import datetime
 import functools
 import importlib.metadata
@@ -10,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
+from vatt_fast.kernels import native
 
 from .timer import Clock, EventClock, HostClock, interleaved
 
@@ -57,6 +60,8 @@ def name(device: torch.device) -> str:
 
 def versions(device: torch.device) -> dict[str, str]:
     found = {"python": platform.python_version(), "torch": torch.__version__}
+    if device.type == "cpu":
+        found["instructions"] = native.level() or "none: the C++ extension was not built"
     if triton := version_of("triton"):
         found["triton"] = triton
     if os.environ.get("TRITON_INTERPRET") == "1":
@@ -95,15 +100,37 @@ def commit() -> str:
 
 @functools.cache
 def changed_since(then: str, paths: tuple[str, ...]) -> str | None:
-    """How the working tree differs below ``paths`` (pathspecs) from that commit, or why that cannot be told; None where it does not."""
+    """How the working tree differs below ``paths`` (pathspecs) from that commit, or why that cannot be told; None where it does not.
+
+    Comments and docstrings of Python are no difference: what was measured in hours need not be again for a better sentence.
+    """
     if then.endswith("-dirty"):
         return "its tree was not committed"
     try:
         _git("cat-file", "-e", f"{then}^{{commit}}")
-        changed = _git("diff", "--name-only", then, "--", *paths).splitlines()
+        changed = [each for each in _git("diff", "--name-only", then, "--", *paths).splitlines() if _does_something_else(then, each)]
     except (OSError, subprocess.SubprocessError):
         return None if then == commit() else f"commit {then} is not known here"
     return f"{changed[0]} has changed" if changed else None
+
+
+def _does_something_else(then: str, path: str) -> bool:
+    """Whether a file that differs does so in what it does, not in what it says."""
+    now = ROOT / path
+    if now.suffix != ".py" or not now.exists() or not _git("ls-tree", "--name-only", then, "--", path):
+        return True
+    return _without_words(_git("show", f"{then}:{path}")) != _without_words(now.read_text())
+
+
+def _without_words(source: str) -> str:
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if (
+            isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+            and ast.get_docstring(node, clean=False) is not None
+        ):
+            node.body = node.body[1:]
+    return ast.dump(tree)
 
 
 def _git(*arguments: str) -> str:

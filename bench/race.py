@@ -104,7 +104,7 @@ def _line(
     ceiling: float,
 ) -> Line:
     timing = times[name]
-    tflops = task.flops / timing.p50 / 1e9
+    tflops = task.flops / timing.p50 / 1e9 if contender.alike else None  # another model does other work
     compared: dict[str, Any] = {}
     if contender.ours and best is not None:
         compared = dict(speedup_over_best_peer=timing.speedup_over(times[best]), best_peer=best, best_peer_ms_p50=times[best].p50)
@@ -125,7 +125,7 @@ def _line(
         stolen=timing.stolen,
         tflops=tflops,
         gb_per_s=None,
-        share_of_ceiling=tflops / ceiling,
+        share_of_ceiling=None if tflops is None else tflops / ceiling,
         error=None,
         error_of=None,
         error_batch=None,

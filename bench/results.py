@@ -83,7 +83,8 @@ def read(path: str | Path) -> list[Line]:
     return [Line.from_json(text) for text in path.read_text().rpartition("\n")[0].splitlines() if text.strip()]
 
 
-_MODEL = tuple(f"vatt_fast/{name}.py" for name in ("collectives", "config", "losses", "model", "positions"))
+_MODEL = tuple(f"vatt_fast/{name}.py" for name in ("collectives", "config", "flops", "losses", "model", "positions"))
+_BUILD = ("csrc/vectors.h", "csrc/*isa*", "csrc/bind*", "csrc/compile_native.py", "setup.py")
 _ELSEWHERE = {  # kernels that a device does not run
     "cpu": ("pallas", "triton", "tile"),
     "cuda": ("pallas", "native"),
@@ -97,10 +98,11 @@ def _measured_files(line: Line) -> tuple[str, ...]:
     sources = (
         f":(glob)kernels/{op}/**",
         ":(glob)kernels/*.py",
-        *((f"csrc/*{op}*", "csrc/vectors.h", "csrc/*isa*", "csrc/bind*") if device == "cpu" else ("kernels/tiles",)),
+        *((f"csrc/*{op}*", *_BUILD) if device == "cpu" else ("kernels/tiles",)),
     )
-    contenders = () if line.ours else ("bench/peers.py", "bench/towers.py")
+    contenders = () if line.ours and line.best_peer is None else ("bench/peers.py", "bench/towers.py")
     others = tuple(f":(exclude,glob)kernels/**/{name}*" for name in (*_ELSEWHERE[device], "cases", "jax", "xla"))
+    others += (":(exclude)kernels/__init__.py",)  # names alone
     return (*sources, *(_MODEL if line.op == "step" else ()), *contenders, *others)
 
 

@@ -254,7 +254,8 @@ def main() -> int:
     parser.add_argument("--batch", type=int, help="instead of the case's own")
     parser.add_argument("--resume", action="store_true", help="leave out what the results hold for this code")
     parser.add_argument(
-        "--out", help="append result lines to this file; on the CPU bench/results/<processor>.jsonl unless given, '' for none"
+        "--out",
+        help="append result lines to this file; on the CPU bench/results/<processor>.jsonl unless given or contenders are chosen, '' for none",
     )
     given = parser.parse_args()
     cpu = given.device == "cpu"
@@ -283,14 +284,15 @@ def main() -> int:
             parser.error(str(error))
         if given.batch:
             cases = [at_batch(case, given.batch) for case in cases]
-        out = _out(given.out, setting)
+        partial = bool(given.backends or given.peers is not None or given.no_compiled_peers)
+        out = _out(given.out, setting, partial)
         status |= _measure_all(setting, op, cases, dtypes, given.mode, out, given.resume)
     return status
 
 
-def _out(asked: str | None, setting: Setting) -> str | Path | None:
-    """The file that takes the lines; a CPU's are kept beside the code unless told otherwise."""
-    return results.of_device(setting.device_name) if asked is None and setting.device.type == "cpu" else asked
+def _out(asked: str | None, setting: Setting, partial: bool) -> str | Path | None:
+    """The file that takes the lines; a CPU's are kept beside the code unless told otherwise, or among some contenders alone."""
+    return results.of_device(setting.device_name) if asked is None and setting.device.type == "cpu" and not partial else asked
 
 
 def _measure_all(setting: Setting, op: str, cases: Sequence[Case], dtypes: Sequence[str], modes: Sequence[Mode], out, resume: bool) -> int:

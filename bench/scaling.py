@@ -104,7 +104,7 @@ def measure_op(
         case = CASES[op][size]
         if resume and is_measured(setting, out, op, case, dtype, modes):
             known = results.measured(out, op=op, case=case.name, dtype=dtype, device=setting.device_name)
-            lines = [line for line in known if line.mode in modes]
+            lines = list({(line.backend, line.mode): line for line in known if line.mode in modes}.values())  # the last of each
         else:
             if setting.deadline is not None and time.monotonic() > setting.deadline:
                 return [*absent, (f"{op} {case.name}", "all", "out of time; --resume continues")]

@@ -48,6 +48,7 @@ class Setting:
             raise ValueError(f"clock {self.clock!r} needs a CUDA device; on {self.device.type} it is perf_counter")
         self.versions = machine.versions(self.device) | ({"tiles": self.tiles} if self.tiles else {})
         self.device_name = machine.name(self.device)
+        machine.commit()  # of the code as it was loaded: asked for and kept before anything takes hours
 
     def limits(self) -> dict[str, Any]:
         """How long a race that begins now may go on."""
@@ -144,6 +145,7 @@ def gate(setting: Setting, ops: Iterable[str], dtype: str, *, chosen_only: bool 
 
 
 def is_measured(setting: Setting, out: str | Path, op: str, case: Case, dtype: str, modes: Sequence[Mode]) -> bool:
-    """Whether ``out`` holds lines of ours for this code in all modes."""
+    """Whether ``out`` holds lines of ours for this code in all modes: of what dispatch chooses, unless others alone are asked for."""
     lines = results.measured(out, op=op, case=case.name, dtype=dtype, device=setting.device_name, ours=True)
-    return set(modes) <= {line.mode for line in lines}
+    wanted = None if setting.backends and AUTO not in setting.backends else AUTO
+    return set(modes) <= {line.mode for line in lines if wanted in (None, line.backend)}

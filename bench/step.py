@@ -123,10 +123,10 @@ class Trainer:
         function = formulation.compiled(loss_of)
 
         def step(batch: dict[str, Tensor]) -> Tensor:
+            self.optimizer.zero_grad(set_to_none=True)  # first: the last step's gradients would lie beside this one's activations
             with formulation.context():
                 with self.autocast():
                     loss = function(batch)
-                self.optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 self.optimizer.step()
             return loss.detach()
@@ -246,9 +246,10 @@ def fitting_batch(trainer: Trainer, drop_rate: float, start: int, features: bool
 
 def describe(line: Line) -> str:
     ratio = "" if line.speedup_over_best_peer is None else f"  {line.speedup_over_best_peer:.2f}x best peer ({line.best_peer})"
+    speed = "another model" if line.tflops is None else f"{line.tflops:8.2f} TFLOP/s {line.share_of_ceiling:6.1%} of the matmul ceiling"
     return (
         f"{line.case:34} {line.dtype} {'*' if line.ours else ' '}{line.backend:28} {line.ms_p50:10.2f} ms ({line.ms_p20:.2f}..{line.ms_p80:.2f}) "
-        f"{line.clips_per_second:9.2f} clips/s {line.tflops:8.2f} TFLOP/s {line.share_of_ceiling:6.1%} of the matmul ceiling  "
+        f"{line.clips_per_second:9.2f} clips/s {speed}  "
         f"peak {(line.peak_bytes or 0) / 2**20:9.1f} MiB{ratio}"
     )
 

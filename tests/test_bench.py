@@ -303,6 +303,7 @@ def test_a_line_is_stale_once_what_it_measured_has_changed(tmp_path, monkeypatch
     assert "not committed" in stale(commit=line.commit + "-dirty") and "not known" in stale(commit="0123456789")
     for name in ("attention/pallas_tpu", "cases", "nce/reference"):
         (tmp_path / f"kernels/{name}.py").write_text("2\n")
+    (tmp_path / "kernels/dispatch.py").write_text('"""What it is."""\n1  # what it does\n')
     assert stale() is None and stale(op="step") == "kernels/nce/reference.py has changed"
     (tmp_path / "kernels/attention/native_cpu.py").write_text("2\n")
     assert stale() == "kernels/attention/native_cpu.py has changed"
