@@ -3,15 +3,20 @@
 The names below are functions; the folders of the same name hold their contracts, references and kernels.
 """
 
-if __name__ == "kernels":  # transformers tries to import a package of this name, and finds this folder where it is on the path
-    raise ImportError(
-        "this folder is the source of vatt_fast.kernels, not the package 'kernels': import vatt_fast.kernels, or run elsewhere"
-    )
+if (
+    __name__ == "kernels"
+):  # transformers looks for another package of this name, and finds this folder where the repository's root is on the path
 
-from .attention import attention
-from .dispatch import explain, use_backend
-from .drop_token import drop_token, sample_keep
-from .nce import contrastive_lse
-from .patch_embed import patch_embed, patchify, unpatchify
+    def __getattr__(name: str):
+        raise AttributeError(
+            f"this folder is the source of vatt_fast.kernels, not a package 'kernels' that has {name}: import vatt_fast.kernels"
+        )
+
+else:
+    from .attention import attention
+    from .dispatch import explain, use_backend
+    from .drop_token import drop_token, sample_keep
+    from .nce import contrastive_lse
+    from .patch_embed import patch_embed, patchify, unpatchify
 
 __all__ = ["attention", "contrastive_lse", "drop_token", "explain", "patch_embed", "patchify", "sample_keep", "unpatchify", "use_backend"]
