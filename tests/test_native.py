@@ -93,7 +93,7 @@ def test_without_the_extension_torch_runs_and_says_why():
 def test_another_processor_gets_what_it_can_run(processor, level):
     """The interpreter with the extension on an emulated processor: an instruction beyond its own would end it."""
     code = f"""
-        import array, importlib.util
+        import array, importlib.util, math
         spec = importlib.util.spec_from_file_location("_native", {native.extension.__file__!r})
         native = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(native)
@@ -113,6 +113,22 @@ def test_another_processor_gets_what_it_can_run(processor, level):
         chunk = (address(products), 32, 2, 32, 0, address(counts), 0, 1, 1.0, False, 2, 0, 0, 0, 0)
         native.nce_forward(*chunk, address(row), address(col), address(pos), 0, 0, 0, address(scratch))
         assert [*row, *col, *pos] == [32.0] * 2 + [2.0] * 32 + [1.0] * 2, (row, col, pos)
+
+        if {level != "base"}:  # three tokens that attend to each other alike
+            shape, floats = (1, 3, 3, 1, 4), lambda *values: array.array("f", values)
+            strided = lambda numbers: (address(numbers), 12, 4, 4)
+            q, v, ones, out, lse, scratch = (
+                floats(*[0] * 12), floats(*range(12)), floats(*[1] * 12), floats(*[9] * 12), floats(9, 9, 9),
+                floats(*[0] * native.short_attention_floats(shape)),
+            )
+            call = (shape, 1.0, 1, strided(q), strided(q), strided(v), 0, 0, 16, address(scratch))
+            native.short_attention_forward(*call, address(out), address(lse))
+            assert all(abs(x - y) < 1e-5 for x, y in zip([*out, *lse], [4, 5, 6, 7] * 3 + [math.log(3)] * 3, strict=True)), (out, lse)
+            d_q, d_k, d_v = (floats(*[9] * 12) for _ in range(3))
+            native.short_attention_backward(
+                *call, strided(ones), address(lse), 0, address(d_q), address(d_k), address(d_v), 0, 1
+            )
+            assert not any([*d_q, *d_k]) and all(abs(x - 1) < 1e-5 for x in d_v), (d_q, d_k, d_v)
         print(native.level(), native.missing())
     """
     done = python(code, "qemu-x86_64", "-cpu", processor)
