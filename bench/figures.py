@@ -32,7 +32,9 @@ def scaling(shown: Sequence[Shown], folder: Path) -> dict[Path, str]:
         panels += [Panel(f"{op}, {dtype}, {mode}", x_label, "peak memory (MiB)", _peaks(each), log=True) for mode, each in modes.items()]
         stem = folder / f"{slug(group[0].line.device)}_scaling_{op}_{variable}_{dtype}"
         if save(panels, len(modes), stem):
-            made[stem] = f"{op} in {dtype} by {variable}: time above, peak memory beyond the inputs below. Bars are p20 to p80."
+            made[stem] = (
+                f"{op} in {dtype} by {variable}: time above, peak memory beyond the inputs below. Bars are p20 to p80. The floor counts a backward that computes scores again."
+            )
     return made
 
 
@@ -47,11 +49,11 @@ def _times(shown: Sequence[Shown]) -> list[Curve]:
         line = each.line
         return Point(_at(line).size, line.ms_p50, line.ms_p20, line.ms_p80, bool(each.stale))
 
-    return [*_curves(shown, point), Curve("floor: the ceiling's time", _floor(shown), "bound")]
+    return [*_curves(shown, point), Curve("floor: the counted work at the ceiling", _floor(shown), "bound")]
 
 
 def _floor(shown: Sequence[Shown]) -> list[Point]:
-    """What the measured ceiling allows. Each process measured its own: their median."""
+    """What the measured ceiling allows for the work that ``floors`` counts."""
     found = {
         size: [each.line.ms_p50 * each.line.share_of_ceiling for each in group if each.line.share_of_ceiling]
         for size, group in grouped(shown, lambda line: _at(line).size).items()

@@ -218,7 +218,7 @@ def tune_stage(run: Run) -> None:
 def ops_stage(run: Run) -> None:
     setting = run.setting()
     path = run.out / _OPS
-    done = {(line.op, line.case, line.dtype, line.mode) for line in results.read(path)}
+    done = {(line.op, line.case, line.dtype, line.mode) for line in results.read(path) if line.commit == machine.commit()}
     modes: tuple[Mode, ...] = ("fwd", "fwd+bwd") if run.dry else ("fwd", "bwd", "fwd+bwd")
     for (op, backend), reason in setting.refused.items():
         run.fail("ops", f"{op} {backend}", reason)
@@ -279,7 +279,7 @@ def step_stage(run: Run) -> None:
     if setting is None:
         return
     path = run.out / _STEP
-    done = {(line.case, line.backend) for line in results.read(path)}
+    done = {(line.case, line.backend) for line in results.read(path) if line.commit == machine.commit()}
     name = "tiny" if run.dry else run.preset
     trainer = step.Trainer(preset(name), 1, 0.5, run.device, DTYPES[run.dtype])
     for rate, features, contenders in _steps(run.dry):

@@ -41,7 +41,7 @@ class Report:
     @classmethod
     def read(cls, folder: Path, flops: Flops) -> "Report":
         files = sorted(path for path in folder.glob("*.jsonl") if not path.name.startswith(_COMPILED) and path.name != _ACCURACY)
-        shown = tables.current(line for path in files for line in results.read(path))
+        shown = tables.current(tables.of_one_ceiling(line for path in files for line in results.read(path)))
         steps = [each for each in shown if each.line.op == "step"]
         sweeps = [each for each in shown if scaled(each.line)]
         ops = [each for each in shown if each.line.op != "step" and not scaled(each.line)]
@@ -116,8 +116,12 @@ def write(report: Report, out: Path) -> Path:
     page.paragraph(
         "Made by `make report` from committed result lines alone. **Bold** and the thick blue line are ours, all else are peers, timed in "
         f"the same process by turns; times are p50 with p20 to p80; {STALE} and hollow markers are stale lines, measured on other code or "
-        "another torch than this. Peak MiB is what torch allocates: of an op beyond its inputs, of a step beyond weights and optimizer state on a "
-        "CPU and everything on a GPU; process MiB is all that the process holds, compilers included. Under each table stand the commands that measure it again, on a machine like its own."
+        "another torch than this, or while other machines took more than a twentieth of the processors. Over best peer is the median over rounds of "
+        "both times' ratio; on a noisy machine it is not the ratio of the medians. The share is that of the fastest matmul or copy that any process "
+        "saw on the device. TFLOP/s counts a backward that computes scores again, as kernels with little memory do, for everybody: who keeps all "
+        "scores does less. Peak MiB is what torch allocates: of an op beyond its inputs, of a step beyond weights and optimizer state on a "
+        "CPU and everything on a GPU; process MiB is all that the process held when its first contender ran for the first time, compilers included. "
+        "Under each table stand the commands that measure it again, on a machine like its own."
     )
     for sentence in absent(report):
         page.paragraph(sentence)
@@ -203,8 +207,8 @@ def facts(lines: Sequence[Line]) -> list[str]:
         for speed, name in ((line.tflops, f"TFLOP/s in a {line.dtype} matmul"), (line.gb_per_s, "GB/s in a copy")):
             if speed and line.share_of_ceiling:
                 ceilings.setdefault(name, []).append(speed / line.share_of_ceiling)
-    told = [f"{_range(values)} {name}" for name, values in ceilings.items()]
-    return [*found, f"ceilings measured beside the lines: {', '.join(told)}"] if told else found
+    told = [f"{number(max(values))} {name}" for name, values in ceilings.items()]
+    return [*found, f"the fastest seen, which shares are of: {', '.join(told)}"] if told else found
 
 
 def _span(dates: Iterable[str]) -> str:
@@ -214,11 +218,6 @@ def _span(dates: Iterable[str]) -> str:
 
 def _join(values: Iterable[str]) -> str:
     return " and ".join(dict.fromkeys(values))
-
-
-def _range(values: Sequence[float]) -> str:
-    low, high = (number(float(f"{value:.2g}")) for value in (min(values), max(values)))
-    return low if low == high else f"{low} to {high}"
 
 
 # -- command -----------------------------------------------------------------------------------------------------------

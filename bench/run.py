@@ -125,7 +125,7 @@ def _yardstick(op: str, case: Case, device: torch.device) -> Function:
 def _measure_mode(setting, op: str, case: Case, dtype: str, mode: Mode, contenders, absent) -> list[Line]:
     sets = op_calls.input_sets(case, DTYPES[dtype], setting.device)
     calls: dict[str, list] = {}
-    peaks: dict[str, tuple[int, int | None]] = {}  # allocated by the call, held by the process
+    peaks: dict[str, tuple[int | None, int | None]] = {}  # allocated by the call, held by the process
     for contender in contenders:
         if contender.no_backward and mode != "fwd":
             absent[f"{contender.name} {mode}"] = contender.no_backward
@@ -135,7 +135,8 @@ def _measure_mode(setting, op: str, case: Case, dtype: str, mode: Mode, contende
             calls[contender.name][0]()  # compiled and tuned outside the measurement
             trim_host_memory()  # of the contenders before
             resident = peak_resident(calls[contender.name][0]) if setting.device.type == "cpu" else None
-            peaks[contender.name] = (peak_bytes(calls[contender.name][0], setting.device), resident)
+            peak = None if mode == "bwd" else peak_bytes(calls[contender.name][0], setting.device)  # what the forward kept would be missing
+            peaks[contender.name] = (peak, resident)
         except Exception as error:
             calls.pop(contender.name, None)
             absent[f"{contender.name} {mode}"] = first_line(error)

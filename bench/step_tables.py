@@ -98,7 +98,8 @@ def table(group: Group, flops: Flops) -> Table:
         for b in ours:
             block += [row(" ", f"{titles[b]} {what}", _cells(lines[b], cell)) for what, cell in _OURS.items()]
         block += [row(" ", f"{titles[b]}, peak MiB", _cells(lines[b], lambda line: _mebibytes(line.peak_bytes))) for b in backends]
-        block += [row(" ", f"{titles[b]}, process MiB", cells) for b in backends if any((cells := _cells(lines[b], _process)).values())]
+        first = backends[:1]  # later ones inherit what those before them leave in the process
+        block += [row(" ", f"{titles[b]}, process MiB", cells) for b in first if any((cells := _cells(lines[b], _process)).values())]
         if block:
             block[0][0] = name
         rows += block
@@ -139,8 +140,8 @@ def summary(found: Sequence[Group], flops: Flops) -> Table:
     rows = []
     for group in found:
         counted = gflops(group, flops)
-        cells = {p: f"{number(each.true)}{f' ({each.published:.1f})' if each.published else ''}" for p, each in counted.items()}
-        block = {"GFLOPs of a clip, true (published)": cells} if cells else {}
+        cells = {p: f"{number(each.timed)}{f' ({each.published:.1f})' if each.published else ''}" for p, each in counted.items()}
+        block = {"GFLOPs of a clip, forward, as timed (published)": cells} if cells else {}
         block |= {f"{name}, ms": {p: _duel(group, mode, p) for p in percents} for mode, name in MODES.items() if group.backends(mode)}
         for first, (what, of) in zip(chain([group.title], repeat(" ")), block.items(), strict=False):
             rows.append([first, what, *(of.get(percent, "") for percent in percents)])
@@ -149,10 +150,10 @@ def summary(found: Sequence[Group], flops: Flops) -> Table:
 
 
 def _duel(group: Group, mode: str, percent: int) -> str:
-    """Ours in bold, the best peer and how they compare."""
+    """The fastest of ours in bold, the best peer and how they compare."""
     here = [by[percent] for backend in group.backends(mode) if percent in (by := group.at(mode, backend))]
     ours, theirs = (sorted((e for e in here if e.line.ours is mine), key=lambda e: e.line.ms_p50) for mine in (True, False))
-    texts = [ours[0].mark(f"**{number(ours[0].line.ms_p50)}**")] if ours else []
+    texts = [ours[0].mark(f"**{ours[0].line.backend} {number(ours[0].line.ms_p50)}**")] if ours else []
     if ours and ours[0].line.best_peer and ours[0].line.best_peer_ms_p50:  # of the same process
         texts.append(f"{ours[0].line.best_peer} {number(ours[0].line.best_peer_ms_p50)}")
     elif theirs:

@@ -36,6 +36,29 @@ def current(lines: Iterable[Line]) -> list[Shown]:
     return list(found.values())
 
 
+def of_one_ceiling(lines: Iterable[Line]) -> list[Line]:
+    """Shares of the highest ceiling that any process measured on the device. Each measured its own, in moments faster or slower: by those, the
+    shares of two lines could not be compared."""
+    lines = list(lines)
+    highest: dict[tuple, float] = {}
+    for line in lines:
+        if ceiling := _ceiling(line):
+            highest[_kind(line)] = max(ceiling, highest.get(_kind(line), 0.0))
+    return [replace(line, share_of_ceiling=_speed(line) / highest[_kind(line)]) if _ceiling(line) else line for line in lines]
+
+
+def _speed(line: Line) -> float:
+    return line.tflops or line.gb_per_s or 0.0
+
+
+def _ceiling(line: Line) -> float | None:
+    return _speed(line) / line.share_of_ceiling if line.share_of_ceiling else None
+
+
+def _kind(line: Line) -> tuple:
+    return (line.device, line.dtype) if line.tflops else (line.device,)  # a copy's bytes have no dtype
+
+
 def grouped(shown: Iterable[Shown], key: Callable[[Line], Any]) -> dict[Any, list[Shown]]:
     """Lines by a key, keys in the order of the lines."""
     groups: dict[Any, list[Shown]] = {}

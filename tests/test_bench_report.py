@@ -234,6 +234,19 @@ def test_the_paper_layout():
         step_tables.groups([tables.Shown(line("step", "mbs"))])
 
 
+def test_shares_are_of_the_highest_ceiling_of_a_device():
+    lines = [
+        line(tflops=0.05, share_of_ceiling=0.5),
+        line(tflops=0.05, share_of_ceiling=0.25),  # in a faster moment
+        line(tflops=0.05, share_of_ceiling=0.1, dtype="bf16"),
+        line(tflops=None, gb_per_s=6.0, share_of_ceiling=0.5),
+        line(tflops=None, gb_per_s=6.0, share_of_ceiling=0.3, dtype="bf16"),
+        line(tflops=0.05, share_of_ceiling=0.01, device="another"),
+        line(tflops=None, share_of_ceiling=None),
+    ]
+    assert [each.share_of_ceiling for each in tables.of_one_ceiling(lines)] == pytest.approx([0.25, 0.25, 0.1, 0.3, 0.3, 0.01, None])
+
+
 # -- README ------------------------------------------------------------------------------------------------------------
 
 
@@ -250,8 +263,8 @@ def test_marked_tables_are_replaced_and_nothing_else(tmp_path, monkeypatch, caps
         in text
     )
     assert "old" not in text and "\n    python -m bench.drop_rate && make report\n<!-- end -->" in text
-    assert "| mbs_32x224x224, fp32, batch 1 | GFLOPs of a clip, true (published) | 250 (188.1) |" in text
-    assert "| training step, ms | **2826**, plain 2826 †, 1.53x |" in text and f"† stale: {CHANGED}." in text
+    assert "| mbs_32x224x224, fp32, batch 1 | GFLOPs of a clip, forward, as timed (published) | 650 (188.1) |" in text
+    assert "| training step, ms | **auto 2826**, plain 2826 †, 1.53x |" in text and f"† stale: {CHANGED}." in text
     assert again(tmp_path, monkeypatch, "--check") == 0 and again(tmp_path, monkeypatch) == 0
     assert (tmp_path / "README.md").read_text() == text
 
