@@ -54,11 +54,9 @@ def _times(shown: Sequence[Shown]) -> list[Curve]:
 
 def _floor(shown: Sequence[Shown]) -> list[Point]:
     """What the measured ceiling allows for the work that ``floors`` counts."""
-    found = {
-        size: [each.line.ms_p50 * each.line.share_of_ceiling for each in group if each.line.share_of_ceiling]
-        for size, group in grouped(shown, lambda line: _at(line).size).items()
-    }
-    return [Point(size, statistics.median(floors)) for size, floors in found.items() if floors]
+    lines = [each.line for each in shown]
+    found = {_at(line).size: line.ms_p50 * line.share_of_ceiling for line in lines if line.share_of_ceiling}  # a size's all give the same
+    return [Point(size, floor) for size, floor in found.items()]
 
 
 def _peaks(shown: Sequence[Shown]) -> list[Curve]:

@@ -202,12 +202,12 @@ def facts(lines: Sequence[Line]) -> list[str]:
         f"{len(lines)} lines, {_span(line.date for line in lines)}, at {_join(line.commit for line in lines)}",
         ", ".join(f"{name} {_join(each)}" for name, each in versions.items()),
     ]
-    ceilings: dict[str, list[float]] = {}
-    for line in lines:
+    ceilings = {}
+    for line in lines:  # whose shares are of one ceiling by now
         for speed, name in ((line.tflops, f"TFLOP/s in a {line.dtype} matmul"), (line.gb_per_s, "GB/s in a copy")):
             if speed and line.share_of_ceiling:
-                ceilings.setdefault(name, []).append(speed / line.share_of_ceiling)
-    told = [f"{number(max(values))} {name}" for name, values in ceilings.items()]
+                ceilings[name] = speed / line.share_of_ceiling
+    told = [f"{number(ceiling)} {name}" for name, ceiling in ceilings.items()]
     return [*found, f"the fastest seen, which shares are of: {', '.join(told)}"] if told else found
 
 

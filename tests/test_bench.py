@@ -292,6 +292,8 @@ def test_a_line_is_stale_once_what_it_measured_has_changed(tmp_path, monkeypatch
     for name in ("attention/reference", "attention/pallas_tpu", "attention/native_cpu", "nce/reference", "dispatch", "cases"):
         (tmp_path / f"kernels/{name}.py").parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / f"kernels/{name}.py").write_text("1\n")
+    (tmp_path / "bench").mkdir()
+    (tmp_path / "bench/peers.py").write_text("1\n")
     git("init")
     git("add", ".")
     git("commit", "-m", "one")
@@ -308,6 +310,10 @@ def test_a_line_is_stale_once_what_it_measured_has_changed(tmp_path, monkeypatch
     (tmp_path / "kernels/attention/native_cpu.py").write_text("2\n")
     assert stale() == "kernels/attention/native_cpu.py has changed"
     assert stale(versions=line.versions | {"cuda": "13.0"}) is None
+    assert stale(op="drop_token", ours=False) is None
+    (tmp_path / "bench/peers.py").write_text("2\n")
+    assert stale(op="drop_token", ours=False) == stale(op="drop_token", ours=True, best_peer="eager") == "bench/peers.py has changed"
+    assert stale(op="drop_token", ours=True) is None
     results.append(tmp_path / "lines.jsonl", [line, dataclasses.replace(line, op="drop_token")])
     assert [each.op for each in results.measured(tmp_path / "lines.jsonl", case=line.case)] == ["drop_token"]
     assert not results.measured(tmp_path / "lines.jsonl", case="another")
@@ -413,6 +419,12 @@ def test_what_parity_refuses_is_not_timed():
     lines, absent = run.measure(setting, "drop_token", CASES["drop_token"]["ragged"], "fp32", ["fwd"])
     assert [line.backend for line in lines] == ["gather"]
     assert "red" in absent["reference"]
+
+
+def test_some_contenders_alone_are_kept_in_no_file():
+    setting = Setting(CPU, quick_ceilings=True)
+    assert run._out(None, setting, True) is None and run._out("here.jsonl", setting, True) == "here.jsonl"
+    assert run._out(None, setting, False) == results.of_device(setting.device_name)
 
 
 def test_what_is_wrong_at_the_case_is_not_timed(monkeypatch):

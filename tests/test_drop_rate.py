@@ -162,6 +162,7 @@ def test_who_computes_something_else_is_not_timed(small_video):
     lines, absent = race.compare(setting, task, right | {"wrong": wrong, "another": wrong._replace(alike=False)})
     assert {line.backend for line in lines} - {"videomae"} == {"auto", "plain", "another"} and "other results" in absent["wrong"]
     assert {line.best_peer for line in lines if line.ours} == {"plain"}  # not another model, were it faster
+    assert all((line.tflops is None) == (line.backend in ("another", "videomae")) for line in lines)  # whose FLOPs nobody counted
     lines, absent = race.compare(setting, task, {"auto": wrong._replace(ours=True), "plain": right["plain"]})
     assert [line.backend for line in lines] == ["plain"] and "other results" in absent["auto"]
 
