@@ -85,6 +85,7 @@ def read(path: str | Path) -> list[Line]:
 
 _MODEL = tuple(f"vatt_fast/{name}.py" for name in ("collectives", "config", "flops", "losses", "model", "positions"))
 _BUILD = ("csrc/vectors.h", "csrc/*isa*", "csrc/bind*", "csrc/compile_native.py", "setup.py")
+_ON_PRODUCTS = ("attention", "nce", "step")
 _ELSEWHERE = {  # kernels that a device does not run
     "cpu": ("pallas", "triton", "tile"),
     "cuda": ("pallas", "native"),
@@ -98,7 +99,7 @@ def _measured_files(line: Line) -> tuple[str, ...]:
     sources = (
         f":(glob)kernels/{op}/**",
         ":(glob)kernels/*.py",
-        *((f"csrc/*{op}*", *_BUILD) if device == "cpu" else ("kernels/tiles",)),
+        *((f"csrc/*{op}*", *_BUILD, *(("csrc/products.h",) if line.op in _ON_PRODUCTS else ())) if device == "cpu" else ("kernels/tiles",)),
     )
     contenders = () if line.ours and line.best_peer is None else ("bench/peers.py", "bench/towers.py")
     others = tuple(f":(exclude,glob)kernels/**/{name}*" for name in (*_ELSEWHERE[device], "cases", "jax", "xla"))

@@ -1,4 +1,4 @@
-// Attention on AMX: forward and backward in tiles of 16 rows by 64 bytes, fp32 sums, softmax in AVX-512 between the products.
+// Attention in bf16: forward and backward by products of whole tiles (products.h), fp32 sums, softmax in AVX-512 between them.
 //
 // Tensors are packed once a task into panels of whole tiles, padded with zeros, so that tiles never read beyond a tensor:
 //   rows      (n, width) bf16, row-major: the left factor, its rows times the products' depth
@@ -12,16 +12,14 @@
 #include <string.h>
 
 #include "attention.h"
-#include "emulated.h"
+#include "products.h"
 
 namespace vatt_fast {
 namespace VF_LEVEL {
 
 namespace {
 
-constexpr int TILE = 512;  // bf16 values of a tile: 16 rows of 32
-constexpr int UNIT = 32;   // rows and columns of a product's 2 by 2 tiles
-constexpr int STEP = 64;   // keys that one softmax step takes
+constexpr int STEP = 64;  // keys that one softmax step takes
 constexpr float LOG2_E = 1.44269504088896341f;
 constexpr float LN_2 = 0.693147180559945309f;
 
@@ -41,80 +39,6 @@ struct Arena {
     return piece;
   }
 };
-
-// -- tiles -------------------------------------------------------------------------------------------------------------
-
-struct TileShapes {
-  uint8_t palette, start_row, reserved[14];
-  uint16_t row_bytes[16];
-  uint8_t rows[16];
-};
-
-// The compiler does not know that tile loads read memory: what was written must be there before.
-inline void before_tile_loads() { __asm__ volatile("" ::: "memory"); }
-
-inline void configure_tiles() {
-  alignas(64) TileShapes shapes = {};
-  shapes.palette = 1;
-  for (int t = 0; t < 8; t++) shapes.row_bytes[t] = 64, shapes.rows[t] = 16;
-  __asm__ volatile("" ::"r"(&shapes) : "memory");
-  _tile_loadconfig(&shapes);
-}
-
-inline void zero_sums() {
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
-}
-
-// Where a product's operands and sums lie. Left: 32 rows, row-major. Right: tiles, two of which lie side by side.
-struct Factors {
-  const uint16_t* left;
-  int64_t left_stride;  // values to the next row
-  int64_t left_next;    // values to the next 32 of the depth
-  const uint16_t* right;
-  int64_t right_column, right_next;  // values to the second 16 columns, to the next 32 of the depth
-};
-
-// One product: sums (32, 32) of row stride `stride` += left @ right over `depth` times 32; fresh: = instead.
-struct Product {
-  Factors factors;
-  int64_t depth;
-  float* sums;
-  int64_t stride;
-  bool fresh;
-};
-
-__attribute__((noinline)) void multiply(const Product& p) {
-  const Factors f = p.factors;
-  const int64_t bytes = p.stride * 4, left_bytes = f.left_stride * 2;
-  float *upper = p.sums, *lower = upper + 16 * p.stride;
-  before_tile_loads();
-  if (p.fresh) {
-    zero_sums();
-  } else {
-    _tile_loadd(0, upper, bytes);
-    _tile_loadd(1, upper + 16, bytes);
-    _tile_loadd(2, lower, bytes);
-    _tile_loadd(3, lower + 16, bytes);
-  }
-  for (int64_t k = 0; k < p.depth; k++) {
-    const uint16_t *left = f.left + k * f.left_next, *right = f.right + k * f.right_next;
-    _tile_loadd(4, left, left_bytes);
-    _tile_loadd(6, right, 64);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_loadd(7, right + f.right_column, 64);
-    _tile_dpbf16ps(1, 4, 7);
-    _tile_loadd(5, left + 16 * f.left_stride, left_bytes);
-    _tile_dpbf16ps(2, 5, 6);
-    _tile_dpbf16ps(3, 5, 7);
-  }
-  _tile_stored(0, upper, bytes);
-  _tile_stored(1, upper + 16, bytes);
-  _tile_stored(2, lower, bytes);
-  _tile_stored(3, lower + 16, bytes);
-}
 
 // -- vectors -----------------------------------------------------------------------------------------------------------
 
@@ -325,26 +249,19 @@ inline Product weigh(const Forward& f, const uint16_t* probabilities, const Bloc
 enum class Keys { plain, marked, biased };
 enum class Beside { nothing, scores, values };  // the product whose tiles are worked on between a softmax's rows
 
-// The r-th eighth of a product of depth 2 or 1.
+// The r-th eighth of a product of depth 2 or 1, on tiles.
 template <Beside beside>
 inline __attribute__((always_inline)) void eighth(const Product& p, int r) {
   if (beside == Beside::nothing) return;
+#if VF_PRODUCTS == 2
   if (r >= 4 && p.depth < 2) r = r == 7 ? 8 : 9;
   const Factors& f = p.factors;
-  const int64_t bytes = p.stride * 4, left_bytes = f.left_stride * 2;
+  const int64_t left_bytes = f.left_stride * 2;
   const uint16_t *left = f.left, *right = f.right;
   if (r >= 4) left += f.left_next, right += f.right_next;
-  float* lower = p.sums + 16 * p.stride;
   switch (r) {
     case 0:
-      if (beside == Beside::scores || p.fresh) {
-        zero_sums();
-      } else {
-        _tile_loadd(0, p.sums, bytes);
-        _tile_loadd(1, p.sums + 16, bytes);
-        _tile_loadd(2, lower, bytes);
-        _tile_loadd(3, lower + 16, bytes);
-      }
+      load_sums(p);
       [[fallthrough]];
     case 4:
       _tile_loadd(4, left, left_bytes);
@@ -368,14 +285,12 @@ inline __attribute__((always_inline)) void eighth(const Product& p, int r) {
       _tile_dpbf16ps(3, 5, 7);
       [[fallthrough]];
     case 8:
-      _tile_stored(0, p.sums, bytes);
-      _tile_stored(1, p.sums + 16, bytes);
-      _tile_stored(2, lower, bytes);
-      _tile_stored(3, lower + 16, bytes);
+      store_sums(p);
       break;
     default:
       break;
   }
+#endif
 }
 
 struct Softmax {
@@ -390,8 +305,8 @@ struct Softmax {
   int64_t bias_rows, bias_stride;
 };
 
-// One call: 8 rows by 32 or 64 keys of powers, rounded to bf16 for the next product, and an eighth of another product after each row, whose
-// tiles work while these vectors do.
+// One call: 8 rows by 32 or 64 keys of powers, rounded to bf16 for the next product, and on AMX an eighth of another product after
+// each row, whose tiles work while these vectors do.
 template <Beside beside, Keys keys, int vectors>
 __attribute__((noinline)) void take_powers(const Softmax& softmax, const Product& product) {
   const Softmax s = softmax;  // of which the compiler knows that nothing else writes it
@@ -563,7 +478,7 @@ void pack_keys_and_values(const AttentionForward& a, int64_t b, int64_t h, Forwa
 }
 
 // One task: a run of query blocks of one head. Blocks and steps follow each other in one sequence: while the powers of one step are taken,
-// the tiles multiply the next step's scores and the last step's values.
+// AMX multiplies the next step's scores and the last step's values.
 void attend(const AttentionForward& a, Forward& f, int64_t b, int64_t h, int64_t first_block, int64_t end_block) {
   const AttentionShape& shape = a.shape;
   const uint16_t* queries = head_of(a.q, b, h);
@@ -572,7 +487,7 @@ void attend(const AttentionForward& a, Forward& f, int64_t b, int64_t h, int64_t
   f.bias = a.bias ? a.bias + h * shape.queries * shape.keys : nullptr;
   f.factor = shape.scale * LOG2_E;
   const int64_t steps = steps_of(f.keys), items = (end_block - first_block) * steps;
-  const bool overlapped = f.g.depth <= 2 && !f.bias;
+  const bool overlapped = TILES && f.g.depth <= 2 && !f.bias;
   const int64_t row_stride = shape.heads * shape.head_dim;
 
   begin_block(f, a.q, queries, first_block * UNIT, f.scores[0], f.blocks[0]);
@@ -642,7 +557,7 @@ void attention_forward(const AttentionForward& a) {
   {
     Arena arena = {a.scratch + memory * omp_get_thread_num(), 0};
     Forward f = forward_memory(shape, arena);
-    configure_tiles();
+    begin_products();
 #pragma omp for schedule(dynamic, 1)
     for (int64_t task = 0; task < heads * parts; task++) {
       const int64_t head = task / parts, part = task % parts;
@@ -650,7 +565,7 @@ void attention_forward(const AttentionForward& a) {
       pack_keys_and_values(a, b, h, f);
       attend(a, f, b, h, blocks * part / parts, blocks * (part + 1) / parts);
     }
-    _tile_release();
+    end_products();
   }
 }
 
@@ -884,8 +799,8 @@ inline int list_sums(const Backward& w, int64_t key, int64_t key_units, int64_t 
   return count;
 }
 
-// A block of queries against a chunk of keys, 64 by 64 a step, of which 32 by 32 a unit. While the vectors work on a unit, the tiles
-// multiply the next unit's scores and d_probabilities, and a share of the last step's sums.
+// A block of queries against a chunk of keys, 64 by 64 a step, of which 32 by 32 a unit. While the vectors work on a unit, AMX
+// multiplies the next unit's scores and d_probabilities, and a share of the last step's sums.
 void differentiate_block(const Backward& w, int64_t chunk, int64_t query, float* d_q) {
   constexpr int most = 6 * 128 / 32;  // of list_sums
   const int64_t keys = minimum(KEY_CHUNK, w.keys - chunk), query_units = minimum(2, units_of(w.queries - query));
@@ -968,13 +883,13 @@ void attention_backward(const AttentionBackward& a) {
   {
     Arena arena = {a.scratch + memory * omp_get_thread_num(), 0};
     Backward w = backward_memory(shape, arena);
-    configure_tiles();
+    begin_products();
 #pragma omp for schedule(dynamic, 1)
     for (int64_t task = 0; task < shape.batch * shape.heads / together; task++) {
       const int64_t h = task % shape.heads;
       for (int64_t b = task / shape.heads; b < task / shape.heads + together; b++) differentiate_head(a, w, b, h);
     }
-    _tile_release();
+    end_products();
   }
 }
 

@@ -48,6 +48,7 @@ struct AttentionBackward {
   }
 
 #if defined(VF_X86)
+VF_DECLARE_ATTENTION(avx512_bf16)
 VF_DECLARE_ATTENTION(amx_bf16)
 #endif
 

@@ -60,7 +60,21 @@ void bind_few_tokens(py::module_& m) {
       Released());
 }
 
-// -- bf16 on the matrix unit; callers see to it that current_level() is amx_bf16 ---------------------------------------
+// -- bf16; callers see to it that current_level() is avx512_bf16 at least -----------------------------------------------
+
+struct Bf16Kernels {
+  int64_t (*forward_scratch)(const AttentionShape&);
+  void (*forward)(const AttentionForward&);
+  int64_t (*backward_scratch)(const AttentionShape&);
+  void (*backward)(const AttentionBackward&);
+};
+
+Bf16Kernels bf16_kernels() {
+  if (current_level() >= Level::amx_bf16)
+    return {amx_bf16::attention_forward_scratch, amx_bf16::attention_forward, amx_bf16::attention_backward_scratch, amx_bf16::attention_backward};
+  return {avx512_bf16::attention_forward_scratch, avx512_bf16::attention_forward, avx512_bf16::attention_backward_scratch,
+          avx512_bf16::attention_backward};
+}
 
 Heads heads(const Strided& x) { return {at<const uint16_t>(std::get<0>(x)), std::get<1>(x), std::get<2>(x), std::get<3>(x)}; }
 
@@ -69,17 +83,17 @@ AttentionShape shape_of(const Shape& shape, float scale, int threads) {
   return {B, T, S, H, D, scale, threads};
 }
 
-void bind_matrix_unit(py::module_& m) {
+void bind_bf16(py::module_& m) {
   m.def("attention_scratch", [](const Shape& shape, int threads, bool backward) {
     const AttentionShape s = shape_of(shape, 0, threads);
-    return backward ? amx_bf16::attention_backward_scratch(s) : amx_bf16::attention_forward_scratch(s);
+    return backward ? bf16_kernels().backward_scratch(s) : bf16_kernels().forward_scratch(s);
   });
   m.def(
       "attention_forward",
       [](const Shape& shape, float scale, int threads, const Strided& q, const Strided& k, const Strided& v, Address key_mask, Address bias,
          Address out, Address lse, Address scratch) {
-        amx_bf16::attention_forward({shape_of(shape, scale, threads), heads(q), heads(k), heads(v), at<const uint8_t>(key_mask),
-                                     at<const float>(bias), at<uint16_t>(out), at<float>(lse), at<uint8_t>(scratch)});
+        bf16_kernels().forward({shape_of(shape, scale, threads), heads(q), heads(k), heads(v), at<const uint8_t>(key_mask),
+                                at<const float>(bias), at<uint16_t>(out), at<float>(lse), at<uint8_t>(scratch)});
       },
       Released());
   m.def(
@@ -87,9 +101,9 @@ void bind_matrix_unit(py::module_& m) {
       [](const Shape& shape, float scale, int threads, const Strided& q, const Strided& k, const Strided& v, const Strided& out,
          const Strided& d_out, Address key_mask, Address bias, Address lse, Address d_lse, Address d_q, Address d_k, Address d_v,
          Address d_bias, Address scratch) {
-        amx_bf16::attention_backward({shape_of(shape, scale, threads), heads(q), heads(k), heads(v), heads(out), heads(d_out),
-                                      at<const uint8_t>(key_mask), at<const float>(bias), at<const float>(lse), at<const float>(d_lse),
-                                      at<uint16_t>(d_q), at<uint16_t>(d_k), at<uint16_t>(d_v), at<float>(d_bias), at<uint8_t>(scratch)});
+        bf16_kernels().backward({shape_of(shape, scale, threads), heads(q), heads(k), heads(v), heads(out), heads(d_out),
+                                 at<const uint8_t>(key_mask), at<const float>(bias), at<const float>(lse), at<const float>(d_lse),
+                                 at<uint16_t>(d_q), at<uint16_t>(d_k), at<uint16_t>(d_v), at<float>(d_bias), at<uint8_t>(scratch)});
       },
       Released());
 }
@@ -98,7 +112,7 @@ void bind_matrix_unit(py::module_& m) {
 
 void bind_attention(py::module_& m) {
   bind_few_tokens(m);
-  bind_matrix_unit(m);
+  bind_bf16(m);
 }
 #else
 void bind_attention(py::module_&) {}

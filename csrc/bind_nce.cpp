@@ -1,4 +1,6 @@
 // Python's entry to csrc/nce.cpp.
+#include <stdexcept>
+
 #include "binding.h"
 #include "isa.h"
 #include "nce.h"
@@ -13,15 +15,18 @@ struct Kernels {
   int64_t (*scratch_floats)(int64_t rows, int64_t columns);
   void (*forward)(const NceChunk&, const NceSums&);
   void (*backward)(const NceChunk&, const NceGradients&);
+  void (*pack)(const uint16_t* y, int64_t texts, int64_t dim, uint16_t* panels, int threads);  // of those that multiply bf16
 };
 
 Kernels kernels() {
 #if defined(VF_X86)
-  if (current_level() >= Level::amx_bf16) return {amx_bf16::nce_scratch_floats, amx_bf16::nce_forward, amx_bf16::nce_backward};
-  if (current_level() >= Level::avx512) return {avx512::nce_scratch_floats, avx512::nce_forward, avx512::nce_backward};
-  if (current_level() >= Level::avx2) return {avx2::nce_scratch_floats, avx2::nce_forward, avx2::nce_backward};
+  if (current_level() >= Level::amx_bf16) return {amx_bf16::nce_scratch_floats, amx_bf16::nce_forward, amx_bf16::nce_backward, amx_bf16::nce_pack};
+  if (current_level() >= Level::avx512_bf16)
+    return {avx512_bf16::nce_scratch_floats, avx512_bf16::nce_forward, avx512_bf16::nce_backward, avx512_bf16::nce_pack};
+  if (current_level() >= Level::avx512) return {avx512::nce_scratch_floats, avx512::nce_forward, avx512::nce_backward, nullptr};
+  if (current_level() >= Level::avx2) return {avx2::nce_scratch_floats, avx2::nce_forward, avx2::nce_backward, nullptr};
 #endif
-  return {base::nce_scratch_floats, base::nce_forward, base::nce_backward};
+  return {base::nce_scratch_floats, base::nce_forward, base::nce_backward, nullptr};
 }
 
 // The chunk's part of every call's arguments.
@@ -53,14 +58,13 @@ void bind_nce(py::module_& m) {
   using Released = py::call_guard<py::gil_scoped_release>;
   m.def("nce_scratch_floats", [](int64_t rows, int64_t columns) { return kernels().scratch_floats(rows, columns); });
   m.def("nce_tile_floats", &base::nce_tile_floats);
-#if defined(VF_X86)
   m.def(
       "nce_pack",
       [](Address y, int64_t texts, int64_t dim, Address panels, int threads) {
-        amx_bf16::nce_pack(at<const uint16_t>(y), texts, dim, at<uint16_t>(panels), threads);
+        if (!kernels().pack) throw std::logic_error("this instruction set multiplies no bf16");
+        kernels().pack(at<const uint16_t>(y), texts, dim, at<uint16_t>(panels), threads);
       },
       Released());
-#endif
   m.def("nce_forward", &forward, Released());
   m.def("nce_backward", &backward, Released());
 }

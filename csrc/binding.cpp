@@ -21,19 +21,19 @@ namespace {
 const char* name_of(Level level) { return level_names[static_cast<int>(level)]; }
 
 void hold_to_named(const std::string& name) {
-  for (Level each : {Level::base, Level::avx2, Level::avx512, Level::amx_bf16}) {
+  for (Level each : {Level::base, Level::avx2, Level::avx512, Level::avx512_bf16, Level::amx_bf16}) {
     if (name != name_of(each)) continue;
     if (!hold_to(each))
       throw std::invalid_argument("this machine has " + std::string(name_of(available().level)) + " at most: " + available().missing);
     return;
   }
-  throw std::invalid_argument("unknown instruction set \"" + name + "\"; there are base, avx2, avx512 and amx_bf16");
+  throw std::invalid_argument("unknown instruction set \"" + name + "\"; there are base, avx2, avx512, avx512_bf16 and amx_bf16");
 }
 
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
-  m.attr("INTERFACE") = 3;  // kernels/native.py has the same
+  m.attr("INTERFACE") = 4;  // kernels/native.py has the same
   m.def("available", [] { return name_of(available().level); });
   m.def("missing", [] { return available().missing; });
   m.def("level", [] { return name_of(current_level()); });

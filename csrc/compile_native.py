@@ -1,4 +1,4 @@
-"""Compiles the C++ extension: the recipe of setup.py, and of tests that want it with sanitizers or with an emulated matrix unit.
+"""Compiles the C++ extension: the recipe of setup.py, and of tests that want it with sanitizers or with emulated bf16 instructions.
 
 Every op is one source, compiled once for each instruction set it has a use for, with flags and a namespace of its own; what runs is chosen
 when the module is loaded (isa.cpp). ninja compiles in parallel and only what changed.
@@ -27,13 +27,14 @@ LEVELS = {  # name, which is also the namespace -> flags
     "base": [],
     "avx2": AVX2,
     "avx512": AVX512,
+    "avx512_bf16": [*AVX512, "-mavx512bf16"],
     "amx_bf16": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
 }
 # op -> the instruction sets it is compiled for; a machine uses the highest that it has
 OPS = {
     "patch_embed.cpp": ("base", "avx2", "avx512"),
-    "nce.cpp": ("base", "avx2", "avx512", "amx_bf16"),
-    "attention.cpp": ("amx_bf16",),
+    "nce.cpp": ("base", "avx2", "avx512", "avx512_bf16", "amx_bf16"),
+    "attention.cpp": ("avx512_bf16", "amx_bf16"),
     "short_attention.cpp": ("avx2", "avx512"),
     "drop_token.cpp": ("base",),  # it copies
 }
@@ -44,7 +45,7 @@ def build(target: Path, folder: Path, *, emulated: bool = False, flags: Sequence
     """Compile the extension to ``target``, objects to ``folder``. The compiler is CXX, else Python's own or c++; it needs OpenMP.
 
     Args:
-        emulated: the matrix unit and its set's bf16 instructions are written out in AVX-512 (emulated.h), for tests on machines without them.
+        emulated: bf16 instructions and the matrix unit are written out in AVX-512 (emulated.h), for tests on machines without them.
         flags: further ones for compiler and linker, e.g. ["-fsanitize=undefined"].
 
     Raises:
@@ -108,7 +109,7 @@ def _recipe(target: Path, compiler: list[str], emulated: bool, flags: Sequence[s
     units = [(source, f"{Path(source).stem}.o", [*BINDING, *headers]) for source in SHARED]
     for source, levels in OPS.items():
         for level in levels if X86 else [each for each in levels if each == "base"]:
-            own = AVX512 if emulated and level == "amx_bf16" else LEVELS[level]
+            own = AVX512 if emulated and level.endswith("bf16") else LEVELS[level]
             units.append((source, f"{Path(source).stem}_{level}.o", [*KERNEL, *own, f"-DVF_LEVEL={level}"]))
     macros = [*(["-DVF_X86"] if X86 else []), *(["-DVF_EMULATED"] if emulated else [])]
     undefined = " -undefined dynamic_lookup" if sys.platform == "darwin" else ""

@@ -59,11 +59,12 @@ Features detect() {
   if (!bit(seven.b, 16) || !bit(seven.b, 17) || !bit(seven.b, 30) || !bit(seven.b, 31))
     return {Level::avx2, "the processor lacks AVX-512 F, DQ, BW or VL"};
   if ((saved & 0xe6) != 0xe6) return {Level::avx2, "the operating system does not save AVX-512 registers"};
-  if (!bf16 || !tiles) return {Level::avx512, "the processor lacks AVX-512 BF16, AMX-TILE or AMX-BF16"};
+  if (!bf16) return {Level::avx512, "the processor lacks AVX-512 BF16"};
+  if (!tiles) return {Level::avx512_bf16, "the processor lacks AMX-TILE or AMX-BF16"};
 #if !defined(VF_EMULATED)
-  if ((saved & 0x60000) != 0x60000) return {Level::avx512, "the operating system does not save AMX tiles"};
+  if ((saved & 0x60000) != 0x60000) return {Level::avx512_bf16, "the operating system does not save AMX tiles"};
 #endif
-  if (!request_tiles()) return {Level::avx512, "the operating system refused the use of AMX tiles"};
+  if (!request_tiles()) return {Level::avx512_bf16, "the operating system refused the use of AMX tiles"};
   return {Level::amx_bf16, ""};
 }
 #else

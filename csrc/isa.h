@@ -3,9 +3,9 @@
 
 namespace vatt_fast {
 
-enum class Level { base, avx2, avx512, amx_bf16 };  // each includes those before it; amx_bf16 has AVX-512 BF16 too
+enum class Level { base, avx2, avx512, avx512_bf16, amx_bf16 };  // each includes those before it
 
-constexpr const char* level_names[] = {"base", "avx2", "avx512", "amx_bf16"};
+constexpr const char* level_names[] = {"base", "avx2", "avx512", "avx512_bf16", "amx_bf16"};
 
 struct Features {
   Level level;

@@ -1,6 +1,6 @@
 // The contrastive log-sums: what is done with a chunk of products x @ y^T. Forward, one pass sums exp(S) by rows, columns and own texts;
 // backward, one pass turns products into weights. Compiled once for each instruction set (VF_LEVEL): vectors are the compiler's own, as
-// wide as the set has them, and the one that has a matrix unit computes the products of bf16 vectors too.
+// wide as the set has them, and those that multiply bf16 compute the products of bf16 vectors too.
 //
 // R clips (rows), C texts (columns) of a chunk, D dimensions; tiles of TILE_ROWS x TILE_COLUMNS scores are the tasks, whatever the number
 // of threads: each leaves its sums apart, and they are joined in the tiles' order, so the bits do not depend on who did what.
@@ -8,18 +8,7 @@
 
 #include <omp.h>
 
-// which set has the matrix unit
-#define VF_TILES_base 0
-#define VF_TILES_avx2 0
-#define VF_TILES_avx512 0
-#define VF_TILES_amx_bf16 1
-#define VF_JOINED(a, b) a##b
-#define VF_JOIN(a, b) VF_JOINED(a, b)
-#define VF_TILES VF_JOIN(VF_TILES_, VF_LEVEL)
-
-#if VF_TILES
-#include "emulated.h"
-#endif
+#include "products.h"
 
 namespace vatt_fast {
 namespace VF_LEVEL {
@@ -69,59 +58,19 @@ static inline Tile tile_of(const NceChunk& c, int64_t number) {
 
 static inline bool counts(const NceChunk& c, int64_t row) { return !c.x_counts || c.x_counts[row]; }
 
-// -- products by the matrix unit ---------------------------------------------------------------------------------------
+// -- products of bf16 vectors ------------------------------------------------------------------------------------------
 
-#if VF_TILES
-
-struct TileConfig {
-  uint8_t palette, start_row, reserved[14];
-  uint16_t row_bytes[16];
-  uint8_t rows[16];
-};
-
-static void begin_tiles(const NceChunk& c) {
-  if (!c.x) return;
-  TileConfig config = {};
-  config.palette = 1;
-  for (int tile = 0; tile < 8; tile++) config.row_bytes[tile] = 64, config.rows[tile] = 16;
-  __asm__ volatile("" : : "r"(&config) : "memory");  // gcc believes that only the first bytes are read, and drops the others
-  _tile_loadconfig(&config);
-}
-
-static void end_tiles(const NceChunk& c) {
-  if (c.x) _tile_release();
-}
+#if VF_PRODUCTS
 
 // Computes the tile's products, 32 x 32 at a time. 32 texts stay in the first cache while all clips of the tile pass by.
 static void multiply(const NceChunk& c, const Tile& t) {
   if (!c.x) return;
-  const int64_t row_bytes = 2 * c.dim, panel = 16 * c.dim, store_bytes = 4 * t.stride;
-  for (int64_t j = 0; j < t.columns; j += 32) {
-    const uint16_t* left = c.y_panels + (t.column + j) / 16 * panel;
-    for (int64_t i = 0; i < t.rows; i += 32) {
-      const uint16_t* upper = c.x + (t.row + i) * c.dim;
-      const uint16_t* lower = upper + 16 * c.dim;
-      _tile_zero(0);
-      _tile_zero(1);
-      _tile_zero(2);
-      _tile_zero(3);
-      for (int64_t d = 0; d < c.dim; d += 32) {
-        _tile_loadd(4, upper + d, row_bytes);
-        _tile_loadd(5, lower + d, row_bytes);
-        _tile_loadd(6, left + 16 * d, 64);
-        _tile_loadd(7, left + panel + 16 * d, 64);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_dpbf16ps(1, 4, 7);
-        _tile_dpbf16ps(2, 5, 6);
-        _tile_dpbf16ps(3, 5, 7);
-      }
-      float* products = t.products + i * t.stride + j;
-      _tile_stored(0, products, store_bytes);
-      _tile_stored(1, products + 16, store_bytes);
-      _tile_stored(2, products + 16 * t.stride, store_bytes);
-      _tile_stored(3, products + 16 * t.stride + 16, store_bytes);
+  const int64_t panel = 16 * c.dim;
+  for (int64_t j = 0; j < t.columns; j += UNIT)
+    for (int64_t i = 0; i < t.rows; i += UNIT) {
+      const Factors factors = {c.x + (t.row + i) * c.dim, c.dim, 32, c.y_panels + (t.column + j) / 16 * panel, panel, TILE};
+      multiply({factors, c.dim / 32, t.products + i * t.stride + j, t.stride, true});
     }
-  }
 }
 
 // Transposes 16 x 16 pairs of bf16.
@@ -170,8 +119,8 @@ static void keep_weights(const NceChunk& c, const Tile& t, int64_t i) {
 
 #else
 
-static inline void begin_tiles(const NceChunk&) {}
-static inline void end_tiles(const NceChunk&) {}
+static inline void begin_products() {}
+static inline void end_products() {}
 static inline void multiply(const NceChunk&, const Tile&) {}
 static inline void keep_weights(const NceChunk&, const Tile&, int64_t) {}
 
@@ -307,7 +256,7 @@ void nce_forward(const NceChunk& c, const NceSums& sums) {
   const int64_t tiles = strips_of(c) * blocks_of(c);
 #pragma omp parallel num_threads(threads_for(c, tiles))
   {
-    begin_tiles(c);
+    if (c.x) begin_products();
 #pragma omp for schedule(dynamic, 1)
     for (int64_t number = 0; number < tiles; number++) {
       const Tile t = tile_of(c, number);
@@ -318,7 +267,7 @@ void nce_forward(const NceChunk& c, const NceSums& sums) {
       else
         sum_tile(c, t, parts);
     }
-    end_tiles(c);
+    if (c.x) end_products();
 #pragma omp for schedule(static) nowait
     for (int64_t i = 0; i < c.rows; i++) join_row(c, sums, parts, i);
 #pragma omp for schedule(static)
@@ -375,14 +324,14 @@ void nce_backward(const NceChunk& c, const NceGradients& g) {
   double* d_scales = reinterpret_cast<double*>(g.scratch);
 #pragma omp parallel num_threads(threads_for(c, tiles))
   {
-    begin_tiles(c);
+    if (c.x) begin_products();
 #pragma omp for schedule(dynamic, 1)
     for (int64_t number = 0; number < tiles; number++) {
       const Tile t = tile_of(c, number);
       multiply(c, t);
       d_scales[number] = weigh_tile(c, t, g);
     }
-    end_tiles(c);
+    if (c.x) end_products();
   }
   for (int64_t number = 0; number < tiles; number++) *g.d_scale += d_scales[number];
 }

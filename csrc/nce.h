@@ -8,7 +8,7 @@ namespace vatt_fast {
 // R clips (rows) by C texts (columns): a chunk of the score matrix scale * x @ y^T, and what belongs to its rows and columns.
 // Arrays of columns are read up to C rounded up to 32.
 //
-// The products x @ y^T either lie in memory, or are computed by the matrix unit a tile at a time (amx_bf16 only): then x and y_panels are given.
+// The products x @ y^T either lie in memory, or are computed a tile at a time (by the sets that multiply bf16): then x and y_panels are given.
 struct NceChunk {
   float* products;  // (R, stride), and the backward leaves scale * d loss / d scores in their place; or room for a tile a thread: nce_tile_floats()
   int64_t stride;   // of products or weights: at least C rounded up to 32; what lies beyond C is of no consequence
@@ -53,11 +53,17 @@ VF_DECLARE_NCE(base)
 #if defined(VF_X86)
 VF_DECLARE_NCE(avx2)
 VF_DECLARE_NCE(avx512)
+VF_DECLARE_NCE(avx512_bf16)
 VF_DECLARE_NCE(amx_bf16)
-namespace amx_bf16 {
-// y (texts, dim) bf16, multiples of 16 and 32 -> panels of 16 texts, each (dim / 2, 16, 2): the order in which tiles are read.
-void nce_pack(const uint16_t* y, int64_t texts, int64_t dim, uint16_t* panels, int threads);
-}  // namespace amx_bf16
+
+// y (texts, dim) bf16, multiples of 16 and 32 -> panels of 16 texts, each (dim / 2, 16, 2): the order in which products read them.
+#define VF_DECLARE_NCE_PACK(level)                                                              \
+  namespace level {                                                                             \
+  void nce_pack(const uint16_t* y, int64_t texts, int64_t dim, uint16_t* panels, int threads);  \
+  }
+
+VF_DECLARE_NCE_PACK(avx512_bf16)
+VF_DECLARE_NCE_PACK(amx_bf16)
 #endif
 
 }  // namespace vatt_fast

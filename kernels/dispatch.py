@@ -16,7 +16,7 @@ import torch
 from . import native
 
 OPS = ("attention", "drop_token", "nce", "patch_embed")
-_FEW_TOKENS = {"avx2": 48, "avx512": 256, "amx_bf16": 256}
+_FEW_TOKENS = {"avx2": 48, "avx512": 256, "avx512_bf16": 512, "amx_bf16": 256}  # 512: on Zen 5, where torch's fp32 is slower
 
 
 class Row(NamedTuple):
@@ -43,10 +43,10 @@ def _not_yet_measured(mode, *tensors, **options) -> bool:
 
 
 def _bf16_or_few_tokens(mode, q, k, v, **options) -> bool:
-    """bf16, on a matrix unit: for a query or two the packing of all keys would be most of the work (predicted, NOTES.md). fp32: up to where
-    splitting products for the threads costs the libraries more than it gains (measured on two threads, NOTES.md)."""
+    """bf16: with AVX-512 BF16 always; on AMX, for a query or two the packing of all keys would be most of the work (predicted). fp32: up to
+    where splitting products for the threads costs the libraries more than it gains (measured on two threads). See NOTES.md."""
     if q.dtype == torch.bfloat16:
-        return q.shape[1] >= 16
+        return q.shape[1] >= 16 or native.level() == "avx512_bf16"
     return max(q.shape[1], k.shape[1]) <= _FEW_TOKENS.get(native.level(), 0)
 
 

@@ -1,13 +1,13 @@
 """The C++ extension (csrc/): whether it was built, and which instruction set of this machine its kernels use.
 
-The environment variable VATT_FAST_ISA (base, avx2, avx512, amx_bf16), read at import, holds them to a lower one.
+The environment variable VATT_FAST_ISA (base, avx2, avx512, avx512_bf16, amx_bf16), read at import, holds them to a lower one.
 """
 
 import importlib
 import os
 from typing import Any
 
-INTERFACE = 3  # csrc/binding.cpp has the same: raise both when what the extension takes or offers changes
+INTERFACE = 4  # csrc/binding.cpp has the same: raise both when what the extension takes or offers changes
 extension: Any = None
 _failure = "not built: the install found no C++ compiler, or it failed (pip install with VATT_FAST_NATIVE=required shows why)"
 try:
@@ -28,8 +28,13 @@ if extension is not None and (_asked := os.environ.get("VATT_FAST_ISA")):
 
 
 def level() -> str:
-    """Instruction set in use: "base", "avx2", "avx512", "amx_bf16"; "" without the extension."""
+    """Instruction set in use: "base", "avx2", "avx512", "avx512_bf16", "amx_bf16"; "" without the extension."""
     return "" if extension is None else extension.level()
+
+
+def multiplies_bf16() -> bool:
+    """Whether that set has products of bf16 with fp32 sums."""
+    return level() in ("avx512_bf16", "amx_bf16")
 
 
 def address(tensor) -> int:

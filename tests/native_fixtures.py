@@ -20,7 +20,7 @@ import torch
 
 from vatt_fast.kernels import native
 
-LEVELS = ("base", "avx2", "avx512", "amx_bf16")  # each includes those before it
+LEVELS = ("base", "avx2", "avx512", "avx512_bf16", "amx_bf16")  # each includes those before it
 SOURCES = Path(__file__).resolve().parent.parent / "csrc"
 
 
@@ -112,6 +112,6 @@ def skip_without_avx512() -> None:
 
 @pytest.fixture(scope="session")
 def emulated_extension(tmp_path_factory) -> ModuleType:
-    """The extension with bf16 instructions and the matrix unit written out in AVX-512: it reports, and runs, amx_bf16."""
+    """The extension with bf16 instructions and the matrix unit written out in AVX-512: it reports amx_bf16, and runs avx512_bf16 too."""
     skip_without_avx512()
     return build(tmp_path_factory.mktemp("emulated"), emulated=True)

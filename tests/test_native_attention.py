@@ -1,4 +1,4 @@
-"""csrc/attention.cpp beyond the battery: every short length, strides, guard pages, threads, the matrix unit shared with torch."""
+"""csrc/attention.cpp (bf16) beyond the battery: every short length, strides, guard pages, threads, the matrix unit shared with torch."""
 
 import functools
 import math
@@ -6,9 +6,9 @@ import math
 import native_attention_checks as checks
 import pytest
 import torch
-from native_fixtures import needs_guard_pages, using
+from native_fixtures import held_to, needs_guard_pages, using
 
-from vatt_fast.kernels import native
+from vatt_fast.kernels import dispatch, native
 from vatt_fast.kernels.attention import native_cpu, reference
 from vatt_fast.kernels.cases import AttentionCase
 
@@ -26,26 +26,23 @@ CASES = [
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
 
-@pytest.fixture(params=["real", "emulated"])
-def amx(request):
-    """The kernels on this machine's matrix unit, and on one written out in AVX-512."""
-    if request.param == "emulated":
-        with using(request.getfixturevalue("emulated_extension")):
-            yield
-    elif native.level() != "amx_bf16":
-        pytest.skip(f"no matrix unit: {native.explain()}")
-    else:
-        yield
+@pytest.fixture(params=["avx512_bf16", "amx_bf16"])
+def level(request):
+    """The kernels in each form that they have: this machine's, or what it lacks written out in AVX-512."""
+    with held_to(request.param, request):
+        yield request.param
 
 
 draw = functools.partial(checks.draw, dtype=torch.bfloat16)
 BOUND = 0.012  # bf16 rounds to 0.002 of a value on average
 
 
-def test_what_it_refuses(emulated_extension):
+def test_what_it_refuses(emulated_extension, request):
     (q, k, v, _, _), options = draw(CASES[0])
     with using(None):
         assert "not built" in native_cpu.unsupported(q, k, v, **options)
+    with held_to("avx512", request):
+        assert "it needs AVX-512 BF16" in native_cpu.unsupported(q, k, v, **options)
     with using(emulated_extension):
         assert native_cpu.unsupported(q, k, v, **options) is None
         assert "float16" in native_cpu.unsupported(q.half(), k.half(), v.half(), **options)
@@ -54,36 +51,44 @@ def test_what_it_refuses(emulated_extension):
         assert "head_dim 144" in native_cpu.unsupported(wide, wide, wide, **options)
 
 
+def test_automatic_takes_it(level):
+    """On AMX not for a query or two, for which the packing of all keys would be most of the work."""
+    for queries in (1, 15, 16, 300):
+        q, k = (torch.zeros(1, tokens, 1, 16, dtype=torch.bfloat16) for tokens in (queries, 300))
+        verdict = dispatch.explain("attention", q, k, k, scale=1.0)["native_cpu"]
+        assert (verdict == "preferred (fwd, bwd)") == (queries >= 16 or level == "avx512_bf16"), (queries, verdict)
+
+
 @every_case
-def test_against_fp64(amx, case):
+def test_against_fp64(level, case):
     checks.assert_close_to_fp64(*draw(case), BOUND)
 
 
 @pytest.mark.parametrize("queries", [range(first, first + 10) for first in range(1, 71, 10)], ids=lambda r: f"{r[0]}_to_{r[-1]}")
-def test_every_short_length(amx, queries):
+def test_every_short_length(level, queries):
     checks.assert_every_length(torch.bfloat16, queries, longest=70, head_dim=16, bound=0.02)
 
 
 @every_case
-def test_any_strides_give_the_same_bits(amx, case):
+def test_any_strides_give_the_same_bits(level, case):
     checks.assert_strides_do_not_matter(*draw(case))
 
 
 @every_case
-def test_bits_do_not_depend_on_threads_or_memory(amx, case):
+def test_bits_do_not_depend_on_threads_or_memory(level, case):
     checks.assert_threads_and_memory_do_not_matter(*draw(case))
 
 
-def test_a_head_cut_into_several_tasks_has_the_same_bits(amx):
+def test_a_head_cut_into_several_tasks_has_the_same_bits(level):
     checks.assert_threads_and_memory_do_not_matter(*draw(AttentionCase("", 1, 1000, 90, 1, 64)), counts=(2, 3, 5, 16))
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, 1e30])
-def test_what_is_not_attended_may_be_anything(amx, value):
+def test_what_is_not_attended_may_be_anything(level, value):
     checks.assert_hidden_values_do_not_matter(*draw(CASES[2]), value)
 
 
-def test_large_scores(amx):
+def test_large_scores(level):
     """Far beyond what the powers' range holds: the largest score is subtracted, and far smaller ones are 0."""
     for size in (30.0, 1e3, 1e5):
         tensors, options = draw(CASES[1])
@@ -99,7 +104,7 @@ def test_large_scores(amx):
 @needs_guard_pages
 @pytest.mark.parametrize("at_end", [True, False], ids=["end", "start"])
 @every_case
-def test_nothing_is_touched_beyond_the_tensors(amx, monkeypatch, case, at_end):
+def test_nothing_is_touched_beyond_the_tensors(level, monkeypatch, case, at_end):
     checks.assert_nothing_is_touched_beyond(*draw(case), monkeypatch, at_end)
 
 

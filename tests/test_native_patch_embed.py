@@ -11,7 +11,7 @@ from vatt_fast.kernels.patch_embed import native_cpu, reference
 NAMES = ("kept_rows", "kept_per_clip", "gathered_per_clip", "only_projected", "odd_clip", "float_clip", "waveform", "fp32_rows")
 
 
-@pytest.fixture(params=LEVELS)  # the last one's product is of bf16
+@pytest.fixture(params=LEVELS)  # the products of the last two are of bf16
 def level(request):
     with held_to(request.param, request):
         yield request.param

@@ -96,11 +96,12 @@ def test_nothing_is_touched_beyond_the_tensors(monkeypatch, case, at_end):
     checks.assert_nothing_is_touched_beyond(*draw(case), monkeypatch, at_end)
 
 
+@pytest.mark.parametrize("level", ["avx2", "avx512", "avx512_bf16"], indirect=True)
 @pytest.mark.parametrize("biased", [False, True])
 def test_automatic_takes_it_for_few_tokens(level, biased):
-    for tokens in (17, 48, 49, 256, 257):
+    for tokens in (17, 48, 49, 256, 257, 512, 513):
         q = torch.zeros(1, tokens, 1, 16)
         bias = torch.zeros(1, tokens, tokens) if biased else None
         verdicts = explain("attention", q, q, q, scale=1.0, bias=bias, bias_grad=biased)
-        few = tokens <= {"avx2": 48, "avx512": 256}[level]
+        few = tokens <= {"avx2": 48, "avx512": 256, "avx512_bf16": 512}[level]
         assert (verdicts["native_cpu"] == "preferred (fwd, bwd)") == few, tokens

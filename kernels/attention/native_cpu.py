@@ -1,4 +1,4 @@
-"""Attention in C++: bf16 on Intel's matrix unit (csrc/attention.cpp), fp32 sums and statistics, scores never stored; fp32 of few tokens
+"""Attention in C++: bf16 by AVX-512 BF16 or AMX (csrc/attention.cpp), fp32 sums and statistics, scores never stored; fp32 of few tokens
 with AVX2 or AVX-512 (native_short.py)."""
 
 import torch
@@ -68,8 +68,8 @@ def unsupported(q, k, v, *, scale, bias=None, key_mask=None, deterministic=False
         return native_short.unsupported(q, k)
     if q.dtype != torch.bfloat16:
         return f"{q.dtype} is neither float32 nor bfloat16"
-    if native.level() != "amx_bf16":
-        return f"in bf16 it needs AMX (amx_bf16), and the instruction set is {native.explain()}"
+    if not native.multiplies_bf16():
+        return f"in bf16 it needs AVX-512 BF16 or AMX, and the instruction set is {native.explain()}"
     if q.shape[-1] > _MAX_HEAD_DIM:
         return f"head_dim {q.shape[-1]} is beyond {_MAX_HEAD_DIM}"
     return None

@@ -3,7 +3,7 @@
 Forward: the pass sums exp(S) by rows, columns and own texts; where |S| is known to be small no maximum is subtracted and a score costs one
 exp. Backward: the products once more, the pass turns them in place into weights d loss / d S and sums d_scale, two products with the
 weights follow, torch's. The products are fp32 whatever the inputs (rounded to bf16, a cosine near 1 would shift its score by 0.03 at a
-scale of 14): torch's fp32 ones, or, of bf16 vectors on a matrix unit, computed by the pass itself, a tile at a time.
+scale of 14): torch's fp32 ones, or, of bf16 vectors where the processor multiplies them (AVX-512 BF16, AMX), computed by the pass itself, a tile at a time.
 """
 
 import math
@@ -98,7 +98,7 @@ class _Scores:
         self.y_counts = torch.zeros(_padded(y.shape[0]), dtype=torch.int32)
         self.y_counts[: y.shape[0]] = -1 if y_valid is None else -y_valid.int()
         self.running = _running(x, y, self.scale, y_valid, bound)
-        self.tiles = x.dtype == torch.bfloat16 and native.level() == "amx_bf16"
+        self.tiles = x.dtype == torch.bfloat16 and native.multiplies_bf16()
         most = _CHUNK_OF_TILES if self.tiles else _CHUNK
         self.clips, self.texts = min(x.shape[0], most[0]), min(y.shape[0], most[1])
         self.scratch = torch.empty(native.extension.nce_scratch_floats(self.clips, self.texts))
@@ -139,7 +139,7 @@ class _Scores:
 
 
 def _panels(y) -> torch.Tensor:
-    """Texts in the order in which the matrix unit reads them."""
+    """Texts in the order in which products read them (csrc/products.h)."""
     rows = _aligned(y)
     panels = torch.empty_like(rows)
     native.extension.nce_pack(address(rows), *rows.shape, address(panels), torch.get_num_threads())

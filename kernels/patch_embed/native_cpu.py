@@ -100,7 +100,7 @@ class _Rows:
             self.keep, self.keep_stride = keep.to(torch.int64).contiguous(), self.K if keep.ndim == 2 else 0
         self.gathered = gathered
         self.centre = 128.0 if patches.dtype == torch.uint8 else 0.0
-        multiplied = native_bf16(patches.device) or native.level() == "amx_bf16"  # which tests also emulate
+        multiplied = native_bf16(patches.device) or native.multiplies_bf16()  # which tests also emulate
         self.product_dtype = dtype if multiplied else torch.float32
 
     def chunks(self, most_bytes: int) -> Iterator[tuple[int, torch.Tensor]]:
