@@ -60,11 +60,17 @@ def counted_flops(configuration: str, rate: float) -> drop_rate.GFLOPs | None:
 # -- tables of the README ----------------------------------------------------------------------------------------------
 
 
+def _by_device(shown: Sequence[Shown]) -> dict[str, list[Shown]]:
+    """Without the devices of which nothing is fresh, unless that is so of all; the page has them all."""
+    devices = grouped(shown, lambda line: line.device)
+    return {name: each for name, each in devices.items() if not all(one.stale for one in each)} or devices
+
+
 def _drop_rate(report: Report) -> str:
     if not report.steps:
         return "No lines of whole steps by drop rate exist yet."
     parts = []
-    for device, shown in grouped(report.steps, lambda line: line.device).items():
+    for device, shown in _by_device(report.steps).items():
         parts += [f"{device}:", step_tables.summary(step_tables.groups(shown), report.flops).markdown()]
     return "\n\n".join(parts)
 
@@ -72,8 +78,7 @@ def _drop_rate(report: Report) -> str:
 def _ops(report: Report) -> str:
     if not report.ops:
         return "No lines of ops exist yet."
-    devices = grouped(report.ops, lambda line: line.device)
-    return "\n\n".join(f"{device}:\n\n{tables.glance(shown).markdown()}" for device, shown in devices.items())
+    return "\n\n".join(f"{device}:\n\n{tables.glance(shown).markdown()}" for device, shown in _by_device(report.ops).items())
 
 
 def _accuracy(report: Report) -> str:

@@ -269,6 +269,15 @@ def test_marked_tables_are_replaced_and_nothing_else(tmp_path, monkeypatch, caps
     assert (tmp_path / "README.md").read_text() == text
 
 
+def test_a_device_of_which_nothing_is_fresh_leaves_the_readme(tmp_path, monkeypatch):
+    assert build(tmp_path, steps(device="once measured", commit="old"), monkeypatch) == 0
+    assert "once measured:" in (tmp_path / "README.md").read_text()  # better than nothing
+    assert build(tmp_path, steps(), monkeypatch) == 0
+    text = (tmp_path / "README.md").read_text()
+    assert DEVICE in text and "once measured" not in text and "†" not in text
+    assert "once measured" in (tmp_path / "report.html").read_text()
+
+
 def test_a_readme_without_markers_is_left_alone_and_a_wrong_marker_is_an_error(tmp_path, monkeypatch, capsys):
     for text, problem in (
         ("<!-- table: nothing -->\n<!-- end -->", "'nothing'; there are drop-rate"),
