@@ -54,6 +54,9 @@ CASES: dict[str, dict[int, Case]] = {
 }
 
 
+_COMPILED_UP_TO = {"nce": 1 << 15}  # torch.compile unrolls the peers' loop over chunks: with 64 of them a quarter of an hour was not enough
+
+
 class _Cost(NamedTuple):
     size: int
     ms: float
@@ -108,7 +111,7 @@ def measure_op(
         else:
             if setting.deadline is not None and time.monotonic() > setting.deadline:
                 return [*absent, (f"{op} {case.name}", "all", "out of time; --resume continues")]
-            left_out = _too_slow_or_large(costs, size, modes, 1e3 * longest, setting.device)
+            left_out = _too_slow_or_large(costs, size, modes, 1e3 * longest, setting.device) | _too_long_to_compile(op, size)
             try:
                 lines, others = _race(setting, op, case, dtype, modes, left_out)
             except Exception as error:  # out of memory with all contenders' state at once, say
@@ -128,6 +131,12 @@ def _too_slow_or_large(costs, size: int, modes: Sequence[Mode], longest_ms: floa
         if mode in modes and (reason := objection(predict(known, size), longest_ms, free_bytes(device))):
             found[name] = reason
     return found
+
+
+def _too_long_to_compile(op: str, size: int) -> dict[str, str]:
+    if size <= _COMPILED_UP_TO.get(op, size):
+        return {}
+    return {peer.name: f"torch.compile is not waited for beyond {_COMPILED_UP_TO[op]}" for peer in peers(op) if peer.compiled}
 
 
 def _race(setting: Setting, op: str, case: Case, dtype: str, modes: Sequence[Mode], left_out) -> tuple[list[Line], dict[str, str]]:

@@ -75,6 +75,14 @@ def test_a_size_is_measured_once_and_the_slow_leave(small, monkeypatch, tmp_path
     assert "absent: attention scaling_tokens_40: eager: a call would take about" in capsys.readouterr().out
 
 
+def test_what_takes_too_long_to_compile_is_left_out(small, monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(scaling._COMPILED_UP_TO, "attention", 4)
+    assert run_main("--size", 5, "--mode", "fwd", "--seconds", 0, "--out", tmp_path / "lines.jsonl") == 0
+    backends = {line.backend for line in results.read(tmp_path / "lines.jsonl")}
+    assert "auto" in backends and "eager" in backends and not any(name.endswith("_compiled") for name in backends)
+    assert "eager_compiled: torch.compile is not waited for beyond 4" in capsys.readouterr().out
+
+
 def test_an_unknown_size_is_refused(small, capsys):
     with pytest.raises(SystemExit):
         run_main("--size", 6)
