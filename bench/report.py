@@ -60,17 +60,25 @@ def counted_flops(configuration: str, rate: float) -> drop_rate.GFLOPs | None:
 # -- tables of the README ----------------------------------------------------------------------------------------------
 
 
-def _by_device(shown: Sequence[Shown]) -> dict[str, list[Shown]]:
-    """Without the devices of which nothing is fresh, unless that is so of all; the page has them all."""
-    devices = grouped(shown, lambda line: line.device)
-    return {name: each for name, each in devices.items() if not all(one.stale for one in each)} or devices
+def _by_device(shown: Sequence[Shown], subject: Callable[[Line], str]) -> dict[str, list[Shown]]:
+    """Of a subject for which some device has a fresh line, without the devices that have none of it; the page has them all."""
+    fresh = {(subject(each.line), each.line.device) for each in shown if not each.stale}
+    told = {about for about, _ in fresh}
+    kept = [each for each in shown if subject(each.line) not in told or (subject(each.line), each.line.device) in fresh]
+    return grouped(kept, lambda line: line.device)
+
+
+def _configuration(line: Line) -> str:
+    at = tables.step(line)
+    assert at
+    return at.configuration
 
 
 def _drop_rate(report: Report) -> str:
     if not report.steps:
         return "No lines of whole steps by drop rate exist yet."
     parts = []
-    for device, shown in _by_device(report.steps).items():
+    for device, shown in _by_device(report.steps, _configuration).items():
         parts += [f"{device}:", step_tables.summary(step_tables.groups(shown), report.flops).markdown()]
     return "\n\n".join(parts)
 
@@ -78,7 +86,9 @@ def _drop_rate(report: Report) -> str:
 def _ops(report: Report) -> str:
     if not report.ops:
         return "No lines of ops exist yet."
-    return "\n\n".join(f"{device}:\n\n{tables.glance(shown).markdown()}" for device, shown in _by_device(report.ops).items())
+    return "\n\n".join(
+        f"{device}:\n\n{tables.glance(shown).markdown()}" for device, shown in _by_device(report.ops, lambda line: line.op).items()
+    )
 
 
 def _accuracy(report: Report) -> str:
