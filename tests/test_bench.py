@@ -292,8 +292,9 @@ def test_a_line_is_stale_once_what_it_measured_has_changed(tmp_path, monkeypatch
     for name in ("attention/reference", "attention/pallas_tpu", "attention/native_cpu", "nce/reference", "dispatch", "cases"):
         (tmp_path / f"kernels/{name}.py").parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / f"kernels/{name}.py").write_text("1\n")
-    (tmp_path / "bench").mkdir()
-    (tmp_path / "bench/peers.py").write_text("1\n")
+    for name in ("bench/peers.py", "csrc/products.h"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text("1\n")
     git("init")
     git("add", ".")
     git("commit", "-m", "one")
@@ -314,6 +315,8 @@ def test_a_line_is_stale_once_what_it_measured_has_changed(tmp_path, monkeypatch
     (tmp_path / "bench/peers.py").write_text("2\n")
     assert stale(op="drop_token", ours=False) == stale(op="drop_token", ours=True, best_peer="eager") == "bench/peers.py has changed"
     assert stale(op="drop_token", ours=True) is None
+    (tmp_path / "csrc/products.h").write_text("2\n")
+    assert stale(op="nce") == "csrc/products.h has changed" and stale(op="drop_token", ours=True) is None
     results.append(tmp_path / "lines.jsonl", [line, dataclasses.replace(line, op="drop_token")])
     assert [each.op for each in results.measured(tmp_path / "lines.jsonl", case=line.case)] == ["drop_token"]
     assert not results.measured(tmp_path / "lines.jsonl", case="another")
