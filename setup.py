@@ -24,10 +24,18 @@ class BuildNative(build_ext):
 
     def build_extension(self, extension):
         try:
-            compile_native.build(Path(self.get_ext_fullpath(NATIVE)), Path(self.build_temp).resolve())
+            compile_native.build(
+                Path(self.get_ext_fullpath(NATIVE)), Path(self.build_temp).resolve()
+            )
         except RuntimeError as error:
-            instead = "" if REQUIRED else "; vatt_fast is installed without its C++ kernels, torch's own run in their place"
-            raise CompileError(f"{error}{instead}") from error  # an optional extension's becomes a warning
+            instead = (
+                ""
+                if REQUIRED
+                else "; vatt_fast is installed without its C++ kernels, torch's own run in their place"
+            )
+            raise CompileError(
+                f"{error}{instead}"
+            ) from error  # an optional extension's becomes a warning
 
 
 kernels = ["vatt_fast.kernels", *(f"vatt_fast.kernels.{name}" for name in find_packages("kernels"))]

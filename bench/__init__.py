@@ -5,4 +5,6 @@ Run from the root: ``python -m bench`` for everything of this machine, or one pa
 
 import os
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # read with torch: the profiler that counts bytes on the CPU would print two lines a call
+os.environ.setdefault(
+    "KINETO_LOG_LEVEL", "99"
+)  # read with torch: the profiler that counts bytes on the CPU would print two lines a call

@@ -17,7 +17,10 @@ STAGES: dict[str, list[str]] = {
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench", description="measure everything on this CPU, resumable; hours on 2 cores")
+    parser = argparse.ArgumentParser(
+        prog="python -m bench",
+        description="measure everything on this CPU, resumable; hours on 2 cores",
+    )
     parser.add_argument("--stage", nargs="+", choices=STAGES, default=list(STAGES))
     given = parser.parse_args()
     status = 0

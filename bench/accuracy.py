@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from vatt_fast.config import preset
-from vatt_fast.demo import DemoConfig, run_demo
+from vatt_fast.demo.run import DemoConfig, run_demo
 
 from . import machine
 from .floors import step_flops
@@ -57,10 +57,14 @@ def read(path: Path = RESULTS) -> list[Run]:
     """Runs of a file; none where it does not exist."""
     if not path.exists():
         return []
-    return [Run(**json.loads(line)) for line in path.read_text().rpartition("\n")[0].splitlines()]  # a killed run may leave half a line
+    return [
+        Run(**json.loads(line)) for line in path.read_text().rpartition("\n")[0].splitlines()
+    ]  # a killed run may leave half a line
 
 
-def measure(drop_rate: float, seed: int, steps: int, folder: Path, clips: tuple[int, int] = (1200, 200)) -> Run:
+def measure(
+    drop_rate: float, seed: int, steps: int, folder: Path, clips: tuple[int, int] = (1200, 200)
+) -> Run:
     """Pre-train and evaluate, or continue an interrupted run of the same settings below ``folder``."""
     out = folder / f"steps{steps}_clips{clips[0]}_drop{round(100 * drop_rate)}_seed{seed}"
     demo = DemoConfig(
@@ -73,7 +77,10 @@ def measure(drop_rate: float, seed: int, steps: int, folder: Path, clips: tuple[
         drop_rate=drop_rate,
         seed=seed,
         steps=steps,
-        **{name: float(summary[name]) for name in (*MEASURES, "t2v_r10_before", "motion_probe_before")},
+        **{
+            name: float(summary[name])
+            for name in (*MEASURES, "t2v_r10_before", "motion_probe_before")
+        },
         train_gflops=round(step_flops(preset("tiny"), 1, drop_rate, features=False) / 1e9, 3),
         device=machine.name(device),
         versions=machine.versions(device),
@@ -102,30 +109,50 @@ def markdown(runs: Sequence[Run]) -> str:
     for steps, drop_rate in sorted({(run.steps, -run.drop_rate) for run in runs}):
         group = [run for run in runs if (run.steps, -run.drop_rate) == (steps, drop_rate)]
         cells = [_cell(*spread(group, measure)) for measure in MEASURES]
-        rows.append(f"| {-drop_rate:.0%} | {group[0].train_gflops:.2f} | " + " | ".join(cells) + f" | {len(group)} |")
+        rows.append(
+            f"| {-drop_rate:.0%} | {group[0].train_gflops:.2f} | "
+            + " | ".join(cells)
+            + f" | {len(group)} |"
+        )
     return "\n".join(rows)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="pre-train the demo's world at several drop rates; about 90 minutes on 2 cores, resumable")
+    parser = argparse.ArgumentParser(
+        description="pre-train the demo's world at several drop rates; about 90 minutes on 2 cores, resumable"
+    )
     parser.add_argument("--drop-rate", type=float, nargs="+", default=DROP_RATES)
     parser.add_argument("--seed", type=int, nargs="+", default=SEEDS)
     parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--clips", type=int, nargs=2, default=(1200, 200), help="trained on and held out")
-    parser.add_argument("--folder", type=Path, default=Path("runs/accuracy"), help="worlds and runs; several GB")
+    parser.add_argument(
+        "--clips", type=int, nargs=2, default=(1200, 200), help="trained on and held out"
+    )
+    parser.add_argument(
+        "--folder", type=Path, default=Path("runs/accuracy"), help="worlds and runs; several GB"
+    )
     parser.add_argument("--out", type=Path, default=RESULTS, help="append the runs to this file")
     given = parser.parse_args()
     for seed in given.seed:  # a whole row of the table before the next seed: an interrupted command leaves comparable runs
         for drop_rate in given.drop_rate:
             wanted = (drop_rate, seed, given.steps, given.clips[0])
-            if any((run.drop_rate, run.seed, run.steps, run.clips) == wanted for run in read(given.out)):
+            if any(
+                (run.drop_rate, run.seed, run.steps, run.clips) == wanted for run in read(given.out)
+            ):
                 continue
             run = measure(drop_rate, seed, given.steps, given.folder, tuple(given.clips))
             given.out.parent.mkdir(parents=True, exist_ok=True)
             with given.out.open("a") as file:
                 file.write(json.dumps(dataclasses.asdict(run)) + "\n")
             print(run, flush=True)
-    print(markdown([run for run in read(given.out) if (run.steps, run.clips) == (given.steps, given.clips[0])]))
+    print(
+        markdown(
+            [
+                run
+                for run in read(given.out)
+                if (run.steps, run.clips) == (given.steps, given.clips[0])
+            ]
+        )
+    )
 
 
 if __name__ == "__main__":

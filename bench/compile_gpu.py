@@ -132,7 +132,16 @@ def launches(op: str, inputs: dict[str, Any], dtype: torch.dtype) -> Iterator[tu
             yield (
                 "bwd",
                 lambda deterministic=deterministic: module.backward(
-                    out, None, q, k, v, out, wide, **inputs, deterministic=deterministic, bias_grad=bias_grad
+                    out,
+                    None,
+                    q,
+                    k,
+                    v,
+                    out,
+                    wide,
+                    **inputs,
+                    deterministic=deterministic,
+                    bias_grad=bias_grad,
                 ),
             )
     elif op == "drop_token":
@@ -140,7 +149,7 @@ def launches(op: str, inputs: dict[str, Any], dtype: torch.dtype) -> Iterator[tu
         kept = tokens.new_empty((tokens.shape[0], keep.shape[-1], tokens.shape[2]))
         yield "fwd", lambda: module.forward(tokens, keep)
         yield "bwd", lambda: module.backward(kept, keep, tokens.shape[1])
-    elif op == "nce":
+    elif op == "contrastive_lse":
         x, y = inputs.pop("x"), inputs.pop("y")
         row, col = (x.new_empty(len(side), dtype=torch.float32) for side in (x, y))
         yield "fwd", lambda: module.forward(x, y, **inputs)
@@ -169,7 +178,11 @@ def compile_case(op: str, case: str, dtype: str, target: str) -> list[Row]:
 
 def _row(op, case, dtype, mode, target, function, arguments, kernel) -> Row:
     used = _read_hip(kernel) if TARGETS[target].gpu.backend == "hip" else _read_cuda(kernel)
-    tiles = {name: value for name, value in arguments.items() if name.isupper() and isinstance(value, int)}
+    tiles = {
+        name: value
+        for name, value in arguments.items()
+        if name.isupper() and isinstance(value, int)
+    }
     warps = f"num_warps={kernel.metadata.num_warps} num_stages={kernel.metadata.num_stages}"
     row = Row(
         op=op, case=case, dtype=dtype, mode=mode, kernel=function.fn.__name__, target=target,
@@ -183,13 +196,19 @@ def _row(op, case, dtype, mode, target, function, arguments, kernel) -> Row:
 def _faults(row: Row, kernel) -> list[str]:
     target, faults = TARGETS[row.target], []
     if row.shared_bytes > target.shared_bytes:
-        faults.append(f"{row.shared_bytes} bytes of shared memory, the limit is {target.shared_bytes}")
+        faults.append(
+            f"{row.shared_bytes} bytes of shared memory, the limit is {target.shared_bytes}"
+        )
     if row.dtype == "fp32":
         return faults
     if row.spills and row.mode == "fwd":
         faults.append(f"{row.spills} spills")
     rows_of_tiles = [int(m) for m in re.findall(r"tt\.dot\b.*-> tensor<(\d+)x", kernel.asm["ttir"])]
-    needed = target.large if rows_of_tiles and min(rows_of_tiles) >= 64 and kernel.metadata.num_warps >= 4 else target.small
+    needed = (
+        target.large
+        if rows_of_tiles and min(rows_of_tiles) >= 64 and kernel.metadata.num_warps >= 4
+        else target.small
+    )
     if rows_of_tiles and needed not in row.matrix:
         faults.append(f"no {needed} for matmul tiles of {rows_of_tiles} rows")
     return faults
@@ -217,7 +236,10 @@ def _read_hip(kernel) -> dict[str, Any]:
     def number(name: str) -> int:
         return int(re.search(rf"\.{name}:\s*(\d+)", text)[1])  # type: ignore[index]
 
-    scratch, spills = number("private_segment_fixed_size"), number("vgpr_spill_count") + number("sgpr_spill_count")
+    scratch, spills = (
+        number("private_segment_fixed_size"),
+        number("vgpr_spill_count") + number("sgpr_spill_count"),
+    )
     return dict(
         registers=number("vgpr_count"),
         stack_bytes=scratch,
@@ -238,7 +260,17 @@ def distinct(rows: list[Row]) -> list[Row]:
     """One row a kernel, target and outcome: cases that meet the same specialisation are one."""
     seen: dict[tuple, Row] = {}
     for row in rows:
-        what = (row.kernel, row.mode, row.dtype, row.target, row.tiles, row.registers, row.spills, row.shared_bytes, tuple(row.faults))
+        what = (
+            row.kernel,
+            row.mode,
+            row.dtype,
+            row.target,
+            row.tiles,
+            row.registers,
+            row.spills,
+            row.shared_bytes,
+            tuple(row.faults),
+        )
         seen.setdefault(what, row)
     return list(seen.values())
 
@@ -251,9 +283,14 @@ def markdown(rows: list[Row]) -> str:
     ]
     groups: dict[tuple, list[Row]] = {}
     for row in rows:
-        groups.setdefault((f"{row.op}.{row.kernel}", row.mode, row.dtype, row.target), []).append(row)
+        groups.setdefault((f"{row.op}.{row.kernel}", row.mode, row.dtype, row.target), []).append(
+            row
+        )
     for name, group in groups.items():
-        most = [max(getattr(row, field) for row in group) for field in ("registers", "stack_bytes", "spills", "shared_bytes")]
+        most = [
+            max(getattr(row, field) for row in group)
+            for field in ("registers", "stack_bytes", "spills", "shared_bytes")
+        ]
         matrix = " / ".join(sorted({row.matrix or "none" for row in group}))
         cells = (*name, len(group), *most[:3], f"{most[3] / KIB:.0f}", matrix)
         lines.append("| " + " | ".join(map(str, cells)) + " |")
@@ -261,24 +298,39 @@ def markdown(rows: list[Row]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--target", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--op", nargs="+", choices=dispatch.OPS, default=list(dispatch.OPS))
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, help="bf16 and fp32 otherwise; attention bf16 alone, whose fp32 takes hours")
+    parser.add_argument(
+        "--dtype",
+        nargs="+",
+        choices=DTYPES,
+        help="bf16 and fp32 otherwise; attention bf16 alone, whose fp32 takes hours",
+    )
     parser.add_argument("--case", nargs="+", help="names of cases; all primary ones otherwise")
     parser.add_argument("--out", type=Path, help="a file for the rows as JSON lines")
     options = parser.parse_args(argv)
     if triton.knobs.runtime.interpret:
-        parser.error("TRITON_INTERPRET is set; kernels are then interpreted, not compiled: unset it")
+        parser.error(
+            "TRITON_INTERPRET is set; kernels are then interpreted, not compiled: unset it"
+        )
     rows = []
     for op in options.op:
         for case in CASES[op].values():
-            if (options.case is None and tag(case) != "primary") or (options.case and case.name not in options.case):
+            if (options.case is None and tag(case) != "primary") or (
+                options.case and case.name not in options.case
+            ):
                 continue
             for dtype in options.dtype or (("bf16",) if op == "attention" else ("bf16", "fp32")):
                 for target in options.target:
                     rows += compile_case(op, case.name, dtype, target)
-            print(f"{op} {case.name}: {len(distinct(rows))} distinct kernels so far", file=sys.stderr, flush=True)
+            print(
+                f"{op} {case.name}: {len(distinct(rows))} distinct kernels so far",
+                file=sys.stderr,
+                flush=True,
+            )
     if not rows:
         parser.error("no such case; see kernels/cases.py")
     rows = distinct(rows)
@@ -288,7 +340,9 @@ def main(argv: list[str] | None = None) -> int:
     print(markdown(rows))
     bad = [row for row in rows if row.faults]
     for row in bad:
-        print(f"{row.target} {row.op}.{row.kernel} {row.mode} {row.dtype} at {row.case} ({row.tiles}): {'; '.join(row.faults)}")
+        print(
+            f"{row.target} {row.op}.{row.kernel} {row.mode} {row.dtype} at {row.case} ({row.tiles}): {'; '.join(row.faults)}"
+        )
     print(f"{len(rows)} kernels compiled for {', '.join(options.target)}; {len(bad)} with faults")
     return 1 if bad else 0
 

@@ -29,12 +29,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vatt_fast.compile_tpu import without_a_tpu
+from vatt_fast.on_jax.compile_tpu import without_a_tpu
 
 if "jax" not in sys.modules:
     without_a_tpu()
     if "--schedule" in sys.argv:
-        os.environ["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_to={tempfile.mkdtemp()} --xla_jf_dump_llo_text=true"
+        os.environ["LIBTPU_INIT_ARGS"] = (
+            f"--xla_jf_dump_to={tempfile.mkdtemp()} --xla_jf_dump_llo_text=true"
+        )
 
 import jax
 import jax.numpy as jnp
@@ -44,18 +46,26 @@ from jax.experimental.layout import Format, Layout
 from jax.sharding import SingleDeviceSharding
 
 from bench import machine
-from vatt_fast import hlo
 from vatt_fast.kernels import dispatch, jax_ops
 from vatt_fast.kernels.cases import CASES, DIFFERENTIABLE, AttentionCase, make, tag
+from vatt_fast.on_jax import hlo
 
-_DUMP = re.search(r"xla_jf_dump_to=(\S+)", os.environ.get("LIBTPU_INIT_ARGS", ""))  # where libtpu writes schedules
+_DUMP = re.search(
+    r"xla_jf_dump_to=(\S+)", os.environ.get("LIBTPU_INIT_ARGS", "")
+)  # where libtpu writes schedules
 KIB, MIB = 1 << 10, 1 << 20
-TOPOLOGIES = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
+TOPOLOGIES = {
+    "v4": "v4:2x2x1",
+    "v5e": "v5e:2x2",
+    "v5p": "v5p:2x2x1",
+    "v6e": "v6e:2x2",
+    "tpu7x": "tpu7x:2x2x1",
+}
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 PUBLIC = {
     "attention": jax_ops.attention,
     "drop_token": jax_ops.drop_token,
-    "nce": jax_ops.contrastive_lse,
+    "contrastive_lse": jax_ops.contrastive_lse,
     "patch_embed": jax_ops.patch_embed,
 }
 
@@ -78,7 +88,9 @@ class Row:
     bundles: dict[str, int] = field(default_factory=dict)
     spills: dict[str, int] = field(default_factory=dict)
     faults: list[str] = field(default_factory=list)
-    versions: dict[str, str | None] = field(default_factory=lambda: {name: machine.version_of(name) for name in ("jax", "libtpu")})
+    versions: dict[str, str | None] = field(
+        default_factory=lambda: {name: machine.version_of(name) for name in ("jax", "libtpu")}
+    )
     commit: str = field(default_factory=functools.cache(machine.commit))
     date: str = field(default_factory=machine.today)
 
@@ -86,31 +98,48 @@ class Row:
 # -- what is compiled --------------------------------------------------------------------------------------------------
 
 
-def program(op: str, case: str, dtype: str, alone: bool = False) -> tuple[Callable, dict[str, Any], dict[str, Any]]:
+def program(
+    op: str, case: str, dtype: str, alone: bool = False
+) -> tuple[Callable, dict[str, Any], dict[str, Any]]:
     """A function of (differentiable arrays, the other arrays), and the shapes of both. Fresh at every call: jax keeps traces by identity."""
     inputs = make(CASES[op][case], DTYPES[dtype], "meta")
     if op == "patch_embed" and inputs.pop("patch") is not None:
         rows = CASES[op][case]
         inputs["patches"] = inputs["patches"].new_empty((rows.batch, rows.patches, rows.values))
-    shapes = {name: _shape(value) for name, value in inputs.items() if isinstance(value, torch.Tensor)}
+    shapes = {
+        name: _shape(value) for name, value in inputs.items() if isinstance(value, torch.Tensor)
+    }
     static = {name: value for name, value in inputs.items() if not isinstance(value, torch.Tensor)}
     call: Callable = functools.partial(PUBLIC[op], **static)
     differentiable = set(DIFFERENTIABLE[op])
     if op == "attention":
-        shapes |= {name: jax.ShapeDtypeStruct(tuple(shapes[name].shape[i] for i in (0, 2, 1, 3)), shapes[name].dtype) for name in "qkv"}
+        shapes |= {
+            name: jax.ShapeDtypeStruct(
+                tuple(shapes[name].shape[i] for i in (0, 2, 1, 3)), shapes[name].dtype
+            )
+            for name in "qkv"
+        }
     if op == "attention" and not alone:
         call, shapes, differentiable = _between_projections(call, CASES[op][case], shapes)
-    leaves = {name: x for name, x in shapes.items() if name in differentiable and jnp.issubdtype(x.dtype, jnp.floating)}
+    leaves = {
+        name: x
+        for name, x in shapes.items()
+        if name in differentiable and jnp.issubdtype(x.dtype, jnp.floating)
+    }
     fixed = {name: x for name, x in shapes.items() if name not in leaves}
 
     def both(leaves, fixed):
         outputs, backward = jax.vjp(lambda leaves: call(**leaves, **fixed), leaves)
-        return outputs, backward(jax.tree.map(lambda x: x * 0.5, outputs))  # a gradient that is no constant
+        return outputs, backward(
+            jax.tree.map(lambda x: x * 0.5, outputs)
+        )  # a gradient that is no constant
 
     return both, leaves, fixed
 
 
-def _between_projections(attend: Callable, case: AttentionCase, shapes: dict) -> tuple[Callable, dict, set]:
+def _between_projections(
+    attend: Callable, case: AttentionCase, shapes: dict
+) -> tuple[Callable, dict, set]:
     """Attention as the model calls it: tokens (B, T, dim), a weight a head, and the output's projection."""
     H, D, dtype = case.heads, case.head_dim, shapes["q"].dtype
     same = case.queries == case.keys
@@ -118,7 +147,11 @@ def _between_projections(attend: Callable, case: AttentionCase, shapes: dict) ->
     def layer(tokens, w_q, w_k, w_v, w_out, **extra):
         q, k, v = (
             jnp.einsum("btd,dhe->bhte", x, w)
-            for x, w in ((tokens if same else tokens[:, : case.queries], w_q), (tokens, w_k), (tokens, w_v))
+            for x, w in (
+                (tokens if same else tokens[:, : case.queries], w_q),
+                (tokens, w_k),
+                (tokens, w_v),
+            )
         )
         out, lse = attend(q, k, v, **extra)
         return jnp.einsum("bhte,hed->btd", out, w_out), lse
@@ -133,12 +166,16 @@ def _between_projections(attend: Callable, case: AttentionCase, shapes: dict) ->
 
 
 def _shape(tensor: torch.Tensor) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(tuple(tensor.shape), jnp.dtype(str(tensor.dtype).removeprefix("torch.")))
+    return jax.ShapeDtypeStruct(
+        tuple(tensor.shape), jnp.dtype(str(tensor.dtype).removeprefix("torch."))
+    )
 
 
 @functools.cache
 def device(topology: str) -> SingleDeviceSharding:
-    return SingleDeviceSharding(topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[topology]).devices[0])
+    return SingleDeviceSharding(
+        topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[topology]).devices[0]
+    )
 
 
 def compile_case(op: str, case: str, dtype: str, topology: str, *, alone: bool = False) -> Row:
@@ -148,7 +185,11 @@ def compile_case(op: str, case: str, dtype: str, topology: str, *, alone: bool =
     free = Format(Layout.AUTO, device(topology))
     try:
         with dispatch.lowering_for("tpu"), dispatch.use_backend(f"{op}=pallas_tpu"), _quiet():
-            jitted = jax.jit(function, in_shardings=jax.tree.map(lambda _: free, tuple(shapes)), out_shardings=free)
+            jitted = jax.jit(
+                function,
+                in_shardings=jax.tree.map(lambda _: free, tuple(shapes)),
+                out_shardings=free,
+            )
             compiled = jitted.lower(*shapes).compile()
     except Exception as error:  # whatever libtpu raises is the row's result
         row.faults.append(" ".join(f"{type(error).__name__}: {error}".split())[:600])
@@ -158,10 +199,18 @@ def compile_case(op: str, case: str, dtype: str, topology: str, *, alone: bool =
     assert memory is not None and text is not None  # libtpu has both
     made = hlo.Program(text)
     row.code_bytes, row.temp_bytes = memory.generated_code_size_in_bytes, memory.temp_size_in_bytes
-    row.kernels, row.vmem_bytes, row.copies = list(made.kernels()), made.vmem_bytes(), len(made.layout_changes_at_kernels())
+    row.kernels, row.vmem_bytes, row.copies = (
+        list(made.kernels()),
+        made.vmem_bytes(),
+        len(made.layout_changes_at_kernels()),
+    )
     if _DUMP:
         row.bundles, row.spills = schedules(Path(_DUMP[1]))
-    if row.copies and op == "attention" and min(CASES[op][case].queries, CASES[op][case].keys) >= 64:
+    if (
+        row.copies
+        and op == "attention"
+        and min(CASES[op][case].queries, CASES[op][case].keys) >= 64
+    ):
         row.faults.append(f"{row.copies} layout copies around attention")
     return row
 
@@ -191,9 +240,15 @@ def schedules(folder: Path) -> tuple[dict[str, int], dict[str, int]]:
             found = re.search(r"total scheduled bundles:\s+(\d+)", file.read_text())
             bundles[kernel[0]] = int(found[1]) if found else 0
         elif file.name.endswith("final_hlo-static-per-bundle-utilization.txt"):
-            _, names, *lines = (line for line in file.read_text().splitlines() if "CAPA" in line or "," in line or line[:1].isdigit())
+            _, names, *lines = (
+                line
+                for line in file.read_text().splitlines()
+                if "CAPA" in line or "," in line or line[:1].isdigit()
+            )
             at = [name.strip() for name in names.split(",")].index("VSTORE:SPILL")
-            spills[kernel[0]] = sum(int(line.split()[at]) for line in lines[1:])  # the first line is what each unit can do
+            spills[kernel[0]] = sum(
+                int(line.split()[at]) for line in lines[1:]
+            )  # the first line is what each unit can do
     for path in folder.iterdir():
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     return bundles, spills
@@ -214,24 +269,41 @@ def markdown(rows: list[Row]) -> str:
         groups.setdefault((row.op + " alone" * row.alone, row.dtype, row.topology), []).append(row)
     for key, group in groups.items():
         good = [row for row in group if row.code_bytes]
-        names = " ".join(sorted({name.removeprefix("vatt_") for row in good for name in row.kernels}))
-        code, temporary, memory, copies, seconds = (
-            max((getattr(row, name) for row in good), default=0) for name in ("code_bytes", "temp_bytes", "vmem_bytes", "copies", "seconds")
+        names = " ".join(
+            sorted({name.removeprefix("vatt_") for row in good for name in row.kernels})
         )
-        cells = (f"{len(good)}/{len(group)}", names, f"{code / KIB:.0f}", f"{temporary / MIB:.1f}", f"{memory / MIB:.1f}", copies, seconds)
+        code, temporary, memory, copies, seconds = (
+            max((getattr(row, name) for row in good), default=0)
+            for name in ("code_bytes", "temp_bytes", "vmem_bytes", "copies", "seconds")
+        )
+        cells = (
+            f"{len(good)}/{len(group)}",
+            names,
+            f"{code / KIB:.0f}",
+            f"{temporary / MIB:.1f}",
+            f"{memory / MIB:.1f}",
+            copies,
+            seconds,
+        )
         lines.append("| " + " | ".join(map(str, (*key, *cells))) + " |")
     return "\n".join(lines)
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--topology", nargs="+", choices=TOPOLOGIES, default=list(TOPOLOGIES))
     parser.add_argument("--op", nargs="+", choices=dispatch.OPS, default=list(dispatch.OPS))
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--case", nargs="+", help="names of cases; all primary ones otherwise")
     parser.add_argument("--alone", action="store_true", help="attention without its projections")
-    parser.add_argument("--schedule", action="store_true", help="bundles and spills of every kernel")
-    parser.add_argument("--out", type=Path, help="a file for the rows as JSON lines, appended to as they come")
+    parser.add_argument(
+        "--schedule", action="store_true", help="bundles and spills of every kernel"
+    )
+    parser.add_argument(
+        "--out", type=Path, help="a file for the rows as JSON lines, appended to as they come"
+    )
     parser.add_argument("--read", type=Path, help="only print the table of the rows in this file")
     options = parser.parse_args(argv)
     if options.read:
@@ -253,14 +325,23 @@ def main(argv: list[str] | None = None) -> int:
             options.out.parent.mkdir(parents=True, exist_ok=True)
             with options.out.open("a") as file:
                 file.write(json.dumps(asdict(row)) + "\n")
-        schedule = "".join(f"  {name} {count} bundles, {row.spills.get(name, 0)} spills" for name, count in row.bundles.items())
+        schedule = "".join(
+            f"  {name} {count} bundles, {row.spills.get(name, 0)} spills"
+            for name, count in row.bundles.items()
+        )
         outcome = "; ".join(row.faults) or f"{row.seconds} s"
-        print(f"{done}/{len(wanted)} {' '.join(program_of)}: {outcome}{schedule}", file=sys.stderr, flush=True)
+        print(
+            f"{done}/{len(wanted)} {' '.join(program_of)}: {outcome}{schedule}",
+            file=sys.stderr,
+            flush=True,
+        )
     if not rows:
         parser.error("no such case; see kernels/cases.py")
     print(markdown(rows))
     bad = [row for row in rows if row.faults]
-    print(f"{len(rows)} programs compiled for {', '.join(options.topology)}; {len(bad)} with faults")
+    print(
+        f"{len(rows)} programs compiled for {', '.join(options.topology)}; {len(bad)} with faults"
+    )
     return 1 if bad else 0
 
 

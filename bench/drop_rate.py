@@ -29,7 +29,15 @@ from .machine import DTYPES
 from .race import Contender, compare
 from .results import Line
 from .setting import Setting, gate, sweep_options, sweep_setting
-from .step import CLASSES, Formulation, Trainer, classification_loss, describe, formulations, task_of
+from .step import (
+    CLASSES,
+    Formulation,
+    Trainer,
+    classification_loss,
+    describe,
+    formulations,
+    task_of,
+)
 from .timer import first_line
 
 DROP_RATES = (0.75, 0.5, 0.25, 0.0)
@@ -44,15 +52,30 @@ class Configuration(NamedTuple):
 
 
 def _video(frames: int, side: int) -> Configuration:
-    config = VATTConfig(video=MEDIUM, audio=_UNUSED, text=_UNUSED, vocab_size=2, frames=frames, height=side, width=side)
+    config = VATTConfig(
+        video=MEDIUM,
+        audio=_UNUSED,
+        text=_UNUSED,
+        vocab_size=2,
+        frames=frames,
+        height=side,
+        width=side,
+    )
     return Configuration(config, ("video",), (6, f"medium {frames}x{side}x{side}"))
 
 
-_MULTIMODAL = dataclasses.replace(preset("medium_base_small"), texts_per_clip=2)  # as Table 5 counts
+_MULTIMODAL = dataclasses.replace(
+    preset("medium_base_small"), texts_per_clip=2
+)  # as Table 5 counts
 CONFIGURATIONS: dict[str, Configuration] = {
     "mbs_32x224x224": Configuration(_MULTIMODAL, MODALITIES, (5, "medium_base_small 32x224x224")),
-    **{f"medium_video_{frames}x{side}x{side}": _video(frames, side) for frames, side in ((32, 224), (64, 224), (32, 320))},
-    "tiny": Configuration(PRESETS["tiny"], MODALITIES, None),  # whose accuracy bench.accuracy measures
+    **{
+        f"medium_video_{frames}x{side}x{side}": _video(frames, side)
+        for frames, side in ((32, 224), (64, 224), (32, 320))
+    },
+    "tiny": Configuration(
+        PRESETS["tiny"], MODALITIES, None
+    ),  # whose accuracy bench.accuracy measures
 }
 
 
@@ -68,7 +91,10 @@ class GFLOPs(NamedTuple):
 def gflops(configuration: str, drop_rate: float) -> GFLOPs:
     config, modalities, published_as = CONFIGURATIONS[configuration]
     released = config.with_recipe("released")  # the model that the profiler saw
-    published = {(row["table"], row["configuration"], row["drop_rate"]): row["published_gflops"] for row in flops_table()}
+    published = {
+        (row["table"], row["configuration"], row["drop_rate"]): row["published_gflops"]
+        for row in flops_table()
+    }
     training = modalities == MODALITIES or drop_rate > 0  # the graph that the paper's rows are of
     return GFLOPs(
         published.get((*published_as, drop_rate)) if published_as else None,
@@ -81,14 +107,24 @@ def gflops(configuration: str, drop_rate: float) -> GFLOPs:
 def contenders_of(trainer: Trainer, mode: Mode, compiled: bool) -> dict[str, Contender]:
     """Ours and plain torch, eager and, if so asked, compiled; for video alone also VideoMAE's tower."""
     formulated = formulations(("auto", "plain"), ("default",) if compiled else ())
-    found = {each.describe(): Contender(each.ours, functools.partial(_calls, trainer, each, mode)) for each in formulated}
+    found = {
+        each.describe(): Contender(each.ours, functools.partial(_calls, trainer, each, mode))
+        for each in formulated
+    }
     if trainer.modalities == ("video",):
-        found["videomae"] = Contender(False, functools.partial(_videomae_calls, trainer, mode), alike=False, package="transformers")
+        found["videomae"] = Contender(
+            False,
+            functools.partial(_videomae_calls, trainer, mode),
+            alike=False,
+            package="transformers",
+        )
     return found
 
 
 def _calls(trainer: Trainer, formulation: Formulation, mode: Mode) -> list[Callable[[], Tensor]]:
-    return trainer.inference_of(formulation) if mode == "fwd" else trainer.step_of(formulation, False)
+    return (
+        trainer.inference_of(formulation) if mode == "fwd" else trainer.step_of(formulation, False)
+    )
 
 
 def _videomae_calls(trainer: Trainer, mode: Mode) -> list[Callable[[], Tensor]] | str:
@@ -113,7 +149,10 @@ def _videomae_calls(trainer: Trainer, mode: Mode) -> list[Callable[[], Tensor]] 
         optimizer.step()
         return loss.detach()
 
-    batches = [towers.videomae_inputs(trainer.config, each["video"], each.get("video_keep")) for each in trainer.batches]
+    batches = [
+        towers.videomae_inputs(trainer.config, each["video"], each.get("video_keep"))
+        for each in trainer.batches
+    ]
     return [functools.partial(infer if mode == "fwd" else step, inputs) for inputs in batches]
 
 
@@ -158,10 +197,17 @@ def measure(setting: Setting, trainer: Trainer, cell: Cell) -> tuple[list[Line],
     trainer.set_batch(cell.batch, cell.drop_rate)
     task = task_of(trainer, cell.case, cell.mode, cell.batch, cell.drop_rate)
     contenders = contenders_of(trainer, cell.mode, cell.compiled)
-    return compare(setting, task, contenders, between=functools.partial(trainer.optimizer.zero_grad, set_to_none=True))
+    return compare(
+        setting,
+        task,
+        contenders,
+        between=functools.partial(trainer.optimizer.zero_grad, set_to_none=True),
+    )
 
 
-def measure_all(setting: Setting, wanted: Sequence[Cell], dtype: str, out: Path) -> list[tuple[str, str, str]]:
+def measure_all(
+    setting: Setting, wanted: Sequence[Cell], dtype: str, out: Path
+) -> list[tuple[str, str, str]]:
     """Measure cells and append their lines, until the setting's deadline; (cell, contender, reason) of what did not run."""
     missing: list[tuple[str, str, str]] = []
     name, trainer = "", None
@@ -171,16 +217,25 @@ def measure_all(setting: Setting, wanted: Sequence[Cell], dtype: str, out: Path)
             continue
         try:
             if trainer is None or cell.configuration != name:
-                trainer, name = None, cell.configuration  # the old one's memory is free before the new one takes its own
+                trainer, name = (
+                    None,
+                    cell.configuration,
+                )  # the old one's memory is free before the new one takes its own
                 config, modalities, _ = CONFIGURATIONS[name]
-                trainer = Trainer(config, cell.batch, cell.drop_rate, setting.device, DTYPES[dtype], modalities)
+                trainer = Trainer(
+                    config, cell.batch, cell.drop_rate, setting.device, DTYPES[dtype], modalities
+                )
             lines, absent = measure(setting, trainer, cell)
-        except Exception as error:  # out of memory with all contenders' state at once, say: the other cells go on
+        except (
+            Exception
+        ) as error:  # out of memory with all contenders' state at once, say: the other cells go on
             missing.append((f"{cell.case} {cell.mode}", "all", first_line(error)))
             continue
         for line in lines:
             print(describe(line), flush=True)
-        missing += [(f"{cell.case} {cell.mode}", contender, reason) for contender, reason in absent.items()]
+        missing += [
+            (f"{cell.case} {cell.mode}", contender, reason) for contender, reason in absent.items()
+        ]
         results.append(out, lines)
     return missing
 
@@ -189,25 +244,51 @@ def unmeasured(wanted: Sequence[Cell], dtype: str, out: Path, device: str) -> li
     """Those of which ``out`` holds no line of ours for this code, or none of ours compiled where that is wanted."""
 
     def measured(cell: Cell) -> bool:
-        lines = results.measured(out, op="step", case=cell.case, mode=cell.mode, dtype=dtype, device=device, ours=True)
+        lines = results.measured(
+            out, op="step", case=cell.case, mode=cell.mode, dtype=dtype, device=device, ours=True
+        )
         return any(line.backend.endswith("_compiled") or not cell.compiled for line in lines)
 
     return [cell for cell in wanted if not measured(cell)]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="time and memory against drop rate; about an hour on 2 cores")
+    parser = argparse.ArgumentParser(
+        description="time and memory against drop rate; about an hour on 2 cores"
+    )
     sweep_options(parser, seconds=60)
-    parser.add_argument("--configuration", nargs="+", default=list(CONFIGURATIONS), choices=CONFIGURATIONS)
+    parser.add_argument(
+        "--configuration", nargs="+", default=list(CONFIGURATIONS), choices=CONFIGURATIONS
+    )
     parser.add_argument("--drop-rate", type=float, nargs="+", default=DROP_RATES)
-    parser.add_argument("--batch", type=int, help="clips; 1 on a CPU and 16 on a GPU, of tiny 32, unless given")
-    parser.add_argument("--compiled-at", type=float, nargs="*", help="drop rates with compiled contenders; all on a GPU, 0.5 on a CPU")
+    parser.add_argument(
+        "--batch", type=int, help="clips; 1 on a CPU and 16 on a GPU, of tiny 32, unless given"
+    )
+    parser.add_argument(
+        "--compiled-at",
+        type=float,
+        nargs="*",
+        help="drop rates with compiled contenders; all on a GPU, 0.5 on a CPU",
+    )
     parser.add_argument("--rounds", type=int, default=7)
     given = parser.parse_args(arguments)
     setting, dtype, out = sweep_setting(given, clock="perf_counter", rounds=given.rounds, warmup=0)
     on_gpu = given.device == "cuda"
-    compiled_at = given.compiled_at if given.compiled_at is not None else given.drop_rate if on_gpu else [_COMPILED_AT]
-    wanted = cells(given.configuration, given.mode, given.drop_rate, batch=given.batch, compiled_at=compiled_at, cuda=on_gpu)
+    compiled_at = (
+        given.compiled_at
+        if given.compiled_at is not None
+        else given.drop_rate
+        if on_gpu
+        else [_COMPILED_AT]
+    )
+    wanted = cells(
+        given.configuration,
+        given.mode,
+        given.drop_rate,
+        batch=given.batch,
+        compiled_at=compiled_at,
+        cuda=on_gpu,
+    )
     if given.resume:
         wanted = unmeasured(wanted, dtype, out, setting.device_name)
     if not wanted:
@@ -218,7 +299,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     missing = measure_all(setting, wanted, dtype, out)
     for each in missing:
         print(f"absent: {': '.join(each)}", flush=True)
-    return int(any(contender == "all" or contender.startswith("auto") for _, contender, _ in missing))
+    return int(
+        any(contender == "all" or contender.startswith("auto") for _, contender, _ in missing)
+    )
 
 
 if __name__ == "__main__":

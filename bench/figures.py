@@ -25,11 +25,19 @@ def slug(device: str) -> str:
 def scaling(shown: Sequence[Shown], folder: Path) -> dict[Path, str]:
     """{file without its ending: caption}, one an op, dtype and variable of one device: time above memory, modes side by side."""
     made = {}
-    for (op, dtype, variable), group in grouped(shown, lambda line: (line.op, line.dtype, _at(line).variable)).items():
+    for (op, dtype, variable), group in grouped(
+        shown, lambda line: (line.op, line.dtype, _at(line).variable)
+    ).items():
         x_label = _X_LABELS.get(variable, variable)
         modes = grouped(group, lambda line: line.mode)
-        panels = [Panel(f"{op}, {dtype}, {mode}", x_label, "time (ms)", _times(each), log=True) for mode, each in modes.items()]
-        panels += [Panel(f"{op}, {dtype}, {mode}", x_label, "peak memory (MiB)", _peaks(each), log=True) for mode, each in modes.items()]
+        panels = [
+            Panel(f"{op}, {dtype}, {mode}", x_label, "time (ms)", _times(each), log=True)
+            for mode, each in modes.items()
+        ]
+        panels += [
+            Panel(f"{op}, {dtype}, {mode}", x_label, "peak memory (MiB)", _peaks(each), log=True)
+            for mode, each in modes.items()
+        ]
         stem = folder / f"{slug(group[0].line.device)}_scaling_{op}_{variable}_{dtype}"
         if save(panels, len(modes), stem):
             made[stem] = (
@@ -49,25 +57,40 @@ def _times(shown: Sequence[Shown]) -> list[Curve]:
         line = each.line
         return Point(_at(line).size, line.ms_p50, line.ms_p20, line.ms_p80, bool(each.stale))
 
-    return [*_curves(shown, point), Curve("floor: the counted work at the ceiling", _floor(shown), "bound")]
+    return [
+        *_curves(shown, point),
+        Curve("floor: the counted work at the ceiling", _floor(shown), "bound"),
+    ]
 
 
 def _floor(shown: Sequence[Shown]) -> list[Point]:
     """What the measured ceiling allows for the work that ``floors`` counts."""
     lines = [each.line for each in shown]
-    found = {_at(line).size: line.ms_p50 * line.share_of_ceiling for line in lines if line.share_of_ceiling}  # a size's all give the same
+    found = {
+        _at(line).size: line.ms_p50 * line.share_of_ceiling
+        for line in lines
+        if line.share_of_ceiling
+    }  # a size's all give the same
     return [Point(size, floor) for size, floor in found.items()]
 
 
 def _peaks(shown: Sequence[Shown]) -> list[Curve]:
     told = [each for each in shown if each.line.peak_bytes]  # a logarithm has no zero
-    return _curves(told, lambda each: Point(_at(each.line).size, (each.line.peak_bytes or 0) / _MIB, stale=bool(each.stale)))
+    return _curves(
+        told,
+        lambda each: Point(
+            _at(each.line).size, (each.line.peak_bytes or 0) / _MIB, stale=bool(each.stale)
+        ),
+    )
 
 
 def _curves(shown: Sequence[Shown], point) -> list[Curve]:
     """A curve a backend, ours first."""
     groups = grouped(sorted(shown, key=lambda each: not each.line.ours), lambda line: line.backend)
-    return [Curve(name, [point(each) for each in group], "ours" if group[0].line.ours else "peer") for name, group in groups.items()]
+    return [
+        Curve(name, [point(each) for each in group], "ours" if group[0].line.ours else "peer")
+        for name, group in groups.items()
+    ]
 
 
 # -- whole steps by drop rate ------------------------------------------------------------------------------------------
@@ -78,10 +101,16 @@ def drop_rate(group: Group, flops: Flops, folder: Path) -> dict[Path, str]:
     stem = f"{slug(group.device)}_{group.stem}"
     work = _work(group, flops)
     times = [_by_mode(group, mode, "time (ms)", _time) for mode in MODES if group.backends(mode)]
-    peaks = [_by_mode(group, mode, "peak memory (MiB)", _peak) for mode in MODES if group.backends(mode)]
+    peaks = [
+        _by_mode(group, mode, "peak memory (MiB)", _peak) for mode in MODES if group.backends(mode)
+    ]
     made = {}
     for name, panels, caption in (
-        ("work", work, "what a drop rate saves: the work of a clip, our time, and both as shares of those of drop rate 0"),
+        (
+            "work",
+            work,
+            "what a drop rate saves: the work of a clip, our time, and both as shares of those of drop rate 0",
+        ),
         ("time", times, "time by drop rate, ours against the peers. Bars are p20 to p80"),
         ("memory", peaks, "peak memory by drop rate, ours against the peers"),
     ):
@@ -96,24 +125,55 @@ def _work(group: Group, flops: Flops) -> list[Panel]:
     for mode, name in MODES.items():
         backend = next(iter(group.backends(mode)), None)  # ours first
         if backend and any(each.line.ours for each in group.at(mode, backend).values()):
-            points = [Point(p, each.line.ms_p50, stale=bool(each.stale)) for p, each in group.at(mode, backend).items()]
+            points = [
+                Point(p, each.line.ms_p50, stale=bool(each.stale))
+                for p, each in group.at(mode, backend).items()
+            ]
             ours.append(Curve(f"{backend}, {name}", points, "ours"))
     panels = [Panel("time of ours", "drop rate (%)", "time (ms)", ours, ticks=_TICKS)]
     if counted:
         true = Curve("GFLOPs, true", [Point(p, each.true) for p, each in counted.items()])
-        convention = Curve("GFLOPs, the paper's convention", [Point(p, each.convention) for p, each in counted.items()])
-        published = Curve("GFLOPs, published", [Point(p, each.published) for p, each in counted.items() if each.published], "marks")
-        panels.insert(0, Panel("forward pass of a clip", "drop rate (%)", "GFLOPs", [convention, true, published], ticks=_TICKS))
+        convention = Curve(
+            "GFLOPs, the paper's convention",
+            [Point(p, each.convention) for p, each in counted.items()],
+        )
+        published = Curve(
+            "GFLOPs, published",
+            [Point(p, each.published) for p, each in counted.items() if each.published],
+            "marks",
+        )
+        panels.insert(
+            0,
+            Panel(
+                "forward pass of a clip",
+                "drop rate (%)",
+                "GFLOPs",
+                [convention, true, published],
+                ticks=_TICKS,
+            ),
+        )
         timed = Curve("GFLOPs, as timed", [Point(p, each.timed) for p, each in counted.items()])
         relative = [_relative(curve) for curve in (timed, *ours)]
-        panels.append(Panel("relative to drop rate 0", "drop rate (%)", "share of drop rate 0 (%)", relative, ticks=_TICKS))
+        panels.append(
+            Panel(
+                "relative to drop rate 0",
+                "drop rate (%)",
+                "share of drop rate 0 (%)",
+                relative,
+                ticks=_TICKS,
+            )
+        )
     return panels
 
 
 def _relative(curve: Curve) -> Curve:
     """In percent of the value at drop rate 0; nothing where that is not known."""
     whole = {point.x: point.y for point in curve.points}.get(0)
-    return Curve(curve.name, [point._replace(y=100 * point.y / whole) for point in curve.points] if whole else [], curve.kind)
+    return Curve(
+        curve.name,
+        [point._replace(y=100 * point.y / whole) for point in curve.points] if whole else [],
+        curve.kind,
+    )
 
 
 def _by_mode(group: Group, mode: str, y_label: str, point) -> Panel:
@@ -121,7 +181,11 @@ def _by_mode(group: Group, mode: str, y_label: str, point) -> Panel:
     for backend in group.backends(mode):
         by_percent = group.at(mode, backend)
         ours = any(each.line.ours for each in by_percent.values())
-        points = [found for percent, each in by_percent.items() if (found := point(percent, each)) is not None]
+        points = [
+            found
+            for percent, each in by_percent.items()
+            if (found := point(percent, each)) is not None
+        ]
         curves.append(Curve(backend, points, "ours" if ours else "peer"))
     return Panel(MODES[mode], "drop rate (%)", y_label, curves, ticks=_TICKS)
 
@@ -131,7 +195,11 @@ def _time(percent: int, each: Shown) -> Point:
 
 
 def _peak(percent: int, each: Shown) -> Point | None:
-    return None if each.line.peak_bytes is None else Point(percent, each.line.peak_bytes / _MIB, stale=bool(each.stale))
+    return (
+        None
+        if each.line.peak_bytes is None
+        else Point(percent, each.line.peak_bytes / _MIB, stale=bool(each.stale))
+    )
 
 
 # -- accuracy ----------------------------------------------------------------------------------------------------------
@@ -142,12 +210,26 @@ def accuracies(runs: Sequence[accuracy.Run], folder: Path) -> dict[Path, str]:
     panels, untrained = [], []
     for measure in accuracy.MEASURES:
         if hasattr(runs[0], before := f"{measure}_before"):
-            untrained.append(f"{accuracy.MEASURES[measure]} {statistics.mean(getattr(run, before) for run in runs):.1f} %")
+            untrained.append(
+                f"{accuracy.MEASURES[measure]} {statistics.mean(getattr(run, before) for run in runs):.1f} %"
+            )
         curves = []
         for steps in sorted({run.steps for run in runs}):
-            curves.append(Curve(f"mean of the seeds, {steps} steps", _means([run for run in runs if run.steps == steps], measure), "ours"))
-        curves.append(Curve("one seed", [Point(run.train_gflops, getattr(run, measure)) for run in runs], "dots"))
-        panels.append(Panel(accuracy.MEASURES[measure], "training GFLOPs of a clip", "correct (%)", curves))
+            curves.append(
+                Curve(
+                    f"mean of the seeds, {steps} steps",
+                    _means([run for run in runs if run.steps == steps], measure),
+                    "ours",
+                )
+            )
+        curves.append(
+            Curve(
+                "one seed", [Point(run.train_gflops, getattr(run, measure)) for run in runs], "dots"
+            )
+        )
+        panels.append(
+            Panel(accuracy.MEASURES[measure], "training GFLOPs of a clip", "correct (%)", curves)
+        )
     stem = folder / "accuracy"
     save(panels, 2, stem)
     what = "Accuracy against the work of training, points labelled by drop rate. Bars are one standard deviation over the seeds"

@@ -12,7 +12,15 @@ from typing import Literal, NamedTuple
 
 from vatt_fast.config import VATTConfig
 from vatt_fast.flops import true_flops
-from vatt_fast.kernels.cases import CASES, AttentionCase, Case, DropTokenCase, NCECase, PatchEmbedCase, tag
+from vatt_fast.kernels.cases import (
+    CASES,
+    AttentionCase,
+    Case,
+    DropTokenCase,
+    NCECase,
+    PatchEmbedCase,
+    tag,
+)
 from vatt_fast.kernels.drop_token import num_kept
 
 from .machine import DTYPES, H200, Ceilings
@@ -39,7 +47,11 @@ class Work(NamedTuple):
         return max(self.flops / ceilings.tflops / 1e9, self.bytes / ceilings.gb_per_s / 1e6)
 
     def bound(self, ceilings: Ceilings) -> Literal["compute", "memory"]:
-        return "compute" if self.flops / ceilings.tflops / 1e9 >= self.bytes / ceilings.gb_per_s / 1e6 else "memory"
+        return (
+            "compute"
+            if self.flops / ceilings.tflops / 1e9 >= self.bytes / ceilings.gb_per_s / 1e6
+            else "memory"
+        )
 
 
 def work(case: Case, mode: Mode, itemsize: int = 2, *, deterministic: bool = False) -> Work:
@@ -71,7 +83,10 @@ def _attention(case: AttentionCase, backward: bool, itemsize: int, deterministic
     if not backward:
         return Work(4 * B * H * T * S * D, 2 * queries + 2 * keys + bias + statistics)
     # reads q, k, v, out, d_out, lse; writes d_q, d_k, d_v
-    return Work((14 if deterministic else 10) * B * H * T * S * D, 4 * queries + 4 * keys + 2 * bias + statistics)
+    return Work(
+        (14 if deterministic else 10) * B * H * T * S * D,
+        4 * queries + 4 * keys + 2 * bias + statistics,
+    )
 
 
 def _drop_token(case: DropTokenCase, backward: bool, itemsize: int) -> Work:
@@ -88,7 +103,9 @@ def _nce(case: NCECase, backward: bool, itemsize: int, deterministic: bool) -> W
     statistics = (2 * case.batch + texts) * _STATISTIC  # row, pos, col
     if not backward:
         return Work(2 * products, embeddings + statistics)
-    return Work((8 if deterministic else 6) * products, 2 * embeddings + 2 * statistics)  # each statistic has a gradient
+    return Work(
+        (8 if deterministic else 6) * products, 2 * embeddings + 2 * statistics
+    )  # each statistic has a gradient
 
 
 def _patch_embed(case: PatchEmbedCase, backward: bool, itemsize: int) -> Work:
@@ -103,7 +120,9 @@ def _patch_embed(case: PatchEmbedCase, backward: bool, itemsize: int) -> Work:
     index = 0 if case.kept is None else rows * (case.batch if case.per == "clip" else 1) * _INDEX
     if backward:
         position = case.patches * case.dim * itemsize if case.position else 0  # written for all
-    return Work(2 * products, patches + tokens + weights + position + index)  # backward: d_weight, as training asks for
+    return Work(
+        2 * products, patches + tokens + weights + position + index
+    )  # backward: d_weight, as training asks for
 
 
 # -- whole training steps ----------------------------------------------------------------------------------------------
@@ -130,9 +149,13 @@ def step_flops(
         counts = {"video": config.num_video_patches, "audio": config.num_audio_patches}
         for modality in modalities:
             tower = getattr(config, modality)
-            others = config.words if modality == "text" else num_kept(counts[modality], drop_rate)  # all tokens but AGG
+            others = (
+                config.words if modality == "text" else num_kept(counts[modality], drop_rate)
+            )  # all tokens but AGG
             inner = tower.num_heads * tower.head_dim
-            saved = others * (4 * tower.dim * inner + 4 * tower.dim * tower.mlp_dim + 4 * (others + 1) * inner)
+            saved = others * (
+                4 * tower.dim * inner + 4 * tower.dim * tower.mlp_dim + 4 * (others + 1) * inner
+            )
             saved += 2 * others * tower.dim * config.pooled_dim(modality) if config.agnostic else 0
             forward -= saved * (config.texts_per_clip if modality == "text" else 1)
     return {"fwd": 1, "bwd": 2, "fwd+bwd": 3}[mode] * forward * batch
@@ -179,7 +202,11 @@ def our_tilings() -> list[Tiling]:
 
     sizes = {(each["BLOCK_T"], each["BLOCK_S"]) for each in triton_gpu.TUNING["attention_forward"]}
     return [
-        Tiling(f"ours {rows}x{columns}", ours(rows, triton_gpu._last_tile, "sm_90"), ours(columns, triton_gpu._tail))
+        Tiling(
+            f"ours {rows}x{columns}",
+            ours(rows, triton_gpu._last_tile, "sm_90"),
+            ours(columns, triton_gpu._tail),
+        )
         for rows, columns in sorted(sizes)
     ]
 
@@ -187,7 +214,9 @@ def our_tilings() -> list[Tiling]:
 # -- sheet -------------------------------------------------------------------------------------------------------------
 
 
-def sheet(ops: tuple[str, ...] = tuple(CASES), ceilings: Ceilings = H200, dtype: str = "bf16") -> str:
+def sheet(
+    ops: tuple[str, ...] = tuple(CASES), ceilings: Ceilings = H200, dtype: str = "bf16"
+) -> str:
     """Markdown: every primary case's floor in each mode, then attention's tiles."""
     lines = [
         f"Floors in {dtype} at {ceilings.tflops:g} TFLOP/s and {ceilings.gb_per_s:g} GB/s; predicted, not measured.",
@@ -208,7 +237,10 @@ def _floor_rows(ops: tuple[str, ...], ceilings: Ceilings, itemsize: int) -> Iter
                 continue
             for mode in MODES:
                 least, fixed = (work(case, mode, itemsize, deterministic=d) for d in (False, True))
-                compute, memory = least.flops / ceilings.tflops / 1e9, least.bytes / ceilings.gb_per_s / 1e6
+                compute, memory = (
+                    least.flops / ceilings.tflops / 1e9,
+                    least.bytes / ceilings.gb_per_s / 1e6,
+                )
                 yield (
                     f"| {op} | {name} | {mode} | {least.flops / 1e9:.4g} | {least.bytes / 1e6:.4g} | {compute:.3g} | {memory:.3g} "
                     f"| {least.ms(ceilings):.3g} | {least.bound(ceilings)} | {fixed.ms(ceilings):.3g} |"
@@ -221,9 +253,17 @@ def _tile_rows() -> Iterator[str]:
     yield ""
     yield "| queries x keys | " + " | ".join(name for name, *_ in tilings) + " |"
     yield "|---" * (1 + len(tilings)) + "|"
-    lengths = {(case.queries, case.keys) for case in CASES["attention"].values() if isinstance(case, AttentionCase) and case.origin}
+    lengths = {
+        (case.queries, case.keys)
+        for case in CASES["attention"].values()
+        if isinstance(case, AttentionCase) and case.origin
+    }
     for queries, keys in sorted(lengths):
-        yield f"| {queries} x {keys} | " + " | ".join(f"{useful_share(queries, keys, tiling):.0%}" for tiling in tilings) + " |"
+        yield (
+            f"| {queries} x {keys} | "
+            + " | ".join(f"{useful_share(queries, keys, tiling):.0%}" for tiling in tilings)
+            + " |"
+        )
 
 
 def main() -> None:
@@ -235,7 +275,13 @@ def main() -> None:
     given = parser.parse_args()
     if not (math.isfinite(given.tflops) and given.tflops > 0 and given.gb_per_s > 0):
         parser.error("ceilings must be positive")
-    print(sheet(tuple(CASES) if given.op == "all" else (given.op,), Ceilings(given.tflops, given.gb_per_s), given.dtype))
+    print(
+        sheet(
+            tuple(CASES) if given.op == "all" else (given.op,),
+            Ceilings(given.tflops, given.gb_per_s),
+            given.dtype,
+        )
+    )
 
 
 if __name__ == "__main__":

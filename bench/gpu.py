@@ -47,8 +47,13 @@ _OPS, _STEP, _PAPER, _SCALING = "ops.jsonl", "step.jsonl", "paper.jsonl", "scali
 _TESTED = ("fp32", "fp16", "bf16", "fp64")
 
 # what a dry run does instead: enough to pass every line of the logic
-_DRY_CASES = {"attention": "one_query_one_key", "drop_token": "one_of_one", "nce": "one_pair", "patch_embed": "one_patch"}
-_DRY_TUNED = ("drop_token", "nce")  # in Triton's interpreter, one candidate each
+_DRY_CASES = {
+    "attention": "one_query_one_key",
+    "drop_token": "one_of_one",
+    "contrastive_lse": "one_pair",
+    "patch_embed": "one_patch",
+}
+_DRY_TUNED = ("drop_token", "contrastive_lse")  # in Triton's interpreter, one candidate each
 
 
 @dataclasses.dataclass
@@ -75,9 +80,14 @@ class Run:
         return self.deadline - time.monotonic()
 
     def setting(self, **options) -> Setting:
-        options = dict(rounds=1 if self.dry else 0, warmup=1 if self.dry else 3, quick_ceilings=self.dry) | options
+        options = (
+            dict(rounds=1 if self.dry else 0, warmup=1 if self.dry else 3, quick_ceilings=self.dry)
+            | options
+        )
         options |= dict(tiles="tuned in this run") if self.tuned() else {}
-        setting = Setting(self.device, deadline=self.deadline, compiled_peers=not self.dry, **options)
+        setting = Setting(
+            self.device, deadline=self.deadline, compiled_peers=not self.dry, **options
+        )
         self._refuse(setting)
         return setting
 
@@ -135,8 +145,15 @@ def parity_stage(run: Run) -> None:
             file.write(f"\n== {name}: exit status {status}\n{output}")
             file.flush()
             if status not in (0, 5):  # 5: nothing selected
-                run.fail("parity", name, "out of time" if status == -1 else f"pytest ended with {status}; see {_PARITY}")
-            print(f"{name}: {output.strip().splitlines()[-1] if output.strip() else 'no output'}", flush=True)
+                run.fail(
+                    "parity",
+                    name,
+                    "out of time" if status == -1 else f"pytest ended with {status}; see {_PARITY}",
+                )
+            print(
+                f"{name}: {output.strip().splitlines()[-1] if output.strip() else 'no output'}",
+                flush=True,
+            )
     for (op, backend), verdict in sorted(run.parity().items()):
         print(f"{op} {backend}: {verdict['passed']} passed, {verdict['failed']} failed", flush=True)
 
@@ -149,17 +166,23 @@ def _pytest(arguments: list[str], run: Run) -> tuple[int, str]:
 
 def _shards(run: Run) -> dict[str, list[str]]:
     """{name: pytest's arguments}. On a GPU the battery's rows on the CPU are left to CI."""
-    file = "tests/test_ops.py"
+    file = "tests/kernels/test_ops.py"
     if run.dry:
         named = " or ".join(f"[{op}-reference-{case}-fp32]" for op, case in _DRY_CASES.items())
-        named += " or " + " or ".join(f"[{op}-triton_gpu-{case}-fp32]" for op, case in _DRY_CASES.items())
+        named += " or " + " or ".join(
+            f"[{op}-triton_gpu-{case}-fp32]" for op, case in _DRY_CASES.items()
+        )
         return {"battery": [file, "-k", f"test_gradients and ({named})"]}
     shards = {}
     for op in dispatch.OPS:
         own = f"[{op}- and -cuda"
         for dtype in _TESTED:
             shards[f"{op} {dtype}"] = [file, "-k", f"{own}-{dtype}]"]
-        shards[f"{op} properties"] = [file, "-k", " and ".join([own, *(f"not -{dtype}]" for dtype in _TESTED)])]
+        shards[f"{op} properties"] = [
+            file,
+            "-k",
+            " and ".join([own, *(f"not -{dtype}]" for dtype in _TESTED)]),
+        ]
     shards["further properties"] = [file, "-k", " and ".join(f"not [{op}-" for op in dispatch.OPS)]
     shards["marked gpu"] = ["tests", "-m", "gpu"]
     return shards
@@ -173,11 +196,19 @@ def tune_stage(run: Run) -> None:
     modules = {}
     for op in _DRY_TUNED if run.dry else dispatch.OPS:
         module = tune.tunable(op)
-        reason = "no Triton backend with candidates" if module is None else setting.refused.get((op, "triton_gpu"))
+        reason = (
+            "no Triton backend with candidates"
+            if module is None
+            else setting.refused.get((op, "triton_gpu"))
+        )
         if module is None or reason:
             run.fail("tune", op, reason or "")
         else:
-            modules[op] = {kernel: tiles[:1] for kernel, tiles in module.TUNING.items()} if run.dry else module.TUNING
+            modules[op] = (
+                {kernel: tiles[:1] for kernel, tiles in module.TUNING.items()}
+                if run.dry
+                else module.TUNING
+            )
     if not modules:
         return
     path = run.out / "tuned" / f"{tune.arch()}.json"
@@ -209,7 +240,11 @@ def tune_stage(run: Run) -> None:
         if table:
             tune.write_table(path, table)
     if skipped:
-        run.fail("tune", "candidates left out", ", ".join(f"{reason}: {count}" for reason, count in sorted(skipped.items())))
+        run.fail(
+            "tune",
+            "candidates left out",
+            ", ".join(f"{reason}: {count}" for reason, count in sorted(skipped.items())),
+        )
 
 
 # -- ops ---------------------------------------------------------------------------------------------------------------
@@ -218,7 +253,11 @@ def tune_stage(run: Run) -> None:
 def ops_stage(run: Run) -> None:
     setting = run.setting()
     path = run.out / _OPS
-    done = {(line.op, line.case, line.dtype, line.mode) for line in results.read(path) if line.commit == machine.commit()}
+    done = {
+        (line.op, line.case, line.dtype, line.mode)
+        for line in results.read(path)
+        if line.commit == machine.commit()
+    }
     modes: tuple[Mode, ...] = ("fwd", "fwd+bwd") if run.dry else ("fwd", "bwd", "fwd+bwd")
     for (op, backend), reason in setting.refused.items():
         run.fail("ops", f"{op} {backend}", reason)
@@ -245,7 +284,12 @@ def ops_stage(run: Run) -> None:
 def _in_turn(run: Run) -> list[tuple[str, Case]]:
     """(op, case): the first case of every op, then the second, ..."""
     queues = {op: _cases(run, op) for op in dispatch.OPS}
-    return [(op, queue[i]) for i in range(max(map(len, queues.values()))) for op, queue in queues.items() if i < len(queue)]
+    return [
+        (op, queue[i])
+        for i in range(max(map(len, queues.values())))
+        for op, queue in queues.items()
+        if i < len(queue)
+    ]
 
 
 def _cases(run: Run, op: str) -> list[Case]:
@@ -257,7 +301,13 @@ def _cases(run: Run, op: str) -> list[Case]:
         origin = case.origin
         assert origin is not None
         drop_order = {0.5: 0, 0.0: 1, 0.75: 2}.get(origin.drop_rate, 3)
-        return ("tiny" in origin.presets, drop_order, origin.pixels == 320, "mbs" not in origin.presets, case.name)
+        return (
+            "tiny" in origin.presets,
+            drop_order,
+            origin.pixels == 320,
+            "mbs" not in origin.presets,
+            case.name,
+        )
 
     return sorted((case for case in CASES[op].values() if tag(case) == "primary"), key=rank)
 
@@ -279,12 +329,17 @@ def step_stage(run: Run) -> None:
     if setting is None:
         return
     path = run.out / _STEP
-    done = {(line.case, line.backend) for line in results.read(path) if line.commit == machine.commit()}
+    done = {
+        (line.case, line.backend) for line in results.read(path) if line.commit == machine.commit()
+    }
     name = "tiny" if run.dry else run.preset
     trainer = step.Trainer(preset(name), 1, 0.5, run.device, DTYPES[run.dtype])
     for rate, features, contenders in _steps(run.dry):
         title = f"{name}_drop{round(100 * rate)}, {'features' if features else 'AGG only'}, {', '.join(c.describe() for c in contenders)}"
-        if any(_is_step(case, name, rate, features) and backend in {c.describe() for c in contenders} for case, backend in done):
+        if any(
+            _is_step(case, name, rate, features) and backend in {c.describe() for c in contenders}
+            for case, backend in done
+        ):
             continue
         if run.left < 0:
             run.fail("step", title, "out of time; run the stage again to continue")
@@ -294,7 +349,9 @@ def step_stage(run: Run) -> None:
                 each for each in contenders if each.name != "reference"
             ]  # it stores every score: nobody's choice, so it sets no batch
             batch = 2 if run.dry else step.fitting_batch(trainer, rate, 256, features, fitted)
-            lines, absent = step.measure_step(setting, trainer, name, batch, rate, contenders, features=features)
+            lines, absent = step.measure_step(
+                setting, trainer, name, batch, rate, contenders, features=features
+            )
         except Exception as error:
             run.fail("step", title, first_line(error))
             continue
@@ -309,14 +366,26 @@ def _steps(dry: bool) -> list[tuple[float, bool, list[step.Formulation]]]:
     """(drop rate, with features, contenders), what matters most first; the compiler's slowest setting last."""
     if dry:
         return [(0.5, False, step.formulations(("auto", "plain"), ()))]
-    contenders = [*step.formulations(("auto", "plain"), ("default",)), *step.formulations(("reference",), ())]
-    strongest = [each for each in step.formulations(("auto", "plain"), ("max-autotune-no-cudagraphs",)) if each.compile]
-    common = [(rate, features, contenders) for features in (False, True) for rate in (0.5, 0.0, 0.75)]
+    contenders = [
+        *step.formulations(("auto", "plain"), ("default",)),
+        *step.formulations(("reference",), ()),
+    ]
+    strongest = [
+        each
+        for each in step.formulations(("auto", "plain"), ("max-autotune-no-cudagraphs",))
+        if each.compile
+    ]
+    common = [
+        (rate, features, contenders) for features in (False, True) for rate in (0.5, 0.0, 0.75)
+    ]
     return [*common, (0.5, False, strongest)]
 
 
 def _is_step(case: str, name: str, rate: float, features: bool) -> bool:
-    return case.startswith(f"{name}_drop{round(100 * rate)}_b") and case.endswith("_features") == features
+    return (
+        case.startswith(f"{name}_drop{round(100 * rate)}_b")
+        and case.endswith("_features") == features
+    )
 
 
 # -- the paper's configurations, and sizes -----------------------------------------------------------------------------
@@ -330,8 +399,17 @@ def paper_stage(run: Run) -> None:
     if run.dry:
         wanted = drop_rate.cells(["tiny"], modes, [0.5], batch=2, compiled_at=[], cuda=False)
     else:  # compilation takes minutes: one rate of the main preset, when all else is there
-        wanted = drop_rate.cells(list(drop_rate.CONFIGURATIONS), modes, drop_rate.DROP_RATES, batch=None, compiled_at=[], cuda=True)
-        wanted += drop_rate.cells(["mbs_32x224x224"], modes, [0.5], batch=None, compiled_at=[0.5], cuda=True)
+        wanted = drop_rate.cells(
+            list(drop_rate.CONFIGURATIONS),
+            modes,
+            drop_rate.DROP_RATES,
+            batch=None,
+            compiled_at=[],
+            cuda=True,
+        )
+        wanted += drop_rate.cells(
+            ["mbs_32x224x224"], modes, [0.5], batch=None, compiled_at=[0.5], cuda=True
+        )
     out = run.out / _PAPER
     left = drop_rate.unmeasured(wanted, run.dtype, out, setting.device_name)
     for where, who, reason in drop_rate.measure_all(setting, left, run.dtype, out):
@@ -343,7 +421,9 @@ def scaling_stage(run: Run) -> None:
     modes: list[Mode] = ["fwd"] if run.dry else ["fwd", "fwd+bwd"]
     for op, cases in scaling.CASES.items():
         sizes = [min(cases)] if run.dry else list(cases)
-        absent = scaling.measure_op(setting, op, sizes, run.dtype, modes, run.out / _SCALING, longest=2.0, resume=True)
+        absent = scaling.measure_op(
+            setting, op, sizes, run.dtype, modes, run.out / _SCALING, longest=2.0, resume=True
+        )
         for where, who, reason in absent:
             run.fail("scaling", f"{where}: {who}", reason)
 
@@ -353,17 +433,32 @@ def scaling_stage(run: Run) -> None:
 
 def summarise(run: Run) -> str:
     """Markdown of what the folder holds."""
-    setting = (
-        f"{machine.name(run.device)}; {', '.join(f'{k} {v}' for k, v in machine.versions(run.device).items())}; commit {machine.commit()}"
-    )
-    lines = ["# GPU run" if not run.dry else "# Dry run on the CPU: it shows that the stages work, its times mean nothing", "", setting, ""]
+    setting = f"{machine.name(run.device)}; {', '.join(f'{k} {v}' for k, v in machine.versions(run.device).items())}; commit {machine.commit()}"
+    lines = [
+        "# GPU run"
+        if not run.dry
+        else "# Dry run on the CPU: it shows that the stages work, its times mean nothing",
+        "",
+        setting,
+        "",
+    ]
     lines += ["## Parity", "", "| op | backend | passed | failed |", "|---|---|---|---|"]
-    lines += [f"| {op} | {backend} | {v['passed']} | {v['failed']} |" for (op, backend), v in sorted(run.parity().items())]
+    lines += [
+        f"| {op} | {backend} | {v['passed']} | {v['failed']} |"
+        for (op, backend), v in sorted(run.parity().items())
+    ]
     lines += ["", "## Tuned tables", ""]
     for path in sorted((run.out / "tuned").glob("*.json")):
         table = tune.read_table(path)
-        lines += [f"- {path.name}: {', '.join(f'{kernel} ({len(entries)})' for kernel, entries in sorted(table.items()))}"]
-    for title, file in (("Ops", _OPS), ("Training step", _STEP), ("The paper's configurations", _PAPER), ("Ops by size", _SCALING)):
+        lines += [
+            f"- {path.name}: {', '.join(f'{kernel} ({len(entries)})' for kernel, entries in sorted(table.items()))}"
+        ]
+    for title, file in (
+        ("Ops", _OPS),
+        ("Training step", _STEP),
+        ("The paper's configurations", _PAPER),
+        ("Ops by size", _SCALING),
+    ):
         measured = results.read(run.out / file)
         lines += ["", f"## {title}", ""]
         if measured:
@@ -381,7 +476,13 @@ def _grouped(failures: list[dict[str, str]]) -> list[str]:
         groups.setdefault((each["stage"], who, each["error"]), []).append(where)
     lines = []
     for (stage, who, error), places in groups.items():
-        at = f" at {len(places)} cases, {places[0]} first" if len(places) > 1 else f" at {places[0]}" if places[0] else ""
+        at = (
+            f" at {len(places)} cases, {places[0]} first"
+            if len(places) > 1
+            else f" at {places[0]}"
+            if places[0]
+            else ""
+        )
         lines.append(f"- {stage}: {who}{at}: {error}")
     return lines
 
@@ -393,17 +494,36 @@ _RUN: dict[str, Callable[[Run], None]] = {
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="everything that waits for a GPU, in stages")
-    parser.add_argument("--out", required=True, help="folder of the results; made where missing, kept and continued where not")
+    parser.add_argument(
+        "--out",
+        required=True,
+        help="folder of the results; made where missing, kept and continued where not",
+    )
     parser.add_argument("--stage", nargs="+", default=list(STAGES), choices=STAGES)
     parser.add_argument("--budget", type=float, default=BUDGET_S, help="seconds a stage may take")
     parser.add_argument("--preset", default="mbs", help="of the training step")
-    parser.add_argument("--dry-run", action="store_true", help="on the CPU, smallest cases, one round: exercises the logic")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="on the CPU, smallest cases, one round: exercises the logic",
+    )
     given = parser.parse_args()
     if not given.dry_run and not torch.cuda.is_available():
         parser.error("this torch sees no CUDA device; --dry-run exercises the logic on the CPU")
-    if given.dry_run and os.environ.get("TRITON_INTERPRET") != "1":  # read when triton is imported, and torch has done that by now
-        return subprocess.call([sys.executable, "-m", "bench.gpu", *sys.argv[1:]], env=os.environ | {"TRITON_INTERPRET": "1"})
-    run = Run(Path(given.out), torch.device("cpu" if given.dry_run else "cuda"), given.dry_run, given.budget, given.preset)
+    if (
+        given.dry_run and os.environ.get("TRITON_INTERPRET") != "1"
+    ):  # read when triton is imported, and torch has done that by now
+        return subprocess.call(
+            [sys.executable, "-m", "bench.gpu", *sys.argv[1:]],
+            env=os.environ | {"TRITON_INTERPRET": "1"},
+        )
+    run = Run(
+        Path(given.out),
+        torch.device("cpu" if given.dry_run else "cuda"),
+        given.dry_run,
+        given.budget,
+        given.preset,
+    )
     run.out.mkdir(parents=True, exist_ok=True)
     for stage in (each for each in STAGES if each in given.stage):
         run.began = time.monotonic()
@@ -417,7 +537,9 @@ def main() -> int:
             run.fail(stage, "the whole stage", first_line(error))
         print(f"== {stage} took {time.monotonic() - run.began:.0f} s", flush=True)
         (run.out / "summary.md").write_text(summarise(run))
-    red = any(verdict["failed"] for verdict in run.parity().values()) or any(each["stage"] == "parity" for each in run.failures())
+    red = any(verdict["failed"] for verdict in run.parity().values()) or any(
+        each["stage"] == "parity" for each in run.failures()
+    )
     return int(red)
 
 

@@ -28,7 +28,9 @@ class Ceilings:
     gb_per_s: float
 
 
-H200 = Ceilings(tflops=790.0, gb_per_s=4300.0)  # bf16, as measured on one; predictions of the floor sheet
+H200 = Ceilings(
+    tflops=790.0, gb_per_s=4300.0
+)  # bf16, as measured on one; predictions of the floor sheet
 
 
 def measure_ceilings(device: torch.device, dtype: torch.dtype, *, quick: bool = False) -> Ceilings:
@@ -43,7 +45,9 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype, *, quick: bool = 
     rounds = 3 if quick else 20 if cuda else 7
     calls = {"matmul": [lambda: a @ b], "copy": [lambda: target.copy_(source)]}
     times = interleaved(calls, rounds=rounds, warmup=2, clock=clock)
-    return Ceilings(2 * side**3 / min(times["matmul"].ms) / 1e9, 2 * source.nbytes / min(times["copy"].ms) / 1e6)
+    return Ceilings(
+        2 * side**3 / min(times["matmul"].ms) / 1e9, 2 * source.nbytes / min(times["copy"].ms) / 1e6
+    )
 
 
 def name(device: torch.device) -> str:
@@ -51,7 +55,11 @@ def name(device: torch.device) -> str:
         return torch.cuda.get_device_name(device)
     cpuinfo = Path("/proc/cpuinfo")
     models = (
-        [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        [
+            line.partition(":")[2].strip()
+            for line in cpuinfo.read_text().splitlines()
+            if line.startswith("model name")
+        ]
         if cpuinfo.exists()
         else []
     )
@@ -92,7 +100,14 @@ _WRITTEN = ("bench/results", "bench/figures", "bench/report.html", "*.md")
 def commit() -> str:
     """Short hash, "-dirty" behind it where code differs from it; outside a checkout VATT_FAST_COMMIT's value, or "unknown"."""
     try:
-        changed = _git("status", "--porcelain", "--untracked-files=no", "--", ".", *(f":(exclude){each}" for each in _WRITTEN))
+        changed = _git(
+            "status",
+            "--porcelain",
+            "--untracked-files=no",
+            "--",
+            ".",
+            *(f":(exclude){each}" for each in _WRITTEN),
+        )
         return _git("rev-parse", "--short=10", "HEAD") + ("-dirty" if changed else "")
     except (OSError, subprocess.SubprocessError):
         return os.environ.get("VATT_FAST_COMMIT", "unknown")
@@ -108,7 +123,11 @@ def changed_since(then: str, paths: tuple[str, ...]) -> str | None:
         return "its tree was not committed"
     try:
         _git("cat-file", "-e", f"{then}^{{commit}}")
-        changed = [each for each in _git("diff", "--name-only", then, "--", *paths).splitlines() if _does_something_else(then, each)]
+        changed = [
+            each
+            for each in _git("diff", "--name-only", then, "--", *paths).splitlines()
+            if _does_something_else(then, each)
+        ]
     except (OSError, subprocess.SubprocessError):
         return None if then == commit() else f"commit {then} is not known here"
     return f"{changed[0]} has changed" if changed else None
@@ -117,7 +136,11 @@ def changed_since(then: str, paths: tuple[str, ...]) -> str | None:
 def _does_something_else(then: str, path: str) -> bool:
     """Whether a file that differs does so in what it does, not in what it says."""
     now = ROOT / path
-    if now.suffix != ".py" or not now.exists() or not _git("ls-tree", "--name-only", then, "--", path):
+    if (
+        now.suffix != ".py"
+        or not now.exists()
+        or not _git("ls-tree", "--name-only", then, "--", path)
+    ):
         return True
     return _without_words(_git("show", f"{then}:{path}")) != _without_words(now.read_text())
 
@@ -135,7 +158,9 @@ def _without_words(source: str) -> str:
 
 def _git(*arguments: str) -> str:
     command = ["git", "--no-optional-locks", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
+    return subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=30
+    ).stdout.strip()
 
 
 def today() -> str:

@@ -16,16 +16,21 @@ from .timer import Call, l2_bytes
 OPS: dict[str, Callable[..., Any]] = {
     "attention": attention,
     "drop_token": drop_token,
-    "nce": contrastive_lse,
+    "contrastive_lse": contrastive_lse,
     "patch_embed": patch_embed,
 }
 # outputs that every contender returns and whose gradients flow back: attention's lse has none in the model
-COMPARED = {"attention": ("out",), "drop_token": ("kept",), "nce": ("row", "col", "pos"), "patch_embed": ("tokens",)}
+COMPARED = {
+    "attention": ("out",),
+    "drop_token": ("kept",),
+    "contrastive_lse": ("row", "col", "pos"),
+    "patch_embed": ("tokens",),
+}
 # what training differentiates: raw patches and a fixed temperature have no gradient there
 TRAINED = {
     "attention": ("q", "k", "v", "bias"),
     "drop_token": ("tokens",),
-    "nce": ("x", "y"),
+    "contrastive_lse": ("x", "y"),
     "patch_embed": ("weight", "bias", "position", "agg"),
 }
 _MAX_SETS = 8
@@ -67,7 +72,9 @@ def _seeds(outputs: tuple[Tensor, ...]) -> list[Tensor]:
     return [torch.randn(output.shape, generator=generator).to(output) for output in outputs]
 
 
-def call(function: Callable[..., tuple[Tensor, ...]], op: str, inputs: dict[str, Any], mode: Mode) -> Call:
+def call(
+    function: Callable[..., tuple[Tensor, ...]], op: str, inputs: dict[str, Any], mode: Mode
+) -> Call:
     """One timed call. bwd runs on a graph made once, whose saved tensors stay."""
     if mode == "fwd":
 
@@ -118,20 +125,30 @@ def values(function: Callable[..., tuple[Tensor, ...]], op: str, inputs: dict[st
     inputs, leaves = _with_leaves(op, inputs)
     outputs = function(**inputs)
     grads = torch.autograd.grad(outputs, list(leaves.values()), _seeds(outputs))
-    found = dict(zip(COMPARED[op], outputs, strict=True)) | {f"d_{name}": grad for name, grad in zip(leaves, grads, strict=True)}
+    found = dict(zip(COMPARED[op], outputs, strict=True)) | {
+        f"d_{name}": grad for name, grad in zip(leaves, grads, strict=True)
+    }
     return {name: value.detach() for name, value in found.items()}
 
 
 def truth(op: str, inputs: dict[str, Any], dtype: torch.dtype) -> Values:
     """The reference in fp64, on the same input values and the same gradients of outputs as a contender's in ``dtype``."""
-    wide = {name: value.double() if isinstance(value, Tensor) and value.is_floating_point() else value for name, value in inputs.items()}
+    wide = {
+        name: value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+        for name, value in inputs.items()
+    }
     reference = on_backend(op, "reference")
     wide, leaves = _with_leaves(op, wide)
     outputs = reference(**wide)
-    statistics = op == "nce"  # fp32 in every contender
-    seeds = [seed.to(torch.promote_types(dtype, torch.float32) if statistics else dtype).double() for seed in _seeds(outputs)]
+    statistics = op == "contrastive_lse"  # fp32 in every contender
+    seeds = [
+        seed.to(torch.promote_types(dtype, torch.float32) if statistics else dtype).double()
+        for seed in _seeds(outputs)
+    ]
     grads = torch.autograd.grad(outputs, list(leaves.values()), seeds)
-    found = dict(zip(COMPARED[op], outputs, strict=True)) | {f"d_{name}": grad for name, grad in zip(leaves, grads, strict=True)}
+    found = dict(zip(COMPARED[op], outputs, strict=True)) | {
+        f"d_{name}": grad for name, grad in zip(leaves, grads, strict=True)
+    }
     return {name: value.detach() for name, value in found.items()}
 
 
@@ -152,7 +169,9 @@ def errors(found: Values, exact: Values) -> dict[str, float]:
 
 def worst(found: dict[str, float], mode: Mode) -> tuple[float, str]:
     """The largest error that a mode answers for, and its tensor."""
-    of_mode = {name: value for name, value in found.items() if mode != "fwd" or not name.startswith("d_")}
+    of_mode = {
+        name: value for name, value in found.items() if mode != "fwd" or not name.startswith("d_")
+    }
     name = max(of_mode, key=lambda each: of_mode[each])
     return of_mode[name], name
 
@@ -160,5 +179,9 @@ def worst(found: dict[str, float], mode: Mode) -> tuple[float, str]:
 def red(found: dict[str, float], plain: dict[str, float], dtype: torch.dtype) -> str | None:
     """Why a backend may not be timed: an error beyond twice plain torch's plus half an eps of the dtype."""
     eps = torch.finfo(dtype).eps
-    bad = [f"{name} {found[name]:.1e}, plain torch {plain[name]:.1e}" for name in found if not found[name] <= 2 * plain[name] + eps / 2]
+    bad = [
+        f"{name} {found[name]:.1e}, plain torch {plain[name]:.1e}"
+        for name in found
+        if not found[name] <= 2 * plain[name] + eps / 2
+    ]
     return f"error beyond twice plain torch's: {'; '.join(bad)}" if bad else None

@@ -53,7 +53,9 @@ class Page:
         if level < 4:
             number = len(self._contents)
             anchor = f' id="s{number}"'
-            self._contents.append(f'<li style="margin-left: {1.5 * (level - 2)}rem"><a href="#s{number}">{inline(text)}</a></li>')
+            self._contents.append(
+                f'<li style="margin-left: {1.5 * (level - 2)}rem"><a href="#s{number}">{inline(text)}</a></li>'
+            )
         self._parts.append(f"<h{level}{anchor}>{inline(text)}</h{level}>")
 
     def paragraph(self, text: str) -> None:
@@ -70,7 +72,9 @@ class Page:
 
         self.heading(4, table.title)
         body = "\n".join(row(cells, "td") for cells in table.rows)
-        self._parts.append(f'<div class="wide"><table>\n<thead>{row(table.headings, "th")}</thead>\n<tbody>{body}</tbody>\n</table></div>')
+        self._parts.append(
+            f'<div class="wide"><table>\n<thead>{row(table.headings, "th")}</thead>\n<tbody>{body}</tbody>\n</table></div>'
+        )
         if table.stale:
             self._parts.append(f'<p class="note">{inline(table.footnote())}</p>')
         if table.commands:
@@ -80,7 +84,9 @@ class Page:
         """The SVG inside the page, as an image of its own: its names cannot meet another's."""
         data = base64.b64encode(Path(f"{stem}.svg").read_bytes()).decode()
         text = inline(caption)
-        self._parts.append(f'<figure><img alt="{text}" src="data:image/svg+xml;base64,{data}"><figcaption>{text}</figcaption></figure>')
+        self._parts.append(
+            f'<figure><img alt="{text}" src="data:image/svg+xml;base64,{data}"><figcaption>{text}</figcaption></figure>'
+        )
 
     def html(self) -> str:
         title = inline(self.title)

@@ -8,7 +8,10 @@ from collections.abc import Iterable
 
 from .machine import ROOT
 
-_VERDICT = re.compile(r"^(PASSED|FAILED|ERROR) tests/test_ops\.py::\w+\[(?P<op>\w+)-(?P<backend>\w+)-", re.MULTILINE)
+_VERDICT = re.compile(
+    r"^(PASSED|FAILED|ERROR) tests/kernels/test_ops\.py::\w+\[(?P<op>\w+)-(?P<backend>\w+)-",
+    re.MULTILINE,
+)
 
 
 def environment(device: str) -> dict[str, str]:
@@ -22,9 +25,27 @@ def environment(device: str) -> dict[str, str]:
 
 def pytest(arguments: list[str], device: str, timeout: float | None = None) -> tuple[int, str]:
     """Exit status and output of pytest on the checkout's tests; -1 where it ran out of time."""
-    command = [sys.executable, "-m", "pytest", "-q", "-rpfE", "--no-header", "-p", "no:cacheprovider", "--tb=short", *arguments]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-rpfE",
+        "--no-header",
+        "-p",
+        "no:cacheprovider",
+        "--tb=short",
+        *arguments,
+    ]
     try:
-        done = subprocess.run(command, cwd=ROOT, env=environment(device), capture_output=True, text=True, timeout=timeout)
+        done = subprocess.run(
+            command,
+            cwd=ROOT,
+            env=environment(device),
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
     except subprocess.TimeoutExpired as error:
         text = error.stdout.decode() if isinstance(error.stdout, bytes) else error.stdout or ""
         return -1, text + f"\nstopped after {timeout:.0f} s\n"
@@ -60,5 +81,7 @@ def check(
     pairs: Iterable[tuple[str, str]], dtype: str, device: str, timeout: float | None = None
 ) -> tuple[dict[tuple[str, str], dict[str, int]], str]:
     """Run the parity tests of some (op, backend) in one dtype on a device: counts and the whole output."""
-    status, output = pytest(["tests/test_ops.py", "-k", expression(pairs, dtype, device)], device, timeout)
+    status, output = pytest(
+        ["tests/kernels/test_ops.py", "-k", expression(pairs, dtype, device)], device, timeout
+    )
     return (counts(output) if status in (0, 1) else {}), output

@@ -38,7 +38,9 @@ class Peer(NamedTuple):
 _PEERS: list[Peer] = []
 
 
-def peer(op: str, name: str, *, package: str | None = None, compiled: bool = False, alike: bool = True):
+def peer(
+    op: str, name: str, *, package: str | None = None, compiled: bool = False, alike: bool = True
+):
     """Register ``build(case, device)``; adding a peer is one decorated function."""
 
     def register(build):
@@ -143,7 +145,11 @@ def _(case, device):
 
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         plain = bias is None and key_mask is None
-        return (flex_attention(q, k, v, score_mod=None if plain else score_mod, scale=scale).transpose(1, 2),)
+        return (
+            flex_attention(q, k, v, score_mod=None if plain else score_mod, scale=scale).transpose(
+                1, 2
+            ),
+        )
 
     return compile_exactly(run)
 
@@ -169,7 +175,9 @@ def _flash_attn(package: str, module: str):
 
 
 peer("attention", "flash_attn", package="flash-attn")(_flash_attn("flash-attn", "flash_attn"))
-peer("attention", "flash_attn_3", package="flash-attn-3")(_flash_attn("flash-attn-3", "flash_attn_interface"))
+peer("attention", "flash_attn_3", package="flash-attn-3")(
+    _flash_attn("flash-attn-3", "flash_attn_interface")
+)
 
 
 # -- patch_embed -------------------------------------------------------------------------------------------------------
@@ -185,7 +193,17 @@ def take(x: Tensor, keep: Tensor | None) -> Tensor:
 
 
 def gather_first(
-    patches, weight, bias, position=None, keep=None, *, scale, shift, agg=None, patch=None, gathered=False
+    patches,
+    weight,
+    bias,
+    position=None,
+    keep=None,
+    *,
+    scale,
+    shift,
+    agg=None,
+    patch=None,
+    gathered=False,
 ) -> tuple[Tensor, ...]:
     """Kept rows only: gather, normalise, linear, add."""
     if patch is not None:
@@ -195,7 +213,17 @@ def gather_first(
 
 
 def project_then_drop(
-    patches, weight, bias, position=None, keep=None, *, scale, shift, agg=None, patch=None, gathered=False
+    patches,
+    weight,
+    bias,
+    position=None,
+    keep=None,
+    *,
+    scale,
+    shift,
+    agg=None,
+    patch=None,
+    gathered=False,
 ) -> tuple[Tensor, ...]:
     """All patches, then DropToken, in the paper's order."""
     if patch is not None:
@@ -205,7 +233,9 @@ def project_then_drop(
 
 
 def _project(rows, weight, bias, scale, shift) -> Tensor:
-    dtype = autocast_dtype(rows.device) or weight.dtype  # raw values straight to the dtype of the product: half the traffic of fp32
+    dtype = (
+        autocast_dtype(rows.device) or weight.dtype
+    )  # raw values straight to the dtype of the product: half the traffic of fp32
     return F.linear(rows.to(dtype) * scale + shift, weight, bias)
 
 
@@ -230,7 +260,9 @@ def _only_where_dropped(function: Function, compiled: bool):
 
 
 peer("patch_embed", "project_then_drop")(_only_where_dropped(project_then_drop, False))
-peer("patch_embed", "project_then_drop_compiled", compiled=True)(_only_where_dropped(project_then_drop, True))
+peer("patch_embed", "project_then_drop_compiled", compiled=True)(
+    _only_where_dropped(project_then_drop, True)
+)
 
 
 # -- drop_token --------------------------------------------------------------------------------------------------------
@@ -243,10 +275,12 @@ def index_or_gather(tokens, keep) -> tuple[Tensor, ...]:
 _plain("drop_token", "gather", index_or_gather)
 
 
-# -- nce ---------------------------------------------------------------------------------------------------------------
+# -- contrastive_lse ---------------------------------------------------------------------------------------------------------------
 
 
-def materialised(x, y, *, scale, texts_per_clip=1, first=0, x_valid=None, y_valid=None, bound=None) -> tuple[Tensor, ...]:
+def materialised(
+    x, y, *, scale, texts_per_clip=1, first=0, x_valid=None, y_valid=None, bound=None
+) -> tuple[Tensor, ...]:
     """The whole matrix in fp32 after a product in the inputs' dtype."""
     S = (x @ y.T).float() * scale
     if y_valid is not None:
@@ -257,17 +291,24 @@ def materialised(x, y, *, scale, texts_per_clip=1, first=0, x_valid=None, y_vali
     return torch.logsumexp(S, 1), torch.logsumexp(cols, 0), torch.logsumexp(S.gather(1, mine), 1)
 
 
-_plain("nce", "materialised", materialised)
+_plain("contrastive_lse", "materialised", materialised)
 _CHUNK = 1024  # rows of x at a time
 
 
-def chunked(x, y, *, scale, texts_per_clip=1, first=0, x_valid=None, y_valid=None, bound=None) -> tuple[Tensor, ...]:
+def chunked(
+    x, y, *, scale, texts_per_clip=1, first=0, x_valid=None, y_valid=None, bound=None
+) -> tuple[Tensor, ...]:
     """Materialised by chunks of rows, each computed again for its gradient."""
     parts = []
     for part in _chunks(x):
         valid = None if x_valid is None else x_valid[part]
         function = functools.partial(
-            materialised, scale=scale, texts_per_clip=texts_per_clip, first=first + part.start, x_valid=valid, y_valid=y_valid
+            materialised,
+            scale=scale,
+            texts_per_clip=texts_per_clip,
+            first=first + part.start,
+            x_valid=valid,
+            y_valid=y_valid,
         )
         parts.append(_recomputed(function, x[part], y))
     rows, cols, own = zip(*parts, strict=True)
@@ -280,7 +321,9 @@ def _chunks(x: Tensor) -> Iterator[slice]:
 
 def _recomputed(function: Callable, *tensors: Tensor) -> Any:
     """Nothing is kept for the gradient but the inputs."""
-    return torch.utils.checkpoint.checkpoint(function, *tensors, use_reentrant=False, preserve_rng_state=False)
+    return torch.utils.checkpoint.checkpoint(
+        function, *tensors, use_reentrant=False, preserve_rng_state=False
+    )
 
 
 def _only_in_chunks(compiled: bool):
@@ -292,17 +335,24 @@ def _only_in_chunks(compiled: bool):
     return build
 
 
-peer("nce", "chunked")(_only_in_chunks(False))
-peer("nce", "chunked_compiled", compiled=True)(_only_in_chunks(True))
+peer("contrastive_lse", "chunked")(_only_in_chunks(False))
+peer("contrastive_lse", "chunked_compiled", compiled=True)(_only_in_chunks(True))
 
 
 def _only_whole_pairs(package: str, case: Any) -> str | None:
     """Why a loss over a square of clips and texts, all of them there, cannot run a case."""
-    whole = case.texts_per_clip == 1 and case.batch == case.clips and not case.x_invalid and not case.y_invalid
-    return None if whole else f"{package} takes one text a clip, all clips on one device and no masks"
+    whole = (
+        case.texts_per_clip == 1
+        and case.batch == case.clips
+        and not case.x_invalid
+        and not case.y_invalid
+    )
+    return (
+        None if whole else f"{package} takes one text a clip, all clips on one device and no masks"
+    )
 
 
-@peer("nce", "cut_cross_entropy", package="cut-cross-entropy")
+@peer("contrastive_lse", "cut_cross_entropy", package="cut-cross-entropy")
 def _(case, device):
     if device.type != "cuda":
         return "cut-cross-entropy runs on CUDA"
@@ -334,7 +384,9 @@ def open_clip_losses() -> Any | str:
     package = importlib.util.find_spec("open_clip")
     if package is None or not package.submodule_search_locations:
         return "open_clip_torch cannot be imported: it is not installed"
-    spec = importlib.util.spec_from_file_location("open_clip_losses", Path(package.submodule_search_locations[0]) / "loss.py")
+    spec = importlib.util.spec_from_file_location(
+        "open_clip_losses", Path(package.submodule_search_locations[0]) / "loss.py"
+    )
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     try:
@@ -344,7 +396,7 @@ def open_clip_losses() -> Any | str:
     return module
 
 
-@peer("nce", "open_clip", package="open_clip_torch")
+@peer("contrastive_lse", "open_clip", package="open_clip_torch")
 def _(case, device):
     """ClipLoss: both matrices of logits, each by a product of its own. Its cross-entropies are their log-sums less the positive logits."""
     if reason := _only_whole_pairs("open_clip's ClipLoss", case):
@@ -354,7 +406,9 @@ def _(case, device):
     loss = losses.ClipLoss()
 
     def run(x, y, *, scale, **_):
-        of_clips, of_texts = (logits.float() for logits in loss.get_logits(x, y, scale))  # fp32, as autocast runs a cross-entropy
+        of_clips, of_texts = (
+            logits.float() for logits in loss.get_logits(x, y, scale)
+        )  # fp32, as autocast runs a cross-entropy
         return torch.logsumexp(of_clips, 1), torch.logsumexp(of_texts, 1), of_clips.diagonal()
 
     return run
@@ -371,14 +425,21 @@ def siglip(x, y, *, scale, first=0, **_) -> tuple[Tensor, ...]:
     """
     if x.shape[0] <= _CHUNK:
         return (_siglip_rows(x, y, scale=scale, first=first),)
-    parts = [_recomputed(functools.partial(_siglip_rows, scale=scale, first=first + part.start), x[part], y) for part in _chunks(x)]
+    parts = [
+        _recomputed(
+            functools.partial(_siglip_rows, scale=scale, first=first + part.start), x[part], y
+        )
+        for part in _chunks(x)
+    ]
     return (torch.cat(parts),)
 
 
 def _siglip_rows(x, y, *, scale, first) -> Tensor:
     S = (x @ y.T).float() * scale + SIGLIP_BIAS
     own = S.gather(1, first + torch.arange(x.shape[0], device=x.device)[:, None])
-    return F.softplus(S).sum(1) - own.squeeze(1)  # -log sigmoid(s) = softplus(-s) = softplus(s) - s: no matrix of labels
+    return F.softplus(S).sum(1) - own.squeeze(
+        1
+    )  # -log sigmoid(s) = softplus(-s) = softplus(s) - s: no matrix of labels
 
 
 def _siglip(compiled: bool):
@@ -390,5 +451,5 @@ def _siglip(compiled: bool):
     return build
 
 
-peer("nce", "siglip", alike=False)(_siglip(False))
-peer("nce", "siglip_compiled", compiled=True, alike=False)(_siglip(True))
+peer("contrastive_lse", "siglip", alike=False)(_siglip(False))
+peer("contrastive_lse", "siglip_compiled", compiled=True, alike=False)(_siglip(True))

@@ -11,14 +11,24 @@ from .floors import Mode
 from .machine import DTYPES
 from .results import Line
 from .setting import Setting
-from .timer import HostClock, Timing, first_line, interleaved, peak_bytes, peak_resident, trim_host_memory
+from .timer import (
+    HostClock,
+    Timing,
+    first_line,
+    interleaved,
+    peak_bytes,
+    peak_resident,
+    trim_host_memory,
+)
 
 
 class Contender(NamedTuple):
     """One who does the whole of a step or an inference."""
 
     ours: bool
-    build: Callable[[], Sequence[Callable[[], Tensor]] | str]  # calls on rotating batches, each returning a loss or outputs; or why none
+    build: Callable[
+        [], Sequence[Callable[[], Tensor]] | str
+    ]  # calls on rotating batches, each returning a loss or outputs; or why none
     alike: bool = True  # False: another model of the same size, which it brings along
     package: str | None = None  # a library's
 
@@ -54,7 +64,11 @@ def compare(
     absent: dict[str, str] = {}
     outputs: dict[str, Tensor] = {}
     for name, contender in contenders.items():
-        others = 0 if contender.alike or setting.device.type != "cuda" else torch.cuda.memory_allocated(setting.device)
+        others = (
+            0
+            if contender.alike or setting.device.type != "cuda"
+            else torch.cuda.memory_allocated(setting.device)
+        )
         try:
             mine = contender.build()
             if isinstance(mine, str):
@@ -63,7 +77,9 @@ def compare(
             result, resident = _first_call(mine[0], setting.device)
             if not torch.isfinite(result).all():
                 raise FloatingPointError("the result is not finite")
-            if task.mode == "fwd" and contender.alike:  # of a training step every loss is another: the weights move
+            if (
+                task.mode == "fwd" and contender.alike
+            ):  # of a training step every loss is another: the weights move
                 outputs[name] = result
             peaks[name] = (_peak(mine[0], setting.device) - others, resident)
             calls[name] = mine
@@ -74,23 +90,39 @@ def compare(
             torch.cuda.empty_cache()
     yardstick = next((each for name, each in outputs.items() if not contenders[name].ours), None)
     for name, found in outputs.items():
-        if yardstick is not None and (reason := _another_result(found, yardstick, DTYPES[task.dtype])):
+        if yardstick is not None and (
+            reason := _another_result(found, yardstick, DTYPES[task.dtype])
+        ):
             del calls[name]
             absent[name] = reason
     times = interleaved(
-        calls, rounds=setting.rounds, warmup=setting.warmup, clock=HostClock(setting.device), failed=absent, **setting.limits()
+        calls,
+        rounds=setting.rounds,
+        warmup=setting.warmup,
+        clock=HostClock(setting.device),
+        failed=absent,
+        **setting.limits(),
     )
     best = min(
-        (name for name in times if contenders[name].alike and not contenders[name].ours), key=lambda name: times[name].p50, default=None
+        (name for name in times if contenders[name].alike and not contenders[name].ours),
+        key=lambda name: times[name].p50,
+        default=None,
     )
     ceiling = setting.ceilings_of(task.dtype).tflops
-    return [_line(setting, task, name, contenders[name], times, peaks[name], best, ceiling) for name in times], absent
+    return [
+        _line(setting, task, name, contenders[name], times, peaks[name], best, ceiling)
+        for name in times
+    ], absent
 
 
 def _another_result(found: Tensor, wanted: Tensor, dtype: torch.dtype) -> str | None:
     error = float((found.double() - wanted.double()).norm() / wanted.double().norm())
     bound = 1e-3 if dtype == torch.float32 else 0.1  # roundings of a dozen blocks
-    return None if error < bound else f"other results than the first peer's: they differ by {error:.1e}"
+    return (
+        None
+        if error < bound
+        else f"other results than the first peer's: they differ by {error:.1e}"
+    )
 
 
 def _line(
@@ -104,10 +136,16 @@ def _line(
     ceiling: float,
 ) -> Line:
     timing = times[name]
-    tflops = task.flops / timing.p50 / 1e9 if contender.alike else None  # another model does other work
+    tflops = (
+        task.flops / timing.p50 / 1e9 if contender.alike else None
+    )  # another model does other work
     compared: dict[str, Any] = {}
     if contender.ours and best is not None:
-        compared = dict(speedup_over_best_peer=timing.speedup_over(times[best]), best_peer=best, best_peer_ms_p50=times[best].p50)
+        compared = dict(
+            speedup_over_best_peer=timing.speedup_over(times[best]),
+            best_peer=best,
+            best_peer_ms_p50=times[best].p50,
+        )
     return Line(
         op="step",
         case=task.case,

@@ -40,8 +40,14 @@ class Report:
 
     @classmethod
     def read(cls, folder: Path, flops: Flops) -> "Report":
-        files = sorted(path for path in folder.glob("*.jsonl") if not path.name.startswith(_COMPILED) and path.name != _ACCURACY)
-        shown = tables.current(tables.of_one_ceiling(line for path in files for line in results.read(path)))
+        files = sorted(
+            path
+            for path in folder.glob("*.jsonl")
+            if not path.name.startswith(_COMPILED) and path.name != _ACCURACY
+        )
+        shown = tables.current(
+            tables.of_one_ceiling(line for path in files for line in results.read(path))
+        )
         steps = [each for each in shown if each.line.op == "step"]
         sweeps = [each for each in shown if scaled(each.line)]
         ops = [each for each in shown if each.line.op != "step" and not scaled(each.line)]
@@ -54,7 +60,9 @@ class Report:
 
 def counted_flops(configuration: str, rate: float) -> drop_rate.GFLOPs | None:
     """None for what is not a configuration of the paper's tables."""
-    return drop_rate.gflops(configuration, rate) if configuration in drop_rate.CONFIGURATIONS else None
+    return (
+        drop_rate.gflops(configuration, rate) if configuration in drop_rate.CONFIGURATIONS else None
+    )
 
 
 # -- tables of the README ----------------------------------------------------------------------------------------------
@@ -64,7 +72,11 @@ def _by_device(shown: Sequence[Shown], subject: Callable[[Line], str]) -> dict[s
     """Of a subject for which some device has a fresh line, without the devices that have none of it; the page has them all."""
     fresh = {(subject(each.line), each.line.device) for each in shown if not each.stale}
     told = {about for about, _ in fresh}
-    kept = [each for each in shown if subject(each.line) not in told or (subject(each.line), each.line.device) in fresh]
+    kept = [
+        each
+        for each in shown
+        if subject(each.line) not in told or (subject(each.line), each.line.device) in fresh
+    ]
     return grouped(kept, lambda line: line.device)
 
 
@@ -79,7 +91,10 @@ def _drop_rate(report: Report) -> str:
         return "No lines of whole steps by drop rate exist yet."
     parts = []
     for device, shown in _by_device(report.steps, _configuration).items():
-        parts += [f"{device}:", step_tables.summary(step_tables.groups(shown), report.flops).markdown()]
+        parts += [
+            f"{device}:",
+            step_tables.summary(step_tables.groups(shown), report.flops).markdown(),
+        ]
     return "\n\n".join(parts)
 
 
@@ -87,7 +102,8 @@ def _ops(report: Report) -> str:
     if not report.ops:
         return "No lines of ops exist yet."
     return "\n\n".join(
-        f"{device}:\n\n{tables.glance(shown).markdown()}" for device, shown in _by_device(report.ops, lambda line: line.op).items()
+        f"{device}:\n\n{tables.glance(shown).markdown()}"
+        for device, shown in _by_device(report.ops, lambda line: line.op).items()
     )
 
 
@@ -113,7 +129,9 @@ def fill(text: str, report: Report) -> str:
     def made(found: re.Match) -> str:
         name, old = found[1], found[2]
         if name not in README_TABLES:
-            raise ValueError(f"the README has a marker of table {name!r}; there are {', '.join(README_TABLES)}")
+            raise ValueError(
+                f"the README has a marker of table {name!r}; there are {', '.join(README_TABLES)}"
+            )
         if old is None or "<!-- table:" in old:
             raise ValueError(f"the README's marker of table {name!r} has no <!-- end -->")
         table, command = README_TABLES[name]
@@ -144,18 +162,32 @@ def write(report: Report, out: Path) -> Path:
         _device(page, report, device, shown, out / "figures")
     if report.runs:
         page.heading(2, "Accuracy by drop rate")
-        where, commits = _join(run.device for run in report.runs), _join(run.commit for run in report.runs)
+        where, commits = (
+            _join(run.device for run in report.runs),
+            _join(run.commit for run in report.runs),
+        )
         when = _span(run.date for run in report.runs)
-        page.paragraph(f"The demo's world on {where}, {when}, at {commits}. Whether the code has changed since is not told here.")
+        page.paragraph(
+            f"The demo's world on {where}, {when}, at {commits}. Whether the code has changed since is not told here."
+        )
         _figures(page, figures.accuracies(report.runs, out / "figures"))
         markdown = accuracy.markdown(report.runs)
-        page.table(Table.read("Mean and standard deviation over the seeds, in percent", markdown, ("python -m bench.accuracy",)))
+        page.table(
+            Table.read(
+                "Mean and standard deviation over the seeds, in percent",
+                markdown,
+                ("python -m bench.accuracy",),
+            )
+        )
     page.heading(2, "Beside this page")
     folder = os.path.relpath(report.folder, out)
     compiled = sorted(report.folder.glob(f"{_COMPILED}*.md"))
     page.items(
         [
-            *(f"[{path.name}]({folder}/{path.name}): what was only compiled, and for what" for path in compiled),
+            *(
+                f"[{path.name}]({folder}/{path.name}): what was only compiled, and for what"
+                for path in compiled
+            ),
             f"[the result lines]({folder}/), one file a machine",
         ]
     )
@@ -172,16 +204,23 @@ def absent(report: Report) -> list[str]:
         return [f"There are {_NO_LINES.format(report.folder.name)}."]
     found = []
     if not any("cuda" in line.versions for line in lines):
-        found.append("No line was measured on a GPU: nothing here says how fast the GPU kernels are.")
+        found.append(
+            "No line was measured on a GPU: nothing here says how fast the GPU kernels are."
+        )
     if not any(line.versions.get("instructions") == "amx_bf16" for line in lines):
-        found.append("No line was measured on a CPU with AMX: nothing here says how fast the C++ kernels are on one.")
+        found.append(
+            "No line was measured on a CPU with AMX: nothing here says how fast the C++ kernels are on one."
+        )
     return found
 
 
 def _device(page: Page, report: Report, device: str, shown: Sequence[Shown], folder: Path) -> None:
     page.heading(2, device)
     page.items(facts([each.line for each in shown]))
-    parts = [[each for each in part if each.line.device == device] for part in (report.steps, report.ops, report.scaling)]
+    parts = [
+        [each for each in part if each.line.device == device]
+        for part in (report.steps, report.ops, report.scaling)
+    ]
     steps, ops, sweeps = parts
     if steps:
         page.heading(3, "Whole steps by drop rate")
@@ -217,7 +256,10 @@ def facts(lines: Sequence[Line]) -> list[str]:
     ]
     ceilings = {}
     for line in lines:  # whose shares are of one ceiling by now
-        for speed, name in ((line.tflops, f"TFLOP/s in a {line.dtype} matmul"), (line.gb_per_s, "GB/s in a copy")):
+        for speed, name in (
+            (line.tflops, f"TFLOP/s in a {line.dtype} matmul"),
+            (line.gb_per_s, "GB/s in a copy"),
+        ):
             if speed and line.share_of_ceiling:
                 ceilings[name] = speed / line.share_of_ceiling
     told = [f"{number(ceiling)} {name}" for name, ceiling in ceilings.items()]
@@ -237,11 +279,23 @@ def _join(values: Iterable[str]) -> str:
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(description="build report, figures and README tables from committed result lines")
-    made.add_argument("--results", type=Path, default=ROOT / "bench" / "results", help="folder of result lines")
-    made.add_argument("--out", type=Path, default=ROOT / "bench", help="folder of report.html and figures/")
-    made.add_argument("--readme", type=Path, default=ROOT / "README.md", help="its marked tables are made anew")
-    made.add_argument("--check", action="store_true", help="write nothing; exit 1 where the README's tables would change")
+    made = argparse.ArgumentParser(
+        description="build report, figures and README tables from committed result lines"
+    )
+    made.add_argument(
+        "--results", type=Path, default=ROOT / "bench" / "results", help="folder of result lines"
+    )
+    made.add_argument(
+        "--out", type=Path, default=ROOT / "bench", help="folder of report.html and figures/"
+    )
+    made.add_argument(
+        "--readme", type=Path, default=ROOT / "README.md", help="its marked tables are made anew"
+    )
+    made.add_argument(
+        "--check",
+        action="store_true",
+        help="write nothing; exit 1 where the README's tables would change",
+    )
     return made
 
 
@@ -254,7 +308,13 @@ def main() -> int:
     except ValueError as error:
         parser().error(str(error))
     if given.check:
-        for line in difflib.unified_diff(before.splitlines(), after.splitlines(), "README.md", "README.md from the lines", lineterm=""):
+        for line in difflib.unified_diff(
+            before.splitlines(),
+            after.splitlines(),
+            "README.md",
+            "README.md from the lines",
+            lineterm="",
+        ):
             print(line)
         return int(before != after)
     if not report.lines:

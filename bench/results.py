@@ -27,11 +27,15 @@ class Line:
     ms_p80: float
     rounds: int
     clock: str  # cuda_graph, cuda_events, perf_counter
-    peak_bytes: int | None  # beyond the inputs; of a step on a GPU everything, on a CPU beyond weights and optimizer state
+    peak_bytes: (
+        int | None
+    )  # beyond the inputs; of a step on a GPU everything, on a CPU beyond weights and optimizer state
     tflops: float | None  # achieved, where the floor is the matmuls'
     gb_per_s: float | None  # achieved, where the floor is the bytes'
     share_of_ceiling: float | None  # of the ceiling measured in this process
-    error: float | None  # worst of the outputs and, unless mode is fwd, the gradients: ||x - fp64|| / ||fp64||; None of another loss
+    error: (
+        float | None
+    )  # worst of the outputs and, unless mode is fwd, the gradients: ||x - fp64|| / ||fp64||; None of another loss
     error_of: str | None  # the tensor it belongs to
     error_batch: int | None  # the batch at which it was measured
     device: str
@@ -42,11 +46,17 @@ class Line:
     drop_rate: float | None = None  # DropToken's, of the case
     speedup_over_best_peer: float | None = None  # median over the rounds; of peers None
     clips_per_second: float | None = None
-    best_peer: str | None = None  # whom speedup_over_best_peer speaks of; its own line says the rest
+    best_peer: str | None = (
+        None  # whom speedup_over_best_peer speaks of; its own line says the rest
+    )
     best_peer_ms_p50: float | None = None
     best_peer_error: float | None = None
-    peak_resident: int | None = None  # of the process, everything in it included, compilation too; Linux
-    stolen: float | None = None  # share of the processors' time that the hypervisor took for others during the rounds; Linux
+    peak_resident: int | None = (
+        None  # of the process, everything in it included, compilation too; Linux
+    )
+    stolen: float | None = (
+        None  # share of the processors' time that the hypervisor took for others during the rounds; Linux
+    )
 
     def to_json(self) -> str:
         return json.dumps(_rounded(dataclasses.asdict(self)))
@@ -65,7 +75,11 @@ def _rounded(value: Any) -> Any:
 def of_device(device: str) -> Path:
     """Where a device's lines are kept beside the code."""
     words = re.sub(r"\(\w+\)|@|,|\bcpu\b|\bprocessor\b", " ", device.lower())
-    return Path(__file__).resolve().parent / "results" / ("_".join(re.findall(r"[\w.-]+", words)) + ".jsonl")
+    return (
+        Path(__file__).resolve().parent
+        / "results"
+        / ("_".join(re.findall(r"[\w.-]+", words)) + ".jsonl")
+    )
 
 
 def append(path: str | Path, lines: Iterable[Line]) -> None:
@@ -80,12 +94,19 @@ def read(path: str | Path) -> list[Line]:
     path = Path(path)
     if not path.exists():
         return []
-    return [Line.from_json(text) for text in path.read_text().rpartition("\n")[0].splitlines() if text.strip()]
+    return [
+        Line.from_json(text)
+        for text in path.read_text().rpartition("\n")[0].splitlines()
+        if text.strip()
+    ]
 
 
-_MODEL = tuple(f"vatt_fast/{name}.py" for name in ("collectives", "config", "flops", "losses", "model", "positions"))
+_MODEL = tuple(
+    f"vatt_fast/{name}.py"
+    for name in ("collectives", "config", "flops", "losses", "model", "positions")
+)
 _BUILD = ("csrc/vectors.h", "csrc/*isa*", "csrc/bind*", "csrc/compile_native.py", "setup.py")
-_ON_PRODUCTS = ("attention", "nce", "step")
+_ON_PRODUCTS = ("attention", "contrastive_lse", "step")
 _ELSEWHERE = {  # kernels that a device does not run
     "cpu": ("pallas", "triton", "tile"),
     "cuda": ("pallas", "native"),
@@ -99,10 +120,19 @@ def _measured_files(line: Line) -> tuple[str, ...]:
     sources = (
         f":(glob)kernels/{op}/**",
         ":(glob)kernels/*.py",
-        *((f"csrc/*{op}*", *_BUILD, *(("csrc/products.h",) if line.op in _ON_PRODUCTS else ())) if device == "cpu" else ("kernels/tiles",)),
+        *(
+            (f"csrc/*{op}*", *_BUILD, *(("csrc/products.h",) if line.op in _ON_PRODUCTS else ()))
+            if device == "cpu"
+            else ("kernels/tiles",)
+        ),
     )
-    contenders = () if line.ours and line.best_peer is None else ("bench/peers.py", "bench/towers.py")
-    others = tuple(f":(exclude,glob)kernels/**/{name}*" for name in (*_ELSEWHERE[device], "cases", "jax", "xla"))
+    contenders = (
+        () if line.ours and line.best_peer is None else ("bench/peers.py", "bench/towers.py")
+    )
+    others = tuple(
+        f":(exclude,glob)kernels/**/{name}*"
+        for name in (*_ELSEWHERE[device], "cases", "jax", "xla")
+    )
     others += (":(exclude)kernels/__init__.py",)  # names alone
     return (*sources, *(_MODEL if line.op == "step" else ()), *contenders, *others)
 
@@ -116,16 +146,35 @@ def stale(line: Line) -> str | None:
         return f"more than {_DISTURBED:.0%} of the processors' time went to other machines"
     if changed := machine.changed_since(line.commit, _measured_files(line)):
         return changed
-    here, there = (versions.split("+")[0] for versions in (torch.__version__, line.versions["torch"]))
+    here, there = (
+        versions.split("+")[0] for versions in (torch.__version__, line.versions["torch"])
+    )
     return None if here == there else f"torch was {there}, here it is {here}"
 
 
 def measured(path: str | Path, **wanted: Any) -> list[Line]:
     """Lines of a file that are not stale and have these values: what a command that continues need not measure again."""
-    return [line for line in read(path) if all(getattr(line, name) == value for name, value in wanted.items()) and not stale(line)]
+    return [
+        line
+        for line in read(path)
+        if all(getattr(line, name) == value for name, value in wanted.items()) and not stale(line)
+    ]
 
 
-HEADINGS = ["op", "case", "dtype", "mode", "backend", "ms_p50", "p20..p80", "speed", "share", "error", "peak_MiB", "over_best_peer"]
+HEADINGS = [
+    "op",
+    "case",
+    "dtype",
+    "mode",
+    "backend",
+    "ms_p50",
+    "p20..p80",
+    "speed",
+    "share",
+    "error",
+    "peak_MiB",
+    "over_best_peer",
+]
 
 
 def markdown(lines: Sequence[Line]) -> str:
@@ -135,7 +184,10 @@ def markdown(lines: Sequence[Line]) -> str:
         groups.setdefault((line.op, line.case, line.dtype, line.mode), []).append(line)
     rows = ["| " + " | ".join(HEADINGS) + " |", "|" + "---|" * len(HEADINGS)]
     for group in groups.values():
-        rows += ["| " + " | ".join(cells(line)) + " |" for line in sorted(group, key=lambda line: line.ms_p50)]
+        rows += [
+            "| " + " | ".join(cells(line)) + " |"
+            for line in sorted(group, key=lambda line: line.ms_p50)
+        ]
     return "\n".join(rows)
 
 
@@ -153,7 +205,8 @@ def cells(line: Line) -> list[str]:
         line.case,
         line.dtype,
         line.mode,
-        (f"**{line.backend}**" if line.ours else line.backend) + (" (launches counted)" if line.clock == "cuda_events" else ""),
+        (f"**{line.backend}**" if line.ours else line.backend)
+        + (" (launches counted)" if line.clock == "cuda_events" else ""),
         number(line.ms_p50),
         f"{number(line.ms_p20)}..{number(line.ms_p80)} of {line.rounds}",
         speed,

@@ -51,7 +51,9 @@ class _Contender:
     no_backward: str | None = None  # why it is timed in mode fwd only
 
 
-def measure(setting: Setting, op: str, case: Case, dtype: str, modes: Sequence[Mode]) -> tuple[list[Line], dict[str, str]]:
+def measure(
+    setting: Setting, op: str, case: Case, dtype: str, modes: Sequence[Mode]
+) -> tuple[list[Line], dict[str, str]]:
     """Lines of every contender that ran on a case, and {contender: reason} of the others."""
     absent: dict[str, str] = {}
     torch._dynamo.reset()  # peers are compiled for this case alone
@@ -66,30 +68,50 @@ def measure(setting: Setting, op: str, case: Case, dtype: str, modes: Sequence[M
     return lines, absent
 
 
-def _contenders(setting: Setting, op: str, case: Case, dtype: str, absent: dict[str, str]) -> list[_Contender]:
+def _contenders(
+    setting: Setting, op: str, case: Case, dtype: str, absent: dict[str, str]
+) -> list[_Contender]:
     """Those that run this case within bounds of error, ours first."""
     small = op_calls.reduced(case, setting.device)
     inputs = make(small, DTYPES[dtype], setting.device, seed=99)
     exact = op_calls.truth(op, inputs, DTYPES[dtype])
-    plain = op_calls.errors(op_calls.values(_yardstick(op, small, setting.device), op, inputs), exact)
+    plain = op_calls.errors(
+        op_calls.values(_yardstick(op, small, setting.device), op, inputs), exact
+    )
     found: list[_Contender] = []
-    candidates: list[tuple[str, Peer | None]] = [(name, None) for name in setting.backends or (AUTO, *dispatch.BACKENDS[op])]
+    candidates: list[tuple[str, Peer | None]] = [
+        (name, None) for name in setting.backends or (AUTO, *dispatch.BACKENDS[op])
+    ]
     candidates += [
-        (each.name, each) for each in peers(op, setting.peer_names) if setting.compiled_peers or not each.compiled or setting.peer_names
+        (each.name, each)
+        for each in peers(op, setting.peer_names)
+        if setting.compiled_peers or not each.compiled or setting.peer_names
     ]
     for name, peer in candidates:
-        if peer is None and name.startswith("triton") and setting.versions.get("triton", "").endswith("(interpreter)"):
+        if (
+            peer is None
+            and name.startswith("triton")
+            and setting.versions.get("triton", "").endswith("(interpreter)")
+        ):
             absent[name] = "Triton's interpreter runs it here: that takes no time worth telling"
             continue
-        if peer is None and (reason := setting.refusal([op]) if name == AUTO else setting.refused.get((op, name))):
+        if peer is None and (
+            reason := setting.refusal([op]) if name == AUTO else setting.refused.get((op, name))
+        ):
             absent[name] = reason
             continue
         try:
-            function = op_calls.on_backend(op, "" if name == AUTO else name) if peer is None else peer.build(case, setting.device)
+            function = (
+                op_calls.on_backend(op, "" if name == AUTO else name)
+                if peer is None
+                else peer.build(case, setting.device)
+            )
             if isinstance(function, str):
                 absent[name] = function
                 continue
-            errors, no_backward = ({}, None) if peer and not peer.alike else _errors(function, op, inputs, exact)
+            errors, no_backward = (
+                ({}, None) if peer and not peer.alike else _errors(function, op, inputs, exact)
+            )
         except Exception as error:
             absent[name] = first_line(error)
             continue
@@ -104,7 +126,9 @@ def _contenders(setting: Setting, op: str, case: Case, dtype: str, absent: dict[
     return found
 
 
-def _errors(function: Function, op: str, inputs: dict[str, Any], exact: op_calls.Values) -> tuple[dict[str, float], str | None]:
+def _errors(
+    function: Function, op: str, inputs: dict[str, Any], exact: op_calls.Values
+) -> tuple[dict[str, float], str | None]:
     """Errors of outputs and gradients; where there is no backward those of the outputs, and why."""
     try:
         return op_calls.errors(op_calls.values(function, op, inputs), exact), None
@@ -116,26 +140,41 @@ def _errors(function: Function, op: str, inputs: dict[str, Any], exact: op_calls
 
 def _yardstick(op: str, case: Case, device: torch.device) -> Function:
     """Plain torch in the same dtype."""
-    name = {"attention": "eager", "drop_token": "gather", "nce": "materialised", "patch_embed": "gather_first"}[op]
+    name = {
+        "attention": "eager",
+        "drop_token": "gather",
+        "contrastive_lse": "materialised",
+        "patch_embed": "gather_first",
+    }[op]
     function = peers(op, (name,))[0].build(case, device)
     assert not isinstance(function, str)
     return function
 
 
-def _measure_mode(setting, op: str, case: Case, dtype: str, mode: Mode, contenders, absent) -> list[Line]:
+def _measure_mode(
+    setting, op: str, case: Case, dtype: str, mode: Mode, contenders, absent
+) -> list[Line]:
     sets = op_calls.input_sets(case, DTYPES[dtype], setting.device)
     calls: dict[str, list] = {}
-    peaks: dict[str, tuple[int | None, int | None]] = {}  # allocated by the call, held by the process
+    peaks: dict[
+        str, tuple[int | None, int | None]
+    ] = {}  # allocated by the call, held by the process
     for contender in contenders:
         if contender.no_backward and mode != "fwd":
             absent[f"{contender.name} {mode}"] = contender.no_backward
             continue
         try:
-            calls[contender.name] = [op_calls.call(contender.function, op, inputs, mode) for inputs in sets]
+            calls[contender.name] = [
+                op_calls.call(contender.function, op, inputs, mode) for inputs in sets
+            ]
             calls[contender.name][0]()  # compiled and tuned outside the measurement
             trim_host_memory()  # of the contenders before
-            resident = peak_resident(calls[contender.name][0]) if setting.device.type == "cpu" else None
-            peak = None if mode == "bwd" else peak_bytes(calls[contender.name][0], setting.device)  # what the forward kept would be missing
+            resident = (
+                peak_resident(calls[contender.name][0]) if setting.device.type == "cpu" else None
+            )
+            peak = (
+                None if mode == "bwd" else peak_bytes(calls[contender.name][0], setting.device)
+            )  # what the forward kept would be missing
             peaks[contender.name] = (peak, resident)
         except Exception as error:
             calls.pop(contender.name, None)
@@ -143,44 +182,102 @@ def _measure_mode(setting, op: str, case: Case, dtype: str, mode: Mode, contende
     ceilings = setting.ceilings_of(dtype)
     failed: dict[str, str] = {}
     races = {setting.clock: _race(setting, setting.clock, calls, failed)}
-    if failed and setting.clock == "cuda_graph":  # what cannot be captured is timed by events, and beside it whom it is compared with
-        again = {name: calls[name] for name in (*failed, *_compared_with(failed, races[setting.clock], contenders))}
+    if (
+        failed and setting.clock == "cuda_graph"
+    ):  # what cannot be captured is timed by events, and beside it whom it is compared with
+        again = {
+            name: calls[name]
+            for name in (*failed, *_compared_with(failed, races[setting.clock], contenders))
+        }
         failed.clear()
         races["cuda_events"] = _race(setting, "cuda_events", again, failed)
     absent |= {f"{name} {mode}": reason for name, reason in failed.items()}
     lines = []
     for contender in contenders:
         if found := [(clock, times) for clock, times in races.items() if contender.name in times]:
-            clock, times = found[0] if contender.peer else min(found, key=lambda each: _speedup(contender, each[1], contenders))
+            clock, times = (
+                found[0]
+                if contender.peer
+                else min(found, key=lambda each: _speedup(contender, each[1], contenders))
+            )
             best = _best_peer(times, contenders)
-            lines.append(_line(setting, op, case, dtype, mode, contender, times, clock, peaks[contender.name], best, ceilings))
+            lines.append(
+                _line(
+                    setting,
+                    op,
+                    case,
+                    dtype,
+                    mode,
+                    contender,
+                    times,
+                    clock,
+                    peaks[contender.name],
+                    best,
+                    ceilings,
+                )
+            )
     return lines
 
 
-def _race(setting: Setting, clock: str, calls: dict[str, list], failed: dict[str, str]) -> dict[str, Timing]:
+def _race(
+    setting: Setting, clock: str, calls: dict[str, list], failed: dict[str, str]
+) -> dict[str, Timing]:
     return interleaved(
-        calls, rounds=setting.rounds, warmup=setting.warmup, clock=setting.make_clock(clock), failed=failed, **setting.limits()
+        calls,
+        rounds=setting.rounds,
+        warmup=setting.warmup,
+        clock=setting.make_clock(clock),
+        failed=failed,
+        **setting.limits(),
     )
 
 
-def _compared_with(failed: dict[str, str], times: dict[str, Timing], contenders: Sequence[_Contender]) -> list[str]:
+def _compared_with(
+    failed: dict[str, str], times: dict[str, Timing], contenders: Sequence[_Contender]
+) -> list[str]:
     """Of those that were timed: ours and the best peer, or all peers if one of ours is among ``failed``."""
-    best = None if any(each.peer is None and each.name in failed for each in contenders) else _best_peer(times, contenders)
-    return [each.name for each in contenders if each.name in times and (each.peer is None or best is None or each is best)]
+    best = (
+        None
+        if any(each.peer is None and each.name in failed for each in contenders)
+        else _best_peer(times, contenders)
+    )
+    return [
+        each.name
+        for each in contenders
+        if each.name in times and (each.peer is None or best is None or each is best)
+    ]
 
 
-def _speedup(contender: _Contender, times: dict[str, Timing], contenders: Sequence[_Contender]) -> float:
+def _speedup(
+    contender: _Contender, times: dict[str, Timing], contenders: Sequence[_Contender]
+) -> float:
     """Over the best peer, by which of two clocks ours does worse; that one it is told by."""
     best = _best_peer(times, contenders)
     return times[contender.name].speedup_over(times[best.name]) if best else math.inf
 
 
 def _best_peer(times: dict[str, Timing], contenders: Sequence[_Contender]) -> _Contender | None:
-    theirs = [contender for contender in contenders if contender.peer and contender.peer.alike and contender.name in times]
+    theirs = [
+        contender
+        for contender in contenders
+        if contender.peer and contender.peer.alike and contender.name in times
+    ]
     return min(theirs, key=lambda contender: times[contender.name].p50, default=None)
 
 
-def _line(setting, op, case, dtype, mode, contender, times, clock, peaks, best: _Contender | None, ceilings) -> Line:
+def _line(
+    setting,
+    op,
+    case,
+    dtype,
+    mode,
+    contender,
+    times,
+    clock,
+    peaks,
+    best: _Contender | None,
+    ceilings,
+) -> Line:
     timing = times[contender.name]
     least = work(case, mode, DTYPES[dtype].itemsize)
     compute = least.bound(ceilings) == "compute"
@@ -216,7 +313,8 @@ def _line(setting, op, case, dtype, mode, contender, times, clock, peaks, best: 
         error_of=error_of,
         error_batch=op_calls.reduced(case, setting.device).batch if contender.errors else None,
         device=setting.device_name,
-        versions=setting.versions | machine.package_version(contender.peer.package if contender.peer else None),
+        versions=setting.versions
+        | machine.package_version(contender.peer.package if contender.peer else None),
         commit=machine.commit(),
         date=machine.today(),
         drop_rate=case.origin.drop_rate if case.origin else None,
@@ -226,11 +324,19 @@ def _line(setting, op, case, dtype, mode, contender, times, clock, peaks, best: 
 
 def describe(line: Line) -> str:
     """One line for the terminal."""
-    speed = f"{line.tflops:8.3f} TFLOP/s" if line.tflops is not None else f"{line.gb_per_s:8.2f} GB/s   "
+    speed = (
+        f"{line.tflops:8.3f} TFLOP/s"
+        if line.tflops is not None
+        else f"{line.gb_per_s:8.2f} GB/s   "
+    )
     ratio = ""
     if line.speedup_over_best_peer is not None:
         ratio = f"  {line.speedup_over_best_peer:.2f}x best peer ({line.best_peer} {line.best_peer_ms_p50:.4f} ms, error {line.best_peer_error:.1e})"
-    error = "another loss in the same role" if line.error is None else f"error {line.error:.1e} ({line.error_of})"
+    error = (
+        "another loss in the same role"
+        if line.error is None
+        else f"error {line.error:.1e} ({line.error_of})"
+    )
     return (
         f"{line.op:11} {line.case:24} {line.dtype} {line.mode:7} {'*' if line.ours else ' '}{line.backend:26} {line.ms_p50:10.4f} ms "
         f"({line.ms_p20:.4f}..{line.ms_p80:.4f}) {speed} {line.share_of_ceiling:6.1%}  {error}"
@@ -240,20 +346,43 @@ def describe(line: Line) -> str:
 
 def main() -> int:
     # argparse, here and in the other commands: a machine lent for a measurement has torch, not necessarily the command line's extras
-    parser = argparse.ArgumentParser(description="time an op's backends against its peers", epilog="python -m bench.floors lists the cases")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--op", nargs="+", choices=dispatch.OPS, help="required on a GPU; all of them on the CPU")
-    parser.add_argument("--case", nargs="+", help="names, primary, parity or cpu; primary on a GPU and cpu on the CPU unless given")
+    parser = argparse.ArgumentParser(
+        description="time an op's backends against its peers",
+        epilog="python -m bench.floors lists the cases",
+    )
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"]
+    )
+    parser.add_argument(
+        "--op", nargs="+", choices=dispatch.OPS, help="required on a GPU; all of them on the CPU"
+    )
+    parser.add_argument(
+        "--case",
+        nargs="+",
+        help="names, primary, parity or cpu; primary on a GPU and cpu on the CPU unless given",
+    )
     parser.add_argument("--dtype", nargs="+", choices=[*DTYPES], help=DTYPE_HELP)
     parser.add_argument("--mode", nargs="+", default=["fwd", "fwd+bwd"], choices=MODES)
-    parser.add_argument("--backends", nargs="+", help="ours, auto among them; all of the op unless given")
-    parser.add_argument("--peers", nargs="*", help="all of the op unless given; give none for ours alone")
-    parser.add_argument("--no-compiled-peers", action="store_true", help="leave out peers under torch.compile")
-    parser.add_argument("--clock", choices=["cuda_graph", "cuda_events", "perf_counter"], default="")
+    parser.add_argument(
+        "--backends", nargs="+", help="ours, auto among them; all of the op unless given"
+    )
+    parser.add_argument(
+        "--peers", nargs="*", help="all of the op unless given; give none for ours alone"
+    )
+    parser.add_argument(
+        "--no-compiled-peers", action="store_true", help="leave out peers under torch.compile"
+    )
+    parser.add_argument(
+        "--clock", choices=["cuda_graph", "cuda_events", "perf_counter"], default=""
+    )
     parser.add_argument("--rounds", type=int, default=0)
-    parser.add_argument("--seconds", type=float, help="of a case's rounds in a mode; two at least are run")
+    parser.add_argument(
+        "--seconds", type=float, help="of a case's rounds in a mode; two at least are run"
+    )
     parser.add_argument("--batch", type=int, help="instead of the case's own")
-    parser.add_argument("--resume", action="store_true", help="leave out what the results hold for this code")
+    parser.add_argument(
+        "--resume", action="store_true", help="leave out what the results hold for this code"
+    )
     parser.add_argument(
         "--out",
         help="append result lines to this file; on the CPU bench/results/<processor>.jsonl unless given or contenders are chosen, '' for none",
@@ -266,7 +395,9 @@ def main() -> int:
     status = 0
     for op in given.op or dispatch.OPS:
         # what a user gets, and those that it is chosen among; the others would only be refused one by one
-        backends = given.backends or ([AUTO, *chosen_among(op, torch.device("cpu"))] if cpu else None)
+        backends = given.backends or (
+            [AUTO, *chosen_among(op, torch.device("cpu"))] if cpu else None
+        )
         try:
             cases = select(op, given.case or ["cpu" if cpu else "primary"])
             setting = Setting(
@@ -280,7 +411,9 @@ def main() -> int:
             )
             peers(op, setting.peer_names)
             if unknown := sorted(set(given.backends or ()) - {AUTO, *dispatch.BACKENDS[op]}):
-                raise ValueError(f"unknown backends {', '.join(unknown)}; {op} has {', '.join(dispatch.BACKENDS[op])}")
+                raise ValueError(
+                    f"unknown backends {', '.join(unknown)}; {op} has {', '.join(dispatch.BACKENDS[op])}"
+                )
         except ValueError as error:
             parser.error(str(error))
         if given.batch:
@@ -293,13 +426,29 @@ def main() -> int:
 
 def _out(asked: str | None, setting: Setting, partial: bool) -> str | Path | None:
     """The file that takes the lines; a CPU's are kept beside the code unless told otherwise, or among some contenders alone."""
-    return results.of_device(setting.device_name) if asked is None and setting.device.type == "cpu" and not partial else asked
+    return (
+        results.of_device(setting.device_name)
+        if asked is None and setting.device.type == "cpu" and not partial
+        else asked
+    )
 
 
-def _measure_all(setting: Setting, op: str, cases: Sequence[Case], dtypes: Sequence[str], modes: Sequence[Mode], out, resume: bool) -> int:
+def _measure_all(
+    setting: Setting,
+    op: str,
+    cases: Sequence[Case],
+    dtypes: Sequence[str],
+    modes: Sequence[Mode],
+    out,
+    resume: bool,
+) -> int:
     """Print and keep the lines of an op; 1 where one of its backends is red."""
     for dtype in dtypes:
-        left = [case for case in cases if not (resume and out and is_measured(setting, out, op, case, dtype, modes))]
+        left = [
+            case
+            for case in cases
+            if not (resume and out and is_measured(setting, out, op, case, dtype, modes))
+        ]
         if left:
             gate(setting, [op], dtype)
         for case in left:
@@ -310,7 +459,9 @@ def _measure_all(setting: Setting, op: str, cases: Sequence[Case], dtypes: Seque
                 print(f"{op:11} {case.name:24} {dtype} absent: {name}: {reason}", flush=True)
             if out:
                 results.append(out, lines)
-    return int(any("red" in reason or "error beyond" in reason for reason in setting.refused.values()))
+    return int(
+        any("red" in reason or "error beyond" in reason for reason in setting.refused.values())
+    )
 
 
 if __name__ == "__main__":

@@ -8,7 +8,9 @@ from vatt_fast.kernels.cases import CASES, Case, NCECase, tag
 
 def _from_clips(case: Case) -> Case:
     """A video case whose patches are still in the clip."""
-    return dataclasses.replace(case, name=f"{case.name}_clip", clip=(32, 224, 224, 3), patch=(4, 16, 16))
+    return dataclasses.replace(
+        case, name=f"{case.name}_clip", clip=(32, 224, 224, 3), patch=(4, 16, 16)
+    )
 
 
 def at_batch(case: Case, batch: int) -> Case:
@@ -20,17 +22,23 @@ def at_batch(case: Case, batch: int) -> Case:
 # what a CPU is judged by: the presets' own sizes, at batches that it finishes in a fraction of a second
 FOR_CPU: dict[str, tuple[Case, ...]] = {
     "attention": (
-        *(at_batch(CASES["attention"][name], 1) for name in ("video_bbs_drop50", "video_bbs_drop0", "audio_bbs_drop50")),
+        *(
+            at_batch(CASES["attention"][name], 1)
+            for name in ("video_bbs_drop50", "video_bbs_drop0", "audio_bbs_drop50")
+        ),
         at_batch(CASES["attention"]["video_mbs_drop50"], 2),
         CASES["attention"]["text_bbs"],
         CASES["attention"]["video_tiny_drop50"],
     ),
-    "drop_token": (CASES["drop_token"]["video_mbs_drop50"], CASES["drop_token"]["video_mbs_drop50_per_clip"]),
-    "nce": (
-        CASES["nce"]["va_bbs_one_device"],
-        CASES["nce"]["vt_bbs_one_device"],
-        at_batch(CASES["nce"]["va_bbs_one_device"], 8192),
-        CASES["nce"]["vt_bbs"],
+    "drop_token": (
+        CASES["drop_token"]["video_mbs_drop50"],
+        CASES["drop_token"]["video_mbs_drop50_per_clip"],
+    ),
+    "contrastive_lse": (
+        CASES["contrastive_lse"]["va_bbs_one_device"],
+        CASES["contrastive_lse"]["vt_bbs_one_device"],
+        at_batch(CASES["contrastive_lse"]["va_bbs_one_device"], 8192),
+        CASES["contrastive_lse"]["vt_bbs"],
     ),
     "patch_embed": (
         _from_clips(at_batch(CASES["patch_embed"]["video_mbs_drop50"], 2)),
@@ -59,5 +67,7 @@ def select(op: str, names: Sequence[str]) -> list[Case]:
         elif name in named:
             chosen[name] = named[name]
         else:
-            raise ValueError(f"unknown case {name!r}; {op} has primary, parity, cpu, {', '.join(named)}")
+            raise ValueError(
+                f"unknown case {name!r}; {op} has primary, parity, cpu, {', '.join(named)}"
+            )
     return list(chosen.values())

@@ -40,8 +40,16 @@ CLASSES = 600  # of a classifier: Kinetics-600's, the tower that Table 7 counts
 def plain_ops() -> Iterator[None]:
     """The model on plain torch: its modules' ops replaced while the block runs."""
     places: list[tuple[Any, str, Callable]] = [
-        (vatt_fast.model, "attention", lambda *args, **options: (peers.sdpa(*args, **options)[0], None)),
-        (vatt_fast.model, "patch_embed", lambda *args, **options: peers.gather_first(*args, **options)[0]),
+        (
+            vatt_fast.model,
+            "attention",
+            lambda *args, **options: (peers.sdpa(*args, **options)[0], None),
+        ),
+        (
+            vatt_fast.model,
+            "patch_embed",
+            lambda *args, **options: peers.gather_first(*args, **options)[0],
+        ),
         (vatt_fast.losses, "contrastive_lse", peers.materialised),
     ]
     before = [getattr(module, name) for module, name, _ in places]
@@ -64,10 +72,18 @@ class Formulation:
     compile: str | None = None  # a mode of torch.compile
 
     def compiled(self, function: Callable) -> Callable:
-        return torch.compile(function, dynamic=False, mode=self.compile) if self.compile else function
+        return (
+            torch.compile(function, dynamic=False, mode=self.compile) if self.compile else function
+        )
 
     def describe(self) -> str:
-        return f"{self.name}_compiled" if self.compile == "default" else f"{self.name}_{self.compile}" if self.compile else self.name
+        return (
+            f"{self.name}_compiled"
+            if self.compile == "default"
+            else f"{self.name}_{self.compile}"
+            if self.compile
+            else self.name
+        )
 
 
 def formulations(names: tuple[str, ...], compile_modes: tuple[str, ...]) -> list[Formulation]:
@@ -78,8 +94,14 @@ def formulations(names: tuple[str, ...], compile_modes: tuple[str, ...]) -> list
         "plain": plain_ops,
     }
     if unknown := sorted(set(names) - set(contexts)):
-        raise ValueError(f"unknown formulations {', '.join(unknown)}; there are {', '.join(contexts)}")
-    return [Formulation(name, contexts[name], name == "auto", mode) for name in names for mode in (None, *compile_modes)]
+        raise ValueError(
+            f"unknown formulations {', '.join(unknown)}; there are {', '.join(contexts)}"
+        )
+    return [
+        Formulation(name, contexts[name], name == "auto", mode)
+        for name in names
+        for mode in (None, *compile_modes)
+    ]
 
 
 class Trainer:
@@ -100,14 +122,21 @@ class Trainer:
         self.config, self.device, self.dtype, self.modalities = config, device, dtype, modalities
         torch.manual_seed(0)
         self.model = VATT(config).to(device)
-        self.head = None if modalities == MODALITIES else nn.Linear(config.pooled_dim(*modalities), CLASSES, device=device)
+        self.head = (
+            None
+            if modalities == MODALITIES
+            else nn.Linear(config.pooled_dim(*modalities), CLASSES, device=device)
+        )
         trainable = [p for p in self.model.parameters() if p.requires_grad]
         trainable += [] if self.head is None else self.head.parameters()
         self.optimizer = torch.optim.Adam(trainable, lr=1e-5, fused=True)
         self.set_batch(batch, drop_rate)
 
     def set_batch(self, batch: int, drop_rate: float) -> None:
-        self.batches = [make_batch(self.model, batch, drop_rate, self.device, seed, self.modalities) for seed in range(_BATCHES)]
+        self.batches = [
+            make_batch(self.model, batch, drop_rate, self.device, seed, self.modalities)
+            for seed in range(_BATCHES)
+        ]
 
     def step_of(self, formulation: Formulation, features: bool) -> list[Callable[[], Tensor]]:
         """Training steps, each returning its loss; the model is put in training mode."""
@@ -117,13 +146,17 @@ class Trainer:
             output = self.model(**batch, features=features)
             loss = self._loss(output)
             if features:  # they are asked for by something: a head on them
-                loss = loss + 0.0 * sum(getattr(output, f"{each}_features").float().mean() for each in self.modalities)
+                loss = loss + 0.0 * sum(
+                    getattr(output, f"{each}_features").float().mean() for each in self.modalities
+                )
             return loss
 
         function = formulation.compiled(loss_of)
 
         def step(batch: dict[str, Tensor]) -> Tensor:
-            self.optimizer.zero_grad(set_to_none=True)  # first: the last step's gradients would lie beside this one's activations
+            self.optimizer.zero_grad(
+                set_to_none=True
+            )  # first: the last step's gradients would lie beside this one's activations
             with formulation.context():
                 with self.autocast():
                     loss = function(batch)
@@ -142,7 +175,15 @@ class Trainer:
             output = self.model(**batch)
             if self.head is not None:
                 return self._scores(output)
-            return torch.cat([output.z_video_va, output.z_audio_va, output.z_video_vt, output.z_text_vt.flatten(1)], 1)
+            return torch.cat(
+                [
+                    output.z_video_va,
+                    output.z_audio_va,
+                    output.z_video_vt,
+                    output.z_text_vt.flatten(1),
+                ],
+                1,
+            )
 
         function = formulation.compiled(outputs_of)
 
@@ -167,11 +208,18 @@ class Trainer:
 
 def classification_loss(scores: Tensor) -> Tensor:
     """Cross-entropy of class scores (B, classes) for some labels."""
-    return F.cross_entropy(scores.float(), torch.arange(len(scores), device=scores.device) % scores.shape[1])
+    return F.cross_entropy(
+        scores.float(), torch.arange(len(scores), device=scores.device) % scores.shape[1]
+    )
 
 
 def make_batch(
-    model: VATT, batch: int, drop_rate: float, device: torch.device, seed: int, modalities: tuple[str, ...] = MODALITIES
+    model: VATT,
+    batch: int,
+    drop_rate: float,
+    device: torch.device,
+    seed: int,
+    modalities: tuple[str, ...] = MODALITIES,
 ) -> dict[str, Tensor]:
     """uint8 video patches, float audio patches and word ids, as a loader leaves them on the device, and the kept indices of the step."""
     c = model.config
@@ -180,13 +228,23 @@ def make_batch(
     lengths = torch.randint(1, c.words + 1, (batch, c.texts_per_clip, 1), generator=generator)
     text *= torch.arange(c.words) < lengths  # padding behind
     on_device: dict[str, Tensor] = {
-        "video": torch.randint(0, 256, (batch, c.num_video_patches, c.video_patch_values), dtype=torch.uint8, generator=generator),
+        "video": torch.randint(
+            0,
+            256,
+            (batch, c.num_video_patches, c.video_patch_values),
+            dtype=torch.uint8,
+            generator=generator,
+        ),
         "audio": torch.rand(batch, c.num_audio_patches, c.audio_patch, generator=generator) * 2 - 1,
         "text": text,
     }
     if drop_rate:
         on_device |= model.sample_keep(drop_rate, seed=0, step=seed)
-    return {name: value.to(device) for name, value in on_device.items() if name.partition("_")[0] in modalities}
+    return {
+        name: value.to(device)
+        for name, value in on_device.items()
+        if name.partition("_")[0] in modalities
+    }
 
 
 # -- measurement -------------------------------------------------------------------------------------------------------
@@ -205,23 +263,46 @@ def measure_step(
     """Lines of the contenders at one drop rate, and {contender: reason} of those that failed."""
     trainer.set_batch(batch, drop_rate)
     task = task_of(
-        trainer, f"{name}_drop{round(100 * drop_rate)}_b{batch}{'_features' if features else ''}", "fwd+bwd", batch, drop_rate, features
+        trainer,
+        f"{name}_drop{round(100 * drop_rate)}_b{batch}{'_features' if features else ''}",
+        "fwd+bwd",
+        batch,
+        drop_rate,
+        features,
     )
     return compare(
         setting,
         task,
-        {each.describe(): Contender(each.ours, functools.partial(trainer.step_of, each, features)) for each in contenders},
+        {
+            each.describe(): Contender(
+                each.ours, functools.partial(trainer.step_of, each, features)
+            )
+            for each in contenders
+        },
         between=functools.partial(trainer.optimizer.zero_grad, set_to_none=True),
     )
 
 
-def task_of(trainer: Trainer, case: str, mode: Mode, batch: int, drop_rate: float, features: bool = False) -> Task:
-    flops = step_flops(trainer.config, batch, drop_rate, features=features, mode=mode, modalities=trainer.modalities)
+def task_of(
+    trainer: Trainer, case: str, mode: Mode, batch: int, drop_rate: float, features: bool = False
+) -> Task:
+    flops = step_flops(
+        trainer.config,
+        batch,
+        drop_rate,
+        features=features,
+        mode=mode,
+        modalities=trainer.modalities,
+    )
     dtype = next(key for key, value in DTYPES.items() if value == trainer.dtype)
-    return Task(case, mode, dtype, batch, drop_rate, flops, trainer.config.dropout if mode != "fwd" else 0.0)
+    return Task(
+        case, mode, dtype, batch, drop_rate, flops, trainer.config.dropout if mode != "fwd" else 0.0
+    )
 
 
-def fitting_batch(trainer: Trainer, drop_rate: float, start: int, features: bool, contenders: list[Formulation]) -> int:
+def fitting_batch(
+    trainer: Trainer, drop_rate: float, start: int, features: bool, contenders: list[Formulation]
+) -> int:
     """The largest of start, start / 2, ... at which every eager contender's step fits the device.
 
     Raises:
@@ -245,8 +326,16 @@ def fitting_batch(trainer: Trainer, drop_rate: float, start: int, features: bool
 
 
 def describe(line: Line) -> str:
-    ratio = "" if line.speedup_over_best_peer is None else f"  {line.speedup_over_best_peer:.2f}x best peer ({line.best_peer})"
-    speed = "another model" if line.tflops is None else f"{line.tflops:8.2f} TFLOP/s {line.share_of_ceiling:6.1%} of the matmul ceiling"
+    ratio = (
+        ""
+        if line.speedup_over_best_peer is None
+        else f"  {line.speedup_over_best_peer:.2f}x best peer ({line.best_peer})"
+    )
+    speed = (
+        "another model"
+        if line.tflops is None
+        else f"{line.tflops:8.2f} TFLOP/s {line.share_of_ceiling:6.1%} of the matmul ceiling"
+    )
     return (
         f"{line.case:34} {line.dtype} {'*' if line.ours else ' '}{line.backend:28} {line.ms_p50:10.2f} ms ({line.ms_p20:.2f}..{line.ms_p80:.2f}) "
         f"{line.clips_per_second:9.2f} clips/s {speed}  "
@@ -256,14 +345,34 @@ def describe(line: Line) -> str:
 
 def main() -> int:
     cuda = torch.cuda.is_available()
-    parser = argparse.ArgumentParser(description="time a whole training step against plain formulations of the model")
+    parser = argparse.ArgumentParser(
+        description="time a whole training step against plain formulations of the model"
+    )
     parser.add_argument("--device", default="cuda" if cuda else "cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--preset", default="mbs" if cuda else "tiny", choices=[*PRESETS, *SHORT_NAMES])
-    parser.add_argument("--batch", type=int, default=0, help="clips; 0 on a GPU: the largest power of two up to 256 that fits all")
+    parser.add_argument(
+        "--preset", default="mbs" if cuda else "tiny", choices=[*PRESETS, *SHORT_NAMES]
+    )
+    parser.add_argument(
+        "--batch",
+        type=int,
+        default=0,
+        help="clips; 0 on a GPU: the largest power of two up to 256 that fits all",
+    )
     parser.add_argument("--drop-rate", type=float, nargs="+", default=[0.0, 0.5, 0.75])
-    parser.add_argument("--features", nargs="+", choices=["no", "yes"], default=["no"], help="yes: the last block works for all tokens")
+    parser.add_argument(
+        "--features",
+        nargs="+",
+        choices=["no", "yes"],
+        default=["no"],
+        help="yes: the last block works for all tokens",
+    )
     parser.add_argument("--contenders", nargs="+", default=["auto", "reference", "plain"])
-    parser.add_argument("--compile", nargs="*", default=["default"], help="modes of torch.compile beside eager; none for eager alone")
+    parser.add_argument(
+        "--compile",
+        nargs="*",
+        default=["default"],
+        help="modes of torch.compile beside eager; none for eager alone",
+    )
     parser.add_argument("--dtype", default="bf16" if cuda else "fp32", choices=["bf16", "fp32"])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--out", help="append result lines to this file")
@@ -272,7 +381,9 @@ def main() -> int:
         contenders = formulations(tuple(given.contenders), tuple(given.compile))
     except ValueError as error:
         parser.error(str(error))
-    setting = Setting(torch.device(given.device), clock="perf_counter", rounds=given.rounds, warmup=1)
+    setting = Setting(
+        torch.device(given.device), clock="perf_counter", rounds=given.rounds, warmup=1
+    )
     gate(setting, dispatch.OPS, given.dtype, chosen_only=True)
     if reason := setting.refusal():
         raise SystemExit(f"nothing is timed: {reason}")
@@ -280,8 +391,14 @@ def main() -> int:
     status = 0
     for drop_rate in given.drop_rate:
         for features in (each == "yes" for each in given.features):
-            batch = given.batch or (fitting_batch(trainer, drop_rate, 256, features, contenders) if given.device == "cuda" else 4)
-            lines, absent = measure_step(setting, trainer, given.preset, batch, drop_rate, contenders, features=features)
+            batch = given.batch or (
+                fitting_batch(trainer, drop_rate, 256, features, contenders)
+                if given.device == "cuda"
+                else 4
+            )
+            lines, absent = measure_step(
+                setting, trainer, given.preset, batch, drop_rate, contenders, features=features
+            )
             for line in lines:
                 print(describe(line), flush=True)
             for title, reason in absent.items():

@@ -31,7 +31,9 @@ class Group(NamedTuple):
 
     @property
     def stem(self) -> str:
-        return f"{self.configuration}_{self.dtype}_b{self.batch}{'_features' if self.features else ''}"
+        return (
+            f"{self.configuration}_{self.dtype}_b{self.batch}{'_features' if self.features else ''}"
+        )
 
     @property
     def percents(self) -> list[int]:
@@ -41,11 +43,17 @@ class Group(NamedTuple):
     def backends(self, mode: str) -> list[str]:
         """Ours first."""
         here = [each.line for each in self.shown if each.line.mode == mode]
-        return list(dict.fromkeys(line.backend for line in sorted(here, key=lambda line: not line.ours)))
+        return list(
+            dict.fromkeys(line.backend for line in sorted(here, key=lambda line: not line.ours))
+        )
 
     def at(self, mode: str, backend: str) -> dict[int, Shown]:
         """By drop rate in percent."""
-        return {_percent(each.line): each for each in self.shown if (each.line.mode, each.line.backend) == (mode, backend)}
+        return {
+            _percent(each.line): each
+            for each in self.shown
+            if (each.line.mode, each.line.backend) == (mode, backend)
+        }
 
 
 def _percent(line: Line) -> int:
@@ -84,22 +92,63 @@ def table(group: Group, flops: Flops) -> Table:
 
     counted = gflops(group, flops)
     rows = [
-        row("GFLOPs of a clip, forward", "published", {p: f"{each.published:.1f}" for p, each in counted.items() if each.published}),
-        row(" ", "by the paper's convention", {p: number(each.convention) for p, each in counted.items()}),
-        row(" ", "true, features of all tokens", {p: number(each.true) for p, each in counted.items()}),
-        row(" ", "true, as timed: AGG alone at the end", {p: number(each.timed) for p, each in counted.items()}),
+        row(
+            "GFLOPs of a clip, forward",
+            "published",
+            {p: f"{each.published:.1f}" for p, each in counted.items() if each.published},
+        ),
+        row(
+            " ",
+            "by the paper's convention",
+            {p: number(each.convention) for p, each in counted.items()},
+        ),
+        row(
+            " ",
+            "true, features of all tokens",
+            {p: number(each.true) for p, each in counted.items()},
+        ),
+        row(
+            " ",
+            "true, as timed: AGG alone at the end",
+            {p: number(each.timed) for p, each in counted.items()},
+        ),
     ]
     for mode, name in MODES.items():
         backends = group.backends(mode)
         lines = {backend: group.at(mode, backend) for backend in backends}
-        ours = [backend for backend in backends if any(each.line.ours for each in lines[backend].values())]
+        ours = [
+            backend
+            for backend in backends
+            if any(each.line.ours for each in lines[backend].values())
+        ]
         titles = {backend: f"**{backend}**" if backend in ours else backend for backend in backends}
-        block = [row(" ", f"{titles[b]}, ms", {p: each.mark(number(each.line.ms_p50)) for p, each in lines[b].items()}) for b in backends]
+        block = [
+            row(
+                " ",
+                f"{titles[b]}, ms",
+                {p: each.mark(number(each.line.ms_p50)) for p, each in lines[b].items()},
+            )
+            for b in backends
+        ]
         for b in ours:
-            block += [row(" ", f"{titles[b]} {what}", _cells(lines[b], cell)) for what, cell in _OURS.items()]
-        block += [row(" ", f"{titles[b]}, peak MiB", _cells(lines[b], lambda line: _mebibytes(line.peak_bytes))) for b in backends]
+            block += [
+                row(" ", f"{titles[b]} {what}", _cells(lines[b], cell))
+                for what, cell in _OURS.items()
+            ]
+        block += [
+            row(
+                " ",
+                f"{titles[b]}, peak MiB",
+                _cells(lines[b], lambda line: _mebibytes(line.peak_bytes)),
+            )
+            for b in backends
+        ]
         first = backends[:1]  # later ones inherit what those before them leave in the process
-        block += [row(" ", f"{titles[b]}, process MiB", cells) for b in first if any((cells := _cells(lines[b], _process)).values())]
+        block += [
+            row(" ", f"{titles[b]}, process MiB", cells)
+            for b in first
+            if any((cells := _cells(lines[b], _process)).values())
+        ]
         if block:
             block[0][0] = name
         rows += block
@@ -140,20 +189,41 @@ def summary(found: Sequence[Group], flops: Flops) -> Table:
     rows = []
     for group in found:
         counted = gflops(group, flops)
-        cells = {p: f"{number(each.timed)}{f' ({each.published:.1f})' if each.published else ''}" for p, each in counted.items()}
+        cells = {
+            p: f"{number(each.timed)}{f' ({each.published:.1f})' if each.published else ''}"
+            for p, each in counted.items()
+        }
         block = {"GFLOPs of a clip, forward, as timed (published)": cells} if cells else {}
-        block |= {f"{name}, ms": {p: _duel(group, mode, p) for p in percents} for mode, name in MODES.items() if group.backends(mode)}
-        for first, (what, of) in zip(chain([group.title], repeat(" ")), block.items(), strict=False):
+        block |= {
+            f"{name}, ms": {p: _duel(group, mode, p) for p in percents}
+            for mode, name in MODES.items()
+            if group.backends(mode)
+        }
+        for first, (what, of) in zip(
+            chain([group.title], repeat(" ")), block.items(), strict=False
+        ):
             rows.append([first, what, *(of.get(percent, "") for percent in percents)])
     headings = ["configuration", "drop rate", *(f"{percent} %" for percent in percents)]
-    return replace(Table.of("Drop rate", headings, rows, [each for group in found for each in group.shown]), commands=())
+    return replace(
+        Table.of("Drop rate", headings, rows, [each for group in found for each in group.shown]),
+        commands=(),
+    )
 
 
 def _duel(group: Group, mode: str, percent: int) -> str:
     """The fastest of ours in bold, the best peer and how they compare."""
-    here = [by[percent] for backend in group.backends(mode) if percent in (by := group.at(mode, backend))]
-    ours, theirs = (sorted((e for e in here if e.line.ours is mine), key=lambda e: e.line.ms_p50) for mine in (True, False))
-    texts = [ours[0].mark(f"**{ours[0].line.backend} {number(ours[0].line.ms_p50)}**")] if ours else []
+    here = [
+        by[percent]
+        for backend in group.backends(mode)
+        if percent in (by := group.at(mode, backend))
+    ]
+    ours, theirs = (
+        sorted((e for e in here if e.line.ours is mine), key=lambda e: e.line.ms_p50)
+        for mine in (True, False)
+    )
+    texts = (
+        [ours[0].mark(f"**{ours[0].line.backend} {number(ours[0].line.ms_p50)}**")] if ours else []
+    )
     if ours and ours[0].line.best_peer and ours[0].line.best_peer_ms_p50:  # of the same process
         texts.append(f"{ours[0].line.best_peer} {number(ours[0].line.best_peer_ms_p50)}")
     elif theirs:

@@ -44,7 +44,12 @@ def of_one_ceiling(lines: Iterable[Line]) -> list[Line]:
     for line in lines:
         if ceiling := _ceiling(line):
             highest[_kind(line)] = max(ceiling, highest.get(_kind(line), 0.0))
-    return [replace(line, share_of_ceiling=_speed(line) / highest[_kind(line)]) if _ceiling(line) else line for line in lines]
+    return [
+        replace(line, share_of_ceiling=_speed(line) / highest[_kind(line)])
+        if _ceiling(line)
+        else line
+        for line in lines
+    ]
 
 
 def _speed(line: Line) -> float:
@@ -56,7 +61,9 @@ def _ceiling(line: Line) -> float | None:
 
 
 def _kind(line: Line) -> tuple:
-    return (line.device, line.dtype) if line.tflops else (line.device,)  # a copy's bytes have no dtype
+    return (
+        (line.device, line.dtype) if line.tflops else (line.device,)
+    )  # a copy's bytes have no dtype
 
 
 def grouped(shown: Iterable[Shown], key: Callable[[Line], Any]) -> dict[Any, list[Shown]]:
@@ -96,7 +103,9 @@ def step(line: Line) -> Step | None:
         return None
     found = re.fullmatch(r"(.+)_drop(\d+)_b(\d+)(_features)?", line.case)
     if not found:
-        raise ValueError(f"a step's case is {line.case!r}; it must be <configuration>_drop<percent>_b<batch>, or that with _features")
+        raise ValueError(
+            f"a step's case is {line.case!r}; it must be <configuration>_drop<percent>_b<batch>, or that with _features"
+        )
     return Step(found[1], int(found[2]), int(found[3]), bool(found[4]))
 
 
@@ -105,8 +114,12 @@ def command(line: Line) -> str:
     shared = f"--dtype {line.dtype} --mode {line.mode} --device {'cuda' if 'cuda' in line.versions else 'cpu'}"
     if at := step(line):
         drop_rate = f"{at.percent / 100 if line.drop_rate is None else line.drop_rate:g}"
-        if at.configuration in (*PRESETS, *SHORT_NAMES) and (at.features or at.configuration != "tiny"):  # bench.drop_rate has a tiny too
-            options = shared.replace(f" --mode {line.mode}", " --features yes" if at.features else "")
+        if at.configuration in (*PRESETS, *SHORT_NAMES) and (
+            at.features or at.configuration != "tiny"
+        ):  # bench.drop_rate has a tiny too
+            options = shared.replace(
+                f" --mode {line.mode}", " --features yes" if at.features else ""
+            )
             return f"python -m bench.step --preset {at.configuration} --drop-rate {drop_rate} --batch {at.batch} {options}"
         return f"python -m bench.drop_rate --configuration {at.configuration} --drop-rate {drop_rate} --batch {at.batch} {shared}"
     if size := scaled(line):
@@ -138,15 +151,29 @@ class Table:
     commands: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, title: str, headings: Sequence[str], rows: Iterable[Sequence[str]], shown: Sequence[Shown]) -> "Table":
+    def of(
+        cls,
+        title: str,
+        headings: Sequence[str],
+        rows: Iterable[Sequence[str]],
+        shown: Sequence[Shown],
+    ) -> "Table":
         """With the reasons and the commands of the lines in it."""
         filled = [[cell or NONE for cell in row] for row in rows]
         stale = dict.fromkeys(each.stale for each in shown if each.stale)
-        return cls(title, headings, filled, tuple(stale), tuple(dict.fromkeys(command(each.line) for each in shown)))
+        return cls(
+            title,
+            headings,
+            filled,
+            tuple(stale),
+            tuple(dict.fromkeys(command(each.line) for each in shown)),
+        )
 
     @classmethod
     def read(cls, title: str, markdown: str, commands: tuple[str, ...]) -> "Table":
-        headings, _, *rows = ([cell.strip() for cell in row.strip("|").split("|")] for row in markdown.splitlines())
+        headings, _, *rows = (
+            [cell.strip() for cell in row.strip("|").split("|")] for row in markdown.splitlines()
+        )
         return cls(title, headings, rows, commands=commands)
 
     def markdown(self) -> str:
@@ -161,7 +188,9 @@ class Table:
 _BACKEND = results.HEADINGS.index("backend")
 
 
-def _line_table(title: str, lead: dict[str, Callable[[Line], str]], shown: Sequence[Shown]) -> Table:
+def _line_table(
+    title: str, lead: dict[str, Callable[[Line], str]], shown: Sequence[Shown]
+) -> Table:
     """A row a line, faster first where ``lead``, the columns before the figures, is the same."""
     groups = grouped(shown, lambda line: tuple(value(line) for value in lead.values()))
     rows = []
@@ -175,7 +204,10 @@ def _line_table(title: str, lead: dict[str, Callable[[Line], str]], shown: Seque
 def ops(shown: Iterable[Shown]) -> list[Table]:
     """A table a case of an op, its dtypes and modes below each other."""
     groups = grouped(shown, lambda line: (line.op, line.case))
-    lead: dict[str, Callable[[Line], str]] = {"dtype": lambda line: line.dtype, "mode": lambda line: line.mode}
+    lead: dict[str, Callable[[Line], str]] = {
+        "dtype": lambda line: line.dtype,
+        "mode": lambda line: line.mode,
+    }
     return [_line_table(f"{op}, {case}", lead, group) for (op, case), group in groups.items()]
 
 
@@ -184,7 +216,13 @@ def scaling(shown: Iterable[Shown]) -> list[Table]:
     tables = []
     for (op, dtype, mode, variable), group in grouped(shown, _sweep).items():
         lead: dict[str, Callable[[Line], str]] = {variable: lambda line: str(_size(line))}
-        tables.append(_line_table(f"{op} by {variable}, {dtype}, {mode}", lead, sorted(group, key=lambda each: _size(each.line))))
+        tables.append(
+            _line_table(
+                f"{op} by {variable}, {dtype}, {mode}",
+                lead,
+                sorted(group, key=lambda each: _size(each.line)),
+            )
+        )
     return tables
 
 
@@ -200,22 +238,50 @@ def _size(line: Line) -> int:
     return at.size
 
 
-_GLANCE = ["op", "case", "dtype", "mode", "ours", "ms", "best peer", "its ms", "over best peer", "share of ceiling"]
+_GLANCE = [
+    "op",
+    "case",
+    "dtype",
+    "mode",
+    "ours",
+    "ms",
+    "best peer",
+    "its ms",
+    "over best peer",
+    "share of ceiling",
+]
 
 
 def glance(shown: Iterable[Shown]) -> Table:
     """A row a case, dtype and mode: what dispatch chooses beside the best peer of the same process; without a line of it the fastest of ours."""
     rows: list[list[str]] = []
     told: list[Shown] = []
-    for (op, *names), group in grouped(shown, lambda line: (line.op, line.case, line.dtype, line.mode)).items():
+    for (op, *names), group in grouped(
+        shown, lambda line: (line.op, line.case, line.dtype, line.mode)
+    ).items():
         mine = [each for each in group if each.line.ours]
         if not mine:
             continue
         ours = min(mine, key=lambda each: (each.line.backend != AUTO, each.line.ms_p50))
         told.append(ours)
         line = ours.line
-        speedup = "" if line.speedup_over_best_peer is None else f"{line.speedup_over_best_peer:.2f}x"
+        speedup = (
+            "" if line.speedup_over_best_peer is None else f"{line.speedup_over_best_peer:.2f}x"
+        )
         peer_ms = "" if line.best_peer_ms_p50 is None else number(line.best_peer_ms_p50)
         share = "" if line.share_of_ceiling is None else f"{line.share_of_ceiling:.0%}"
-        rows.append([op, *names, f"**{line.backend}**", ours.mark(number(line.ms_p50)), line.best_peer or "", peer_ms, speedup, share])
-    return replace(Table.of("Ours beside the best peer", _GLANCE, rows, told), commands=())  # they stand with each case
+        rows.append(
+            [
+                op,
+                *names,
+                f"**{line.backend}**",
+                ours.mark(number(line.ms_p50)),
+                line.best_peer or "",
+                peer_ms,
+                speedup,
+                share,
+            ]
+        )
+    return replace(
+        Table.of("Ours beside the best peer", _GLANCE, rows, told), commands=()
+    )  # they stand with each case

@@ -14,7 +14,7 @@ from .selection import select
 CASES = {
     "attention": ("video_tiny_drop50", "text_tiny"),
     "drop_token": ("video_tiny_drop50", "audio_tiny_drop50"),
-    "nce": ("vt_tiny", "va_bbs_one_device"),
+    "contrastive_lse": ("vt_tiny", "va_bbs_one_device"),
     "patch_embed": ("video_tiny_drop50", "audio_tiny_drop50"),
 }
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -22,10 +22,14 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("mode", ["fwd", "fwd+bwd"])
-@pytest.mark.parametrize(("op", "name"), [(op, name) for op, names in CASES.items() for name in names])
+@pytest.mark.parametrize(
+    ("op", "name"), [(op, name) for op, names in CASES.items() for name in names]
+)
 def test_speed(benchmark, op, name, mode, dtype):
     (case,) = select(op, [name])
-    call = op_calls.call(op_calls.on_backend(op, ""), op, op_calls.make(case, DTYPES[dtype], DEVICE), mode)
+    call = op_calls.call(
+        op_calls.on_backend(op, ""), op, op_calls.make(case, DTYPES[dtype], DEVICE), mode
+    )
 
     def run():
         call()

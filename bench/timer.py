@@ -41,7 +41,9 @@ class Timing:
 
     def speedup_over(self, other: "Timing") -> float:
         """Median over the rounds of other / self: what both met in one round cancels."""
-        return _percentile([theirs / ours for ours, theirs in zip(self.ms, other.ms, strict=True)], 0.5)
+        return _percentile(
+            [theirs / ours for ours, theirs in zip(self.ms, other.ms, strict=True)], 0.5
+        )
 
 
 def _percentile(values: Sequence[float], fraction: float) -> float:
@@ -66,7 +68,9 @@ class HostClock:
     name = "perf_counter"
 
     def __init__(self, device: torch.device | None = None):
-        self.wait = torch.cuda.synchronize if device is not None and device.type == "cuda" else lambda: None
+        self.wait = (
+            torch.cuda.synchronize if device is not None and device.type == "cuda" else lambda: None
+        )
 
     def prepare(self, calls: Sequence[Call]) -> Callable[[int], float]:
         def sample(i: int) -> float:
@@ -117,7 +121,9 @@ class GraphClock(EventClock):
         graphs: list[torch.cuda.CUDAGraph] = []
         for call in calls:
             graph = torch.cuda.CUDAGraph()
-            pool = graphs[0].pool() if graphs else None  # results may overwrite each other: nobody reads them
+            pool = (
+                graphs[0].pool() if graphs else None
+            )  # results may overwrite each other: nobody reads them
             with torch.cuda.graph(graph, pool=pool, stream=torch.cuda.current_stream()):
                 call()
             graphs.append(graph)
@@ -185,7 +191,9 @@ def _processor_ticks(stat: Path = Path("/proc/stat")) -> tuple[int, int] | None:
     """All, and those stolen, of all processors together since the start, where Linux tells (proc(5))."""
     if not stat.exists():
         return None
-    ticks = [int(field) for field in stat.read_text().split("\n", 1)[0].split()[1:9]]  # guests' time is part of user's
+    ticks = [
+        int(field) for field in stat.read_text().split("\n", 1)[0].split()[1:9]
+    ]  # guests' time is part of user's
     return sum(ticks), ticks[7]
 
 
@@ -212,12 +220,17 @@ def peak_bytes(call: Call, device: torch.device) -> int:
         call()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated(device) - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
         result = call()
     del result
     live: dict[int, int] = {}  # bytes by address
     total = peak = 0
-    for event in sorted(_allocations(profile.profiler.kineto_results.experimental_event_tree()), key=lambda event: event.start_time_ns):
+    for event in sorted(
+        _allocations(profile.profiler.kineto_results.experimental_event_tree()),
+        key=lambda event: event.start_time_ns,
+    ):
         address, size = event.extra_fields.ptr, event.extra_fields.alloc_size
         if size > 0:
             live[address] = size

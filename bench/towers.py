@@ -28,7 +28,11 @@ def videomae(config: VATTConfig, device: torch.device) -> nn.Module | str:
         return f"a clip of {size} is no multiple of the patch {config.video_patch}; VideoMAE pads nothing"
     try:
         from transformers import VideoMAEConfig, VideoMAEModel
-    except (ImportError, OSError, RuntimeError) as error:  # RuntimeError: a torchvision made for another torch lies beside it
+    except (
+        ImportError,
+        OSError,
+        RuntimeError,
+    ) as error:  # RuntimeError: a torchvision made for another torch lies beside it
         return f"transformers cannot be imported: {error}"
     model = VideoMAEModel(
         VideoMAEConfig(
@@ -51,7 +55,9 @@ def videomae(config: VATTConfig, device: torch.device) -> nn.Module | str:
     return model
 
 
-def videomae_inputs(config: VATTConfig, video: Tensor, keep: Tensor | None) -> dict[str, Tensor | None]:
+def videomae_inputs(
+    config: VATTConfig, video: Tensor, keep: Tensor | None
+) -> dict[str, Tensor | None]:
     """What ``videomae``'s tower takes for a batch of ours.
 
     Our patches and its tokens are both row-major over (time, height, width), so an index of ours is one of its. A loader made for VideoMAE
@@ -69,7 +75,10 @@ def videomae_inputs(config: VATTConfig, video: Tensor, keep: Tensor | None) -> d
     if keep is not None:
         dropped = torch.ones(video.shape[:2], dtype=torch.bool, device=video.device)
         dropped.scatter_(1, keep.to(video.device).long().expand(video.shape[0], -1), False)
-    return {"pixel_values": clip.permute(0, 1, 4, 2, 3).contiguous() * (2 / 255) - 1, "bool_masked_pos": dropped}
+    return {
+        "pixel_values": clip.permute(0, 1, 4, 2, 3).contiguous() * (2 / 255) - 1,
+        "bool_masked_pos": dropped,
+    }
 
 
 def videomae_features(tower: nn.Module, inputs: dict[str, Tensor | None]) -> Tensor:

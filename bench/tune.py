@@ -94,12 +94,18 @@ def tune_case(
     for mode in modes:
         work = _Work(op, function, inputs, sets, mode, dtype, clock, rounds, skipped, report)
         under = _requests(work, candidates_of)
-        planned = {kernel for kernel, candidates in candidates_of.items() if any(_is_plan(each) for each in candidates)}
+        planned = {
+            kernel
+            for kernel, candidates in candidates_of.items()
+            if any(_is_plan(each) for each in candidates)
+        }
         # a plan decides which kernels run at all: those first, each under the plan that runs it, then the plans between their bests
         for kernel in sorted(under, key=lambda kernel: kernel in planned):
             plan, asked = under[kernel]
             if kernel in best or all(request.key in table.get(kernel, {}) for request in asked):
-                best.setdefault(kernel, table.get(kernel, {}).get(asked[0].key, dict(asked[0].heuristic)))
+                best.setdefault(
+                    kernel, table.get(kernel, {}).get(asked[0].key, dict(asked[0].heuristic))
+                )
                 continue
             if deadline is not None and time.monotonic() > deadline:
                 report(f"{op} {case.name}: out of time before {kernel}")
@@ -133,15 +139,24 @@ def _is_plan(candidate: Tiles) -> bool:
     return "num_warps" not in candidate
 
 
-def _requests(work: _Work, candidates_of: dict[str, list[Tiles]]) -> dict[str, tuple[dict[str, Tiles], list[Request]]]:
+def _requests(
+    work: _Work, candidates_of: dict[str, list[Tiles]]
+) -> dict[str, tuple[dict[str, Tiles], list[Request]]]:
     """{kernel: (plan to force so that it runs, its requests)}, overheard without a plan and then under each."""
     plans: list[dict[str, Tiles]] = [{}]
-    plans += [{kernel: each} for kernel, candidates in candidates_of.items() for each in candidates if _is_plan(each)]
+    plans += [
+        {kernel: each}
+        for kernel, candidates in candidates_of.items()
+        for each in candidates
+        if _is_plan(each)
+    ]
     found: dict[str, tuple[dict[str, Tiles], list[Request]]] = {}
     for plan in plans:
         try:
             with forced(plan):
-                before = op_calls.call(work.function, work.op, work.inputs, work.mode)  # bwd: its forward is not overheard
+                before = op_calls.call(
+                    work.function, work.op, work.inputs, work.mode
+                )  # bwd: its forward is not overheard
                 with overheard() as requests:
                     before()
         except Exception as error:
@@ -149,9 +164,13 @@ def _requests(work: _Work, candidates_of: dict[str, list[Tiles]]) -> dict[str, t
                 raise
             work.skipped[type(error).__name__] += 1
             continue
-        kernels = dict.fromkeys(request.kernel for request in requests if request.kernel in candidates_of)
+        kernels = dict.fromkeys(
+            request.kernel for request in requests if request.kernel in candidates_of
+        )
         for kernel in kernels:
-            found.setdefault(kernel, (plan, [request for request in requests if request.kernel == kernel]))
+            found.setdefault(
+                kernel, (plan, [request for request in requests if request.kernel == kernel])
+            )
     return found
 
 
@@ -168,7 +187,9 @@ def _distinct(options: list[Tiles]) -> list[Tiles]:
     return list({json.dumps(each, sort_keys=True): each for each in options}.values())
 
 
-def _fastest(work: _Work, kernel: str, options: list[Tiles], others: dict[str, Tiles]) -> Tiles | None:
+def _fastest(
+    work: _Work, kernel: str, options: list[Tiles], others: dict[str, Tiles]
+) -> Tiles | None:
     """The fastest of a kernel's options, the first being its heuristic, while other kernels run with their bests; None: none ran."""
     calls: dict[str, list[Call]] = {}
     named = {json.dumps(each): each for each in options}
@@ -179,11 +200,19 @@ def _fastest(work: _Work, kernel: str, options: list[Tiles], others: dict[str, T
             with forced(choices):
                 found = op_calls.values(work.function, work.op, work.inputs)
                 if expected is None:
-                    expected = {key: value.double() for key, value in found.items()}  # of the heuristic, which the parity tests have seen
-                if not max(op_calls.errors(found, expected).values()) <= 2 * torch.finfo(work.dtype).eps:
+                    expected = {
+                        key: value.double() for key, value in found.items()
+                    }  # of the heuristic, which the parity tests have seen
+                if (
+                    not max(op_calls.errors(found, expected).values())
+                    <= 2 * torch.finfo(work.dtype).eps
+                ):
                     work.skipped["changes the result"] += 1
                     continue
-                calls[name] = [_under(choices, op_calls.call(work.function, work.op, each, work.mode)) for each in work.sets]
+                calls[name] = [
+                    _under(choices, op_calls.call(work.function, work.op, each, work.mode))
+                    for each in work.sets
+                ]
         except Exception as error:
             work.skipped[type(error).__name__] += 1
             work.report(f"  {kernel} {name}: {first_line(error)}")
@@ -197,7 +226,9 @@ def _fastest(work: _Work, kernel: str, options: list[Tiles], others: dict[str, T
     if heuristic in times:
         if times[best].p50 > _MARGIN * times[heuristic].p50:
             best = heuristic
-        work.report(f"  {kernel}: {best} {times[best].p50:.4f} ms, heuristic {times[heuristic].p50:.4f} ms, {len(times)} candidates")
+        work.report(
+            f"  {kernel}: {best} {times[best].p50:.4f} ms, heuristic {times[heuristic].p50:.4f} ms, {len(times)} candidates"
+        )
     return named[best]
 
 
@@ -231,7 +262,10 @@ def write_table(path: str | Path, table: Table) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     kernels = []
     for kernel in sorted(table):
-        rows = ",\n".join(f"    {json.dumps(key)}: {json.dumps(dict(sorted(table[kernel][key].items())))}" for key in sorted(table[kernel]))
+        rows = ",\n".join(
+            f"    {json.dumps(key)}: {json.dumps(dict(sorted(table[kernel][key].items())))}"
+            for key in sorted(table[kernel])
+        )
         kernels.append(f"  {json.dumps(kernel)}: {{\n{rows}\n  }}")
     path.write_text("{\n" + ",\n".join(kernels) + "\n}\n")
 
@@ -261,7 +295,11 @@ def installed_path() -> Path:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="tune the Triton kernels' tiles on this GPU")
-    parser.add_argument("--out", "--arch-out", help="table to write, keys already in it stay; kernels/tiles/<arch>.json unless given")
+    parser.add_argument(
+        "--out",
+        "--arch-out",
+        help="table to write, keys already in it stay; kernels/tiles/<arch>.json unless given",
+    )
     parser.add_argument("--op", nargs="+", default=list(dispatch.OPS), choices=dispatch.OPS)
     parser.add_argument("--case", nargs="+", default=["primary"])
     parser.add_argument("--dtype", default="bf16", choices=[*DTYPES])
@@ -277,20 +315,31 @@ def main() -> int:
     for op in given.op:
         module = tunable(op)
         if module is None or (op, _BACKEND) in setting.refused:
-            print(f"{op}: {'no Triton backend with candidates' if module is None else setting.refused[op, _BACKEND]}; not tuned")
+            print(
+                f"{op}: {'no Triton backend with candidates' if module is None else setting.refused[op, _BACKEND]}; not tuned"
+            )
             status |= module is not None
             continue
         for case in select(op, given.case):
             print(f"{op} {case.name}", flush=True)
-            options: dict[str, Any] = dict(candidates_of=module.TUNING, table=table, clock=setting.make_clock(), rounds=given.rounds)
+            options: dict[str, Any] = dict(
+                candidates_of=module.TUNING,
+                table=table,
+                clock=setting.make_clock(),
+                rounds=given.rounds,
+            )
             try:
                 with side_stream(setting.device):
-                    tune_case(op, case, DTYPES[given.dtype], setting.device, skipped=skipped, **options)
+                    tune_case(
+                        op, case, DTYPES[given.dtype], setting.device, skipped=skipped, **options
+                    )
             except Exception as error:
                 print(f"{op} {case.name}: {first_line(error)}")
                 status = 1
             write_table(path, table)
-    print(f"{sum(map(len, table.values()))} entries in {path.name}; candidates left out: {dict(skipped) or 'none'}")
+    print(
+        f"{sum(map(len, table.values()))} entries in {path.name}; candidates left out: {dict(skipped) or 'none'}"
+    )
     return int(status)
 
 

@@ -33,12 +33,19 @@ LEVELS = {  # name, which is also the namespace -> flags
 # op -> the instruction sets it is compiled for; a machine uses the highest that it has
 OPS = {
     "patch_embed.cpp": ("base", "avx2", "avx512"),
-    "nce.cpp": ("base", "avx2", "avx512", "avx512_bf16", "amx_bf16"),
+    "contrastive_lse.cpp": ("base", "avx2", "avx512", "avx512_bf16", "amx_bf16"),
     "attention.cpp": ("avx512_bf16", "amx_bf16"),
     "short_attention.cpp": ("avx2", "avx512"),
     "drop_token.cpp": ("base",),  # it copies
 }
-SHARED = ("binding.cpp", "bind_attention.cpp", "bind_drop_token.cpp", "bind_nce.cpp", "bind_patch_embed.cpp", "isa.cpp")  # for any machine
+SHARED = (
+    "binding.cpp",
+    "bind_attention.cpp",
+    "bind_drop_token.cpp",
+    "bind_contrastive_lse.cpp",
+    "bind_patch_embed.cpp",
+    "isa.cpp",
+)  # for any machine
 
 
 def build(target: Path, folder: Path, *, emulated: bool = False, flags: Sequence[str] = ()) -> None:
@@ -59,10 +66,14 @@ def build(target: Path, folder: Path, *, emulated: bool = False, flags: Sequence
     with _alone(folder):
         if not file.exists() or file.read_text() != text:
             file.write_text(text)
-        done = subprocess.run([ninja, "-C", str(folder), "-f", file.name], capture_output=True, text=True)
+        done = subprocess.run(
+            [ninja, "-C", str(folder), "-f", file.name], capture_output=True, text=True
+        )
     if done.returncode:
         said = (done.stdout + done.stderr).splitlines()
-        raise RuntimeError("\n".join(["compiling the extension failed:", *said[:60]]))  # the rest follows from the first
+        raise RuntimeError(
+            "\n".join(["compiling the extension failed:", *said[:60]])
+        )  # the rest follows from the first
 
 
 def _compiler() -> list[str]:
@@ -70,8 +81,15 @@ def _compiler() -> list[str]:
         if shutil.which(named[0]):
             return named
         raise RuntimeError(f"there is no C++ compiler {named[0]}, which CXX names")
-    for candidate in (shlex.split(sysconfig.get_config_var("CXX") or ""), ["c++"], ["g++"], ["clang++"]):
-        if candidate and shutil.which(candidate[0]):  # Python's own may have stayed where Python was built
+    for candidate in (
+        shlex.split(sysconfig.get_config_var("CXX") or ""),
+        ["c++"],
+        ["g++"],
+        ["clang++"],
+    ):
+        if candidate and shutil.which(
+            candidate[0]
+        ):  # Python's own may have stayed where Python was built
             return candidate
     raise RuntimeError("there is no C++ compiler; install g++ or clang++, or name one in CXX")
 
@@ -110,7 +128,9 @@ def _recipe(target: Path, compiler: list[str], emulated: bool, flags: Sequence[s
     for source, levels in OPS.items():
         for level in levels if X86 else [each for each in levels if each == "base"]:
             own = AVX512 if emulated and level.endswith("bf16") else LEVELS[level]
-            units.append((source, f"{Path(source).stem}_{level}.o", [*KERNEL, *own, f"-DVF_LEVEL={level}"]))
+            units.append(
+                (source, f"{Path(source).stem}_{level}.o", [*KERNEL, *own, f"-DVF_LEVEL={level}"])
+            )
     macros = [*(["-DVF_X86"] if X86 else []), *(["-DVF_EMULATED"] if emulated else [])]
     undefined = " -undefined dynamic_lookup" if sys.platform == "darwin" else ""
     lines = [
@@ -126,7 +146,10 @@ def _recipe(target: Path, compiler: list[str], emulated: bool, flags: Sequence[s
     ]
     for source, out, more in units:
         lines += [f"build {out}: compile {_escape(HERE / source)}", f"  more = {_quote(more)}"]
-    lines += [f"build {_escape(target)}: link {' '.join(out for _, out, _ in units)}", f"default {_escape(target)}"]
+    lines += [
+        f"build {_escape(target)}: link {' '.join(out for _, out, _ in units)}",
+        f"default {_escape(target)}",
+    ]
     return "\n".join(lines) + "\n"
 
 

@@ -14,9 +14,19 @@ if (
 
 else:
     from .attention import attention
+    from .contrastive_lse import contrastive_lse
     from .dispatch import explain, use_backend
     from .drop_token import drop_token, sample_keep
-    from .nce import contrastive_lse
     from .patch_embed import patch_embed, patchify, unpatchify
 
-__all__ = ["attention", "contrastive_lse", "drop_token", "explain", "patch_embed", "patchify", "sample_keep", "unpatchify", "use_backend"]
+__all__ = [
+    "attention",
+    "contrastive_lse",
+    "drop_token",
+    "explain",
+    "patch_embed",
+    "patchify",
+    "sample_keep",
+    "unpatchify",
+    "use_backend",
+]

@@ -119,7 +119,9 @@ _VIDEO_TINY = {0.0: 256, 0.25: 192, 0.5: 128, 0.75: 64}
 _AUDIO_TINY = {0.0: 200, 0.25: 150, 0.5: 100, 0.75: 50}
 
 # name, presets, modality, pixels, kept, batch, heads, head_dim, dim, values a patch
-_TOWERS: tuple[tuple[str, tuple[str, ...], Any, int | None, dict[float, int], int, int, int, int, int], ...] = (
+_TOWERS: tuple[
+    tuple[str, tuple[str, ...], Any, int | None, dict[float, int], int, int, int, int, int], ...
+] = (
     ("video_bbs", ("bbs",), "video", 224, _VIDEO_224, 8, 12, 64, 768, 3072),
     ("video_mbs", ("mbs", "lbs", "ma"), "video", 224, _VIDEO_224, 8, 16, 64, 1024, 3072),
     ("video_bbs_320", ("bbs",), "video", 320, _VIDEO_320, 4, 12, 64, 768, 3072),
@@ -130,7 +132,13 @@ _TOWERS: tuple[tuple[str, tuple[str, ...], Any, int | None, dict[float, int], in
     ("audio_tiny", ("tiny",), "audio", None, _AUDIO_TINY, 32, 4, 32, 128, 128),
 )
 _WORDS_AND_AGG = 17
-_SENTENCES = (17, 9, 4, 1, 12)  # keys of the five texts of a clip: words and AGG, one of them all padding
+_SENTENCES = (
+    17,
+    9,
+    4,
+    1,
+    12,
+)  # keys of the five texts of a clip: words and AGG, one of them all padding
 
 
 def _name(tower: str, drop_rate: float) -> str:
@@ -148,8 +156,12 @@ ATTENTION: tuple[AttentionCase, ...] = (
     AttentionCase("packed", 2, 65, 65, 3, 32, packed=True),
     AttentionCase("head_dim_8", 2, 33, 33, 2, 8, packed=True),
     AttentionCase("head_dim_128", 1, 33, 19, 2, 128),
-    AttentionCase("sharp", 2, 19, 45, 2, 16, scale=2.0),  # scores far from 0: the maximum must be subtracted
-    AttentionCase("text", 5, 17, 17, 2, 32, bias=True, num_keys=_SENTENCES, packed=True, scale=32**-0.5),
+    AttentionCase(
+        "sharp", 2, 19, 45, 2, 16, scale=2.0
+    ),  # scores far from 0: the maximum must be subtracted
+    AttentionCase(
+        "text", 5, 17, 17, 2, 32, bias=True, num_keys=_SENTENCES, packed=True, scale=32**-0.5
+    ),
     AttentionCase("text_one_query", 5, 1, 17, 2, 32, bias=True, num_keys=_SENTENCES),
     AttentionCase("bias", 2, 21, 35, 3, 16, bias=True),
     AttentionCase("keyless", 4, 21, 35, 2, 16, num_keys=(35, 0, 2, 13)),
@@ -169,8 +181,24 @@ ATTENTION: tuple[AttentionCase, ...] = (
         for name, presets, modality, pixels, kept_at, batch, heads, head_dim, _, _ in _TOWERS
         for drop_rate, kept in kept_at.items()
     ),
-    AttentionCase("video_mbs_drop50_agg", 8, 1, 785, 16, 64, origin=Origin(("mbs", "lbs", "ma"), "video", 0.5, 224)),
-    AttentionCase("audio_bbs_drop50_agg", 8, 1, 601, 12, 64, origin=Origin(("bbs", "mbs", "lbs"), "audio", 0.5)),
+    AttentionCase(
+        "video_mbs_drop50_agg",
+        8,
+        1,
+        785,
+        16,
+        64,
+        origin=Origin(("mbs", "lbs", "ma"), "video", 0.5, 224),
+    ),
+    AttentionCase(
+        "audio_bbs_drop50_agg",
+        8,
+        1,
+        601,
+        12,
+        64,
+        origin=Origin(("bbs", "mbs", "lbs"), "audio", 0.5),
+    ),
     *(
         AttentionCase(
             name,
@@ -221,17 +249,73 @@ NCE: tuple[NCECase, ...] = (
     NCECase("texts", 13, 13, 5, 32),
     NCECase("texts_bounded", 13, 13, 5, 32, bound=True),
     NCECase("shard", 5, 13, 3, 40, first=4),
-    NCECase("shard_masked", 6, 19, 2, 16, first=13, x_invalid=(0, 5), y_invalid=(0, 26, 27, 31), bound=True),
+    NCECase(
+        "shard_masked",
+        6,
+        19,
+        2,
+        16,
+        first=13,
+        x_invalid=(0, 5),
+        y_invalid=(0, 26, 27, 31),
+        bound=True,
+    ),
     NCECase("past_a_tile", 37, 67, 1, 64, first=30),
-    NCECase("masked", 11, 11, 3, 16, x_invalid=(2, 10), y_invalid=(0, 6, 7, 8, 32)),  # clip 2 is left without a text
+    NCECase(
+        "masked", 11, 11, 3, 16, x_invalid=(2, 10), y_invalid=(0, 6, 7, 8, 32)
+    ),  # clip 2 is left without a text
     NCECase("no_valid_x", 5, 5, 2, 16, x_invalid=(0, 1, 2, 3, 4)),
     NCECase("no_valid_y", 5, 5, 2, 16, y_invalid=tuple(range(10))),
-    NCECase("nothing_valid", 3, 7, 1, 16, first=2, x_invalid=(0, 1, 2), y_invalid=tuple(range(7)), bound=True),
+    NCECase(
+        "nothing_valid",
+        3,
+        7,
+        1,
+        16,
+        first=2,
+        x_invalid=(0, 1, 2),
+        y_invalid=tuple(range(7)),
+        bound=True,
+    ),
     NCECase("flat", 9, 9, 2, 16, scale=1.0),
-    NCECase("va_bbs", 256, 2048, 1, 512, first=512, bound=True, origin=Origin(("bbs", "mbs", "lbs", "ma"), "audio")),  # one of 8 devices
-    NCECase("vt_bbs", 256, 2048, 5, 256, first=512, bound=True, origin=Origin(("bbs", "mbs", "lbs", "ma"), "text")),
-    NCECase("va_bbs_one_device", 2048, 2048, 1, 512, bound=True, origin=Origin(("bbs", "mbs", "lbs", "ma"), "audio")),
-    NCECase("vt_bbs_one_device", 2048, 2048, 5, 256, bound=True, origin=Origin(("bbs", "mbs", "lbs", "ma"), "text")),
+    NCECase(
+        "va_bbs",
+        256,
+        2048,
+        1,
+        512,
+        first=512,
+        bound=True,
+        origin=Origin(("bbs", "mbs", "lbs", "ma"), "audio"),
+    ),  # one of 8 devices
+    NCECase(
+        "vt_bbs",
+        256,
+        2048,
+        5,
+        256,
+        first=512,
+        bound=True,
+        origin=Origin(("bbs", "mbs", "lbs", "ma"), "text"),
+    ),
+    NCECase(
+        "va_bbs_one_device",
+        2048,
+        2048,
+        1,
+        512,
+        bound=True,
+        origin=Origin(("bbs", "mbs", "lbs", "ma"), "audio"),
+    ),
+    NCECase(
+        "vt_bbs_one_device",
+        2048,
+        2048,
+        5,
+        256,
+        bound=True,
+        origin=Origin(("bbs", "mbs", "lbs", "ma"), "text"),
+    ),
     NCECase("va_tiny", 32, 32, 1, 64, bound=True, origin=Origin(("tiny",), "audio")),
     NCECase("vt_tiny", 32, 32, 5, 64, bound=True, origin=Origin(("tiny",), "text")),
 )
@@ -247,17 +331,70 @@ PATCH_EMBED: tuple[PatchEmbedCase, ...] = (
     PatchEmbedCase("gathered_per_clip", 3, 21, 33, 17, kept=5, per="clip", gathered=True),
     PatchEmbedCase("no_position", 2, 17, 48, 24, kept=9, position=False),
     PatchEmbedCase("no_agg", 2, 17, 48, 24, kept=9, agg=False),
-    PatchEmbedCase("only_projected", 2, 17, 48, 24, kept=9, per="clip", position=False, agg=False),  # the agnostic order
+    PatchEmbedCase(
+        "only_projected", 2, 17, 48, 24, kept=9, per="clip", position=False, agg=False
+    ),  # the agnostic order
     PatchEmbedCase("dark", 2, 17, 192, 24, kept=9, levels=(0, 12)),
-    PatchEmbedCase("grey", 2, 17, 192, 24, kept=9, levels=(118, 138)),  # without a centre, what the fold adds it takes away again
+    PatchEmbedCase(
+        "grey", 2, 17, 192, 24, kept=9, levels=(118, 138)
+    ),  # without a centre, what the fold adds it takes away again
     PatchEmbedCase("bright", 2, 17, 192, 24, levels=(240, 255)),
-    PatchEmbedCase("odd_clip", 2, 2 * 3 * 3, 2 * 4 * 4 * 3, 16, kept=7, clip=(3, 9, 11, 3), patch=(2, 4, 4)),
-    PatchEmbedCase("clip_per_clip", 2, 2 * 2 * 3, 2 * 4 * 4 * 3, 16, kept=5, per="clip", clip=(4, 8, 12, 3), patch=(2, 4, 4)),
-    PatchEmbedCase("float_clip", 2, 2 * 3 * 3, 96, 16, kept=7, clip=(3, 9, 11, 3), patch=(2, 4, 4), patch_dtype=None, **_UNIT),
-    PatchEmbedCase("waveform", 2, 19, 16, 24, kept=10, clip=(297,), patch=(16,), patch_dtype=torch.float32, **_UNIT),
-    PatchEmbedCase("fp32_rows", 2, 21, 33, 17, kept=9, patch_dtype=torch.float32, scale=0.5, shift=0.25),
-    PatchEmbedCase("bf16_rows", 2, 21, 40, 24, kept=9, per="clip", patch_dtype=torch.bfloat16, scale=0.5, shift=0.25),
-    PatchEmbedCase("float_gathered", 2, 21, 40, 24, kept=9, gathered=True, patch_dtype=None, **_UNIT),
+    PatchEmbedCase(
+        "odd_clip", 2, 2 * 3 * 3, 2 * 4 * 4 * 3, 16, kept=7, clip=(3, 9, 11, 3), patch=(2, 4, 4)
+    ),
+    PatchEmbedCase(
+        "clip_per_clip",
+        2,
+        2 * 2 * 3,
+        2 * 4 * 4 * 3,
+        16,
+        kept=5,
+        per="clip",
+        clip=(4, 8, 12, 3),
+        patch=(2, 4, 4),
+    ),
+    PatchEmbedCase(
+        "float_clip",
+        2,
+        2 * 3 * 3,
+        96,
+        16,
+        kept=7,
+        clip=(3, 9, 11, 3),
+        patch=(2, 4, 4),
+        patch_dtype=None,
+        **_UNIT,
+    ),
+    PatchEmbedCase(
+        "waveform",
+        2,
+        19,
+        16,
+        24,
+        kept=10,
+        clip=(297,),
+        patch=(16,),
+        patch_dtype=torch.float32,
+        **_UNIT,
+    ),
+    PatchEmbedCase(
+        "fp32_rows", 2, 21, 33, 17, kept=9, patch_dtype=torch.float32, scale=0.5, shift=0.25
+    ),
+    PatchEmbedCase(
+        "bf16_rows",
+        2,
+        21,
+        40,
+        24,
+        kept=9,
+        per="clip",
+        patch_dtype=torch.bfloat16,
+        scale=0.5,
+        shift=0.25,
+    ),
+    PatchEmbedCase(
+        "float_gathered", 2, 21, 40, 24, kept=9, gathered=True, patch_dtype=None, **_UNIT
+    ),
     *(
         PatchEmbedCase(
             _name(name, drop_rate),
@@ -277,14 +414,19 @@ PATCH_EMBED: tuple[PatchEmbedCase, ...] = (
 
 CASES: dict[str, dict[str, Case]] = {
     op: {case.name: case for case in cases}
-    for op, cases in (("attention", ATTENTION), ("drop_token", DROP_TOKEN), ("nce", NCE), ("patch_embed", PATCH_EMBED))
+    for op, cases in (
+        ("attention", ATTENTION),
+        ("drop_token", DROP_TOKEN),
+        ("contrastive_lse", NCE),
+        ("patch_embed", PATCH_EMBED),
+    )
 }
 
 # which of an op's arguments have a gradient, where they are given and floating point
 DIFFERENTIABLE: dict[str, tuple[str, ...]] = {
     "attention": ("q", "k", "v", "bias"),
     "drop_token": ("tokens",),
-    "nce": ("x", "y", "scale"),
+    "contrastive_lse": ("x", "y", "scale"),
     "patch_embed": ("patches", "weight", "bias", "position", "agg"),
 }
 
@@ -292,7 +434,12 @@ DIFFERENTIABLE: dict[str, tuple[str, ...]] = {
 # -- inputs ------------------------------------------------------------------------------------------------------------
 
 
-def make(case: Case, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", seed: int = 0) -> dict[str, Any]:
+def make(
+    case: Case,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+) -> dict[str, Any]:
     """Fresh random inputs of a case: the keyword arguments of its op, absent ones None; never zeros, none needs a gradient.
 
     Args:
@@ -307,7 +454,10 @@ def make(case: Case, dtype: torch.dtype = torch.float32, device: torch.device | 
     if getattr(case, "packed", False):  # moved as one, so that the strides stay
         qkv = draw.packed.to(device)
         inputs |= dict(zip("qkv", qkv.unbind(2), strict=True))
-    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
+    return {
+        name: value.to(device) if isinstance(value, Tensor) else value
+        for name, value in inputs.items()
+    }
 
 
 class _Draw:
@@ -328,12 +478,16 @@ class _Draw:
         return torch.rand(shape, generator=self.generator) * 2 - 1
 
     def unit(self, *shape: int) -> Tensor:
-        return torch.nn.functional.normalize(torch.randn(shape, generator=self.generator), dim=-1).to(self.dtype)
+        return torch.nn.functional.normalize(
+            torch.randn(shape, generator=self.generator), dim=-1
+        ).to(self.dtype)
 
     def keep(self, count: int, kept: int, per: str, batch: int) -> Tensor:
         drop_rate = (count - kept) / count
         assert num_kept(count, drop_rate) == kept
-        indices = sample_keep(count, drop_rate, seed=self.seed, step=0, stream="cases", per=per, batch=batch)
+        indices = sample_keep(
+            count, drop_rate, seed=self.seed, step=0, stream="cases", per=per, batch=batch
+        )
         return torch.from_numpy(indices)
 
 
@@ -349,7 +503,14 @@ def _make_attention(case: AttentionCase, draw: _Draw) -> dict[str, Any]:
         counts = torch.tensor([case.num_keys[i % len(case.num_keys)] for i in range(B)])
         key_mask = torch.arange(S) < counts[:, None]
     bias = draw.normal(H, T, S) if case.bias else None
-    return dict(q=q, k=k, v=v, scale=D**-0.5 if case.scale is None else case.scale, bias=bias, key_mask=key_mask)
+    return dict(
+        q=q,
+        k=k,
+        v=v,
+        scale=D**-0.5 if case.scale is None else case.scale,
+        bias=bias,
+        key_mask=key_mask,
+    )
 
 
 def _make_drop_token(case: DropTokenCase, draw: _Draw) -> dict[str, Any]:
@@ -360,11 +521,26 @@ def _make_drop_token(case: DropTokenCase, draw: _Draw) -> dict[str, Any]:
 def _make_nce(case: NCECase, draw: _Draw) -> dict[str, Any]:
     x, y = draw.unit(case.batch, case.dim), draw.unit(case.clips * case.texts_per_clip, case.dim)
     valid = {}
-    for name, count, invalid in (("x_valid", x.shape[0], case.x_invalid), ("y_valid", y.shape[0], case.y_invalid)):
-        valid[name] = None if invalid is None else torch.ones(count, dtype=torch.bool).index_fill(0, torch.tensor(invalid), False)
+    for name, count, invalid in (
+        ("x_valid", x.shape[0], case.x_invalid),
+        ("y_valid", y.shape[0], case.y_invalid),
+    ):
+        valid[name] = (
+            None
+            if invalid is None
+            else torch.ones(count, dtype=torch.bool).index_fill(0, torch.tensor(invalid), False)
+        )
     scale = torch.tensor(case.scale, dtype=torch.promote_types(draw.dtype, torch.float32))
     bound = 1.02 * case.scale if case.bound else None
-    return dict(x=x, y=y, scale=scale, texts_per_clip=case.texts_per_clip, first=case.first, bound=bound, **valid)
+    return dict(
+        x=x,
+        y=y,
+        scale=scale,
+        texts_per_clip=case.texts_per_clip,
+        first=case.first,
+        bound=bound,
+        **valid,
+    )
 
 
 def _make_patch_embed(case: PatchEmbedCase, draw: _Draw) -> dict[str, Any]:

@@ -15,8 +15,13 @@ import torch
 
 from . import native
 
-OPS = ("attention", "drop_token", "nce", "patch_embed")
-_FEW_TOKENS = {"avx2": 48, "avx512": 256, "avx512_bf16": 512, "amx_bf16": 256}  # 512: on Zen 5, where torch's fp32 is slower
+OPS = ("attention", "drop_token", "contrastive_lse", "patch_embed")
+_FEW_TOKENS = {
+    "avx2": 48,
+    "avx512": 256,
+    "avx512_bf16": 512,
+    "amx_bf16": 256,
+}  # 512: on Zen 5, where torch's fp32 is slower
 
 
 class Row(NamedTuple):
@@ -71,11 +76,15 @@ def torch_xla_has_a_tpu() -> bool:
 def _on_torch_xla(row: Row) -> Row:
     """The row, where torch_xla runs a TPU."""
     return row._replace(
-        when=lambda mode, *args, **options: torch_xla_has_a_tpu() and (row.when is None or row.when(mode, *args, **options))
+        when=lambda mode, *args, **options: (
+            torch_xla_has_a_tpu() and (row.when is None or row.when(mode, *args, **options))
+        )
     )
 
 
-_PALLAS = tuple(Row(op, "pallas_tpu", _queries_fill_lanes if op == "attention" else None) for op in OPS)
+_PALLAS = tuple(
+    Row(op, "pallas_tpu", _queries_fill_lanes if op == "attention" else None) for op in OPS
+)
 _REFERENCES = tuple(Row(op, "reference") for op in OPS)
 
 # (framework, device): best first. What is not listed here still runs when asked for by name.
@@ -84,7 +93,7 @@ PREFERENCE: dict[tuple[str, str], tuple[Row, ...]] = {
         Row("attention", "native_cpu", _bf16_or_few_tokens),
         Row("attention", "torch_sdpa"),
         Row("drop_token", "native_cpu"),
-        Row("nce", "native_cpu"),
+        Row("contrastive_lse", "native_cpu"),
         Row("patch_embed", "native_cpu", _vectorised),
         *_REFERENCES,
     ),
@@ -95,7 +104,7 @@ PREFERENCE: dict[tuple[str, str], tuple[Row, ...]] = {
         Row("attention", "torch_cudnn", _not_yet_measured),
         Row("attention", "flash_attn", _not_yet_measured),
         Row("drop_token", "triton_gpu", _backward),
-        Row("nce", "triton_gpu"),
+        Row("contrastive_lse", "triton_gpu"),
         Row("patch_embed", "triton_gpu"),
         *_REFERENCES,
     ),
@@ -120,15 +129,25 @@ def _parse(request: str) -> dict[str, str]:
     for part in filter(None, request.replace(" ", "").split(",")):
         op, equals, name = part.rpartition("=")
         if equals and op not in OPS:
-            raise ValueError(f"unknown op {op!r} in backend request {request!r}; ops are {', '.join(OPS)}")
-        known = tuple(dict.fromkeys(name for o in ([op] if equals else OPS) for name in (*BACKENDS[o], *JAX_BACKENDS[o])))
+            raise ValueError(
+                f"unknown op {op!r} in backend request {request!r}; ops are {', '.join(OPS)}"
+            )
+        known = tuple(
+            dict.fromkeys(
+                name for o in ([op] if equals else OPS) for name in (*BACKENDS[o], *JAX_BACKENDS[o])
+            )
+        )
         if name not in known:
-            raise ValueError(f"unknown backend {name!r} in request {request!r}; {op or 'the ops'} have {', '.join(known)}")
+            raise ValueError(
+                f"unknown backend {name!r} in request {request!r}; {op or 'the ops'} have {', '.join(known)}"
+            )
         asked |= {op: name} if equals else dict.fromkeys(OPS, name)
     return asked
 
 
-_forced = _parse(os.environ.get("VATT_FAST_BACKEND", ""))  # read once, so that compiled graphs stay valid
+_forced = _parse(
+    os.environ.get("VATT_FAST_BACKEND", "")
+)  # read once, so that compiled graphs stay valid
 
 
 def requested(op: str) -> str:
@@ -141,7 +160,7 @@ def use_backend(request: str) -> Iterator[None]:
     """Run ops on the backends asked for, or raise their objection; never a silent substitute.
 
     Args:
-        request: a backend for every op ("reference"), or for some ("attention=torch_sdpa,nce=reference"; the others choose
+        request: a backend for every op ("reference"), or for some ("attention=torch_sdpa,contrastive_lse=reference"; the others choose
             automatically). A bare name that an op does not have makes that op raise. "" chooses automatically.
             The environment variable VATT_FAST_BACKEND takes the same form and is read when the package is imported.
 
@@ -172,11 +191,14 @@ def choose(op: str, mode: str, name: str, *tensors, **options):
 def explain(op: str, *tensors, **options) -> dict[str, str]:
     """For every backend of the framework what would happen to this call: its objection, where it is preferred, or "runs when asked for".
 
-    ``op`` is a folder's name (nce for contrastive_lse); tensors and options are the op's own.
+    ``op`` is a folder's name ; tensors and options are the op's own.
     """
     if op not in OPS:
         raise ValueError(f"unknown op {op!r}; ops are {', '.join(OPS)}")
-    chosen = {mode: choose(op, mode, "", *tensors, **options).__name__.rpartition(".")[2] for mode in ("fwd", "bwd")}
+    chosen = {
+        mode: choose(op, mode, "", *tensors, **options).__name__.rpartition(".")[2]
+        for mode in ("fwd", "bwd")
+    }
     verdicts = {}
     for backend in (BACKENDS if _framework(tensors[0]) == "torch" else JAX_BACKENDS)[op]:
         modes = [mode for mode, name in chosen.items() if name == backend]
@@ -216,7 +238,9 @@ def native_bf16(device: torch.device) -> bool:
     """Whether the device multiplies bf16 in hardware; elsewhere autocast would only slow it down."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    return device.type == "cpu" and (
+        torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    )
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
@@ -230,7 +254,9 @@ def check_one_device(**tensors) -> None:
     """Raise ValueError where the given tensors, None ones aside, lie on more than one device: a kernel would read foreign memory."""
     if len({tensor.device for tensor in tensors.values() if tensor is not None}) > 1:
         devices = {name: tensor.device for name, tensor in tensors.items() if tensor is not None}
-        raise ValueError(f"{', '.join(f'{name} is on {device}' for name, device in devices.items())}; move them to one device")
+        raise ValueError(
+            f"{', '.join(f'{name} is on {device}' for name, device in devices.items())}; move them to one device"
+        )
 
 
 def without_autocast(implementation):
@@ -270,7 +296,9 @@ def _objection(op: str, name: str, *tensors, **options) -> str | None:
     try:
         module = _backend(op, name, tensors[0])
     except ModuleNotFoundError as error:
-        if (error.name or __package__).startswith(__package__):  # ours is missing: a bug, not a part to install
+        if (error.name or __package__).startswith(
+            __package__
+        ):  # ours is missing: a bug, not a part to install
             raise
         return f"it needs {error.name}, which is not installed"
     return module.unsupported(*tensors, **options)

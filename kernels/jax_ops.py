@@ -45,17 +45,35 @@ def attention(q, k, v, *, scale: float, bias=None, key_mask=None):
     Raises:
         ValueError: shapes or dtypes that do not fit; or the backend asked for cannot run them.
     """
-    if q.ndim != 4 or k.shape != v.shape or k.ndim != 4 or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
-        raise ValueError(f"attention takes q (B, H, T, head_dim), k and v (B, H, S, head_dim), got {q.shape}, {k.shape}, {v.shape}")
+    if (
+        q.ndim != 4
+        or k.shape != v.shape
+        or k.ndim != 4
+        or q.shape[:2] != k.shape[:2]
+        or q.shape[3] != k.shape[3]
+    ):
+        raise ValueError(
+            f"attention takes q (B, H, T, head_dim), k and v (B, H, S, head_dim), got {q.shape}, {k.shape}, {v.shape}"
+        )
     if 0 in q.shape or 0 in k.shape:
-        raise ValueError(f"q {q.shape} or k {k.shape} is empty; every axis needs at least one element")
+        raise ValueError(
+            f"q {q.shape} or k {k.shape} is empty; every axis needs at least one element"
+        )
     if not q.dtype == k.dtype == v.dtype or not jnp.issubdtype(q.dtype, jnp.floating):
-        raise ValueError(f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}; they must share one floating point dtype")
+        raise ValueError(
+            f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}; they must share one floating point dtype"
+        )
     (B, H, T, _), S = q.shape, k.shape[2]
-    if bias is not None and (bias.shape != (H, T, S) or not jnp.issubdtype(bias.dtype, jnp.floating)):
-        raise ValueError(f"bias is {bias.shape} {bias.dtype}; it must be float (H, T, S) = {(H, T, S)}")
+    if bias is not None and (
+        bias.shape != (H, T, S) or not jnp.issubdtype(bias.dtype, jnp.floating)
+    ):
+        raise ValueError(
+            f"bias is {bias.shape} {bias.dtype}; it must be float (H, T, S) = {(H, T, S)}"
+        )
     if key_mask is not None and (key_mask.shape != (B, S) or key_mask.dtype != jnp.bool_):
-        raise ValueError(f"key_mask is {key_mask.shape} {key_mask.dtype}; it must be bool (B, S) = {(B, S)}")
+        raise ValueError(
+            f"key_mask is {key_mask.shape} {key_mask.dtype}; it must be bool (B, S) = {(B, S)}"
+        )
     return _attention(q, k, v, bias, key_mask, float(scale), requested("attention"))
 
 
@@ -67,7 +85,9 @@ def _attention(q, k, v, bias, key_mask, scale, backend):
 def _attention_forward(q, k, v, bias, key_mask, scale, backend):
     module = choose("attention", "fwd", backend, q, k, v, scale=scale, bias=bias, key_mask=key_mask)
     if _is_reference(module):
-        out, lse = module.forward(*(_swap(x) for x in (q, k, v)), scale=scale, bias=bias, key_mask=key_mask, xp=jnp)
+        out, lse = module.forward(
+            *(_swap(x) for x in (q, k, v)), scale=scale, bias=bias, key_mask=key_mask, xp=jnp
+        )
         out = _swap(out)
     else:
         out, lse = module.forward(q, k, v, scale=scale, bias=bias, key_mask=key_mask)
@@ -133,16 +153,30 @@ _drop_token.defvjp(_drop_token_forward, _drop_token_backward)
 
 
 def _check_keep_shape(keep, batch: int) -> None:
-    fits = keep.ndim in (1, 2) and 0 not in keep.shape and (keep.ndim == 1 or keep.shape[0] == batch)
+    fits = (
+        keep.ndim in (1, 2) and 0 not in keep.shape and (keep.ndim == 1 or keep.shape[0] == batch)
+    )
     if not jnp.issubdtype(keep.dtype, jnp.integer) or not fits:
-        raise ValueError(f"keep is {keep.shape} {keep.dtype}; it must be integer, (K,) or (B, K) with B = {batch} and at least one index")
+        raise ValueError(
+            f"keep is {keep.shape} {keep.dtype}; it must be integer, (K,) or (B, K) with B = {batch} and at least one index"
+        )
 
 
 # -- patch_embed -------------------------------------------------------------------------------------------------------
 
 
 def patch_embed(
-    patches, weight, bias, position=None, keep=None, *, scale: float, shift: float, agg=None, gathered: bool = False, dtype=None
+    patches,
+    weight,
+    bias,
+    position=None,
+    keep=None,
+    *,
+    scale: float,
+    shift: float,
+    agg=None,
+    gathered: bool = False,
+    dtype=None,
 ):
     """Project the kept patches only; the contract of ``vatt_fast.kernels.patch_embed``, for rows.
 
@@ -168,7 +202,9 @@ def patch_embed(
         ValueError: shapes or dtypes that do not fit; or the backend asked for cannot run them.
     """
     if patches.ndim != 3 or 0 in patches.shape:
-        raise ValueError(f"patches is {patches.shape}; patch_embed takes rows (B, N, k), no axis empty; cut clips with patchify")
+        raise ValueError(
+            f"patches is {patches.shape}; patch_embed takes rows (B, N, k), no axis empty; cut clips with patchify"
+        )
     B, count, k = patches.shape
     if patches.dtype != jnp.uint8 and not jnp.issubdtype(patches.dtype, jnp.floating):
         raise ValueError(f"patches is {patches.dtype}; it must be uint8 or floating point")
@@ -179,39 +215,79 @@ def patch_embed(
         if vector is not None and vector.shape != (dim,):
             raise ValueError(f"{name} is {vector.shape}; it must be ({dim},)")
     if scale == 0 or not math.isfinite(scale) or not math.isfinite(shift):
-        raise ValueError(f"scale is {scale} and shift {shift}; both must be finite and scale not 0: the shift is folded as shift / scale")
+        raise ValueError(
+            f"scale is {scale} and shift {shift}; both must be finite and scale not 0: the shift is folded as shift / scale"
+        )
     if keep is not None:
         _check_keep_shape(keep, B)
         if gathered and keep.shape[-1] != count:
-            raise ValueError(f"gathered patches have {count} rows, keep has {keep.shape[-1]} indices; they must agree")
+            raise ValueError(
+                f"gathered patches have {count} rows, keep has {keep.shape[-1]} indices; they must agree"
+            )
     known = not gathered or keep is None
-    if position is not None and (position.ndim != 2 or position.shape[1] != dim or (known and position.shape[0] != count)):
-        raise ValueError(f"position is {position.shape}; it must be (N, dim) = ({count if known else 'N'}, {dim})")
+    if position is not None and (
+        position.ndim != 2 or position.shape[1] != dim or (known and position.shape[0] != count)
+    ):
+        raise ValueError(
+            f"position is {position.shape}; it must be (N, dim) = ({count if known else 'N'}, {dim})"
+        )
     dtype = jnp.dtype(weight.dtype if dtype is None else dtype)
     options = (float(scale), float(shift), bool(gathered), dtype, requested("patch_embed"))
     return _patch_embed(patches, weight, bias, position, keep, agg, *options)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8, 9, 10))
-def _patch_embed(patches, weight, bias, position, keep, agg, scale, shift, gathered, dtype, backend):
-    return _patch_embed_forward(patches, weight, bias, position, keep, agg, scale, shift, gathered, dtype, backend)[0]
+def _patch_embed(
+    patches, weight, bias, position, keep, agg, scale, shift, gathered, dtype, backend
+):
+    return _patch_embed_forward(
+        patches, weight, bias, position, keep, agg, scale, shift, gathered, dtype, backend
+    )[0]
 
 
-def _patch_embed_forward(patches, weight, bias, position, keep, agg, scale, shift, gathered, dtype, backend):
-    options = dict(position=position, keep=keep, agg=agg, scale=scale, shift=shift, gathered=gathered, dtype=dtype)
+def _patch_embed_forward(
+    patches, weight, bias, position, keep, agg, scale, shift, gathered, dtype, backend
+):
+    options = dict(
+        position=position,
+        keep=keep,
+        agg=agg,
+        scale=scale,
+        shift=shift,
+        gathered=gathered,
+        dtype=dtype,
+    )
     module = choose("patch_embed", "fwd", backend, patches, weight, bias, **options)
-    return module.forward(patches, weight, bias, **options, **_xp(module)), (patches, weight, bias, position, keep, agg)
+    return module.forward(patches, weight, bias, **options, **_xp(module)), (
+        patches,
+        weight,
+        bias,
+        position,
+        keep,
+        agg,
+    )
 
 
 def _patch_embed_backward(scale, shift, gathered, dtype, backend, saved, d_tokens):
     patches, weight, bias, position, keep, agg = saved
-    options = dict(position=position, keep=keep, agg=agg, scale=scale, shift=shift, gathered=gathered, dtype=dtype)
+    options = dict(
+        position=position,
+        keep=keep,
+        agg=agg,
+        scale=scale,
+        shift=shift,
+        gathered=gathered,
+        dtype=dtype,
+    )
     module = choose("patch_embed", "bwd", backend, patches, weight, bias, **options)
     raw = patches.dtype == jnp.uint8
-    gradients = module.backward(d_tokens, patches, weight, bias, **options, d_patches=not raw, **_xp(module))
+    gradients = module.backward(
+        d_tokens, patches, weight, bias, **options, d_patches=not raw, **_xp(module)
+    )
     like = (patches, weight, bias, position, agg)
     d_patches, d_weight, d_bias, d_position, d_agg = (
-        None if g is None or x is None else g.astype(x.dtype) for g, x in zip(gradients, like, strict=True)
+        None if g is None or x is None else g.astype(x.dtype)
+        for g, x in zip(gradients, like, strict=True)
     )
     return None if raw else d_patches, d_weight, d_bias, d_position, None, d_agg
 
@@ -219,10 +295,20 @@ def _patch_embed_backward(scale, shift, gathered, dtype, backend, saved, d_token
 _patch_embed.defvjp(_patch_embed_forward, _patch_embed_backward)
 
 
-# -- nce ---------------------------------------------------------------------------------------------------------------
+# -- contrastive_lse ---------------------------------------------------------------------------------------------------------------
 
 
-def contrastive_lse(x, y, *, scale, texts_per_clip: int = 1, first=0, x_valid=None, y_valid=None, bound: float | None = None):
+def contrastive_lse(
+    x,
+    y,
+    *,
+    scale,
+    texts_per_clip: int = 1,
+    first=0,
+    x_valid=None,
+    y_valid=None,
+    bound: float | None = None,
+):
     """The three log-sums from which every published NCE form is a few lines; the contract of ``vatt_fast.kernels.contrastive_lse``.
 
         S      = scale * x @ y^T                                       # (M, N * P)
@@ -245,11 +331,17 @@ def contrastive_lse(x, y, *, scale, texts_per_clip: int = 1, first=0, x_valid=No
         ValueError: shapes, dtypes or ranges that do not fit; or the backend asked for cannot run them.
     """
     if x.ndim != 2 or y.ndim != 2 or x.shape[1] != y.shape[1] or 0 in x.shape or 0 in y.shape:
-        raise ValueError(f"contrastive_lse takes x (M, D) and y (N * P, D), none empty, got {x.shape} and {y.shape}")
+        raise ValueError(
+            f"contrastive_lse takes x (M, D) and y (N * P, D), none empty, got {x.shape} and {y.shape}"
+        )
     if x.dtype != y.dtype or not jnp.issubdtype(x.dtype, jnp.floating):
-        raise ValueError(f"x is {x.dtype} and y {y.dtype}; they must share one floating point dtype")
+        raise ValueError(
+            f"x is {x.dtype} and y {y.dtype}; they must share one floating point dtype"
+        )
     if texts_per_clip < 1 or y.shape[0] % texts_per_clip:
-        raise ValueError(f"y has {y.shape[0]} rows; they must be a multiple of texts_per_clip = {texts_per_clip}")
+        raise ValueError(
+            f"y has {y.shape[0]} rows; they must be a multiple of texts_per_clip = {texts_per_clip}"
+        )
     clips = y.shape[0] // texts_per_clip
     if isinstance(first, int | np.integer) and (first < 0 or first + x.shape[0] > clips):
         raise ValueError(
@@ -263,25 +355,43 @@ def contrastive_lse(x, y, *, scale, texts_per_clip: int = 1, first=0, x_valid=No
         raise ValueError(f"scale has shape {scale.shape}; it must be a float or a scalar array")
     first = jnp.asarray(first, jnp.int32)
     bound = math.inf if bound is None else float(bound)
-    return _contrastive_lse(x, y, scale, first, x_valid, y_valid, texts_per_clip, bound, requested("nce"))
+    return _contrastive_lse(
+        x, y, scale, first, x_valid, y_valid, texts_per_clip, bound, requested("contrastive_lse")
+    )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))
 def _contrastive_lse(x, y, scale, first, x_valid, y_valid, texts_per_clip, bound, backend):
-    return _contrastive_lse_forward(x, y, scale, first, x_valid, y_valid, texts_per_clip, bound, backend)[0]
+    return _contrastive_lse_forward(
+        x, y, scale, first, x_valid, y_valid, texts_per_clip, bound, backend
+    )[0]
 
 
 def _contrastive_lse_forward(x, y, scale, first, x_valid, y_valid, texts_per_clip, bound, backend):
-    options = dict(scale=scale, texts_per_clip=texts_per_clip, first=first, x_valid=x_valid, y_valid=y_valid, bound=bound)
-    module = choose("nce", "fwd", backend, x, y, **options)
+    options = dict(
+        scale=scale,
+        texts_per_clip=texts_per_clip,
+        first=first,
+        x_valid=x_valid,
+        y_valid=y_valid,
+        bound=bound,
+    )
+    module = choose("contrastive_lse", "fwd", backend, x, y, **options)
     row, col, pos = module.forward(x, y, **options, **_xp(module))
     return (row, col, pos), (x, y, scale, first, x_valid, y_valid, row, col, pos)
 
 
 def _contrastive_lse_backward(texts_per_clip, bound, backend, saved, gradients):
     x, y, scale, first, x_valid, y_valid, row, col, pos = saved
-    options = dict(scale=scale, texts_per_clip=texts_per_clip, first=first, x_valid=x_valid, y_valid=y_valid, bound=bound)
-    module = choose("nce", "bwd", backend, x, y, **options)
+    options = dict(
+        scale=scale,
+        texts_per_clip=texts_per_clip,
+        first=first,
+        x_valid=x_valid,
+        y_valid=y_valid,
+        bound=bound,
+    )
+    module = choose("contrastive_lse", "bwd", backend, x, y, **options)
     d_x, d_y, d_scale = module.backward(*gradients, x, y, row, col, pos, **options, **_xp(module))
     return d_x.astype(x.dtype), d_y.astype(y.dtype), d_scale.astype(scale.dtype), None, None, None
 

@@ -7,7 +7,9 @@ import importlib
 import os
 from typing import Any
 
-INTERFACE = 4  # csrc/binding.cpp has the same: raise both when what the extension takes or offers changes
+INTERFACE = (
+    4  # csrc/binding.cpp has the same: raise both when what the extension takes or offers changes
+)
 extension: Any = None
 _failure = "not built: the install found no C++ compiler, or it failed (pip install with VATT_FAST_NATIVE=required shows why)"
 try:
@@ -17,7 +19,9 @@ except ModuleNotFoundError:
 except ImportError as error:
     _failure = f"built, but cannot be loaded: {error}"
 
-if extension is not None and getattr(extension, "INTERFACE", 1) != INTERFACE:  # an editable install's sources have moved on
+if (
+    extension is not None and getattr(extension, "INTERFACE", 1) != INTERFACE
+):  # an editable install's sources have moved on
     extension, _failure = None, "built from other sources than these: install again (make setup)"
 
 if extension is not None and (_asked := os.environ.get("VATT_FAST_ISA")):

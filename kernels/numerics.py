@@ -57,9 +57,19 @@ def put_rows(xp, rows, keep, count: int):
     """Inverse of ``take_rows``: rows (B, K, D) -> (B, count, D), zeros elsewhere. Indices are distinct: the same bits every time."""
     B, K, D = rows.shape
     if xp is torch:
-        index = keep.long() + count * torch.arange(B, device=keep.device)[:, None]  # whole rows: a scatter of elements is 20 times slower
-        return rows.new_zeros(B * count, D).index_copy_(0, index.view(-1), rows.reshape(-1, D)).view(B, count, D)
-    return xp.zeros((B, count, D), rows.dtype).at[xp.arange(B)[:, None], xp.broadcast_to(keep, (B, K))].set(rows)
+        index = (
+            keep.long() + count * torch.arange(B, device=keep.device)[:, None]
+        )  # whole rows: a scatter of elements is 20 times slower
+        return (
+            rows.new_zeros(B * count, D)
+            .index_copy_(0, index.view(-1), rows.reshape(-1, D))
+            .view(B, count, D)
+        )
+    return (
+        xp.zeros((B, count, D), rows.dtype)
+        .at[xp.arange(B)[:, None], xp.broadcast_to(keep, (B, K))]
+        .set(rows)
+    )
 
 
 def _like(x) -> dict:

@@ -81,12 +81,18 @@ def call(
         kernel,
         name=name,
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=prefetched, grid=grid, in_specs=in_specs, out_specs=out_specs, scratch_shapes=scratch
+            num_scalar_prefetch=prefetched,
+            grid=grid,
+            in_specs=in_specs,
+            out_specs=out_specs,
+            scratch_shapes=scratch,
         ),
         out_shape=out_shape,
         compiler_params=pltpu.CompilerParams(dimension_semantics=tuple(semantics)),
         cost_estimate=pl.CostEstimate(
-            flops=int(flops), transcendentals=int(exps), bytes_accessed=int(moved if bytes_accessed is None else bytes_accessed)
+            flops=int(flops),
+            transcendentals=int(exps),
+            bytes_accessed=int(moved if bytes_accessed is None else bytes_accessed),
         ),
         interpret=interpreted(),
     )
@@ -110,7 +116,9 @@ def pad(x: jax.Array, axis: int, size: int, value: Any = 0) -> jax.Array:
     missing = size - x.shape[axis]
     if not missing:
         return x
-    return jnp.pad(x, [(0, missing if i == axis % x.ndim else 0) for i in range(x.ndim)], constant_values=value)
+    return jnp.pad(
+        x, [(0, missing if i == axis % x.ndim else 0) for i in range(x.ndim)], constant_values=value
+    )
 
 
 # -- inside a kernel ---------------------------------------------------------------------------------------------------
@@ -121,13 +129,22 @@ def dot(a: jax.Array, b: jax.Array, contract: tuple[int, int] = (1, 0)) -> jax.A
 
     fp32 operands are multiplied as such; a TPU would otherwise round them to bf16.
     """
-    if 1 in (*a.shape, *b.shape):  # Mosaic multiplies a vector outside the matrix unit, and there fails on bf16
+    if 1 in (
+        *a.shape,
+        *b.shape,
+    ):  # Mosaic multiplies a vector outside the matrix unit, and there fails on bf16
         a, b = a.astype(jnp.float32), b.astype(jnp.float32)
     precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
     dimensions = (((contract[0],), (contract[1],)), ((), ()))
-    return jax.lax.dot_general(a, b, dimensions, precision=precision, preferred_element_type=jnp.float32)
+    return jax.lax.dot_general(
+        a, b, dimensions, precision=precision, preferred_element_type=jnp.float32
+    )
 
 
 def divide(n: Any, by: int) -> tuple[Any, Any]:
     """n // by and n % by of an index, which is never negative: ``//`` on traced integers takes a sign, and lowering that asks for a TPU."""
-    return divmod(n, by) if isinstance(n, int) else (jax.lax.div(n, jnp.int32(by)), jax.lax.rem(n, jnp.int32(by)))
+    return (
+        divmod(n, by)
+        if isinstance(n, int)
+        else (jax.lax.div(n, jnp.int32(by)), jax.lax.rem(n, jnp.int32(by)))
+    )

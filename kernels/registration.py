@@ -30,8 +30,13 @@ def operator(
         fake: the same on tensors without values.
         differentiate, save: ``backward(ctx, *gradients)`` and ``setup_context(ctx, inputs, output)`` as of ``torch.autograd.Function``.
     """
-    _library.define(name + torch.library.infer_schema(implementation, mutates_args=()), tags=(torch.Tag.pt2_compliant_tag,))
-    _library.impl(name, torch._disable_dynamo(without_autocast(implementation)), "CompositeExplicitAutograd")
+    _library.define(
+        name + torch.library.infer_schema(implementation, mutates_args=()),
+        tags=(torch.Tag.pt2_compliant_tag,),
+    )
+    _library.impl(
+        name, torch._disable_dynamo(without_autocast(implementation)), "CompositeExplicitAutograd"
+    )
     torch.library.register_fake(f"vatt_fast::{name}", fake, lib=_library)
     overload = getattr(torch.ops.vatt_fast, name).default
 
@@ -48,7 +53,11 @@ def operator(
     def backward(ctx, *gradients):
         return *differentiate(ctx, *gradients), None
 
-    function: Any = type(name, (torch.autograd.Function,), {"forward": staticmethod(forward), "backward": staticmethod(backward)})
+    function: Any = type(
+        name,
+        (torch.autograd.Function,),
+        {"forward": staticmethod(forward), "backward": staticmethod(backward)},
+    )
 
     def autograd(keys, *inputs):
         wanted = torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs)

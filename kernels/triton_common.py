@@ -17,7 +17,9 @@ def objection(*operands: torch.Tensor | float | None) -> str | None:
     """Why Triton cannot take these operands here, shapes aside."""
     given = [tensor for tensor in operands if isinstance(tensor, torch.Tensor)]
     if given[0].device.type != "cuda" and not interpreted():
-        return f"tensors are on {given[0].device.type}; Triton runs there only with TRITON_INTERPRET=1"
+        return (
+            f"tensors are on {given[0].device.type}; Triton runs there only with TRITON_INTERPRET=1"
+        )
     for tensor in given:
         if tensor.dtype == torch.float64:
             return "float64 is for the reference"
@@ -45,7 +47,9 @@ def load_rows(x, stride, row, column, count, HEAD_DIM: tl.constexpr, RAGGED: tl.
     pointers = x + row[:, None] * stride + column[None, :]
     if RAGGED:
         if column.shape[0] > HEAD_DIM:
-            tile = tl.load(pointers, mask=(row[:, None] < count) & (column[None, :] < HEAD_DIM), other=0.0)
+            tile = tl.load(
+                pointers, mask=(row[:, None] < count) & (column[None, :] < HEAD_DIM), other=0.0
+            )
         else:
             tile = tl.load(pointers, mask=row[:, None] < count, other=0.0)
     elif column.shape[0] > HEAD_DIM:

@@ -21,7 +21,10 @@ from . import dispatch
 from .patch_embed.patchify import patchify, unpatchify
 
 _HEADS_SECOND = {"q", "k", "v", "out", "d_out"}  # (B, T, H, D) in torch, (B, H, T, D) in JAX
-_RESULTS_HEADS_SECOND = {("attention", "forward"): 1, ("attention", "backward"): 3}  # so many of the first
+_RESULTS_HEADS_SECOND = {
+    ("attention", "forward"): 1,
+    ("attention", "backward"): 3,
+}  # so many of the first
 
 Results = tuple[Tensor | None, ...]
 
@@ -48,17 +51,23 @@ class Call(NamedTuple):
 def bind(op: str, function: str, tensors, options) -> tuple[Call, tuple[Tensor, ...]]:
     """A backend call's arguments as a Call, and its tensors in the order of ``names``; absent ones, and what JAX does not ask for, are left out."""
     parameters = inspect.signature(getattr(_kernels(op), function)).parameters
-    given = dict(zip(parameters, tensors, strict=False)) | {name: value for name, value in options.items() if name in parameters}
+    given = dict(zip(parameters, tensors, strict=False)) | {
+        name: value for name, value in options.items() if name in parameters
+    }
     given = {name: value for name, value in given.items() if value is not None}
     arrays = {name: value for name, value in given.items() if isinstance(value, Tensor)}
     if "keep" in arrays:
         arrays["keep"] = arrays["keep"].int()  # JAX has no 64 bits unless told so
     shapes = tuple((tuple(x.shape), _name(x.dtype)) for x in arrays.values())
     static = tuple(
-        (name, jnp.dtype(_name(value)) if isinstance(value, torch.dtype) else value) for name, value in given.items() if name not in arrays
+        (name, jnp.dtype(_name(value)) if isinstance(value, torch.dtype) else value)
+        for name, value in given.items()
+        if name not in arrays
     )
     patch = options.get("patch")
-    return Call(op, function, tuple(arrays), shapes, static, None if patch is None else tuple(patch)), tuple(arrays.values())
+    return Call(
+        op, function, tuple(arrays), shapes, static, None if patch is None else tuple(patch)
+    ), tuple(arrays.values())
 
 
 class Adapter:
@@ -78,9 +87,14 @@ class Adapter:
         if (device := tensors[0].device.type) not in _LAUNCH:
             return f"tensors are on {device}; from torch its kernels are reached on xla (torch_xla) and tpu (torch_tpu)"
         tensors = tuple(x.to("meta") if isinstance(x, Tensor) else x for x in tensors)
-        options = {name: x.to("meta") if isinstance(x, Tensor) else x for name, x in options.items()}
+        options = {
+            name: x.to("meta") if isinstance(x, Tensor) else x for name, x in options.items()
+        }
         call, arrays = bind(self.op, "unsupported", tensors, options)
-        specs = {name: jax.ShapeDtypeStruct(tuple(x.shape), _name(x.dtype)) for name, x in _jax_layout(call, arrays).items()}
+        specs = {
+            name: jax.ShapeDtypeStruct(tuple(x.shape), _name(x.dtype))
+            for name, x in _jax_layout(call, arrays).items()
+        }
         return _kernels(self.op).unsupported(**specs, **dict(call.options))
 
     def _run(self, function: str, tensors, options):
@@ -102,7 +116,9 @@ def adapter(op: str) -> Adapter:
 def traceable(call: Call, platform: str) -> tuple[Callable, tuple[bool, ...]]:
     """arrays -> results, both in torch's layout, with kernels for ``platform``; absent results are left out, and which are present is told."""
     if platform == "tpu":
-        jax.config.update("jax_platforms", "cpu")  # torch holds the TPU: JAX, which only traces, must not try to claim it
+        jax.config.update(
+            "jax_platforms", "cpu"
+        )  # torch holds the TPU: JAX, which only traces, must not try to claim it
 
     def results_of(*arrays):
         given, options = _jax_layout(call, arrays), dict(call.options)
@@ -125,7 +141,10 @@ def traceable(call: Call, platform: str) -> tuple[Callable, tuple[bool, ...]]:
 
 def _jax_layout(call: Call, arrays) -> dict[str, Any]:
     """By name and as ``pallas_tpu.py`` takes them: heads before tokens, clips cut into rows. For torch and JAX arrays alike."""
-    given = {name: x.swapaxes(1, 2) if name in _HEADS_SECOND else x for name, x in zip(call.names, arrays, strict=True)}
+    given = {
+        name: x.swapaxes(1, 2) if name in _HEADS_SECOND else x
+        for name, x in zip(call.names, arrays, strict=True)
+    }
     if call.patch is not None:
         given["patches"] = patchify(given["patches"], call.patch)
     return given
@@ -160,9 +179,15 @@ def computation(call: Call, platform: str) -> Callable:
     """tensors -> results: the function as an XLA computation that torch_xla places into its graph."""
     import torch_xla.core.xla_builder as xla_builder
 
-    lowered = jax.jit(exported(call, platform).call, keep_unused=True).trace(*call.specs).lower(lowering_platforms=(platform,))
+    lowered = (
+        jax.jit(exported(call, platform).call, keep_unused=True)
+        .trace(*call.specs)
+        .lower(lowering_platforms=(platform,))
+    )
     module = lowered.compiler_ir("hlo").as_serialized_hlo_module_proto()
-    return xla_builder.xla_computation_as_func(xla_builder.computation_from_module_proto(call.title, module), call.title)
+    return xla_builder.xla_computation_as_func(
+        xla_builder.computation_from_module_proto(call.title, module), call.title
+    )
 
 
 def _through_torch_xla(call: Call, tensors: tuple[Tensor, ...]) -> Results:
@@ -187,10 +212,15 @@ def operator(call: Call) -> Callable:
         return results if count > 1 else results[0]
 
     # torch_tpu reads names, arity and results from the signature
-    parameters = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=jax.Array) for name in call.names]
+    parameters = [
+        inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=jax.Array)
+        for name in call.names
+    ]
     returns = tuple[(jax.Array,) * count] if count > 1 else jax.Array  # type: ignore[misc]
     wrapped.__signature__ = inspect.Signature(parameters, return_annotation=returns)  # type: ignore[attr-defined]
-    wrapped.__name__ = f"{call.title}_{hashlib.blake2b(repr(call).encode(), digest_size=8).hexdigest()}"
+    wrapped.__name__ = (
+        f"{call.title}_{hashlib.blake2b(repr(call).encode(), digest_size=8).hexdigest()}"
+    )
     return pallas.jax_op(f"vatt_fast_jax::{wrapped.__name__}", wrapped)
 
 
@@ -199,7 +229,10 @@ def _through_torch_tpu(call: Call, tensors: tuple[Tensor, ...]) -> Results:
     return _filled(operator(call)(*tensors), present)
 
 
-_LAUNCH: dict[str, Callable[[Call, tuple[Tensor, ...]], Results]] = {"xla": _through_torch_xla, "tpu": _through_torch_tpu}
+_LAUNCH: dict[str, Callable[[Call, tuple[Tensor, ...]], Results]] = {
+    "xla": _through_torch_xla,
+    "tpu": _through_torch_tpu,
+}
 
 
 def _kernels(op: str):

@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
-if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):  # pytest --numprocesses: they share the cores
+if workers := int(
+    os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")
+):  # pytest --numprocesses: they share the cores
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
 
 import torch
@@ -22,14 +24,18 @@ if not torch.cuda.is_available():
 _root = Path(__file__).resolve().parent.parent
 sys.path[:] = [entry for entry in sys.path if entry not in ("", str(_root))]
 
-from vatt_fast.compile_tpu import has_a_tpu, without_a_tpu  # noqa: E402
+from vatt_fast.on_jax.compile_tpu import has_a_tpu, without_a_tpu  # noqa: E402
 
 if not has_a_tpu():
     without_a_tpu()
     # what XLA makes for a CPU is compiled once and run once: a third of the time without its passes
-    os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
+    os.environ.setdefault(
+        "XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    )
 
-_spec = importlib.util.spec_from_file_location("bench", _root / "bench" / "__init__.py", submodule_search_locations=[str(_root / "bench")])
+_spec = importlib.util.spec_from_file_location(
+    "bench", _root / "bench" / "__init__.py", submodule_search_locations=[str(_root / "bench")]
+)
 sys.modules["bench"] = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(sys.modules["bench"])
 

@@ -20,7 +20,7 @@ def _tyro():
 
 def demo(config) -> None:
     """Render a small world of clips, pre-train tiny on it, and print retrieval before and after."""
-    from .demo import run_demo
+    from .demo.run import run_demo
 
     summary = run_demo(config)
     print(f"report: {summary['report']}")
@@ -47,7 +47,10 @@ def embed(model: str, data: str, out: str, batch_size: int = 32) -> None:
     """
     embeddings, files, skipped = _embed_folder(model, data, batch_size)
     np.savez(out, allow_pickle=False, files=np.array(files), **embeddings)
-    print(f"{len(files)} clips embedded into {out}" + (f"; skipped {len(skipped)} unreadable: {', '.join(skipped[:5])}" if skipped else ""))
+    print(
+        f"{len(files)} clips embedded into {out}"
+        + (f"; skipped {len(skipped)} unreadable: {', '.join(skipped[:5])}" if skipped else "")
+    )
 
 
 def retrieve(
@@ -92,17 +95,25 @@ def retrieve(
     _print(found, json)
 
 
-def _measure(net, data: str, embeddings: dict[str, np.ndarray], files: list[str]) -> dict[str, dict]:
+def _measure(
+    net, data: str, embeddings: dict[str, np.ndarray], files: list[str]
+) -> dict[str, dict]:
     from .data.dataset import folder_captions
     from .encoding import embed_sentences
     from .evaluation.retrieval import retrieval_metrics
 
     given = Path(data) / "queries.json"
     if given.is_file():
-        sentences = [(files.index(name), sentence) for name, sentence in loads(given.read_text()).items() if name in files]
+        sentences = [
+            (files.index(name), sentence)
+            for name, sentence in loads(given.read_text()).items()
+            if name in files
+        ]
     else:
         captions = folder_captions(data)
-        sentences = [(i, caption.text) for i, name in enumerate(files) for caption in captions[name]]
+        sentences = [
+            (i, caption.text) for i, name in enumerate(files) for caption in captions[name]
+        ]
     video = np.isfinite(embeddings["z_video_vt"]).all(1)
     place = np.cumsum(video) - 1  # index among the clips with video
     results = {}
@@ -110,28 +121,41 @@ def _measure(net, data: str, embeddings: dict[str, np.ndarray], files: list[str]
     if sentences:
         queries = embed_sentences(net, [sentence for _, sentence in sentences])
         truth = np.array([place[i] for i, _ in sentences])
-        results["text_to_video"] = {"queries": len(truth), **retrieval_metrics(queries, embeddings["z_video_vt"][video], truth)}
+        results["text_to_video"] = {
+            "queries": len(truth),
+            **retrieval_metrics(queries, embeddings["z_video_vt"][video], truth),
+        }
     both = video & np.isfinite(embeddings["z_audio_va"]).all(1)
     if both.any():
-        metrics = retrieval_metrics(embeddings["z_audio_va"][both], embeddings["z_video_va"][video], place[both])
+        metrics = retrieval_metrics(
+            embeddings["z_audio_va"][both], embeddings["z_video_va"][video], place[both]
+        )
         results["audio_to_video"] = {"queries": int(both.sum()), **metrics}
     if not results:
-        raise ValueError(f"{data} has neither captions nor sound to query with; give --text or --audio")
+        raise ValueError(
+            f"{data} has neither captions nor sound to query with; give --text or --audio"
+        )
     return results
 
 
-def _embed_folder(model, data: str, batch_size: int) -> tuple[dict[str, np.ndarray], list[str], list[str]]:
+def _embed_folder(
+    model, data: str, batch_size: int
+) -> tuple[dict[str, np.ndarray], list[str], list[str]]:
     from .data.dataset import ClipSpec, evaluation_clips
     from .encoding import embed_batches
     from .weights import create_model
 
     net = create_model(model) if isinstance(model, str) else model
     if net.vocabulary is None:
-        raise ValueError("this model has no vocabulary.txt; give the folder of a finished or running pretrain")
+        raise ValueError(
+            "this model has no vocabulary.txt; give the folder of a finished or running pretrain"
+        )
     skipped: list[str] = []
 
     def watched():
-        for batch in evaluation_clips(data, ClipSpec.from_config(net.config), vocabulary=net.vocabulary, batch_size=batch_size):
+        for batch in evaluation_clips(
+            data, ClipSpec.from_config(net.config), vocabulary=net.vocabulary, batch_size=batch_size
+        ):
             skipped.extend(one.file for one in batch.skipped)
             yield batch
 
@@ -143,12 +167,18 @@ def compile_tpu(config) -> None:
 
     Exit status 1 if it does not fit.
     """
-    from .compile_tpu import compile_step, write_report
+    from .on_jax.compile_tpu import compile_step, write_report
 
     report = compile_step(config)
     if config.out:
         write_report(config, report, Path(config.out))
-    _print({name: f"{value:.3g}" if isinstance(value, float) and not config.json else value for name, value in report.items()}, config.json)
+    _print(
+        {
+            name: f"{value:.3g}" if isinstance(value, float) and not config.json else value
+            for name, value in report.items()
+        },
+        config.json,
+    )
     if not report["fits"]:
         raise SystemExit(1)
 
@@ -168,13 +198,31 @@ def doctor(json: bool = False) -> None:
     from .training.loop import pick_device
 
     device = pick_device("auto")
-    report: dict = {"vatt_fast": __version__, "python": platform.python_version(), "torch": torch.__version__}
-    for name in ("triton", "jax", "optax", "libtpu", "av", "tyro", "tensorboard", "scikit-learn", "matplotlib"):
+    report: dict = {
+        "vatt_fast": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+    for name in (
+        "triton",
+        "jax",
+        "optax",
+        "libtpu",
+        "av",
+        "tyro",
+        "tensorboard",
+        "scikit-learn",
+        "matplotlib",
+    ):
         try:
             report[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             report[name] = "not installed"
-    report["device"] = torch.cuda.get_device_name() if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+    report["device"] = (
+        torch.cuda.get_device_name()
+        if device.type == "cuda"
+        else f"cpu, {torch.get_num_threads()} threads"
+    )
     report["native bf16"] = native_bf16(device)
     if importlib.util.find_spec("av"):
         import av
@@ -184,17 +232,25 @@ def doctor(json: bool = False) -> None:
     report["C++ kernels"] = native.explain()
     dtype = torch.bfloat16 if native_bf16(device) else torch.float32
     q = torch.zeros(1, 785, 12, 64, dtype=dtype, device=device)
-    rows, weight = torch.zeros(1, 8, 16, dtype=torch.uint8, device=device), torch.zeros(4, 16, device=device)
+    rows, weight = (
+        torch.zeros(1, 8, 16, dtype=torch.uint8, device=device),
+        torch.zeros(4, 16, device=device),
+    )
     z = torch.zeros(8, 16, device=device)
     calls: dict[str, tuple] = {
         "attention": ((q, q, q), dict(scale=0.125, bias=None, key_mask=None, deterministic=False)),
         "drop_token": ((q[0], torch.zeros(1, dtype=torch.int32)), {}),
-        "nce": ((z, z), dict(scale=1.0, texts_per_clip=1, first=0)),
-        "patch_embed": ((rows, weight, weight[:, 0]), dict(scale=1.0, shift=0.0, dtype=torch.float32)),
+        "contrastive_lse": ((z, z), dict(scale=1.0, texts_per_clip=1, first=0)),
+        "patch_embed": (
+            (rows, weight, weight[:, 0]),
+            dict(scale=1.0, shift=0.0, dtype=torch.float32),
+        ),
     }
     report["backends"] = {op: (explain(op, *calls[op][0], **calls[op][1])) for op in OPS}
     report["requested"] = {op: requested(op) for op in OPS if requested(op)} or "automatic"
-    report["note"] = "recipe 'released' trains with attention dropout, which is torch's own attention whatever the backend"
+    report["note"] = (
+        "recipe 'released' trains with attention dropout, which is torch's own attention whatever the backend"
+    )
     _print(report, json)
 
 
@@ -206,7 +262,11 @@ def flops(json: bool = False) -> None:
     """
     from .flops import flops_table, format_tables, parameter_table
 
-    print(dumps({"flops": flops_table(), "parameters": parameter_table()}, indent=2) if json else format_tables())
+    print(
+        dumps({"flops": flops_table(), "parameters": parameter_table()}, indent=2)
+        if json
+        else format_tables()
+    )
 
 
 def _print(values: dict, as_json: bool) -> None:
@@ -225,8 +285,8 @@ def _print(values: dict, as_json: bool) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Run the verb; errors a user can mend are one line on stderr and exit status 2."""
     tyro = _tyro()
-    from .compile_tpu import CompileTPUConfig
-    from .demo import DemoConfig
+    from .demo.run import DemoConfig
+    from .on_jax.compile_tpu import CompileTPUConfig
     from .training.loop import PretrainConfig
 
     verbs = {
@@ -239,7 +299,9 @@ def main(arguments: list[str] | None = None) -> None:
         "flops": flops,
     }
     try:
-        tyro.extras.subcommand_cli_from_dict(verbs, prog="vatt-fast", description="VATT on replaceable kernels", args=arguments)
+        tyro.extras.subcommand_cli_from_dict(
+            verbs, prog="vatt-fast", description="VATT on replaceable kernels", args=arguments
+        )
     except ValueError as error:
         print(f"vatt-fast: {error}", file=sys.stderr)
         raise SystemExit(2) from error
@@ -256,7 +318,10 @@ def _with_config(verb, config_class):
         verb(config)
 
     run.__doc__ = verb.__doc__
-    run.__annotations__ = {"config": Annotated[config_class, tyro.conf.arg(name="")], "return": None}
+    run.__annotations__ = {
+        "config": Annotated[config_class, tyro.conf.arg(name="")],
+        "return": None,
+    }
     return run
 
 

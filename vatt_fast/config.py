@@ -11,7 +11,9 @@ Kind = Literal["modality_specific", "modality_agnostic"]
 NCEForm = Literal["paper", "released", "symmetric"]
 
 
-def video_grid(frames: int, height: int, width: int, patch: tuple[int, int, int]) -> tuple[int, int, int]:
+def video_grid(
+    frames: int, height: int, width: int, patch: tuple[int, int, int]
+) -> tuple[int, int, int]:
     """Patches along time, height and width, the last ones padded."""
     return -(-frames // patch[0]), -(-height // patch[1]), -(-width // patch[2])
 
@@ -25,7 +27,9 @@ def _require_positive(config, *names: str) -> None:
 def _refuse_unknown_keys(cls, values: dict[str, Any]) -> None:
     known = [f.name for f in dataclasses.fields(cls)]
     if unknown := sorted(set(values) - set(known)):
-        raise ValueError(f"unknown {cls.__name__} keys: {', '.join(unknown)}; it has {', '.join(known)}")
+        raise ValueError(
+            f"unknown {cls.__name__} keys: {', '.join(unknown)}; it has {', '.join(known)}"
+        )
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,9 @@ class VATTConfig:
     words: int = 16
     texts_per_clip: int = 5
     vocab_size: int = 65536
-    word_dim: int | None = None  # None: a learned table straight to dim (paper); 300: word2vec and a projection (release)
+    word_dim: int | None = (
+        None  # None: a learned table straight to dim (paper); 300: word2vec and a projection (release)
+    )
     train_words: bool = True
     relative_buckets: int = 32
     relative_max_distance: int = 64
@@ -96,17 +102,43 @@ class VATTConfig:
     def __post_init__(self):
         for name, kind in (("kind", Kind), ("heads", Recipe), ("nce_form", NCEForm)):
             if getattr(self, name) not in get_args(kind):
-                raise ValueError(f"{name} is {getattr(self, name)!r}; it is one of {', '.join(get_args(kind))}")
-        sizes = ["frames", "height", "width", "samples", "audio_patch", "words", "texts_per_clip", "vocab_size", "d_va", "d_vt"]
-        _require_positive(self, *sizes, "relative_buckets", "relative_max_distance", "frames_per_second", "sample_rate_hz")
+                raise ValueError(
+                    f"{name} is {getattr(self, name)!r}; it is one of {', '.join(get_args(kind))}"
+                )
+        sizes = [
+            "frames",
+            "height",
+            "width",
+            "samples",
+            "audio_patch",
+            "words",
+            "texts_per_clip",
+            "vocab_size",
+            "d_va",
+            "d_vt",
+        ]
+        _require_positive(
+            self,
+            *sizes,
+            "relative_buckets",
+            "relative_max_distance",
+            "frames_per_second",
+            "sample_rate_hz",
+        )
         if len(self.video_patch) != 3 or min(self.video_patch) < 1:
-            raise ValueError(f"video_patch is {self.video_patch}; it takes three positive sizes (frames, rows, columns)")
+            raise ValueError(
+                f"video_patch is {self.video_patch}; it takes three positive sizes (frames, rows, columns)"
+            )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}; it lies in [0, 1)")
         if not self.temperature >= 0.01:
-            raise ValueError(f"temperature is {self.temperature}; it is at least 0.01, where the logits' factor is capped at 100")
+            raise ValueError(
+                f"temperature is {self.temperature}; it is at least 0.01, where the logits' factor is capped at 100"
+            )
         if self.kind == "modality_agnostic" and not self.video == self.audio == self.text:
-            raise ValueError("a modality_agnostic model shares one trunk: video, audio and text must be the same tower")
+            raise ValueError(
+                "a modality_agnostic model shares one trunk: video, audio and text must be the same tower"
+            )
         if self.kind == "modality_specific" and self.post_proj_dim is not None:
             raise ValueError("post_proj_dim belongs to modality_agnostic models; leave it None")
 
@@ -157,7 +189,9 @@ class VATTConfig:
         except json.JSONDecodeError as error:
             raise ValueError(f"the config is not JSON ({error})") from error
         if not isinstance(values, dict):
-            raise ValueError(f"the config is a JSON {type(values).__name__}; it must be an object of VATTConfig's fields")
+            raise ValueError(
+                f"the config is a JSON {type(values).__name__}; it must be an object of VATTConfig's fields"
+            )
         return cls.from_dict(values)
 
     @classmethod
@@ -174,8 +208,24 @@ class VATTConfig:
 
 
 RECIPES: dict[str, dict[str, Any]] = {
-    "paper": dict(word_dim=None, train_words=True, heads="paper", nce_form="paper", dropout=0.0, va_weight=1.0, vt_weight=1.0),
-    "released": dict(word_dim=300, train_words=False, heads="released", nce_form="released", dropout=0.1, va_weight=0.5, vt_weight=0.5),
+    "paper": dict(
+        word_dim=None,
+        train_words=True,
+        heads="paper",
+        nce_form="paper",
+        dropout=0.0,
+        va_weight=1.0,
+        vt_weight=1.0,
+    ),
+    "released": dict(
+        word_dim=300,
+        train_words=False,
+        heads="released",
+        nce_form="released",
+        dropout=0.1,
+        va_weight=0.5,
+        vt_weight=0.5,
+    ),
 }
 
 _TINY = TowerConfig(depth=3, dim=128, mlp_dim=512, num_heads=4, head_dim=32)
@@ -185,7 +235,9 @@ PRESETS: dict[str, VATTConfig] = {
     "base_base_small": VATTConfig(video=BASE, audio=BASE, text=SMALL),
     "medium_base_small": VATTConfig(video=MEDIUM, audio=BASE, text=SMALL),
     "large_base_small": VATTConfig(video=LARGE, audio=BASE, text=SMALL),
-    "agnostic_medium": VATTConfig(kind="modality_agnostic", video=MEDIUM, audio=MEDIUM, text=MEDIUM),
+    "agnostic_medium": VATTConfig(
+        kind="modality_agnostic", video=MEDIUM, audio=MEDIUM, text=MEDIUM
+    ),
     "tiny": VATTConfig(
         video=_TINY,
         audio=_TINY,
@@ -201,12 +253,19 @@ PRESETS: dict[str, VATTConfig] = {
         d_vt=64,
     ),
 }
-SHORT_NAMES = {"bbs": "base_base_small", "mbs": "medium_base_small", "lbs": "large_base_small", "ma": "agnostic_medium"}
+SHORT_NAMES = {
+    "bbs": "base_base_small",
+    "mbs": "medium_base_small",
+    "lbs": "large_base_small",
+    "ma": "agnostic_medium",
+}
 
 
 def preset(name: str, recipe: Recipe = "paper") -> VATTConfig:
     """The preset of that name (short names bbs, mbs, lbs, ma accepted). Raises ValueError for an unknown one."""
     full = SHORT_NAMES.get(name.lower(), name)
     if full not in PRESETS:
-        raise ValueError(f"unknown preset {name!r}; there are {', '.join(PRESETS)} (short: {', '.join(SHORT_NAMES)})")
+        raise ValueError(
+            f"unknown preset {name!r}; there are {', '.join(PRESETS)} (short: {', '.join(SHORT_NAMES)})"
+        )
     return PRESETS[full].with_recipe(recipe)

@@ -43,7 +43,15 @@ def _video(tower: TowerConfig, frames: int, side: int) -> VATTConfig:
 def _published() -> list[_Row]:
     names = {"base": BASE, "medium": MEDIUM, "large": LARGE}
     rows = [
-        _Row(1, f"{name} 32x320x320, {_VIEWS} views", _video(names[name], 32, 320), 0.0, tera * 1000, _INFERENCE, views=_VIEWS)
+        _Row(
+            1,
+            f"{name} 32x320x320, {_VIEWS} views",
+            _video(names[name], 32, 320),
+            0.0,
+            tera * 1000,
+            _INFERENCE,
+            views=_VIEWS,
+        )
         for name, tera in (("base", 9.09), ("medium", 15.02), ("large", 29.80))
     ]
     multimodal = preset("medium_base_small", "released")
@@ -53,10 +61,18 @@ def _published() -> list[_Row]:
         for drop, published in ((0.75, 188.1), (0.5, 375.4), (0.25, 574.2), (0.0, 784.8))
     ]
     rows += [
-        _Row(6, f"medium {frames}x224x224", _video(MEDIUM, frames, 224), 0.0, g, _INFERENCE) for frames, g in ((32, 548.1), (64, 1222.1))
+        _Row(6, f"medium {frames}x224x224", _video(MEDIUM, frames, 224), 0.0, g, _INFERENCE)
+        for frames, g in ((32, 548.1), (64, 1222.1))
     ]
     rows += [
-        _Row(6, "medium 32x320x320", _video(MEDIUM, 32, 320), drop, published, _TRAINING if drop else _INFERENCE)
+        _Row(
+            6,
+            "medium 32x320x320",
+            _video(MEDIUM, 32, 320),
+            drop,
+            published,
+            _TRAINING if drop else _INFERENCE,
+        )
         for drop, published in ((0.75, 279.8), (0.5, 572.5), (0.25, 898.9), (0.0, 1252.3))
     ]
     return rows
@@ -70,9 +86,17 @@ def flops_table() -> list[dict[str, Any]]:
     """
     table = []
     for row in _published():
-        convention = convention_flops(row.config, row.drop_rate, modalities=row.modalities, training=row.graph is _TRAINING)
+        convention = convention_flops(
+            row.config, row.drop_rate, modalities=row.modalities, training=row.graph is _TRAINING
+        )
         true = [
-            row.views * sum(true_flops(row.config, row.drop_rate, drop_first=first, texts=2, modalities=row.modalities).values()) / 1e9
+            row.views
+            * sum(
+                true_flops(
+                    row.config, row.drop_rate, drop_first=first, texts=2, modalities=row.modalities
+                ).values()
+            )
+            / 1e9
             for first in (False, True)
         ]
         table.append(
@@ -89,14 +113,21 @@ def flops_table() -> list[dict[str, Any]]:
     return table
 
 
-def convention_flops(config: VATTConfig, drop_rate: float, *, modalities: tuple[str, ...], training: bool) -> float:
+def convention_flops(
+    config: VATTConfig, drop_rate: float, *, modalities: tuple[str, ...], training: bool
+) -> float:
     """Forward FLOPs of one clip, text counted for two sentences of 17 tokens, as the paper's profiler saw them.
 
     Args:
         training: the training graph, as in Table 5 and the dropped rows of Table 6, or the inference graph, as in its other rows.
     """
-    total = sum(_convention(config, modality, drop_rate, _TRAINING if training else _INFERENCE) for modality in modalities)
-    heads = 2 * sum(_heads_flops(config, texts=1).values()) if len(modalities) > 1 else 0  # the profiler saw them twice
+    total = sum(
+        _convention(config, modality, drop_rate, _TRAINING if training else _INFERENCE)
+        for modality in modalities
+    )
+    heads = (
+        2 * sum(_heads_flops(config, texts=1).values()) if len(modalities) > 1 else 0
+    )  # the profiler saw them twice
     return total + heads
 
 
@@ -122,7 +153,9 @@ def true_flops(
     if not modalities or not set(modalities) <= {"video", "audio", "text"}:
         raise ValueError(f"modalities is {modalities!r}; it takes some of 'video', 'audio', 'text'")
     texts = config.texts_per_clip if texts is None else texts
-    parts = {modality: _tower_flops(config, modality, drop_rate, drop_first) for modality in modalities}
+    parts = {
+        modality: _tower_flops(config, modality, drop_rate, drop_first) for modality in modalities
+    }
     if "text" in parts:
         parts["text"] *= texts
     if len(modalities) > 1:
@@ -168,7 +201,9 @@ def _heads_flops(config: VATTConfig, texts: int) -> dict[str, int]:
     }
 
 
-def _convention(config: VATTConfig, modality: str, drop_rate: float, graph: tuple[int, int]) -> float:
+def _convention(
+    config: VATTConfig, modality: str, drop_rate: float, graph: tuple[int, int]
+) -> float:
     """One clip of one modality as the profiler counted it, for two texts of 17 tokens.
 
     2 k d P + L (24 d^2 N + 2 N^2 d + s H N^2 + e d N) + 2 m, m being the tower's parameters.
@@ -203,7 +238,9 @@ def tower_parameters(config: VATTConfig, modality: str) -> dict[str, int]:
         word_dim = config.word_dim or d
         table = {"word_table": config.vocab_size * word_dim}
         if config.agnostic:
-            own += (word_dim * d + d) + (config.words * d + 2 * d) + d  # pre_proj, positions with their norm, AGG
+            own += (
+                (word_dim * d + d) + (config.words * d + 2 * d) + d
+            )  # pre_proj, positions with their norm, AGG
         else:
             own += word_dim + (word_dim * d if config.word_dim else 0)  # AGG, projection
     else:
@@ -248,10 +285,21 @@ def parameter_table() -> list[dict[str, Any]]:
     """Rows {configuration, published_millions, millions, explanation}: the paper's Table 7 beside exact counts."""
     classes = 600
     rows = []
-    for name, tower, published in (("base", BASE, 87.9), ("medium", MEDIUM, 155.0), ("large", LARGE, 306.1)):
-        count = tower_parameters(_video(tower, 32, 224), "video")["tower"] + classes * (tower.dim + 1)
+    for name, tower, published in (
+        ("base", BASE, 87.9),
+        ("medium", MEDIUM, 155.0),
+        ("large", LARGE, 306.1),
+    ):
+        count = tower_parameters(_video(tower, 32, 224), "video")["tower"] + classes * (
+            tower.dim + 1
+        )
         rows.append(
-            _parameter_row(f"video {name}", published, count, f"with a classifier of {classes} classes, which the paper's figure includes")
+            _parameter_row(
+                f"video {name}",
+                published,
+                count,
+                f"with a classifier of {classes} classes, which the paper's figure includes",
+            )
         )
     text = tower_parameters(preset("medium_base_small", "released"), "text")
     learned = tower_parameters(preset("medium_base_small", "paper"), "text")["word_table"]
@@ -268,19 +316,32 @@ def parameter_table() -> list[dict[str, Any]]:
         "base_base_small": (197, "the paper adds its rows 87.9 + 87.9 + 20.9"),
         "medium_base_small": (264, "the paper adds its rows 155.0 + 87.9 + 20.9"),
         "large_base_small": (415, "the paper adds its rows 306.1 + 87.9 + 20.9"),
-        "agnostic_medium": (155, "the paper gives its video medium, with classifier and without the other modalities' parts"),
+        "agnostic_medium": (
+            155,
+            "the paper gives its video medium, with classifier and without the other modalities' parts",
+        ),
     }
     for name, (published, why) in sums.items():
         parts = preset_parameters(preset(name, "released"))
         text_of = ", ".join(f"{part} {count / 1e6:.2f}" for part, count in parts.items())
         rows.append(
-            _parameter_row(name, published, sum(parts.values()) - parts["word_table"], f"{text_of} (table frozen, not in the sum); {why}")
+            _parameter_row(
+                name,
+                published,
+                sum(parts.values()) - parts["word_table"],
+                f"{text_of} (table frozen, not in the sum); {why}",
+            )
         )
     return rows
 
 
 def _parameter_row(name: str, published: float, count: int, explanation: str) -> dict[str, Any]:
-    return {"configuration": name, "published_millions": published, "millions": count / 1e6, "explanation": explanation}
+    return {
+        "configuration": name,
+        "published_millions": published,
+        "millions": count / 1e6,
+        "explanation": explanation,
+    }
 
 
 def format_tables() -> str:

@@ -1,4 +1,4 @@
-"""The contrastive losses of VATT on the ``nce`` op: three published forms, masks, any number of devices.
+"""The contrastive losses of VATT on the ``contrastive_lse`` op: three published forms, masks, any number of devices.
 
 Shapes: M clips on this device, N over all W devices, P texts a clip, D dimensions of a common space.
 """
@@ -64,9 +64,15 @@ def contrastive_terms(
     if y.ndim == 2:
         y = y[:, None]
     if x.ndim != 2 or y.ndim != 3 or x.shape[0] != y.shape[0] or x.shape[-1] != y.shape[-1]:
-        raise ValueError(f"contrastive_terms takes x (M, D) and y (M, D) or (M, P, D), got {tuple(x.shape)} and {tuple(y.shape)}")
+        raise ValueError(
+            f"contrastive_terms takes x (M, D) and y (M, D) or (M, P, D), got {tuple(x.shape)} and {tuple(y.shape)}"
+        )
     M, P, _ = y.shape
-    y_valid = y.new_ones((M, P), dtype=torch.bool) if y_valid is None else y_valid.view(M, -1).expand(M, P)
+    y_valid = (
+        y.new_ones((M, P), dtype=torch.bool)
+        if y_valid is None
+        else y_valid.view(M, -1).expand(M, P)
+    )
     x_valid = x.new_ones(M, dtype=torch.bool) if x_valid is None else x_valid
     valid = x_valid & y_valid.any(1)
 
@@ -75,11 +81,23 @@ def contrastive_terms(
     y_valid_all = collectives.gather(y_valid).flatten()
     first = M * collectives.rank()
     bound = BOUND_SLACK * (scale if isinstance(scale, float) else 100.0)
-    row, col, pos = contrastive_lse(x, y_all, scale=scale, texts_per_clip=P, first=first, x_valid=x_valid, y_valid=y_valid_all, bound=bound)
+    row, col, pos = contrastive_lse(
+        x,
+        y_all,
+        scale=scale,
+        texts_per_clip=P,
+        first=first,
+        x_valid=x_valid,
+        y_valid=y_valid_all,
+        bound=bound,
+    )
     # col covers this device's x only: the devices' parts are joined, then each clip joins its own P texts
     col = collectives.gather(col)[:, first * P : (first + M) * P].unflatten(1, (M, P))  # (W, M, P)
     col = _masked_logsumexp(col.transpose(0, 1).flatten(1), valid)
-    row, pos = row.masked_fill(~valid, 0), pos.masked_fill(~valid, -math.log(2))  # any finite values: the term is dropped
+    row, pos = (
+        row.masked_fill(~valid, 0),
+        pos.masked_fill(~valid, -math.log(2)),
+    )  # any finite values: the term is dropped
     return nce_terms(row, col, pos, form).masked_fill(~valid, 0), valid
 
 
@@ -122,14 +140,26 @@ def vatt_loss(
         ValueError: no pair of modalities in the output.
     """
     scale = 1 / config.temperature if scale is None else scale
-    pairs = {"va": (output.z_video_va, output.z_audio_va, audio_valid), "vt": (output.z_video_vt, output.z_text_vt, text_valid)}
+    pairs = {
+        "va": (output.z_video_va, output.z_audio_va, audio_valid),
+        "vt": (output.z_video_vt, output.z_text_vt, text_valid),
+    }
     losses = {}
     for name, (z_video, z_other, other_valid) in pairs.items():
         if z_video is not None and z_other is not None:
-            terms = contrastive_terms(z_video, z_other, scale=scale, form=config.nce_form, x_valid=video_valid, y_valid=other_valid)
+            terms = contrastive_terms(
+                z_video,
+                z_other,
+                scale=scale,
+                form=config.nce_form,
+                x_valid=video_valid,
+                y_valid=other_valid,
+            )
             losses[name] = global_mean(*terms)
     if not losses:
-        raise ValueError("the output holds no pair of modalities; a loss needs video with audio, or video with text")
+        raise ValueError(
+            "the output holds no pair of modalities; a loss needs video with audio, or video with text"
+        )
     weights = {"va": config.va_weight, "vt": config.vt_weight}
     weighted = [weights[name] * value for name, value in losses.items()]
     return VATTLoss(weighted[0] if len(weighted) == 1 else weighted[0] + weighted[1], **losses)

@@ -72,7 +72,16 @@ class PatchTokens(nn.Module):
     on one token, so patches are dropped before the projection in both cases.
     """
 
-    def __init__(self, patch: tuple[int, ...], values: int, grid: tuple[int, ...], dim: int, *, pre_proj: bool, dropout: float):
+    def __init__(
+        self,
+        patch: tuple[int, ...],
+        values: int,
+        grid: tuple[int, ...],
+        dim: int,
+        *,
+        pre_proj: bool,
+        dropout: float,
+    ):
         super().__init__()
         self.patch, self.dropout = patch, dropout
         self.project = _dense(values, dim)
@@ -80,14 +89,34 @@ class PatchTokens(nn.Module):
         self.position = PositionTable(grid, dim)
         self.agg = nn.Parameter(torch.randn(dim) * dim**-0.5)
 
-    def forward(self, patches: Tensor, grid: tuple[int, ...], keep: Tensor | None, *, scale: float, shift: float) -> Tensor:
+    def forward(
+        self,
+        patches: Tensor,
+        grid: tuple[int, ...],
+        keep: Tensor | None,
+        *,
+        scale: float,
+        shift: float,
+    ) -> Tensor:
         """patches (B, N, k), or only the kept (B, K, k) -> tokens (B, 1 + K, dim)."""
         position = self.position(grid)
         gathered = keep is not None and patches.shape[1] == keep.shape[-1]
         weight, bias = self.project.weight, self.project.bias
         if self.pre_proj is None and not (self.training and self.dropout):
-            return patch_embed(patches, weight, bias, position, keep, scale=scale, shift=shift, agg=self.agg, gathered=gathered)
-        tokens = patch_embed(patches, weight, bias, None, keep, scale=scale, shift=shift, gathered=gathered)
+            return patch_embed(
+                patches,
+                weight,
+                bias,
+                position,
+                keep,
+                scale=scale,
+                shift=shift,
+                agg=self.agg,
+                gathered=gathered,
+            )
+        tokens = patch_embed(
+            patches, weight, bias, None, keep, scale=scale, shift=shift, gathered=gathered
+        )
         if self.pre_proj is not None:
             tokens = F.gelu(self.pre_proj(tokens))
         tokens = tokens + (position if keep is None else position[keep]).to(tokens.dtype)
@@ -146,7 +175,9 @@ class Block(nn.Module):
         self.mlp_in = _dense(tower.dim, tower.mlp_dim, bias=not t5)
         self.mlp_out = _dense(tower.mlp_dim, tower.dim, bias=not t5)
 
-    def forward(self, x: Tensor, bias: Tensor | None, key_mask: Tensor | None, agg_only: bool) -> Tensor:
+    def forward(
+        self, x: Tensor, bias: Tensor | None, key_mask: Tensor | None, agg_only: bool
+    ) -> Tensor:
         """x (B, T, dim) -> (B, T, dim), or with ``agg_only`` the same function's (B, 1, dim) at index 0."""
         attended = self._attend(self.attention_norm(x), bias, key_mask, agg_only)
         if agg_only:
@@ -155,27 +186,43 @@ class Block(nn.Module):
         hidden = self._drop(F.gelu(self.mlp_in(self.mlp_norm(x))))
         return x + self._drop(self.mlp_out(hidden))
 
-    def _attend(self, x: Tensor, bias: Tensor | None, key_mask: Tensor | None, agg_only: bool) -> Tensor:
+    def _attend(
+        self, x: Tensor, bias: Tensor | None, key_mask: Tensor | None, agg_only: bool
+    ) -> Tensor:
         if agg_only:
             inner = self.qkv.out_features // 3
-            q_bias, kv_bias = (None, None) if self.qkv.bias is None else self.qkv.bias.split((inner, 2 * inner))
-            q = F.linear(x[:, :1], self.qkv.weight[:inner], q_bias).unflatten(-1, (self.num_heads, -1))
-            k, v = F.linear(x, self.qkv.weight[inner:], kv_bias).unflatten(-1, (2, self.num_heads, -1)).unbind(2)
+            q_bias, kv_bias = (
+                (None, None) if self.qkv.bias is None else self.qkv.bias.split((inner, 2 * inner))
+            )
+            q = F.linear(x[:, :1], self.qkv.weight[:inner], q_bias).unflatten(
+                -1, (self.num_heads, -1)
+            )
+            k, v = (
+                F.linear(x, self.qkv.weight[inner:], kv_bias)
+                .unflatten(-1, (2, self.num_heads, -1))
+                .unbind(2)
+            )
             bias = None if bias is None else bias[:, :1]
         else:
-            q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2)  # strided views, no copy
+            q, k, v = (
+                self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
+            )  # strided views, no copy
         if self.training and self.dropout:
             return self._attend_with_dropout(q, k, v, bias, key_mask).flatten(2)
         return attention(q, k, v, scale=self.scale, bias=bias, key_mask=key_mask)[0].flatten(2)
 
-    def _attend_with_dropout(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, key_mask: Tensor | None) -> Tensor:
+    def _attend_with_dropout(
+        self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, key_mask: Tensor | None
+    ) -> Tensor:
         """Dropout on attention probabilities (recipe ``released``) is torch's; our op has none."""
         mask = None if bias is None else bias[None].to(q.dtype)
         if key_mask is not None:
             allowed = key_mask[:, None, None, :]
             mask = allowed if mask is None else mask.masked_fill(~allowed, -math.inf)
         q, k, v = (part.transpose(1, 2) for part in (q, k, v))
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=self.dropout, scale=self.scale).transpose(1, 2)
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, dropout_p=self.dropout, scale=self.scale
+        ).transpose(1, 2)
 
     def _drop(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.dropout, self.training)
@@ -184,14 +231,28 @@ class Block(nn.Module):
 class Encoder(nn.Module):
     """The same function for every modality and both kinds of model. ``t5`` adds the relative position bias of the text tower."""
 
-    def __init__(self, tower: TowerConfig, *, t5: bool = False, dropout: float = 0.0, buckets: int = 32, max_distance: int = 64):
+    def __init__(
+        self,
+        tower: TowerConfig,
+        *,
+        t5: bool = False,
+        dropout: float = 0.0,
+        buckets: int = 32,
+        max_distance: int = 64,
+    ):
         super().__init__()
         self.dropout, self.max_distance = dropout, max_distance
-        self.relative_bias = nn.Parameter(torch.randn(buckets, tower.num_heads) * tower.dim**-0.5) if t5 else None
-        self.blocks = nn.ModuleList(Block(tower, t5=t5, dropout=dropout) for _ in range(tower.depth))
+        self.relative_bias = (
+            nn.Parameter(torch.randn(buckets, tower.num_heads) * tower.dim**-0.5) if t5 else None
+        )
+        self.blocks = nn.ModuleList(
+            Block(tower, t5=t5, dropout=dropout) for _ in range(tower.depth)
+        )
         self.norm = _norm(tower.dim, t5)
 
-    def forward(self, x: Tensor, key_mask: Tensor | None = None, *, agg_only: bool = False) -> Tensor:
+    def forward(
+        self, x: Tensor, key_mask: Tensor | None = None, *, agg_only: bool = False
+    ) -> Tensor:
         """x (B, T, dim) -> features (B, T, dim); ``agg_only``: (B, 1, dim), the last block's queries, output and MLP for AGG alone."""
         bias = self._bias(x.shape[1])
         for i, block in enumerate(self.blocks):
@@ -201,7 +262,9 @@ class Encoder(nn.Module):
     def _bias(self, length: int) -> Tensor | None:
         if self.relative_bias is None:
             return None
-        buckets = _relative_buckets(length, self.relative_bias.shape[0], self.max_distance).to(self.relative_bias.device)
+        buckets = _relative_buckets(length, self.relative_bias.shape[0], self.max_distance).to(
+            self.relative_bias.device
+        )
         return self.relative_bias[buckets].permute(2, 0, 1)  # (H, T, T)
 
 
@@ -248,7 +311,10 @@ class CommonSpace(nn.Module):
         def norm(dim: int) -> BatchNorm:
             return BatchNorm(dim, momentum=config.batch_norm_momentum, eps=config.batch_norm_eps)
 
-        self.video_hidden, self.video_hidden_norm = _dense(config.pooled_dim("video"), d_va, bias=False), norm(d_va)
+        self.video_hidden, self.video_hidden_norm = (
+            _dense(config.pooled_dim("video"), d_va, bias=False),
+            norm(d_va),
+        )
         self.video_va, self.video_va_norm = _dense(d_va, d_va, bias=False), norm(d_va)
         self.audio_va = _dense(config.pooled_dim("audio"), d_va, bias=not paper)
         self.video_vt, self.video_vt_norm = _dense(d_va, d_vt, bias=False), norm(d_vt)
@@ -260,7 +326,9 @@ class CommonSpace(nn.Module):
         """pooled (B, dim) -> z_video_va (B, d_va), z_video_vt (B, d_vt), not normalised to unit length."""
         hidden = F.relu(self.video_hidden_norm(self.video_hidden(pooled), valid))
         z_va = self.video_va_norm(self.video_va(hidden), valid)
-        return z_va, self.video_vt_norm(self.video_vt(F.relu(z_va) if self.relu_before_vt else z_va), valid)
+        return z_va, self.video_vt_norm(
+            self.video_vt(F.relu(z_va) if self.relu_before_vt else z_va), valid
+        )
 
     def audio(self, pooled: Tensor, valid: Tensor | None = None) -> Tensor:
         z = self.audio_va(pooled)
@@ -303,22 +371,38 @@ class VATT(nn.Module):
     def __init__(self, config: VATTConfig):
         super().__init__()
         self.config = config
-        self.vocabulary: Vocabulary | None = None  # travels with a saved folder, so that ``encode`` takes sentences
+        self.vocabulary: Vocabulary | None = (
+            None  # travels with a saved folder, so that ``encode`` takes sentences
+        )
         c, pre_proj, dropout = config, config.agnostic, config.dropout
         patch_options: dict[str, Any] = dict(pre_proj=pre_proj, dropout=dropout)
-        self.video_tokens = PatchTokens(c.video_patch, c.video_patch_values, c.video_grid, c.video.dim, **patch_options)
-        self.audio_tokens = PatchTokens((c.audio_patch,), c.audio_patch, (c.num_audio_patches,), c.audio.dim, **patch_options)
+        self.video_tokens = PatchTokens(
+            c.video_patch, c.video_patch_values, c.video_grid, c.video.dim, **patch_options
+        )
+        self.audio_tokens = PatchTokens(
+            (c.audio_patch,), c.audio_patch, (c.num_audio_patches,), c.audio.dim, **patch_options
+        )
         self.text_tokens = WordTokens(c, c.text.dim)
         if config.agnostic:
             self.trunk = Encoder(c.video, dropout=dropout)
-            self.post_proj = nn.ModuleDict({m: _dense(c.video.dim, c.pooled_dim(m)) for m in ("video", "audio", "text")})
+            self.post_proj = nn.ModuleDict(
+                {m: _dense(c.video.dim, c.pooled_dim(m)) for m in ("video", "audio", "text")}
+            )
         else:
             self.video_encoder = Encoder(c.video, dropout=dropout)
             self.audio_encoder = Encoder(c.audio, dropout=dropout)
-            self.text_encoder = Encoder(c.text, t5=True, dropout=dropout, buckets=c.relative_buckets, max_distance=c.relative_max_distance)
+            self.text_encoder = Encoder(
+                c.text,
+                t5=True,
+                dropout=dropout,
+                buckets=c.relative_buckets,
+                max_distance=c.relative_max_distance,
+            )
         self.common_space = CommonSpace(c)
         # log(1 / temperature); fp32 always, learned only when the config says so
-        self.log_scale = nn.Parameter(torch.tensor(-math.log(c.temperature)), requires_grad=c.learn_temperature)
+        self.log_scale = nn.Parameter(
+            torch.tensor(-math.log(c.temperature)), requires_grad=c.learn_temperature
+        )
 
     def forward(
         self,
@@ -353,7 +437,9 @@ class VATT(nn.Module):
         if video is None and audio is None and text is None:
             raise ValueError("no input; give at least one of video, audio, text")
         if video is not None:
-            out.video_features, out.video_pooled = self._encode_video(video, video_keep, video_grid, features)
+            out.video_features, out.video_pooled = self._encode_video(
+                video, video_keep, video_grid, features
+            )
             out.z_video_va, out.z_video_vt = self.common_space.video(out.video_pooled, video_valid)
         if audio is not None:
             out.audio_features, out.audio_pooled = self._encode_audio(audio, audio_keep, features)
@@ -365,7 +451,9 @@ class VATT(nn.Module):
             out.text_pooled, out.z_text_vt = pooled.unflatten(0, lead), z.unflatten(0, lead)
         return out
 
-    def _encode_video(self, video: Tensor, keep, grid, features: bool) -> tuple[Tensor | None, Tensor]:
+    def _encode_video(
+        self, video: Tensor, keep, grid, features: bool
+    ) -> tuple[Tensor | None, Tensor]:
         c = self.config
         scale, shift = (2 / 255, -1.0) if video.dtype == torch.uint8 else (1.0, 0.0)
         if video.ndim == 5 and video.shape[-1] == 3:
@@ -374,10 +462,16 @@ class VATT(nn.Module):
                 video = video.expand(-1, c.video_patch[0], -1, -1, -1)
             _, frames, height, width, _ = video.shape
             grid = video_grid(frames, height, width, c.video_patch)
-            video = patchify(video, c.video_patch, pad_value=0 if video.dtype == torch.uint8 else -1)
+            video = patchify(
+                video, c.video_patch, pad_value=0 if video.dtype == torch.uint8 else -1
+            )
         elif video.ndim != 3:
-            raise ValueError(f"video is {tuple(video.shape)}; it takes frames (B, T, H, W, 3) or patch rows (B, N, {c.video_patch_values})")
-        return self._encode_patches("video", video, keep, grid or c.video_grid, features, scale=scale, shift=shift)
+            raise ValueError(
+                f"video is {tuple(video.shape)}; it takes frames (B, T, H, W, 3) or patch rows (B, N, {c.video_patch_values})"
+            )
+        return self._encode_patches(
+            "video", video, keep, grid or c.video_grid, features, scale=scale, shift=shift
+        )
 
     def _encode_audio(self, audio: Tensor, keep, features: bool) -> tuple[Tensor | None, Tensor]:
         c = self.config
@@ -389,10 +483,22 @@ class VATT(nn.Module):
             only_kept = keep is not None and audio.shape[1] == keep.shape[-1]
             grid = (c.num_audio_patches if only_kept else audio.shape[1],)
         else:
-            raise ValueError(f"audio is {tuple(audio.shape)}; it takes a waveform (B, S) or patch rows (B, N, {c.audio_patch})")
+            raise ValueError(
+                f"audio is {tuple(audio.shape)}; it takes a waveform (B, S) or patch rows (B, N, {c.audio_patch})"
+            )
         return self._encode_patches("audio", audio, keep, grid, features, scale=1.0, shift=0.0)
 
-    def _encode_patches(self, modality: str, patches: Tensor, keep, grid, features: bool, *, scale: float, shift: float):
+    def _encode_patches(
+        self,
+        modality: str,
+        patches: Tensor,
+        keep,
+        grid,
+        features: bool,
+        *,
+        scale: float,
+        shift: float,
+    ):
         tokens: PatchTokens = getattr(self, f"{modality}_tokens")
         count = math.prod(grid)
         _refuse_empty(modality, patches)
@@ -402,31 +508,52 @@ class VATT(nn.Module):
         if patches.shape[1] not in (count, kept) or patches.shape[2] != tokens.project.in_features:
             raise ValueError(
                 f"{modality} patches are {tuple(patches.shape)}; a grid of {grid} takes (B, {count}, {tokens.project.in_features})"
-                + (f" or the {kept} kept rows" if keep is not None else "; another size needs frames, or video_grid")
+                + (
+                    f" or the {kept} kept rows"
+                    if keep is not None
+                    else "; another size needs frames, or video_grid"
+                )
             )
         x = tokens(patches, grid, keep, scale=scale, shift=shift)
         return self._run_encoder(modality, x, None, features)
 
     def _encode_text(self, text: Tensor, features: bool) -> tuple[Tensor | None, Tensor]:
         if text.ndim not in (2, 3) or text.is_floating_point() or text.dtype == torch.bool:
-            raise ValueError(f"text is {tuple(text.shape)} {text.dtype}; it takes integer word ids (B, P, W) or (B, W)")
+            raise ValueError(
+                f"text is {tuple(text.shape)} {text.dtype}; it takes integer word ids (B, P, W) or (B, W)"
+            )
         _refuse_empty("text", text)
         ids = text.flatten(0, -2).long()
         if self.config.agnostic and ids.shape[1] > self.config.words:
-            raise ValueError(f"text has {ids.shape[1]} words; this model's position table holds {self.config.words}: cut the sentences")
+            raise ValueError(
+                f"text has {ids.shape[1]} words; this model's position table holds {self.config.words}: cut the sentences"
+            )
         key_mask = F.pad(ids != 0, (1, 0), value=True)  # AGG is always attended
         return self._run_encoder("text", self.text_tokens(ids), key_mask, features)
 
-    def _run_encoder(self, modality: str, x: Tensor, key_mask: Tensor | None, features: bool) -> tuple[Tensor | None, Tensor]:
+    def _run_encoder(
+        self, modality: str, x: Tensor, key_mask: Tensor | None, features: bool
+    ) -> tuple[Tensor | None, Tensor]:
         if dtype := autocast_dtype(x.device):
             x = x.to(dtype)  # the residual stream in the compute dtype, for text as for patches
-        encoder: Encoder = self.trunk if self.config.agnostic else getattr(self, f"{modality}_encoder")
+        encoder: Encoder = (
+            self.trunk if self.config.agnostic else getattr(self, f"{modality}_encoder")
+        )
         x = encoder(x, key_mask, agg_only=not features)
         if self.config.agnostic:
             x = F.gelu(self.post_proj[modality](x))
         return (x if features else None), x[:, 0]
 
-    def sample_keep(self, drop_rate: float, *, seed: int, step: int, rank: int = 0, per: str = "batch", batch: int | None = None):
+    def sample_keep(
+        self,
+        drop_rate: float,
+        *,
+        seed: int,
+        step: int,
+        rank: int = 0,
+        per: str = "batch",
+        batch: int | None = None,
+    ):
         """DropToken for one step, as ``forward`` takes it: {"video_keep": ..., "audio_keep": ...}, drawn on the host.
 
         Args:
@@ -443,7 +570,15 @@ class VATT(nn.Module):
         counts = {"video": self.config.num_video_patches, "audio": self.config.num_audio_patches}
         return {
             f"{modality}_keep": torch.from_numpy(
-                sample_keep(count, drop_rate, seed=seed, step=step, stream=f"{modality}/{rank}", per=per, batch=batch)
+                sample_keep(
+                    count,
+                    drop_rate,
+                    seed=seed,
+                    step=step,
+                    stream=f"{modality}/{rank}",
+                    per=per,
+                    batch=batch,
+                )
             )
             for modality, count in counts.items()
         }
@@ -459,7 +594,9 @@ class VATT(nn.Module):
         """Bring a learned temperature back to at least 1/100; call after each optimizer step, or it could stick beyond the clamp."""
         self.log_scale.clamp_(max=math.log(MAX_SCALE))
 
-    def encode(self, video=None, audio=None, text: str | Sequence[str] | None = None, **options) -> dict[str, Tensor]:
+    def encode(
+        self, video=None, audio=None, text: str | Sequence[str] | None = None, **options
+    ) -> dict[str, Tensor]:
         """Unit-norm embeddings of arrays or media files; see ``vatt_fast.encoding.encode``."""
         from .encoding import encode
 
@@ -507,14 +644,20 @@ def _prepend(agg: Tensor, tokens: Tensor) -> Tensor:
 
 def _refuse_empty(name: str, x: Tensor) -> None:
     if 0 in x.shape:
-        raise ValueError(f"{name} is {tuple(x.shape)}; an empty batch or clip cannot be encoded: leave the modality out instead")
+        raise ValueError(
+            f"{name} is {tuple(x.shape)}; an empty batch or clip cannot be encoded: leave the modality out instead"
+        )
 
 
 def _checked_keep(modality: str, keep: Tensor | np.ndarray, count: int, patches: Tensor) -> Tensor:
     if isinstance(keep, np.ndarray):
         keep = torch.from_numpy(keep)
-    if keep.device.type == "cpu" and not torch.compiler.is_compiling():  # on a device it was checked where it was drawn
+    if (
+        keep.device.type == "cpu" and not torch.compiler.is_compiling()
+    ):  # on a device it was checked where it was drawn
         check_keep(keep, count, name=f"{modality}_keep")
     if keep.ndim == 2 and keep.shape[0] != patches.shape[0]:
-        raise ValueError(f"{modality}_keep is {tuple(keep.shape)} for a batch of {patches.shape[0]}; it takes (K,) or (B, K)")
+        raise ValueError(
+            f"{modality}_keep is {tuple(keep.shape)} for a batch of {patches.shape[0]}; it takes (K,) or (B, K)"
+        )
     return keep.to(patches.device)

@@ -33,7 +33,9 @@ def resample_matrix(n_old: int, n_new: int) -> np.ndarray:
 
 
 @functools.lru_cache(maxsize=8)
-def relative_position_buckets(length: int, num_buckets: int = 32, max_distance: int = 64) -> np.ndarray:
+def relative_position_buckets(
+    length: int, num_buckets: int = 32, max_distance: int = 64
+) -> np.ndarray:
     """(length, length) int64 bucket of query position minus key position, bidirectional (T5; Raffel et al. 2020, section 2.1).
 
     Half of the buckets serve keys after the query. In each half the first half holds exact distances, the rest grows

@@ -28,11 +28,15 @@ def create_model(name: str | Path, *, recipe: str | None = None) -> VATT:
     """
     if Path(name).is_dir():
         if recipe is not None:
-            raise ValueError(f"{name} is a saved model, whose config holds its recipe; leave recipe out")
+            raise ValueError(
+                f"{name} is a saved model, whose config holds its recipe; leave recipe out"
+            )
         return load_model(name)
     if str(name).lower() in (*PRESETS, *SHORT_NAMES):
         return VATT(preset(str(name), recipe or "paper"))  # type: ignore[arg-type]
-    raise ValueError(f"{str(name)!r} is neither a folder nor a preset; presets are {', '.join(PRESETS)} (short: {', '.join(SHORT_NAMES)})")
+    raise ValueError(
+        f"{str(name)!r} is neither a folder nor a preset; presets are {', '.join(PRESETS)} (short: {', '.join(SHORT_NAMES)})"
+    )
 
 
 def save_model(model: VATT, folder: str | Path) -> None:
@@ -48,7 +52,9 @@ def load_model(folder: str | Path) -> VATT:
     folder = Path(folder)
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
-            raise ValueError(f"{folder} has no {name}; it must be a folder written by save_pretrained or pretrain")
+            raise ValueError(
+                f"{folder} has no {name}; it must be a folder written by save_pretrained or pretrain"
+            )
     try:
         config = VATTConfig.from_json((folder / CONFIG).read_text())
     except (ValueError, TypeError) as error:
@@ -74,14 +80,22 @@ def load_weights(model: torch.nn.Module, tensors: dict[str, Tensor], *, source: 
     ]
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise ValueError(f"{source} does not fit the config: {'; '.join(problems[:3])}{more}; use the config.json it was saved with")
+        raise ValueError(
+            f"{source} does not fit the config: {'; '.join(problems[:3])}{more}; use the config.json it was saved with"
+        )
     model.load_state_dict(tensors)
 
 
-def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+def save_tensors(
+    tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None
+) -> None:
     """Write safetensors so that ``path`` is either the old file or the whole new one, whenever the process dies."""
     part = path.with_name(path.name + ".part")
-    save_file({name: value.detach().contiguous() for name, value in tensors.items()}, part, metadata=metadata)
+    save_file(
+        {name: value.detach().contiguous() for name, value in tensors.items()},
+        part,
+        metadata=metadata,
+    )
     part.replace(path)
 
 
@@ -90,7 +104,9 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except SafetensorError as error:
-        raise ValueError(f"{path} is not a whole safetensors file ({error}); it was cut short or damaged: save it again") from error
+        raise ValueError(
+            f"{path} is not a whole safetensors file ({error}); it was cut short or damaged: save it again"
+        ) from error
 
 
 def load_metadata(path: Path) -> dict[str, str]:

@@ -45,26 +45,44 @@ def attention(
     if dtype := autocast_dtype(q.device):
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     if not q.dtype == k.dtype == v.dtype:
-        raise ValueError(f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}; they must share one dtype: cast them, or use autocast")
+        raise ValueError(
+            f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}; they must share one dtype: cast them, or use autocast"
+        )
     if deterministic is None:
         deterministic = torch.are_deterministic_algorithms_enabled()
     bias_grad = bias is not None and bias.requires_grad and torch.is_grad_enabled()
-    return _attention(q, k, v, bias, key_mask, float(scale), deterministic, bias_grad, requested("attention"))
+    return _attention(
+        q, k, v, bias, key_mask, float(scale), deterministic, bias_grad, requested("attention")
+    )
 
 
 def _check(q, k, v, bias, key_mask):
-    if q.ndim != 4 or k.shape != v.shape or k.ndim != 4 or q.shape[0] != k.shape[0] or q.shape[2:] != k.shape[2:]:
+    if (
+        q.ndim != 4
+        or k.shape != v.shape
+        or k.ndim != 4
+        or q.shape[0] != k.shape[0]
+        or q.shape[2:] != k.shape[2:]
+    ):
         raise ValueError(
             f"attention takes q (B, T, H, head_dim), k and v (B, S, H, head_dim), got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
         )
     if 0 in q.shape or 0 in k.shape:
-        raise ValueError(f"q {tuple(q.shape)} or k {tuple(k.shape)} is empty; every axis needs at least one element")
+        raise ValueError(
+            f"q {tuple(q.shape)} or k {tuple(k.shape)} is empty; every axis needs at least one element"
+        )
     check_one_device(q=q, k=k, v=v, bias=bias, key_mask=key_mask)
     if not q.is_floating_point():
         raise ValueError(f"q is {q.dtype}; attention takes floating point")
-    if bias is not None and (bias.shape != (q.shape[2], q.shape[1], k.shape[1]) or not bias.is_floating_point()):
-        raise ValueError(f"bias is {tuple(bias.shape)} {bias.dtype}; it must be float (H, T, S) = {(q.shape[2], q.shape[1], k.shape[1])}")
-    if key_mask is not None and (key_mask.shape != (q.shape[0], k.shape[1]) or key_mask.dtype != torch.bool):
+    if bias is not None and (
+        bias.shape != (q.shape[2], q.shape[1], k.shape[1]) or not bias.is_floating_point()
+    ):
+        raise ValueError(
+            f"bias is {tuple(bias.shape)} {bias.dtype}; it must be float (H, T, S) = {(q.shape[2], q.shape[1], k.shape[1])}"
+        )
+    if key_mask is not None and (
+        key_mask.shape != (q.shape[0], k.shape[1]) or key_mask.dtype != torch.bool
+    ):
         raise ValueError(
             f"key_mask is {tuple(key_mask.shape)} {key_mask.dtype}; it must be bool (B, S) = {(q.shape[0], k.shape[1])}, True = attend"
         )
@@ -85,13 +103,17 @@ def _forward(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     options = dict(scale=scale, bias=bias, key_mask=key_mask, deterministic=deterministic)
-    out, lse = choose("attention", "fwd", backend, q, k, v, **options, bias_grad=bias_grad).forward(q, k, v, **options)
+    out, lse = choose("attention", "fwd", backend, q, k, v, **options, bias_grad=bias_grad).forward(
+        q, k, v, **options
+    )
     return out.contiguous(), lse.contiguous()
 
 
 def _fake_forward(q, k, v, bias, key_mask, scale, deterministic, bias_grad, backend):
     B, T, H, _ = q.shape
-    return q.new_empty(q.shape), q.new_empty((B, H, T), dtype=torch.promote_types(q.dtype, torch.float32))
+    return q.new_empty(q.shape), q.new_empty(
+        (B, H, T), dtype=torch.promote_types(q.dtype, torch.float32)
+    )
 
 
 def _backward(
@@ -109,14 +131,20 @@ def _backward(
     bias_grad: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    options = dict(scale=scale, bias=bias, key_mask=key_mask, deterministic=deterministic, bias_grad=bias_grad)
+    options = dict(
+        scale=scale, bias=bias, key_mask=key_mask, deterministic=deterministic, bias_grad=bias_grad
+    )
     module = choose("attention", "bwd", backend, q, k, v, **options)
     d_q, d_k, d_v, d_bias = module.backward(d_out, d_lse, q, k, v, out, lse, **options)
-    d_bias = q.new_empty(0) if d_bias is None or bias is None else d_bias.to(bias.dtype).contiguous()
+    d_bias = (
+        q.new_empty(0) if d_bias is None or bias is None else d_bias.to(bias.dtype).contiguous()
+    )
     return d_q.contiguous(), d_k.contiguous(), d_v.contiguous(), d_bias
 
 
-def _fake_backward(d_out, d_lse, q, k, v, bias, key_mask, out, lse, scale, deterministic, bias_grad, backend):
+def _fake_backward(
+    d_out, d_lse, q, k, v, bias, key_mask, out, lse, scale, deterministic, bias_grad, backend
+):
     d_bias = bias.new_empty(bias.shape) if bias_grad else q.new_empty(0)
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), d_bias
 
@@ -132,13 +160,27 @@ def _differentiate(ctx, d_out, d_lse):
     if d_out is None:
         d_out = torch.zeros_like(out)
     d_q, d_k, d_v, d_bias = _attention_backward(
-        d_out, d_lse, q, k, v, bias, key_mask, out, lse, ctx.scale, ctx.deterministic, ctx.bias_grad, ctx.backend
+        d_out,
+        d_lse,
+        q,
+        k,
+        v,
+        bias,
+        key_mask,
+        out,
+        lse,
+        ctx.scale,
+        ctx.deterministic,
+        ctx.bias_grad,
+        ctx.backend,
     )
     return d_q, d_k, d_v, d_bias if ctx.bias_grad else None, None, None, None, None, None
 
 
 def _refuse(ctx, *_):
-    raise NotImplementedError("attention has no second derivative; for one, write it with torch.softmax")
+    raise NotImplementedError(
+        "attention has no second derivative; for one, write it with torch.softmax"
+    )
 
 
 _attention = operator("attention", _forward, _fake_forward, _differentiate, _save)
@@ -152,6 +194,10 @@ def _flops(q_shape, k_shape, v_shape, *args, out_shape=None, **kwargs) -> int:
 
 
 @register_flop_formula(torch.ops.vatt_fast.attention_backward)
-def _backward_flops(d_out_shape, d_lse_shape, q_shape, k_shape, *args, out_shape=None, **kwargs) -> int:
+def _backward_flops(
+    d_out_shape, d_lse_shape, q_shape, k_shape, *args, out_shape=None, **kwargs
+) -> int:
     B, T, H, head_dim = q_shape
-    return 10 * B * H * T * k_shape[1] * head_dim  # five products, the scores' recomputation one of them
+    return (
+        10 * B * H * T * k_shape[1] * head_dim
+    )  # five products, the scores' recomputation one of them

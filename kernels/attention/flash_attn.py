@@ -6,17 +6,42 @@ from flash_attn.flash_attn_interface import _flash_attn_backward, _flash_attn_fo
 from . import reference
 
 _MAX_HEAD_DIM = 256
-_EVERYWHERE = dict(window_size_left=-1, window_size_right=-1, softcap=0.0, alibi_slopes=None)  # no window, no cap, no slopes
+_EVERYWHERE = dict(
+    window_size_left=-1, window_size_right=-1, softcap=0.0, alibi_slopes=None
+)  # no window, no cap, no slopes
 
 # B batch, T queries, S keys, H heads: flash-attn's own layout
 
 
 def forward(q, k, v, *, scale, bias=None, key_mask=None, deterministic=False):
-    out, lse, *_ = _flash_attn_forward(q, k, v, dropout_p=0.0, softmax_scale=scale, causal=False, return_softmax=False, **_EVERYWHERE)
+    out, lse, *_ = _flash_attn_forward(
+        q,
+        k,
+        v,
+        dropout_p=0.0,
+        softmax_scale=scale,
+        causal=False,
+        return_softmax=False,
+        **_EVERYWHERE,
+    )
     return out, lse
 
 
-def backward(d_out, d_lse, q, k, v, out, lse, *, scale, bias=None, key_mask=None, deterministic=False, bias_grad=False):
+def backward(
+    d_out,
+    d_lse,
+    q,
+    k,
+    v,
+    out,
+    lse,
+    *,
+    scale,
+    bias=None,
+    key_mask=None,
+    deterministic=False,
+    bias_grad=False,
+):
     if d_lse is not None:  # its backward knows no gradient of lse
         return reference.backward(d_out, d_lse, q, k, v, out, lse, scale=scale)
     d_q, d_k, d_v = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
@@ -27,7 +52,9 @@ def backward(d_out, d_lse, q, k, v, out, lse, *, scale, bias=None, key_mask=None
     return d_q, d_k, d_v, None
 
 
-def unsupported(q, k, v, *, scale, bias=None, key_mask=None, deterministic=False, bias_grad=False) -> str | None:
+def unsupported(
+    q, k, v, *, scale, bias=None, key_mask=None, deterministic=False, bias_grad=False
+) -> str | None:
     if q.device.type != "cuda":
         return f"tensors are on {q.device.type}; flash-attn runs on GPUs"
     if bias is not None or key_mask is not None:

@@ -29,14 +29,41 @@ def forward(q, k, v, *, scale, bias=None, key_mask=None, deterministic=False):
     return out, lse
 
 
-def backward(d_out, d_lse, q, k, v, out, lse, *, scale, bias=None, key_mask=None, deterministic=False, bias_grad=False):
+def backward(
+    d_out,
+    d_lse,
+    q,
+    k,
+    v,
+    out,
+    lse,
+    *,
+    scale,
+    bias=None,
+    key_mask=None,
+    deterministic=False,
+    bias_grad=False,
+):
     if q.dtype == torch.float32:
-        return native_short.backward(d_out, d_lse, q, k, v, lse, scale=scale, bias=bias, key_mask=key_mask, bias_grad=bias_grad)
+        return native_short.backward(
+            d_out,
+            d_lse,
+            q,
+            k,
+            v,
+            lse,
+            scale=scale,
+            bias=bias,
+            key_mask=key_mask,
+            bias_grad=bias_grad,
+        )
     _, T, H, _ = q.shape
     d_out, out = (x if x.stride(-1) == 1 else x.contiguous() for x in (d_out, out))
     shape, threads, scratch = _prepare(q, k, backward=True)
     key_mask = None if key_mask is None else key_mask.contiguous()
-    bias = None if bias is None else bias.to(torch.float32).transpose(1, 2).contiguous()  # the backward takes scores transposed
+    bias = (
+        None if bias is None else bias.to(torch.float32).transpose(1, 2).contiguous()
+    )  # the backward takes scores transposed
     lse = lse.contiguous()
     d_lse = None if d_lse is None else d_lse.to(torch.float32).contiguous()
     d_q, d_k, d_v = (torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
@@ -52,12 +79,19 @@ def backward(d_out, d_lse, q, k, v, out, lse, *, scale, bias=None, key_mask=None
 def _prepare(q, k, *, backward: bool):
     """The sizes, the number of threads and working memory for each of them, on a cache line's border."""
     B, T, H, D = q.shape
-    shape, threads = (B, T, k.shape[1], H, D), min(torch.get_num_threads(), B * H if backward else B * H * -(-T // 32))
-    scratch = torch.empty(native.extension.attention_scratch(shape, threads, backward) + 64, dtype=torch.uint8)
+    shape, threads = (
+        (B, T, k.shape[1], H, D),
+        min(torch.get_num_threads(), B * H if backward else B * H * -(-T // 32)),
+    )
+    scratch = torch.empty(
+        native.extension.attention_scratch(shape, threads, backward) + 64, dtype=torch.uint8
+    )
     return shape, threads, scratch[-scratch.data_ptr() % 64 :]
 
 
-def unsupported(q, k, v, *, scale, bias=None, key_mask=None, deterministic=False, bias_grad=False) -> str | None:
+def unsupported(
+    q, k, v, *, scale, bias=None, key_mask=None, deterministic=False, bias_grad=False
+) -> str | None:
     if q.device.type != "cpu":
         return f"tensors are on {q.device.type}; these kernels run on cpu"
     if native.extension is None:
@@ -69,7 +103,9 @@ def unsupported(q, k, v, *, scale, bias=None, key_mask=None, deterministic=False
     if q.dtype != torch.bfloat16:
         return f"{q.dtype} is neither float32 nor bfloat16"
     if not native.multiplies_bf16():
-        return f"in bf16 it needs AVX-512 BF16 or AMX, and the instruction set is {native.explain()}"
+        return (
+            f"in bf16 it needs AVX-512 BF16 or AMX, and the instruction set is {native.explain()}"
+        )
     if q.shape[-1] > _MAX_HEAD_DIM:
         return f"head_dim {q.shape[-1]} is beyond {_MAX_HEAD_DIM}"
     return None

@@ -28,7 +28,9 @@ def backward(d_out, d_lse, q, k, v, lse, *, scale, bias, key_mask, bias_grad):
     lse, d_lse = lse.contiguous(), None if d_lse is None else d_lse.contiguous()
     groups = min(B, _GROUPS) if bias_grad else B
     d_q, d_k, d_v = (torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
-    d_bias = torch.empty((groups, H, k.shape[1], T + -T % _LANES), dtype=q.dtype) if bias_grad else None
+    d_bias = (
+        torch.empty((groups, H, k.shape[1], T + -T % _LANES), dtype=q.dtype) if bias_grad else None
+    )
     native.extension.short_attention_backward(
         *arguments, strided(d_out), lse.data_ptr(), address(d_lse),
         d_q.data_ptr(), d_k.data_ptr(), d_v.data_ptr(), address(d_bias), groups,
@@ -39,11 +41,30 @@ def backward(d_out, d_lse, q, k, v, lse, *, scale, bias, key_mask, bias_grad):
 def _arguments(q, k, v, scale, bias, key_mask):
     """What both calls begin with, and the tensors whose addresses are in it."""
     B, T, H, D = q.shape
-    shape, threads, row = (B, T, k.shape[1], H, D), min(torch.get_num_threads(), B * H), T + -T % _LANES
+    shape, threads, row = (
+        (B, T, k.shape[1], H, D),
+        min(torch.get_num_threads(), B * H),
+        T + -T % _LANES,
+    )
     key_mask = None if key_mask is None else key_mask.contiguous()
-    bias = None if bias is None else F.pad(bias.to(torch.float32).transpose(1, 2), (0, row - T)).contiguous()
+    bias = (
+        None
+        if bias is None
+        else F.pad(bias.to(torch.float32).transpose(1, 2), (0, row - T)).contiguous()
+    )
     scratch = torch.empty(threads * native.extension.short_attention_floats(shape), dtype=q.dtype)
-    arguments = (shape, scale, threads, strided(q), strided(k), strided(v), address(key_mask), address(bias), row, scratch.data_ptr())
+    arguments = (
+        shape,
+        scale,
+        threads,
+        strided(q),
+        strided(k),
+        strided(v),
+        address(key_mask),
+        address(bias),
+        row,
+        scratch.data_ptr(),
+    )
     return arguments, (key_mask, bias, scratch)
 
 

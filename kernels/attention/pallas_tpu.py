@@ -50,10 +50,14 @@ def _plan(shape: tuple[int, int, int, int], keys: int, dtype: Any, *, backward: 
     """Chunks of queries as long as the scores of one fit: by libtpu's schedules a quarter fewer bundles than chunks of 256 (NOTES.md)."""
     B, H, T, D = shape
     width = round_up(D, LANES) * jnp.dtype(dtype).itemsize
-    if dtype == jnp.float32:  # its products split their operands in three and fill the matrix unit anyway
+    if (
+        dtype == jnp.float32
+    ):  # its products split their operands in three and fill the matrix unit anyway
         most, longest_block = 128 if keys > 1024 else 256, 1024
     else:
-        score_bytes = min(_SCORE_BYTES, _VMEM_BYTES - keys * _bytes_a_key(D, dtype, backward=backward))
+        score_bytes = min(
+            _SCORE_BYTES, _VMEM_BYTES - keys * _bytes_a_key(D, dtype, backward=backward)
+        )
         a_query = 8 * min(keys, _KEY_CHUNK) if backward else 4 * keys
         most, longest_block = max(LANES, score_bytes // a_query // LANES * LANES), 1280
     if longest_block < T:
@@ -61,7 +65,9 @@ def _plan(shape: tuple[int, int, int, int], keys: int, dtype: Any, *, backward: 
     chunk = T if most >= T else round_up(-(-T // -(-T // most)), LANES)
     rows = T if longest_block >= T else chunk * max(1, 1024 // chunk)
     queries_bytes, keys_bytes = (round_up(size, sublanes(dtype)) * width for size in (rows, keys))
-    pair = 2 * (4 * queries_bytes + 4 * keys_bytes if backward else 2 * queries_bytes + 2 * keys_bytes)
+    pair = 2 * (
+        4 * queries_bytes + 4 * keys_bytes if backward else 2 * queries_bytes + 2 * keys_bytes
+    )
     heads = batch = 1
     if rows == T:  # accumulators across blocks of queries belong to one pair
         heads = _divisor(H, min(8, _BLOCK_BYTES // pair))
@@ -103,8 +109,15 @@ def _for_pairs(plan: _Plan, body: Callable) -> None:
 def _for_queries(plan: _Plan, i: Any, body: Callable) -> None:
     """body(start, size) over the queries of block i in chunks; what is left of the last block is a chunk of its own size."""
     chunk = plan.query_chunk
-    inside = plan.queries if plan.blocks == 1 else jnp.minimum(plan.rows, plan.queries - i * plan.rows)
-    _loop(divide(inside, chunk)[0], lambda n, _: body(n * chunk if isinstance(n, int) else pl.multiple_of(n * chunk, chunk), chunk))
+    inside = (
+        plan.queries if plan.blocks == 1 else jnp.minimum(plan.rows, plan.queries - i * plan.rows)
+    )
+    _loop(
+        divide(inside, chunk)[0],
+        lambda n, _: body(
+            n * chunk if isinstance(n, int) else pl.multiple_of(n * chunk, chunk), chunk
+        ),
+    )
     if left := plan.queries % chunk:
         start = (plan.queries - 1) % plan.rows // chunk * chunk
         if plan.blocks == 1:
@@ -117,7 +130,13 @@ def _for_keys(plan: _Plan, body: Callable, carry: Any) -> Any:
     """carry = body(start, size, carry) over all keys in chunks."""
     chunk = plan.key_chunk
     full = plan.keys // chunk
-    carry = _loop(full, lambda n, carry: body(n * chunk if isinstance(n, int) else pl.multiple_of(n * chunk, chunk), chunk, carry), carry)
+    carry = _loop(
+        full,
+        lambda n, carry: body(
+            n * chunk if isinstance(n, int) else pl.multiple_of(n * chunk, chunk), chunk, carry
+        ),
+        carry,
+    )
     if left := plan.keys % chunk:
         carry = body(full * chunk, left, carry)
     return carry
@@ -136,7 +155,10 @@ def _forward_kernel(*refs, plan: _Plan, scale: float, has_bias: bool, has_mask: 
     """One program: some (clip, head) pairs and a block of their queries; walks the queries in chunks, each against all keys at once."""
     q_ref, k_ref, v_ref, *extra, out_ref, lse_ref = refs
     bias_ref, mask_ref = _take(extra, has_bias), _take(extra, has_mask)
-    holes, i = has_bias or has_mask, pl.program_id(2)  # read here: jax 0.7.1 interprets no program_id inside a loop
+    holes, i = (
+        has_bias or has_mask,
+        pl.program_id(2),
+    )  # read here: jax 0.7.1 interprets no program_id inside a loop
 
     def pair(b, first):
         visible = _column(mask_ref[b]) if has_mask else None
@@ -148,7 +170,9 @@ def _forward_kernel(*refs, plan: _Plan, scale: float, has_bias: bool, has_mask: 
                 logits = _logits(k_ref[b, h], q_ref[b, h, at, :], scale, bias, visible)  # (S, t)
                 peak = logits.max(0, keepdims=True)
                 if holes:
-                    peak = jnp.where(peak == -jnp.inf, 0.0, peak)  # a query without any key would give nan
+                    peak = jnp.where(
+                        peak == -jnp.inf, 0.0, peak
+                    )  # a query without any key would give nan
                 p = jnp.exp2(logits - peak)
                 total = p.sum(0, keepdims=True)
                 v = v_ref[b, h]
@@ -186,7 +210,15 @@ def forward(q, k, v, *, scale, bias=None, key_mask=None):
         return _forward(q, k, v, scale, bias, key_mask, q.dtype)
     # Beyond VMEM: the keys in parts, joined by their log-sums.
     parts = [
-        _forward(q, k[:, :, at], v[:, :, at], scale, None, None if key_mask is None else key_mask[:, at], jnp.float32)
+        _forward(
+            q,
+            k[:, :, at],
+            v[:, :, at],
+            scale,
+            None,
+            None if key_mask is None else key_mask[:, at],
+            jnp.float32,
+        )
         for at in _parts(k.shape[2], keys)
     ]
     lse = jax.nn.logsumexp(jnp.stack([part for _, part in parts]), axis=0)
@@ -252,7 +284,9 @@ def _parts(size: int, limit: int) -> list[slice]:
 # -- backward ----------------------------------------------------------------------------------------------------------
 
 
-def _backward_kernel(*refs, plan: _Plan, scale: float, has_bias: bool, has_mask: bool, bias_grad: bool):
+def _backward_kernel(
+    *refs, plan: _Plan, scale: float, has_bias: bool, has_mask: bool, bias_grad: bool
+):
     """One program: some (clip, head) pairs and a block of their queries; walks the queries in chunks, for each the keys, five products a
     tile. d_k and d_v gather in fp32 over the blocks of a pair, d_bias in its output over all clips.
     """
@@ -285,8 +319,12 @@ def _backward_kernel(*refs, plan: _Plan, scale: float, has_bias: bool, has_mask:
             lse = lse_ref[b, h, :, at]  # (1, t)
             keyless = lse == -jnp.inf
             products = d_out.astype(jnp.float32) * out_ref[b, h, at, :].astype(jnp.float32)
-            delta = dot(jnp.ones((8, products.shape[1]), jnp.float32), products, (1, 1))[:1]  # sums that come out as a row
-            delta = delta - jnp.where(keyless, 0.0, d_lse_ref[b, h, :, at])  # without a key there is no gradient, whatever comes in
+            delta = dot(jnp.ones((8, products.shape[1]), jnp.float32), products, (1, 1))[
+                :1
+            ]  # sums that come out as a row
+            delta = delta - jnp.where(
+                keyless, 0.0, d_lse_ref[b, h, :, at]
+            )  # without a key there is no gradient, whatever comes in
             lse = jnp.where(keyless, 0.0, lse * _LOG2E)
 
             def keys(start, size, d_q):
@@ -334,9 +372,15 @@ def _backward(d_out, d_lse, q, k, v, out, lse, scale, bias, key_mask, bias_grad,
     plan = _plan(q.shape, S, q.dtype, backward=True)
     specs = _specs(plan, D)
     operands, extra_specs = _extras(plan, bias, key_mask)
-    results = [(specs.queries, q.shape, d_q_dtype), (specs.keys, k.shape, k.dtype), (specs.keys, v.shape, v.dtype)]
+    results = [
+        (specs.queries, q.shape, d_q_dtype),
+        (specs.keys, k.shape, k.dtype),
+        (specs.keys, v.shape, v.dtype),
+    ]
     if bias_grad:
-        results.append((pl.BlockSpec((plan.heads, S, T), lambda h, b, i: (h, 0, 0)), (H, S, T), jnp.float32))
+        results.append(
+            (pl.BlockSpec((plan.heads, S, T), lambda h, b, i: (h, 0, 0)), (H, S, T), jnp.float32)
+        )
     d_q, d_k, d_v, *d_bias = call(
         functools.partial(
             _backward_kernel, plan=plan, scale=scale, has_bias=bias is not None, has_mask=key_mask is not None, bias_grad=bias_grad

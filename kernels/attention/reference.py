@@ -9,7 +9,9 @@ from ..numerics import cast, heads_first, softmax, wide
 # B batch, T queries, S keys, H heads, D head_dim
 
 
-def unsupported(q, k, v, *, scale, bias=None, key_mask=None, deterministic=False, bias_grad=False) -> str | None:
+def unsupported(
+    q, k, v, *, scale, bias=None, key_mask=None, deterministic=False, bias_grad=False
+) -> str | None:
     return None
 
 
@@ -19,14 +21,33 @@ def forward(q, k, v, *, scale, bias=None, key_mask=None, deterministic=False, xp
     return xp.swapaxes(cast(p, q.dtype) @ v, 1, 2), lse
 
 
-def backward(d_out, d_lse, q, k, v, out, lse, *, scale, bias=None, key_mask=None, deterministic=False, bias_grad=False, xp=torch):
+def backward(
+    d_out,
+    d_lse,
+    q,
+    k,
+    v,
+    out,
+    lse,
+    *,
+    scale,
+    bias=None,
+    key_mask=None,
+    deterministic=False,
+    bias_grad=False,
+    xp=torch,
+):
     d_out, q, k, v, out = (heads_first(xp, x) for x in (d_out, q, k, v, out))
     p, _ = _probabilities(xp, q, k, scale, bias, key_mask)
     d_v = xp.swapaxes(cast(p, q.dtype), 2, 3) @ d_out
     delta = (wide(xp, d_out) * wide(xp, out)).sum(-1)  # (B, H, T)
     if d_lse is not None:
-        delta -= xp.where(lse == -math.inf, 0.0, d_lse)  # a row without a key has no gradient, whatever comes in
-    d_scores = wide(xp, d_out @ xp.swapaxes(v, 2, 3))  # of the probabilities; *= and -= spare torch a score matrix each
+        delta -= xp.where(
+            lse == -math.inf, 0.0, d_lse
+        )  # a row without a key has no gradient, whatever comes in
+    d_scores = wide(
+        xp, d_out @ xp.swapaxes(v, 2, 3)
+    )  # of the probabilities; *= and -= spare torch a score matrix each
     d_scores -= delta[..., None]
     d_scores *= p
     d_bias = d_scores.sum(0) if bias_grad else None
@@ -38,7 +59,9 @@ def backward(d_out, d_lse, q, k, v, out, lse, *, scale, bias=None, key_mask=None
 
 def _probabilities(xp, q, k, scale, bias, key_mask):
     """softmax(scores) (B, H, T, S), 0 in a row without a key, and lse (B, H, T)."""
-    scores = wide(xp, q) @ xp.swapaxes(wide(xp, k), 2, 3)  # rounded to half precision, lse would not fit another backend's backward
+    scores = wide(xp, q) @ xp.swapaxes(
+        wide(xp, k), 2, 3
+    )  # rounded to half precision, lse would not fit another backend's backward
     scores *= scale
     if bias is not None:
         scores += bias

@@ -13,23 +13,58 @@ _MAX_HEAD_DIM = 128
 def forward(q, k, v, *, scale, bias=None, key_mask=None, deterministic=False):
     B, T, H, _ = q.shape
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    out, lse = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, False, False, scale=scale)[:2]
+    out, lse = aten._scaled_dot_product_cudnn_attention(
+        q, k, v, None, True, 0.0, False, False, scale=scale
+    )[:2]
     return out.transpose(1, 2), lse.reshape(B, H, T)  # cuDNN's statistics end in an axis of 1
 
 
-def backward(d_out, d_lse, q, k, v, out, lse, *, scale, bias=None, key_mask=None, deterministic=False, bias_grad=False):
+def backward(
+    d_out,
+    d_lse,
+    q,
+    k,
+    v,
+    out,
+    lse,
+    *,
+    scale,
+    bias=None,
+    key_mask=None,
+    deterministic=False,
+    bias_grad=False,
+):
     if d_lse is not None:  # aten's backward knows no gradient of lse
         return reference.backward(d_out, d_lse, q, k, v, out, lse, scale=scale)
     T, S = q.shape[1], k.shape[1]
     d_out, q, k, v, out = (x.transpose(1, 2) for x in (d_out, q, k, v, out))
-    nothing = torch.zeros((), dtype=torch.int64, device=q.device)  # only dropout would read a seed, only ragged batches lengths
+    nothing = torch.zeros(
+        (), dtype=torch.int64, device=q.device
+    )  # only dropout would read a seed, only ragged batches lengths
     grads = aten._scaled_dot_product_cudnn_attention_backward(
-        d_out, q, k, v, out, lse.unsqueeze(-1), nothing, nothing, None, None, None, T, S, 0.0, False, scale=scale
+        d_out,
+        q,
+        k,
+        v,
+        out,
+        lse.unsqueeze(-1),
+        nothing,
+        nothing,
+        None,
+        None,
+        None,
+        T,
+        S,
+        0.0,
+        False,
+        scale=scale,
     )
     return *(grad.transpose(1, 2) for grad in grads), None
 
 
-def unsupported(q, k, v, *, scale, bias=None, key_mask=None, deterministic=False, bias_grad=False) -> str | None:
+def unsupported(
+    q, k, v, *, scale, bias=None, key_mask=None, deterministic=False, bias_grad=False
+) -> str | None:
     if q.device.type != "cuda" or torch.version.hip:
         return f"tensors are on {'an AMD GPU' if q.device.type == 'cuda' else q.device.type}; cuDNN is reached on NVIDIA GPUs"
     if bias is not None or key_mask is not None:

@@ -24,11 +24,17 @@ def forward(q, k, v, *, scale, bias=None, key_mask=None, deterministic=False):
     mask, empty = _mask(q, k, bias, key_mask)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     if q.device.type == "cpu":
-        out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, False, attn_mask=mask, scale=scale)
+        out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
+            q, k, v, 0.0, False, attn_mask=mask, scale=scale
+        )
     elif _flash(q, mask):
-        out, lse = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, False, False, scale=scale)[:2]
+        out, lse = aten._scaled_dot_product_flash_attention(
+            q, k, v, 0.0, False, False, scale=scale
+        )[:2]
     else:
-        out, lse = aten._scaled_dot_product_efficient_attention(q, k, v, mask, True, 0.0, False, scale=scale)[:2]
+        out, lse = aten._scaled_dot_product_efficient_attention(
+            q, k, v, mask, True, 0.0, False, scale=scale
+        )[:2]
         lse = lse.narrow(-1, 0, T)
     out = out.transpose(1, 2)
     if empty is not None:
@@ -37,12 +43,34 @@ def forward(q, k, v, *, scale, bias=None, key_mask=None, deterministic=False):
     return out, lse
 
 
-def backward(d_out, d_lse, q, k, v, out, lse, *, scale, bias=None, key_mask=None, deterministic=False, bias_grad=False):
+def backward(
+    d_out,
+    d_lse,
+    q,
+    k,
+    v,
+    out,
+    lse,
+    *,
+    scale,
+    bias=None,
+    key_mask=None,
+    deterministic=False,
+    bias_grad=False,
+):
     if d_lse is not None:  # aten's backward knows no gradient of lse
-        options = dict(scale=scale, bias=bias, key_mask=key_mask, deterministic=deterministic, bias_grad=bias_grad)
+        options = dict(
+            scale=scale,
+            bias=bias,
+            key_mask=key_mask,
+            deterministic=deterministic,
+            bias_grad=bias_grad,
+        )
         return reference.backward(d_out, d_lse, q, k, v, out, lse, **options)
     T, dtype = q.shape[1], q.dtype
-    if q.device.type == "cpu":  # the CPU's half-precision backward is 3 to 20 times slower than the fp32 one (NOTES.md)
+    if (
+        q.device.type == "cpu"
+    ):  # the CPU's half-precision backward is 3 to 20 times slower than the fp32 one (NOTES.md)
         d_out, q, k, v, out = (wide(torch, x) for x in (d_out, q, k, v, out))
     mask, empty = _mask(q, k, bias, key_mask)
     if empty is not None:  # no gradient in, none out; a huge lse makes those rows' probabilities 0
@@ -50,17 +78,45 @@ def backward(d_out, d_lse, q, k, v, out, lse, *, scale, bias=None, key_mask=None
         lse = torch.where(empty, 1e4, lse)
     d_out, q, k, v, out = (x.transpose(1, 2) for x in (d_out, q, k, v, out))
     if q.device.type == "cpu":
-        grads = aten._scaled_dot_product_flash_attention_for_cpu_backward(d_out, q, k, v, out, lse, 0.0, False, attn_mask=mask, scale=scale)
+        grads = aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            d_out, q, k, v, out, lse, 0.0, False, attn_mask=mask, scale=scale
+        )
     else:
         no_seed = torch.zeros((), dtype=torch.int64, device=q.device)  # only dropout would read it
         if _flash(q, mask):
             grads = aten._scaled_dot_product_flash_attention_backward(
-                d_out, q, k, v, out, lse, None, None, T, k.shape[2], 0.0, False, no_seed, no_seed, scale=scale
+                d_out,
+                q,
+                k,
+                v,
+                out,
+                lse,
+                None,
+                None,
+                T,
+                k.shape[2],
+                0.0,
+                False,
+                no_seed,
+                no_seed,
+                scale=scale,
             )
         else:
             lse = F.pad(lse, (0, -T % _LSE_ALIGNMENT), value=math.inf)
             grads = aten._scaled_dot_product_efficient_attention_backward(
-                d_out, q, k, v, mask, out, lse, no_seed, no_seed, 0.0, [True, True, True, False], False, scale=scale
+                d_out,
+                q,
+                k,
+                v,
+                mask,
+                out,
+                lse,
+                no_seed,
+                no_seed,
+                0.0,
+                [True, True, True, False],
+                False,
+                scale=scale,
             )
     d_q, d_k, d_v = (grad.transpose(1, 2).to(dtype) for grad in grads[:3])
     return d_q, d_k, d_v, None
@@ -76,11 +132,19 @@ def _mask(q, k, bias, key_mask):
     B, T, H, _ = q.shape
     if bias is None and key_mask is None:
         return None, None
-    mask = torch.zeros((1, 1, 1, 1), dtype=q.dtype, device=q.device) if bias is None else bias.unsqueeze(0).to(q.dtype)
-    only_keys = key_mask is not None and on_cpu(mask) and not (mask == -math.inf).any()  # then no row is empty but with its whole clip
+    mask = (
+        torch.zeros((1, 1, 1, 1), dtype=q.dtype, device=q.device)
+        if bias is None
+        else bias.unsqueeze(0).to(q.dtype)
+    )
+    only_keys = (
+        key_mask is not None and on_cpu(mask) and not (mask == -math.inf).any()
+    )  # then no row is empty but with its whole clip
     if key_mask is not None:
         mask = mask.masked_fill(key_mask.logical_not().unsqueeze(1).unsqueeze(1), -math.inf)
-    empty = key_mask.any(-1).logical_not()[:, None, None] if only_keys else (mask == -math.inf).all(-1)
+    empty = (
+        key_mask.any(-1).logical_not()[:, None, None] if only_keys else (mask == -math.inf).all(-1)
+    )
     if on_cpu(mask) and not empty.any():
         return mask.expand(B, H, T, k.shape[1]), None
     mask = mask.masked_fill(empty.unsqueeze(-1), 0.0)
@@ -90,14 +154,20 @@ def _mask(q, k, bias, key_mask):
     return mask.expand(B, H, T, k.shape[1]), empty
 
 
-def unsupported(q, k, v, *, scale, bias=None, key_mask=None, deterministic=False, bias_grad=False) -> str | None:
+def unsupported(
+    q, k, v, *, scale, bias=None, key_mask=None, deterministic=False, bias_grad=False
+) -> str | None:
     if q.device.type not in ("cpu", "cuda"):
         return f"tensors are on {q.device.type}; torch's fused kernels are reached on cpu and cuda"
     if bias_grad:
         return "a trainable bias has no gradient here"
     if any(x.stride(-1) != 1 for x in (q, k, v)):
         return "the last axis of q, k and v must be contiguous"
-    return _unsupported_on_cuda(q, bias is None and key_mask is None, deterministic) if q.device.type == "cuda" else None
+    return (
+        _unsupported_on_cuda(q, bias is None and key_mask is None, deterministic)
+        if q.device.type == "cuda"
+        else None
+    )
 
 
 def _unsupported_on_cuda(q, unmasked: bool, deterministic: bool) -> str | None:
@@ -113,5 +183,7 @@ def _unsupported_on_cuda(q, unmasked: bool, deterministic: bool) -> str | None:
     if deterministic and not (half and unmasked):
         return "the memory-efficient backward is not deterministic"
     if deterministic and not torch.are_deterministic_algorithms_enabled():
-        return "flash attention is deterministic only under torch.use_deterministic_algorithms(True)"
+        return (
+            "flash attention is deterministic only under torch.use_deterministic_algorithms(True)"
+        )
     return None

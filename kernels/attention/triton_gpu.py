@@ -22,7 +22,11 @@ def _place(length, H, BLOCK: tl.constexpr):
     """(b, h, first row) of this program; neighbours share a head, whose other side then stays in L2."""
     programs = tl.cdiv(length, BLOCK)
     head = tl.program_id(0) // programs
-    return tl.cast(head // H, tl.int64), tl.cast(head % H, tl.int64), tl.cast(tl.program_id(0) % programs * BLOCK, tl.int64)
+    return (
+        tl.cast(head // H, tl.int64),
+        tl.cast(head % H, tl.int64),
+        tl.cast(tl.program_id(0) % programs * BLOCK, tl.int64),
+    )
 
 
 @triton.jit
@@ -36,18 +40,27 @@ def _attend(
 ):  # fmt: skip
     """The online softmax's step over WIDTH keys, of which ``s_left`` exist (RAGGED)."""
     s = tl.arange(0, WIDTH)
-    scores = tl.dot(q, tl.trans(load_rows(k, k_s, s, d, s_left, HEAD_DIM, RAGGED)), input_precision=PRECISION)
+    scores = tl.dot(
+        q, tl.trans(load_rows(k, k_s, s, d, s_left, HEAD_DIM, RAGGED)), input_precision=PRECISION
+    )
     if HAS_BIAS or HAS_MASK:
         scores *= scale
         if HAS_BIAS:
             inside = (t[:, None] < t_left) & (s[None, :] < s_left)
-            scores += tl.load(bias + t[:, None] * bias_t + s[None, :] * bias_s, mask=inside, other=0.0).to(tl.float32) * UNIT
+            scores += (
+                tl.load(
+                    bias + t[:, None] * bias_t + s[None, :] * bias_s, mask=inside, other=0.0
+                ).to(tl.float32)
+                * UNIT
+            )
         live = s < s_left
         if HAS_MASK:
             live = tl.load(key_mask + s * mask_s, mask=live, other=0) != 0
         scores = tl.where(live[None, :], scores, -float("inf"))
         higher = tl.maximum(peak, tl.max(scores, 1))
-        finite = tl.where(higher == -float("inf"), 0.0, higher)  # no key so far: -inf less -inf would give nan
+        finite = tl.where(
+            higher == -float("inf"), 0.0, higher
+        )  # no key so far: -inf less -inf would give nan
         p = power(scores - finite[:, None], UNIT)
         fade = power(peak - finite, UNIT)
     else:
@@ -145,7 +158,15 @@ def _forward_kernel(
 def forward(q, k, v, *, scale, bias=None, key_mask=None, deterministic=False):
     B, T, H, D = q.shape
     S = k.shape[1]
-    choice = tiles.choose("attention_forward", arch(), q.dtype, _forward_tiles(arch(), q.dtype, T, S, D), queries=T, keys=S, head_dim=D)
+    choice = tiles.choose(
+        "attention_forward",
+        arch(),
+        q.dtype,
+        _forward_tiles(arch(), q.dtype, T, S, D),
+        queries=T,
+        keys=S,
+        head_dim=D,
+    )
     out = torch.empty((B, T, H, D), dtype=q.dtype, device=q.device)
     lse = torch.empty((B, H, T), dtype=torch.float32, device=q.device)
     _forward_kernel[(triton.cdiv(T, choice["BLOCK_T"]) * B * H,)](
@@ -169,8 +190,12 @@ def _statistics_kernel(
     b, h, first = _place(T, H, BLOCK_T)
     t, d = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_D)
     t_left = (T - first).to(tl.int32)
-    g = load_rows(d_out + b * g_b + h * g_h + first * g_t, g_t, t, d, t_left, HEAD_DIM, True).to(tl.float32)
-    o = load_rows(out + b * o_b + h * o_h + first * o_t, o_t, t, d, t_left, HEAD_DIM, True).to(tl.float32)
+    g = load_rows(d_out + b * g_b + h * g_h + first * g_t, g_t, t, d, t_left, HEAD_DIM, True).to(
+        tl.float32
+    )
+    o = load_rows(out + b * o_b + h * o_h + first * o_t, o_t, t, d, t_left, HEAD_DIM, True).to(
+        tl.float32
+    )
     inside = t < t_left
     at = (b * H + h) * T + first + t
     log_sum = tl.load(lse + at, mask=inside, other=0.0)
@@ -205,7 +230,12 @@ def _feel_queries(
     scores = tl.dot(k, tl.trans(queries), input_precision=PRECISION) * scale  # (BLOCK_S, WIDTH)
     if HAS_BIAS:
         inside = (s[:, None] < s_left) & (t[None, :] < t_left)
-        scores += tl.load(bias + s[:, None] * bias_s + t[None, :] * bias_t, mask=inside, other=0.0).to(tl.float32) * UNIT
+        scores += (
+            tl.load(bias + s[:, None] * bias_s + t[None, :] * bias_t, mask=inside, other=0.0).to(
+                tl.float32
+            )
+            * UNIT
+        )
     p = power(scores - log_sum[None, :], UNIT)
     if ONE_PASS:  # d_q mixes the keys; d_k and d_v alone may hold anything in rows that are zeroed at the end or not stored
         p = tl.where(live[:, None], p, 0.0)
@@ -294,7 +324,12 @@ def _score_gradients(
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
     if HAS_BIAS:
         inside = (t[:, None] < t_left) & (s[None, :] < s_left)
-        scores += tl.load(bias + t[:, None] * bias_t + s[None, :] * bias_s, mask=inside, other=0.0).to(tl.float32) * UNIT
+        scores += (
+            tl.load(bias + t[:, None] * bias_t + s[None, :] * bias_s, mask=inside, other=0.0).to(
+                tl.float32
+            )
+            * UNIT
+        )
     p = power(scores - log_sum[:, None], UNIT)
     if RAGGED or HAS_MASK:
         live = s < s_left
@@ -408,13 +443,38 @@ def _backward_bias_kernel(
     tl.store(d_bias + (h * T + first_t + t[:, None]) * S + first_s + s[None, :], acc, mask=inside)
 
 
-def backward(d_out, d_lse, q, k, v, out, lse, *, scale, bias=None, key_mask=None, deterministic=False, bias_grad=False):
+def backward(
+    d_out,
+    d_lse,
+    q,
+    k,
+    v,
+    out,
+    lse,
+    *,
+    scale,
+    bias=None,
+    key_mask=None,
+    deterministic=False,
+    bias_grad=False,
+):
     B, T, H, D = q.shape
     S = k.shape[1]
     d_out, out = (x if x.stride(-1) == 1 else x.contiguous() for x in (d_out, out))
     lse, d_lse = lse.contiguous(), None if d_lse is None else d_lse.contiguous()
     if triton_small.fits(q, k):
-        return triton_small.backward(d_out, d_lse, q, k, v, lse, scale=scale, bias=bias, key_mask=key_mask, bias_grad=bias_grad)
+        return triton_small.backward(
+            d_out,
+            d_lse,
+            q,
+            k,
+            v,
+            lse,
+            scale=scale,
+            bias=bias,
+            key_mask=key_mask,
+            bias_grad=bias_grad,
+        )
 
     def choose(kernel: str, heuristic: Tiles) -> Tiles:
         return tiles.choose(kernel, arch(), q.dtype, heuristic, queries=T, keys=S, head_dim=D)
@@ -429,8 +489,16 @@ def backward(d_out, d_lse, q, k, v, out, lse, *, scale, bias=None, key_mask=None
     )  # fmt: skip
 
     inputs = (d_out, q, k, v, *_optional(q, bias, key_mask), lse2, delta)
-    strides = (*d_out.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *_strides(bias, key_mask))
-    one_pass = not deterministic and bool(choose("attention_backward", _backward_plan(T, S))["ONE_PASS"])
+    strides = (
+        *d_out.stride()[:3],
+        *q.stride()[:3],
+        *k.stride()[:3],
+        *v.stride()[:3],
+        *_strides(bias, key_mask),
+    )
+    one_pass = not deterministic and bool(
+        choose("attention_backward", _backward_plan(T, S))["ONE_PASS"]
+    )
     d_q = torch.empty((B, T, H, D), dtype=q.dtype, device=q.device)
     d_k, d_v = (torch.empty((B, S, H, D), dtype=q.dtype, device=q.device) for _ in range(2))
     d_q_sum = torch.zeros((B, T, H, D), dtype=torch.float32, device=q.device) if one_pass else d_q
@@ -442,7 +510,9 @@ def backward(d_out, d_lse, q, k, v, out, lse, *, scale, bias=None, key_mask=None
     if one_pass:
         d_q = d_q_sum.to(q.dtype)
     else:
-        choice = choose("attention_backward_queries", _backward_queries_tiles(arch(), q.dtype, T, S, D))
+        choice = choose(
+            "attention_backward_queries", _backward_queries_tiles(arch(), q.dtype, T, S, D)
+        )
         _backward_queries_kernel[(triton.cdiv(T, choice["BLOCK_T"]) * B * H,)](
             *inputs, d_q, scale, H, T, S, *strides, **_walk("S", S, choice), **constants, **choice
         )
@@ -450,9 +520,9 @@ def backward(d_out, d_lse, q, k, v, out, lse, *, scale, bias=None, key_mask=None
         return d_q, d_k, d_v, None
     d_bias = torch.empty((H, T, S), dtype=torch.float32, device=q.device)
     choice = choose("attention_backward_bias", _backward_bias_tiles(arch(), q.dtype, T, S, D))
-    _backward_bias_kernel[(triton.cdiv(S, choice["BLOCK_S"]), triton.cdiv(T, choice["BLOCK_T"]) * H)](
-        *inputs, d_bias, scale, B, H, T, S, *strides, **constants, **choice
-    )
+    _backward_bias_kernel[
+        (triton.cdiv(S, choice["BLOCK_S"]), triton.cdiv(T, choice["BLOCK_T"]) * H)
+    ](*inputs, d_bias, scale, B, H, T, S, *strides, **constants, **choice)
     return d_q, d_k, d_v, d_bias
 
 
@@ -473,7 +543,10 @@ def _optional(q, bias, key_mask) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _strides(bias, key_mask) -> tuple[int, ...]:
-    return (*((0, 0, 0) if bias is None else bias.stride()), *((0, 0) if key_mask is None else key_mask.stride()))
+    return (
+        *((0, 0, 0) if bias is None else bias.stride()),
+        *((0, 0) if key_mask is None else key_mask.stride()),
+    )
 
 
 # -- tiles: pure functions of architecture and shape -------------------------------------------------------------------
@@ -514,12 +587,24 @@ def _forward_tiles(arch: str, dtype: torch.dtype, T: int, S: int, D: int) -> Til
     programs share a multiprocessor and one's exponentials hide behind another's products."""
     block_d = _block_d(D)
     if dtype == torch.float32:
-        return dict(BLOCK_T=_least(T, 64 if block_d <= 64 else 32), BLOCK_S=_least(S, 32), num_warps=4, num_stages=1)
+        return dict(
+            BLOCK_T=_least(T, 64 if block_d <= 64 else 32),
+            BLOCK_S=_least(S, 32),
+            num_warps=4,
+            num_stages=1,
+        )
     if T <= 32:  # a read of the keys, and little else
         stages = 4 if arch in _LARGE_SHARED else 2 if arch.startswith("gfx") else 3
-        return dict(BLOCK_T=_least(T, 32), BLOCK_S=_least(S, 64), num_warps=4 if S > 64 else 2, num_stages=stages)
+        return dict(
+            BLOCK_T=_least(T, 32),
+            BLOCK_S=_least(S, 64),
+            num_warps=4 if S > 64 else 2,
+            num_stages=stages,
+        )
     many = T >= 256 and block_d <= 64 and not arch.startswith("gfx")
-    return dict(BLOCK_T=128 if many else 64, BLOCK_S=_least(S, 64), num_warps=8 if many else 4, num_stages=2)
+    return dict(
+        BLOCK_T=128 if many else 64, BLOCK_S=_least(S, 64), num_warps=8 if many else 4, num_stages=2
+    )
 
 
 def _statistics_tiles(D: int) -> Tiles:
@@ -541,7 +626,9 @@ def _backward_queries_tiles(arch: str, dtype: torch.dtype, T: int, S: int, D: in
     return dict(BLOCK_T=rows, BLOCK_S=columns, num_warps=warps, num_stages=stages)
 
 
-def _backward_block(arch: str, dtype: torch.dtype, owned: int, walked: int, D: int) -> tuple[int, int, int, int]:
+def _backward_block(
+    arch: str, dtype: torch.dtype, owned: int, walked: int, D: int
+) -> tuple[int, int, int, int]:
     """Rows a program owns, columns a step takes, warps, stages. Two score tiles live at once: 64 by 64 is what the registers bear."""
     wide = _block_d(D) > 64
     if dtype == torch.float32:
@@ -559,7 +646,10 @@ _LARGE_SHARED = ("sm_80", "sm_90", "sm_100", "sm_103")  # 163 KiB a multiprocess
 
 
 def _grid(rows: str, columns: str, choices: list[tuple[int, int, int, int]]) -> list[Tiles]:
-    return [{rows: r, columns: c, "num_warps": warps, "num_stages": stages} for r, c, warps, stages in choices]
+    return [
+        {rows: r, columns: c, "num_warps": warps, "num_stages": stages}
+        for r, c, warps, stages in choices
+    ]
 
 
 TUNING: dict[str, list[Tiles]] = {
@@ -568,7 +658,12 @@ TUNING: dict[str, list[Tiles]] = {
         "BLOCK_S",
         [
             *((64, columns, 4, stages) for columns in (32, 64, 128) for stages in (1, 2, 3, 4)),
-            *((128, columns, warps, stages) for columns in (64, 128) for warps in (4, 8) for stages in (2, 3)),
+            *(
+                (128, columns, warps, stages)
+                for columns in (64, 128)
+                for warps in (4, 8)
+                for stages in (2, 3)
+            ),
             (16, 64, 4, 4),
             (16, 128, 4, 3),
             (32, 32, 1, 1),
@@ -598,12 +693,18 @@ TUNING: dict[str, list[Tiles]] = {
             (32, 64, 4, 2),
         ],
     ),
-    "attention_backward_bias": _grid("BLOCK_T", "BLOCK_S", [(n, m, warps, 1) for n in (32, 64, 128) for m in (32, 64) for warps in (4, 8)]),
+    "attention_backward_bias": _grid(
+        "BLOCK_T",
+        "BLOCK_S",
+        [(n, m, warps, 1) for n in (32, 64, 128) for m in (32, 64) for warps in (4, 8)],
+    ),
     **triton_small.TUNING,
 }
 
 
-def unsupported(q, k, v, *, scale, bias=None, key_mask=None, deterministic=False, bias_grad=False) -> str | None:
+def unsupported(
+    q, k, v, *, scale, bias=None, key_mask=None, deterministic=False, bias_grad=False
+) -> str | None:
     if reason := objection(q, k, v, bias):
         return reason
     if any(x.stride(-1) != 1 for x in (q, k, v)):

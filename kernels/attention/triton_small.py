@@ -45,7 +45,14 @@ def _backward_kernel(
     s_tile = (s[:, None] < S) & (d[None, :] < HEAD_DIM)
     offset = tl.zeros([BLOCK_T, BLOCK_S], tl.float32)
     if HAS_BIAS:
-        offset = tl.load(bias + h * bias_h + t[:, None] * bias_t + s[None, :] * bias_s, mask=square, other=0.0).to(tl.float32) * UNIT
+        offset = (
+            tl.load(
+                bias + h * bias_h + t[:, None] * bias_t + s[None, :] * bias_s,
+                mask=square,
+                other=0.0,
+            ).to(tl.float32)
+            * UNIT
+        )
     d_bias = tl.zeros([BLOCK_T, BLOCK_S], tl.float32)
     for b in range(strip * items, tl.minimum(strip * items + items, B)):
         queries = load_rows(q + b * q_b + h * q_h, q_t, t, d, T, HEAD_DIM, True)
@@ -59,15 +66,26 @@ def _backward_kernel(
 
         live = square
         if HAS_MASK:
-            live = live & (tl.load(key_mask + b * mask_b + s * mask_s, mask=s < S, other=0) != 0)[None, :]
-        scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * (factor * UNIT) + offset
+            live = (
+                live
+                & (tl.load(key_mask + b * mask_b + s * mask_s, mask=s < S, other=0) != 0)[None, :]
+            )
+        scores = (
+            tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * (factor * UNIT) + offset
+        )
         p = tl.where(live, power(scores - log_sum[:, None], UNIT), 0.0)
-        total = tl.sum(p, 1)  # 1, but for the roundings of lse, which one query's gradients would feel
+        total = tl.sum(
+            p, 1
+        )  # 1, but for the roundings of lse, which one query's gradients would feel
         p /= tl.where(total == 0.0, 1.0, total)[:, None]
         d_p = tl.dot(gradients, tl.trans(values), input_precision=PRECISION)
-        delta = tl.sum(p * d_p, 1)  # the whole row is here: more exact than rowsum(out * d_out), and out need not be read
+        delta = tl.sum(
+            p * d_p, 1
+        )  # the whole row is here: more exact than rowsum(out * d_out), and out need not be read
         if HAS_D_LSE:
-            delta -= tl.where(keyless, 0.0, tl.load(d_lse + rows, mask=t < T, other=0.0).to(tl.float32))
+            delta -= tl.where(
+                keyless, 0.0, tl.load(d_lse + rows, mask=t < T, other=0.0).to(tl.float32)
+            )
         d_s = p * (d_p - delta[:, None])
         if BIAS_GRAD:
             d_bias += d_s
@@ -82,18 +100,30 @@ def _backward_kernel(
         tl.store(d_k + at_s, sum_k.to(d_k.dtype.element_ty), mask=s_tile)
         tl.store(d_v + at_s, sum_v.to(d_v.dtype.element_ty), mask=s_tile)
     if BIAS_GRAD:
-        tl.store(d_bias_strips + ((strip * H + h) * T + t[:, None]) * S + s[None, :], d_bias, mask=square)
+        tl.store(
+            d_bias_strips + ((strip * H + h) * T + t[:, None]) * S + s[None, :], d_bias, mask=square
+        )
 
 
 def backward(d_out, d_lse, q, k, v, lse, *, scale, bias, key_mask, bias_grad):
     B, T, H, D = q.shape
     S = k.shape[1]
     block_t, block_s = _block(T), _block(S)
-    choice = tiles.choose("attention_backward_small", arch(), q.dtype, _tiles(block_t, block_s), queries=T, keys=S, head_dim=D)
+    choice = tiles.choose(
+        "attention_backward_small",
+        arch(),
+        q.dtype,
+        _tiles(block_t, block_s),
+        queries=T,
+        keys=S,
+        head_dim=D,
+    )
     items = triton.cdiv(B, max(1, _PROGRAMS // H)) if bias_grad else 1
     strips = triton.cdiv(B, items)
     d_q, d_k, d_v = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    d_bias = torch.empty((strips, H, T, S) if bias_grad else 1, dtype=torch.float32, device=q.device)
+    d_bias = torch.empty(
+        (strips, H, T, S) if bias_grad else 1, dtype=torch.float32, device=q.device
+    )
     _backward_kernel[(strips * H,)](
         d_out, q, k, v, q if bias is None else bias, q if key_mask is None else key_mask,
         lse, lse if d_lse is None else d_lse, d_q, d_k, d_v, d_bias,
@@ -116,7 +146,9 @@ def _tiles(block_t: int, block_s: int) -> Tiles:
 
 
 TUNING: dict[str, list[Tiles]] = {
-    "attention_backward_small": [dict(num_warps=warps, num_stages=stages) for warps in (1, 2, 4, 8) for stages in (1, 2)]
+    "attention_backward_small": [
+        dict(num_warps=warps, num_stages=stages) for warps in (1, 2, 4, 8) for stages in (1, 2)
+    ]
 }
 
 

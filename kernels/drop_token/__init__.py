@@ -25,12 +25,21 @@ def num_kept(num_tokens: int, drop_rate: float) -> int:
         raise ValueError(f"drop_rate is {drop_rate}; it is the fraction removed and lies in [0, 1)")
     kept = num_tokens - math.ceil(drop_rate * num_tokens - 1e-9)
     if kept < 1:
-        raise ValueError(f"drop_rate {drop_rate} keeps none of {num_tokens} tokens; take at most {1 - 1 / num_tokens:.6g}")
+        raise ValueError(
+            f"drop_rate {drop_rate} keeps none of {num_tokens} tokens; take at most {1 - 1 / num_tokens:.6g}"
+        )
     return kept
 
 
 def sample_keep(
-    num_tokens: int, drop_rate: float, *, seed: int, step: int, stream: str, per: str = "batch", batch: int | None = None
+    num_tokens: int,
+    drop_rate: float,
+    *,
+    seed: int,
+    step: int,
+    stream: str,
+    per: str = "batch",
+    batch: int | None = None,
 ) -> np.ndarray:
     """Draw the kept indices of one step, on the host: a pure function of its arguments, the same on every platform.
 
@@ -50,13 +59,19 @@ def sample_keep(
     if per not in ("batch", "clip"):
         raise ValueError(f"per is {per!r}; it is 'batch' or 'clip'")
     if (per == "clip" and batch is None) or (batch is not None and batch < 1):
-        raise ValueError(f"per='clip' draws for each of `batch` clips, and batch is {batch}; give at least 1")
+        raise ValueError(
+            f"per='clip' draws for each of `batch` clips, and batch is {batch}; give at least 1"
+        )
     draws = batch if per == "clip" and batch else 1
     kept = num_kept(num_tokens, drop_rate)
-    key = int.from_bytes(hashlib.blake2b(f"{seed}/{step}/{stream}".encode(), digest_size=8).digest(), "little")
+    key = int.from_bytes(
+        hashlib.blake2b(f"{seed}/{step}/{stream}".encode(), digest_size=8).digest(), "little"
+    )
     clips = np.arange(draws, dtype=np.uint64)
     index = np.arange(num_tokens, dtype=np.uint64)
-    scores = _mix(_mix(np.uint64(key) ^ _mix(clips))[:, None] ^ index)  # one hash a token; ties fall to the lower index
+    scores = _mix(
+        _mix(np.uint64(key) ^ _mix(clips))[:, None] ^ index
+    )  # one hash a token; ties fall to the lower index
     keep = np.sort(np.argsort(scores, axis=1, kind="stable")[:, :kept], axis=1).astype(np.int32)
     return keep if per == "clip" else keep[0]
 
@@ -77,11 +92,17 @@ def check_keep(keep: Tensor | np.ndarray, num_tokens: int, *, name: str = "keep"
     """
     values = np.asarray(keep.cpu() if isinstance(keep, Tensor) else keep)
     if values.dtype.kind not in "iu" or values.ndim not in (1, 2) or values.size == 0:
-        raise ValueError(f"{name} is {values.shape} {values.dtype}; it takes at least one integer index, (K,) or (B, K)")
+        raise ValueError(
+            f"{name} is {values.shape} {values.dtype}; it takes at least one integer index, (K,) or (B, K)"
+        )
     if values.min() < 0 or values.max() >= num_tokens:
-        raise ValueError(f"{name} spans {values.min()} .. {values.max()}; indices lie in 0 .. {num_tokens - 1}")
+        raise ValueError(
+            f"{name} spans {values.min()} .. {values.max()}; indices lie in 0 .. {num_tokens - 1}"
+        )
     if (np.diff(values.astype(np.int64), axis=-1) <= 0).any():  # unsigned differences would wrap
-        raise ValueError(f"{name} repeats an index or is not sorted; indices must increase: sort them and drop repeats")
+        raise ValueError(
+            f"{name} repeats an index or is not sorted; indices must increase: sort them and drop repeats"
+        )
 
 
 def drop_token(tokens: Tensor, keep: Tensor) -> Tensor:
@@ -100,14 +121,18 @@ def drop_token(tokens: Tensor, keep: Tensor) -> Tensor:
         ValueError: shapes or dtypes that do not fit; or the backend asked for cannot run them.
     """
     if tokens.ndim != 3 or 0 in tokens.shape:
-        raise ValueError(f"tokens is {tuple(tokens.shape)}; drop_token takes (B, N, dim), no axis empty")
+        raise ValueError(
+            f"tokens is {tuple(tokens.shape)}; drop_token takes (B, N, dim), no axis empty"
+        )
     check_keep_shape(keep, tokens.shape[0])
     check_one_device(tokens=tokens, keep=keep)
     return _drop_token(tokens, keep, requested("drop_token"))
 
 
 def check_keep_shape(keep: Tensor, batch: int) -> None:
-    fits = keep.ndim in (1, 2) and 0 not in keep.shape and (keep.ndim == 1 or keep.shape[0] == batch)
+    fits = (
+        keep.ndim in (1, 2) and 0 not in keep.shape and (keep.ndim == 1 or keep.shape[0] == batch)
+    )
     if keep.dtype not in (torch.int32, torch.int64) or not fits:
         raise ValueError(
             f"keep is {tuple(keep.shape)} {keep.dtype}; it must be int32 or int64, (K,) or (B, K) with B = {batch} and at least one index"
@@ -137,7 +162,11 @@ def _save(ctx, inputs, output):
 
 
 def _differentiate(ctx, d_kept):
-    return _drop_token_backward(d_kept, ctx.saved_tensors[0], ctx.num_tokens, ctx.backend), None, None
+    return (
+        _drop_token_backward(d_kept, ctx.saved_tensors[0], ctx.num_tokens, ctx.backend),
+        None,
+        None,
+    )
 
 
 def _refuse(ctx, *_):

@@ -44,7 +44,9 @@ def _pick_kernel(index, source, picked, *words):
     def turn_pick(turn):
         for n in range(_GROUP):
             word = turn * _GROUP + n
-            words_to[pl.ds(word, 1), :] = pick(2 * word) | (pick(2 * word + 1) << 16) if packed else pick(word)
+            words_to[pl.ds(word, 1), :] = (
+                pick(2 * word) | (pick(2 * word + 1) << 16) if packed else pick(word)
+            )
         if packed:
             picked[_rows(turn), :] = pltpu.bitcast(words_to[_words(turn), :], picked.dtype)
 
@@ -83,12 +85,16 @@ def _pick(source, index, name: str):
         grid=(B, pl.cdiv(dim, columns), parts),
         semantics=("parallel", "parallel", "arbitrary"),
         in_specs=[
-            pl.BlockSpec((1, 1, 1, rows), lambda b, c, r: (b * each, r, 0, 0), memory_space=pltpu.SMEM),
+            pl.BlockSpec(
+                (1, 1, 1, rows), lambda b, c, r: (b * each, r, 0, 0), memory_space=pltpu.SMEM
+            ),
             pl.BlockSpec((1, tokens, columns), lambda b, c, r: (b, 0, c)),
         ],
         out_specs=pl.BlockSpec((1, rows, columns), lambda b, c, r: (b, r, c)),
         out_shape=jax.ShapeDtypeStruct((B, K, dim), source.dtype),
-        scratch=[pltpu.VMEM((size // 2, columns), jnp.int32) for size in (tokens, rows)] if packed else [],
+        scratch=[pltpu.VMEM((size // 2, columns), jnp.int32) for size in (tokens, rows)]
+        if packed
+        else [],
         flops=0,
     )
 

@@ -15,7 +15,18 @@ from ..triton_common import arch, objection
 
 @triton.jit
 def _forward_kernel(
-    tokens, keep, kept, N, K, dim, keep_stride, stride_b, stride_n, stride_d, BLOCK_ROWS: tl.constexpr, BLOCK_DIM: tl.constexpr
+    tokens,
+    keep,
+    kept,
+    N,
+    K,
+    dim,
+    keep_stride,
+    stride_b,
+    stride_n,
+    stride_d,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
 ):
     """One program: BLOCK_ROWS kept rows of one clip, BLOCK_DIM columns. tokens (B, N, dim) strided, keep (K,) or (B, K), kept (B, K, dim)."""
     b = tl.program_id(2).to(tl.int64)
@@ -23,7 +34,10 @@ def _forward_kernel(
     d = tl.program_id(1) * BLOCK_DIM + tl.arange(0, BLOCK_DIM)
     row = tl.load(keep + b * keep_stride + n, mask=n < K, other=0).to(tl.int64)
     inside = (n < K)[:, None] & (d < dim)[None, :]
-    values = tl.load(tokens + b * stride_b + row[:, None] * stride_n + d.to(tl.int64)[None, :] * stride_d, mask=inside)
+    values = tl.load(
+        tokens + b * stride_b + row[:, None] * stride_n + d.to(tl.int64)[None, :] * stride_d,
+        mask=inside,
+    )
     tl.store(kept + (b * K + n)[:, None] * dim + d[None, :], values, mask=inside)
 
 
@@ -34,13 +48,24 @@ def forward(tokens, keep):
     kept = torch.empty((B, K, dim), dtype=tokens.dtype, device=tokens.device)
     tile = _choose("forward", tokens.element_size(), K, dim)
     grid = (triton.cdiv(K, tile["BLOCK_ROWS"]), triton.cdiv(dim, tile["BLOCK_DIM"]), B)
-    _forward_kernel[grid](tokens, keep, kept, N, K, dim, K if keep.ndim == 2 else 0, *tokens.stride(), **tile)
+    _forward_kernel[grid](
+        tokens, keep, kept, N, K, dim, K if keep.ndim == 2 else 0, *tokens.stride(), **tile
+    )
     return kept.view(dtype)
 
 
 @triton.jit
 def _backward_kernel(
-    d_kept, keep, d_tokens, N, K, dim, keep_stride, BLOCK_ROWS: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_KEEP: tl.constexpr
+    d_kept,
+    keep,
+    d_tokens,
+    N,
+    K,
+    dim,
+    keep_stride,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    BLOCK_KEEP: tl.constexpr,
 ):
     """One program: BLOCK_ROWS tokens of one clip, all columns. d_kept (B, K, dim), keep (K,) or (B, K), d_tokens (B, N, dim).
 
@@ -69,7 +94,9 @@ def backward(d_kept, keep, num_tokens):
     d_tokens = torch.empty((B, num_tokens, dim), dtype=d_kept.dtype, device=d_kept.device)
     tile = _choose("backward", d_kept.element_size(), num_tokens, dim)
     grid = (triton.cdiv(num_tokens, tile["BLOCK_ROWS"]), B)
-    _backward_kernel[grid](d_kept, keep, d_tokens, num_tokens, K, dim, K if keep.ndim == 2 else 0, **tile)
+    _backward_kernel[grid](
+        d_kept, keep, d_tokens, num_tokens, K, dim, K if keep.ndim == 2 else 0, **tile
+    )
     return d_tokens.view(dtype)
 
 
@@ -81,8 +108,17 @@ def _as_integers(x):
 
 
 def _choose(kernel: str, itemsize: int, rows: int, dim: int) -> tiles.Tiles:
-    dtype = torch.bfloat16 if itemsize == 2 else torch.float32  # tables know the floats only; the shape tells the sizes apart
-    return tiles.choose(f"drop_token_{kernel}", arch(), dtype, _heuristic(kernel, itemsize, dim), rows=rows, row_bytes=dim * itemsize)
+    dtype = (
+        torch.bfloat16 if itemsize == 2 else torch.float32
+    )  # tables know the floats only; the shape tells the sizes apart
+    return tiles.choose(
+        f"drop_token_{kernel}",
+        arch(),
+        dtype,
+        _heuristic(kernel, itemsize, dim),
+        rows=rows,
+        row_bytes=dim * itemsize,
+    )
 
 
 def _heuristic(kernel: str, itemsize: int, dim: int) -> tiles.Tiles:
@@ -97,7 +133,16 @@ def _heuristic(kernel: str, itemsize: int, dim: int) -> tiles.Tiles:
 TUNING: dict[str, list[tiles.Tiles]] = {
     "drop_token_forward": [
         {"BLOCK_ROWS": rows, "BLOCK_DIM": columns, "num_warps": warps}
-        for rows, columns in ((1, 1024), (2, 1024), (4, 1024), (8, 1024), (4, 512), (8, 512), (16, 512), (16, 256))
+        for rows, columns in (
+            (1, 1024),
+            (2, 1024),
+            (4, 1024),
+            (8, 1024),
+            (4, 512),
+            (8, 512),
+            (16, 512),
+            (16, 256),
+        )
         for warps in (2, 4, 8)
     ],
     "drop_token_backward": [

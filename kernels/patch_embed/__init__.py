@@ -57,43 +57,70 @@ def patch_embed(
         ValueError: shapes or dtypes that do not fit; or the backend asked for cannot run them.
     """
     _check(patches, weight, bias, position, keep, scale, shift, agg, patch, gathered)
-    check_one_device(patches=patches, weight=weight, bias=bias, position=position, keep=keep, agg=agg)
+    check_one_device(
+        patches=patches, weight=weight, bias=bias, position=position, keep=keep, agg=agg
+    )
     dtype = autocast_dtype(patches.device) or weight.dtype
     name = requested("patch_embed")
     return _patch_embed(
-        patches, weight, bias, position, keep, agg, float(scale), float(shift), list(patch) if patch else None, gathered, dtype, name
+        patches,
+        weight,
+        bias,
+        position,
+        keep,
+        agg,
+        float(scale),
+        float(shift),
+        list(patch) if patch else None,
+        gathered,
+        dtype,
+        name,
     )
 
 
 def _check(patches, weight, bias, position, keep, scale, shift, agg, patch, gathered):
     if patch is not None:
         if gathered:
-            raise ValueError("gathered says that patches are rows, patch that they are a clip; give one of the two")
+            raise ValueError(
+                "gathered says that patches are rows, patch that they are a clip; give one of the two"
+            )
         if patches.ndim != {3: 5, 1: 2}.get(len(patch)) or min(patch) < 1:
             raise ValueError(
                 f"a clip (B, T, H, W, C) takes a patch of 3 positive sizes, a waveform (B, S) of 1, got {tuple(patches.shape)} and {patch}"
             )
         count, values = _grid_size(patches.shape, patch)
     elif patches.ndim != 3:
-        raise ValueError(f"patches is {tuple(patches.shape)}; patch_embed takes rows (B, N, k), or a clip together with patch=")
+        raise ValueError(
+            f"patches is {tuple(patches.shape)}; patch_embed takes rows (B, N, k), or a clip together with patch="
+        )
     else:
         count, values = patches.shape[1:]
     if 0 in patches.shape:
-        raise ValueError(f"patches is {tuple(patches.shape)}; every axis needs at least one element")
+        raise ValueError(
+            f"patches is {tuple(patches.shape)}; every axis needs at least one element"
+        )
     if patches.dtype != torch.uint8 and not patches.is_floating_point():
         raise ValueError(f"patches is {patches.dtype}; it must be uint8 or floating point")
     if weight.ndim != 2 or weight.shape[1] != values or not weight.is_floating_point():
-        raise ValueError(f"weight is {tuple(weight.shape)} {weight.dtype}; it must be float (dim, k) with k = {values}")
+        raise ValueError(
+            f"weight is {tuple(weight.shape)} {weight.dtype}; it must be float (dim, k) with k = {values}"
+        )
     dim = weight.shape[0]
     for name, vector in (("bias", bias), ("agg", agg)):
         if vector is not None and (vector.shape != (dim,) or not vector.is_floating_point()):
-            raise ValueError(f"{name} is {tuple(vector.shape)} {vector.dtype}; it must be float ({dim},)")
+            raise ValueError(
+                f"{name} is {tuple(vector.shape)} {vector.dtype}; it must be float ({dim},)"
+            )
     if scale == 0 or not math.isfinite(scale) or not math.isfinite(shift):
-        raise ValueError(f"scale is {scale} and shift {shift}; both must be finite and scale not 0: the shift is folded as shift / scale")
+        raise ValueError(
+            f"scale is {scale} and shift {shift}; both must be finite and scale not 0: the shift is folded as shift / scale"
+        )
     if keep is not None:
         check_keep_shape(keep, patches.shape[0])
         if gathered and keep.shape[-1] != count:
-            raise ValueError(f"gathered patches have {count} rows, keep has {keep.shape[-1]} indices; they must agree")
+            raise ValueError(
+                f"gathered patches have {count} rows, keep has {keep.shape[-1]} indices; they must agree"
+            )
     if position is not None:
         rows_known = not gathered or keep is None
         if (
@@ -103,12 +130,16 @@ def _check(patches, weight, bias, position, keep, scale, shift, agg, patch, gath
             or not position.is_floating_point()
         ):
             N = count if rows_known else "N"
-            raise ValueError(f"position is {tuple(position.shape)} {position.dtype}; it must be float (N, dim) = ({N}, {dim})")
+            raise ValueError(
+                f"position is {tuple(position.shape)} {position.dtype}; it must be float (N, dim) = ({N}, {dim})"
+            )
 
 
 def _grid_size(shape, patch) -> tuple[int, int]:
     """Number of patches of clips of ``shape``, and values in each."""
-    count = math.prod([-(-size // p) for size, p in zip(shape[1:], patch, strict=False)])  # a list: dynamo traces no generator here
+    count = math.prod(
+        [-(-size // p) for size, p in zip(shape[1:], patch, strict=False)]
+    )  # a list: dynamo traces no generator here
     return count, math.prod(patch) * math.prod(shape[1 + len(patch) :])
 
 
@@ -126,8 +157,21 @@ def _forward(
     dtype: torch.dtype,
     backend: str,
 ) -> Tensor:
-    options = dict(position=position, keep=keep, agg=agg, scale=scale, shift=shift, patch=patch, gathered=gathered, dtype=dtype)
-    return choose("patch_embed", "fwd", backend, patches, weight, bias, **options).forward(patches, weight, bias, **options).contiguous()
+    options = dict(
+        position=position,
+        keep=keep,
+        agg=agg,
+        scale=scale,
+        shift=shift,
+        patch=patch,
+        gathered=gathered,
+        dtype=dtype,
+    )
+    return (
+        choose("patch_embed", "fwd", backend, patches, weight, bias, **options)
+        .forward(patches, weight, bias, **options)
+        .contiguous()
+    )
 
 
 def _num_tokens(patches_shape, keep_shape, agg, patch) -> int:
@@ -135,7 +179,9 @@ def _num_tokens(patches_shape, keep_shape, agg, patch) -> int:
     return (count if keep_shape is None else keep_shape[-1]) + (agg is not None)
 
 
-def _fake_forward(patches, weight, bias, position, keep, agg, scale, shift, patch, gathered, dtype, backend):
+def _fake_forward(
+    patches, weight, bias, position, keep, agg, scale, shift, patch, gathered, dtype, backend
+):
     tokens = _num_tokens(patches.shape, None if keep is None else keep.shape, agg, patch)
     return weight.new_empty((patches.shape[0], tokens, weight.shape[0]), dtype=dtype)
 
@@ -155,29 +201,66 @@ def _backward(
     d_patches: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    options = dict(position=position, keep=keep, agg=agg, scale=scale, shift=shift, patch=patch, gathered=gathered, dtype=d_tokens.dtype)
+    options = dict(
+        position=position,
+        keep=keep,
+        agg=agg,
+        scale=scale,
+        shift=shift,
+        patch=patch,
+        gathered=gathered,
+        dtype=d_tokens.dtype,
+    )
     module = choose("patch_embed", "bwd", backend, patches, weight, bias, **options)
     grads = module.backward(d_tokens, patches, weight, bias, **options, d_patches=d_patches)
     like = (patches, weight, bias, position, agg)
     # absent gradients travel as empty tensors
-    return tuple(weight.new_empty(0) if g is None or x is None else g.to(x.dtype).contiguous() for g, x in zip(grads, like, strict=True))  # type: ignore[return-value]
+    return tuple(
+        weight.new_empty(0) if g is None or x is None else g.to(x.dtype).contiguous()
+        for g, x in zip(grads, like, strict=True)
+    )  # type: ignore[return-value]
 
 
-def _fake_backward(d_tokens, patches, weight, bias, position, keep, agg, scale, shift, patch, gathered, d_patches, backend):
+def _fake_backward(
+    d_tokens,
+    patches,
+    weight,
+    bias,
+    position,
+    keep,
+    agg,
+    scale,
+    shift,
+    patch,
+    gathered,
+    d_patches,
+    backend,
+):
     like = (patches if d_patches else None, weight, bias, position, agg)
     return tuple(weight.new_empty(0) if x is None else x.new_empty(x.shape) for x in like)
 
 
 def _save(ctx, inputs, output):
     patches, weight, bias, position, keep, agg, *ctx.options, _, ctx.backend = inputs
-    ctx.save_for_backward(patches, weight, bias, position, keep, agg)  # raw patches, never float copies
+    ctx.save_for_backward(
+        patches, weight, bias, position, keep, agg
+    )  # raw patches, never float copies
     ctx.d_patches = patches.is_floating_point() and patches.requires_grad
 
 
 def _differentiate(ctx, d_tokens):
     patches, weight, bias, position, keep, agg = ctx.saved_tensors
     d_patches, d_weight, d_bias, d_position, d_agg = _patch_embed_backward(
-        d_tokens, patches, weight, bias, position, keep, agg, *ctx.options, ctx.d_patches, ctx.backend
+        d_tokens,
+        patches,
+        weight,
+        bias,
+        position,
+        keep,
+        agg,
+        *ctx.options,
+        ctx.d_patches,
+        ctx.backend,
     )
     return (
         d_patches if ctx.d_patches else None,
@@ -191,7 +274,9 @@ def _differentiate(ctx, d_tokens):
 
 
 def _refuse(ctx, *_):
-    raise NotImplementedError("patch_embed has no second derivative; for one, write it with torch.nn.functional.linear")
+    raise NotImplementedError(
+        "patch_embed has no second derivative; for one, write it with torch.nn.functional.linear"
+    )
 
 
 _patch_embed = operator("patch_embed", _forward, _fake_forward, _differentiate, _save)
@@ -199,12 +284,28 @@ _patch_embed_backward = operator("patch_embed_backward", _backward, _fake_backwa
 
 
 def _products(patches_shape, weight_shape, keep_shape, patch) -> int:
-    return patches_shape[0] * _num_tokens(patches_shape, keep_shape, None, patch) * weight_shape[0] * weight_shape[1]
+    return (
+        patches_shape[0]
+        * _num_tokens(patches_shape, keep_shape, None, patch)
+        * weight_shape[0]
+        * weight_shape[1]
+    )
 
 
 @register_flop_formula(torch.ops.vatt_fast.patch_embed)
 def _flops(
-    patches_shape, weight_shape, bias_shape, position_shape, keep_shape, agg_shape, scale, shift, patch, *args, out_shape=None, **kw
+    patches_shape,
+    weight_shape,
+    bias_shape,
+    position_shape,
+    keep_shape,
+    agg_shape,
+    scale,
+    shift,
+    patch,
+    *args,
+    out_shape=None,
+    **kw,
 ) -> int:
     return 2 * _products(patches_shape, weight_shape, keep_shape, patch)
 

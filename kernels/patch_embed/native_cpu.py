@@ -21,19 +21,41 @@ from .patchify import unpatchify
 
 # B batch, N patches, K kept, k values a patch; A 1 with AGG, else 0; R = B (A + K) rows of all clips, AGG's among them
 
-_ELEMENTS = {torch.uint8: "uint8", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+_ELEMENTS = {
+    torch.uint8: "uint8",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.float32: "fp32",
+}
 # of packed rows: a product reads all of the weight for every chunk; glibc gives blocks of 32 MiB and more back at once
 _CHUNK_BYTES = 24 * 2**20
 _LONG_CHUNK_BYTES = 31 * 2**20  # where a chunk costs a pass over d_weight
 
 
-def forward(patches, weight, bias, *, position=None, keep=None, agg=None, scale, shift, patch=None, gathered=False, dtype):
+def forward(
+    patches,
+    weight,
+    bias,
+    *,
+    position=None,
+    keep=None,
+    agg=None,
+    scale,
+    shift,
+    patch=None,
+    gathered=False,
+    dtype,
+):
     dim, B = weight.shape[0], patches.shape[0]
     rows = _Rows(patches, keep, agg, patch, gathered, dtype)
-    weight, whole_bias = _weight(weight, bias, shift / scale + rows.centre, scale, rows.product_dtype)
+    weight, whole_bias = _weight(
+        weight, bias, shift / scale + rows.centre, scale, rows.product_dtype
+    )
     position, agg = _readable(position), _vector(agg)
     place = (
-        (0, "fp32", 0, 0) if position is None else (position.data_ptr(), _ELEMENTS[position.dtype], position.stride(0), position.shape[0])
+        (0, "fp32", 0, 0)
+        if position is None
+        else (position.data_ptr(), _ELEMENTS[position.dtype], position.stride(0), position.shape[0])
     )
     tokens = torch.empty((B * (rows.A + rows.K), dim), dtype=dtype)
     product = None
@@ -53,7 +75,20 @@ def forward(patches, weight, bias, *, position=None, keep=None, agg=None, scale,
 
 
 def backward(
-    d_tokens, patches, weight, bias, *, position=None, keep=None, agg=None, scale, shift, patch=None, gathered=False, dtype, d_patches=False
+    d_tokens,
+    patches,
+    weight,
+    bias,
+    *,
+    position=None,
+    keep=None,
+    agg=None,
+    scale,
+    shift,
+    patch=None,
+    gathered=False,
+    dtype,
+    d_patches=False,
 ):
     """d_patches (None unless asked for), d_weight, d_bias, d_position, d_agg (None where absent)."""
     dim, k = weight.shape
@@ -69,7 +104,9 @@ def backward(
             torch.addmm(d_weight, d_rows.T, packed, beta=int(first > 0), out=d_weight)
         else:
             product = torch.mm(d_rows.T, packed)
-            _finish_weight(product, d_weight, d_bias, scale, shift + rows.centre * scale, grows=first > 0)
+            _finish_weight(
+                product, d_weight, d_bias, scale, shift + rows.centre * scale, grows=first > 0
+            )
     if fp32:
         _finish_weight(d_weight, d_weight, d_bias, scale, shift + rows.centre * scale)
 
@@ -97,10 +134,15 @@ class _Rows:
         # the step from a clip's indices to the next clip's: 0 where all clips share one line
         self.keep, self.keep_stride = None, 0
         if keep is not None:
-            self.keep, self.keep_stride = keep.to(torch.int64).contiguous(), self.K if keep.ndim == 2 else 0
+            self.keep, self.keep_stride = (
+                keep.to(torch.int64).contiguous(),
+                self.K if keep.ndim == 2 else 0,
+            )
         self.gathered = gathered
         self.centre = 128.0 if patches.dtype == torch.uint8 else 0.0
-        multiplied = native_bf16(patches.device) or native.multiplies_bf16()  # which tests also emulate
+        multiplied = (
+            native_bf16(patches.device) or native.multiplies_bf16()
+        )  # which tests also emulate
         self.product_dtype = dtype if multiplied else torch.float32
 
     def chunks(self, most_bytes: int) -> Iterator[tuple[int, torch.Tensor]]:
@@ -136,9 +178,13 @@ def _weight(weight, bias, factor, scale, product_dtype):
 def _sums(d_tokens, position, rows: _Rows):
     """d_bias, d_position and d_agg in fp32, from one pass over d_tokens."""
     B, _, dim = d_tokens.shape
-    keep, keep_stride = (None, 0) if position is None else (rows.keep, rows.keep_stride)  # without one only which token it is counts
+    keep, keep_stride = (
+        (None, 0) if position is None else (rows.keep, rows.keep_stride)
+    )  # without one only which token it is counts
     count = rows.K if position is None else position.shape[0]
-    inverse = None if keep is None else torch.empty((B if keep_stride else 1, count), dtype=torch.int32)
+    inverse = (
+        None if keep is None else torch.empty((B if keep_stride else 1, count), dtype=torch.int32)
+    )
     d_bias, d_agg = torch.empty(dim), torch.empty(dim) if rows.A else None
     d_position = None if position is None else torch.empty((count, dim))
     parts = torch.empty((-(-count // native.extension.patch_rows_a_part), 2, dim))
@@ -164,7 +210,9 @@ def _place(patches, patch):
             patches = patches.contiguous()
         N, k = patches.shape[1:]
         return patches, (patches.stride(0), patches.stride(1), 0, k, 1, N, 1, 1, 1, 1, 1, k), N
-    clip = patches[:, None, None, :, None] if len(patch) == 1 else patches  # a waveform is one line of one frame
+    clip = (
+        patches[:, None, None, :, None] if len(patch) == 1 else patches
+    )  # a waveform is one line of one frame
     frames, lines, columns = (1, 1, patch[0]) if len(patch) == 1 else patch
     T, H, W, channels = clip.shape[1:]
     *strides, stride_c = clip.stride()
@@ -186,7 +234,18 @@ def _vector(vector):
 
 
 def unsupported(
-    patches, weight, bias, position=None, keep=None, *, scale, shift, agg=None, patch=None, gathered=False, dtype=None
+    patches,
+    weight,
+    bias,
+    position=None,
+    keep=None,
+    *,
+    scale,
+    shift,
+    agg=None,
+    patch=None,
+    gathered=False,
+    dtype=None,
 ) -> str | None:
     if native.extension is None:
         return f"the extension is {native.explain()}"

@@ -28,7 +28,10 @@ _MOST_ROWS = 512
 _PART = 256  # columns of a product at a time
 _NARROW = 512  # values: below, a DMA for every row costs more than the row
 _GROUP = 32  # rows made exact at a time: a register's worth of bytes
-_FETCHES = jax.__version_info__ >= (0, 10)  # torch_xla's libtpu, of the days of jax 0.7.1, compiles no DMA of one row
+_FETCHES = jax.__version_info__ >= (
+    0,
+    10,
+)  # torch_xla's libtpu, of the days of jax 0.7.1, compiles no DMA of one row
 
 
 class _Plan(NamedTuple):
@@ -40,7 +43,9 @@ class _Plan(NamedTuple):
     columns: int
 
 
-def _plan(tokens: int, k: int, dim: int, raw: Any, dtype: Any, *, fetched: bool, backward: bool) -> _Plan | None:
+def _plan(
+    tokens: int, k: int, dim: int, raw: Any, dtype: Any, *, fetched: bool, backward: bool
+) -> _Plan | None:
     """``tokens``: rows of a clip, AGG included. None where not even the smallest tile fits."""
     size, raw_size = jnp.dtype(dtype).itemsize, jnp.dtype(raw).itemsize
     resident = k * (4 if backward else size)  # bytes a column
@@ -49,10 +54,18 @@ def _plan(tokens: int, k: int, dim: int, raw: Any, dtype: Any, *, fetched: bool,
     columns = dim
     if dim % LANES == 0:
         columns = max(
-            (c for c in range(LANES, dim + 1, LANES) if dim % c == 0 and c * resident <= (spare if split else _VMEM_BYTES) // 2),
+            (
+                c
+                for c in range(LANES, dim + 1, LANES)
+                if dim % c == 0 and c * resident <= (spare if split else _VMEM_BYTES) // 2
+            ),
             default=LANES,
         )
-    row_bytes = k * (4 if fetched else 2 * raw_size) + k * (size + split) + columns * (2 * size + (12 if backward else 16))
+    row_bytes = (
+        k * (4 if fetched else 2 * raw_size)
+        + k * (size + split)
+        + columns * (2 * size + (12 if backward else 16))
+    )
     step = 16 if fetched else max(16, sublanes(raw))
     most = min(_MOST_ROWS, (spare - columns * resident) // row_bytes // step * step)
     if most <= 0:
@@ -74,7 +87,9 @@ def _start_fetch(plan: _Plan, raw: Any, b, tile, index, rows, words, arrived) ->
         for n in range(8):
             at = group * 8 + n
             row = jax.lax.shift_right_logical(index[0, 0, tile * plan.rows + at], halvings)
-            pltpu.make_async_copy(rows.at[b, pl.ds(row, 1)], words.at[pl.ds(at, 1)], arrived).start()
+            pltpu.make_async_copy(
+                rows.at[b, pl.ds(row, 1)], words.at[pl.ds(at, 1)], arrived
+            ).start()
 
     jax.lax.fori_loop(0, plan.rows // 8, start, None)
 
@@ -89,7 +104,9 @@ def _fetch(plan: _Plan, raw: Any, index, turn, rows, exact, words, arrived) -> N
         exact[at, :] = _unpack(words[at, :], turn[0, at, :], raw).astype(exact.dtype)
 
     _in_groups(plan.rows, 16, group)
-    pl.when(tile + 1 < plan.tiles)(lambda: _start_fetch(plan, raw, b, tile + 1, index, rows, words, arrived))
+    pl.when(tile + 1 < plan.tiles)(
+        lambda: _start_fetch(plan, raw, b, tile + 1, index, rows, words, arrived)
+    )
 
 
 def _unpack(words, turn, raw: Any):
@@ -117,7 +134,9 @@ def _stream(plan: _Plan, rows, exact) -> None:
 def _in_groups(count: int, size: int, body: Callable) -> None:
     if count == size:
         return body(pl.ds(0, size))
-    jax.lax.fori_loop(0, count // size, lambda n, _: body(pl.ds(pl.multiple_of(n * size, size), size)), None)
+    jax.lax.fori_loop(
+        0, count // size, lambda n, _: body(pl.ds(pl.multiple_of(n * size, size), size)), None
+    )
 
 
 def _in_parts(size: int, body: Callable) -> None:
@@ -151,7 +170,9 @@ class _Rows(NamedTuple):
     plan: _Plan
     raw: Any
     rows: jax.Array  # (B, N, values), or (B, K, values) when streamed
-    rows_at: jax.Array | None  # (1 or B, tiles * rows): the row of every token, a kept one for AGG and beyond the end
+    rows_at: (
+        jax.Array | None
+    )  # (1 or B, tiles * rows): the row of every token, a kept one for AGG and beyond the end
 
     @property
     def values(self) -> int:
@@ -162,16 +183,24 @@ class _Rows(NamedTuple):
         plan, rows = self.plan, self.rows
         if self.rows_at is None:
             last = pl.cdiv(rows.shape[1], plan.rows) - 1
-            spec = pl.BlockSpec((1, plan.rows, self.values), lambda d, b, t: (b, jnp.minimum(t, last), 0))
+            spec = pl.BlockSpec(
+                (1, plan.rows, self.values), lambda d, b, t: (b, jnp.minimum(t, last), 0)
+            )
             return {"rows": rows}, {"rows": spec}
-        if interpreted() and rows.dtype != jnp.float32:  # interpreters know no DMA from a bitcast ref
+        if (
+            interpreted() and rows.dtype != jnp.float32
+        ):  # interpreters know no DMA from a bitcast ref
             groups = rows.reshape(rows.shape[0], -1, _shared(self.raw), self.values).swapaxes(2, 3)
             rows = jax.lax.bitcast_convert_type(groups, jnp.int32)
         per_clip = len(self.rows_at) > 1
         turn = (self.rows_at & (_shared(self.raw) - 1)) * (32 // _shared(self.raw))
         length = self.rows_at.shape[1]
         return {"index": self.rows_at[:, None], "turn": turn[..., None], "rows": rows}, {
-            "index": pl.BlockSpec((1, 1, length), lambda d, b, t: (b if per_clip else 0, 0, 0), memory_space=pltpu.SMEM),
+            "index": pl.BlockSpec(
+                (1, 1, length),
+                lambda d, b, t: (b if per_clip else 0, 0, 0),
+                memory_space=pltpu.SMEM,
+            ),
             "turn": pl.BlockSpec((1, plan.rows, 1), lambda d, b, t: (b if per_clip else 0, t, 0)),
             "rows": pl.BlockSpec(memory_space=pl.ANY),
         }
@@ -191,7 +220,12 @@ class _Rows(NamedTuple):
 
 
 def _is_fetched(patches, keep, gathered: bool) -> bool:
-    return _FETCHES and keep is not None and not gathered and (patches.dtype == jnp.uint8 or patches.shape[2] >= _NARROW)
+    return (
+        _FETCHES
+        and keep is not None
+        and not gathered
+        and (patches.dtype == jnp.uint8 or patches.shape[2] >= _NARROW)
+    )
 
 
 def _prepare(patches, weight, keep, agg, gathered: bool, dtype: Any, *, backward: bool) -> _Rows:
@@ -201,7 +235,15 @@ def _prepare(patches, weight, keep, agg, gathered: bool, dtype: Any, *, backward
     first = 0 if agg is None else 1
     tokens = first + (keep.shape[-1] if fetched else patches.shape[1])
     patches = pad(patches, 2, round_up(patches.shape[2], LANES))
-    plan = _plan(tokens, patches.shape[2], weight.shape[0], patches.dtype, dtype, fetched=fetched, backward=backward)
+    plan = _plan(
+        tokens,
+        patches.shape[2],
+        weight.shape[0],
+        patches.dtype,
+        dtype,
+        fetched=fetched,
+        backward=backward,
+    )
     assert plan is not None, "unsupported() has let it through"
     index = None
     if fetched:
@@ -222,7 +264,9 @@ def _fold(weight, bias, scale: float, shift: float, raw: Any, dtype: Any):
     """(row * scale + shift) @ weight.T + bias as (row - centre) @ folded + bias': folded (k, dim), the bias sums the weight as rounded."""
     centre = _CENTRE if raw == jnp.uint8 else 0.0
     folded = (scale * weight.astype(jnp.float32)).astype(dtype)
-    return folded.T, bias.astype(jnp.float32) + (shift / scale + centre) * folded.astype(jnp.float32).sum(1)
+    return folded.T, bias.astype(jnp.float32) + (shift / scale + centre) * folded.astype(
+        jnp.float32
+    ).sum(1)
 
 
 # -- forward -----------------------------------------------------------------------------------------------------------
@@ -240,7 +284,10 @@ def _forward_kernel(*refs, names, plan: _Plan, raw: Any):
         if "position" in given:
             tokens = tokens + given["position"][0, :, at].astype(jnp.float32)
         if "agg" in given:
-            first, before = jax.lax.broadcasted_iota(jnp.int32, tokens.shape, 0) == 0, given["agg"][:, at]
+            first, before = (
+                jax.lax.broadcasted_iota(jnp.int32, tokens.shape, 0) == 0,
+                given["agg"][:, at],
+            )
             if last is None:
                 tokens = jnp.where(first & (t == 0), before, tokens)
             else:
@@ -252,7 +299,19 @@ def _forward_kernel(*refs, names, plan: _Plan, raw: Any):
     _in_parts(plan.columns, product)
 
 
-def forward(patches, weight, bias, *, position=None, keep=None, agg=None, scale, shift, gathered=False, dtype):
+def forward(
+    patches,
+    weight,
+    bias,
+    *,
+    position=None,
+    keep=None,
+    agg=None,
+    scale,
+    shift,
+    gathered=False,
+    dtype,
+):
     dim, k = weight.shape
     call_rows = _prepare(patches, weight, keep, agg, gathered, dtype, backward=False)
     plan, B = call_rows.plan, patches.shape[0]
@@ -260,7 +319,9 @@ def forward(patches, weight, bias, *, position=None, keep=None, agg=None, scale,
     operands, specs = call_rows.operands()
     operands |= {"weight": pad(folded, 0, call_rows.values), "bias": folded_bias[None]}
     specs |= {
-        "weight": pl.BlockSpec((call_rows.values, plan.columns), lambda d, b, t: (0, d), pipeline_mode=pl.Buffered(1)),
+        "weight": pl.BlockSpec(
+            (call_rows.values, plan.columns), lambda d, b, t: (0, d), pipeline_mode=pl.Buffered(1)
+        ),
         "bias": pl.BlockSpec((1, plan.columns), lambda d, b, t: (0, d)),
     }
     if position is not None:
@@ -268,7 +329,10 @@ def forward(patches, weight, bias, *, position=None, keep=None, agg=None, scale,
         table = position[None] if rows_at is None else position[jnp.atleast_2d(rows_at)]
         shared, last = len(table) == 1, pl.cdiv(table.shape[1], plan.rows) - 1
         operands["position"] = table
-        specs["position"] = pl.BlockSpec((1, plan.rows, plan.columns), lambda d, b, t: (0 if shared else b, jnp.minimum(t, last), d))
+        specs["position"] = pl.BlockSpec(
+            (1, plan.rows, plan.columns),
+            lambda d, b, t: (0 if shared else b, jnp.minimum(t, last), d),
+        )
     scratch = call_rows.scratch(dtype)
     if agg is not None:
         operands["agg"] = agg.astype(jnp.float32)[None]
@@ -301,11 +365,16 @@ def _weight_kernel(*refs, names, plan: _Plan, raw: Any, first: int, count: int):
 
     first: the token of the first row, 1 with AGG; count: rows of a clip.
     """
-    given, (d_weight, total, done, *scratch) = dict(zip(names, refs, strict=False)), refs[len(names) :]
+    given, (d_weight, total, done, *scratch) = (
+        dict(zip(names, refs, strict=False)),
+        refs[len(names) :],
+    )
     d, b, t = (pl.program_id(axis) for axis in range(3))
     exact, *buffers = scratch or [None]
     rows = _rows_of_tile(plan, raw, given, exact, buffers)
-    place = jax.lax.broadcasted_iota(jnp.int32, (plan.rows, 1), 0) + t * plan.rows  # of each row among its clip's
+    place = (
+        jax.lax.broadcasted_iota(jnp.int32, (plan.rows, 1), 0) + t * plan.rows
+    )  # of each row among its clip's
     gradient = given["d_tokens"][0].astype(jnp.float32)
     if plan.fetched:
         inside = (place >= first) & (place < first + count)
@@ -345,18 +414,31 @@ def _d_folded(d_tokens, patches, weight, keep, agg, gathered: bool, dtype: Any):
     call_rows = _prepare(patches, weight, keep, agg, gathered, dtype, backward=True)
     plan, first = call_rows.plan, 0 if agg is None else 1
     operands, specs = call_rows.operands()
-    tiles = plan.tiles if plan.fetched else pl.cdiv(tokens - first, plan.rows)  # AGG alone has no row
+    tiles = (
+        plan.tiles if plan.fetched else pl.cdiv(tokens - first, plan.rows)
+    )  # AGG alone has no row
     plan = plan._replace(tiles=tiles)
     last = pl.cdiv(tokens, plan.rows) - 1
     operands["d_tokens"] = d_tokens
-    specs["d_tokens"] = pl.BlockSpec((1, plan.rows, plan.columns), lambda d, b, t: (b, jnp.minimum(t, last), d))
+    specs["d_tokens"] = pl.BlockSpec(
+        (1, plan.rows, plan.columns), lambda d, b, t: (b, jnp.minimum(t, last), d)
+    )
     if first and not plan.fetched:
         groups, end = plan.rows // 16, pl.cdiv(tokens, 16) - 1
         operands["following"] = d_tokens
-        specs["following"] = pl.BlockSpec((1, 16, plan.columns), lambda d, b, t: (b, jnp.minimum((t + 1) * groups, end), d))
+        specs["following"] = pl.BlockSpec(
+            (1, 16, plan.columns), lambda d, b, t: (b, jnp.minimum((t + 1) * groups, end), d)
+        )
     passes, size = dim // plan.columns, jnp.dtype(dtype).itemsize
     d_folded = call(
-        functools.partial(_weight_kernel, names=tuple(operands), plan=plan, raw=call_rows.raw, first=first, count=tokens - first),
+        functools.partial(
+            _weight_kernel,
+            names=tuple(operands),
+            plan=plan,
+            raw=call_rows.raw,
+            first=first,
+            count=tokens - first,
+        ),
         *operands.values(),
         name="vatt_patch_embed_weight",
         grid=(passes, B, tiles),
@@ -364,9 +446,15 @@ def _d_folded(d_tokens, patches, weight, keep, agg, gathered: bool, dtype: Any):
         in_specs=[specs[name] for name in operands],
         out_specs=pl.BlockSpec(memory_space=pl.ANY),
         out_shape=jax.ShapeDtypeStruct((dim, call_rows.values), jnp.float32),
-        scratch=[pltpu.VMEM((plan.columns, call_rows.values), jnp.float32), pltpu.SemaphoreType.DMA, *call_rows.scratch(dtype)],
+        scratch=[
+            pltpu.VMEM((plan.columns, call_rows.values), jnp.float32),
+            pltpu.SemaphoreType.DMA,
+            *call_rows.scratch(dtype),
+        ],
         flops=2 * B * tokens * k * dim,
-        bytes_accessed=passes * call_rows.bytes_read(tokens) + size * B * tokens * dim + 4 * k * dim,
+        bytes_accessed=passes * call_rows.bytes_read(tokens)
+        + size * B * tokens * dim
+        + 4 * k * dim,
     )
     return d_folded[:, :k]
 
@@ -402,19 +490,51 @@ def backward(
 
 def _put_rows(rows, keep, count: int):
     """Inverse of ``_take_rows``: zeros elsewhere; indices are distinct, so the same bits every time."""
-    if drop_token.unsupported(jax.ShapeDtypeStruct((len(rows), count, rows.shape[2]), rows.dtype), keep) is None:
+    if (
+        drop_token.unsupported(
+            jax.ShapeDtypeStruct((len(rows), count, rows.shape[2]), rows.dtype), keep
+        )
+        is None
+    ):
         return drop_token.backward(rows, keep, count)
     clips = jnp.arange(len(rows))[:, None]
-    return jnp.zeros((len(rows), count, rows.shape[2]), rows.dtype).at[clips, jnp.atleast_2d(keep)].set(rows, unique_indices=True)
+    return (
+        jnp.zeros((len(rows), count, rows.shape[2]), rows.dtype)
+        .at[clips, jnp.atleast_2d(keep)]
+        .set(rows, unique_indices=True)
+    )
 
 
-def unsupported(patches, weight, bias, position=None, keep=None, *, agg=None, scale, shift, gathered=False, dtype=None) -> str | None:
+def unsupported(
+    patches,
+    weight,
+    bias,
+    position=None,
+    keep=None,
+    *,
+    agg=None,
+    scale,
+    shift,
+    gathered=False,
+    dtype=None,
+) -> str | None:
     dtype = weight.dtype if dtype is None else dtype
     if reason := objection(patches, weight, bias, position, agg, jax.ShapeDtypeStruct((), dtype)):
         return reason
     fetched = _is_fetched(patches, keep, gathered)
     k = round_up(patches.shape[2], LANES)
     for backward in (False, True):
-        if _plan(_MOST_ROWS, k, weight.shape[0], patches.dtype, dtype, fetched=fetched, backward=backward) is None:
+        if (
+            _plan(
+                _MOST_ROWS,
+                k,
+                weight.shape[0],
+                patches.dtype,
+                dtype,
+                fetched=fetched,
+                backward=backward,
+            )
+            is None
+        ):
             return f"a tile of {k} values a patch by {weight.shape[0]} dimensions does not fit a core's memory; the reference accepts any"
     return None

@@ -27,13 +27,24 @@ def patchify(clip, patch: tuple[int, ...], *, pad_value: float = 0):
             f"patchify takes a clip (B, T, H, W, C) with a patch of 3 sizes, or (B, S) with one, got {tuple(clip.shape)} and {tuple(patch)}"
         )
     if 0 in clip.shape[1:]:
-        raise ValueError(f"the clip is {tuple(clip.shape)}; an empty one has no patches: leave it out")
+        raise ValueError(
+            f"the clip is {tuple(clip.shape)}; an empty one has no patches: leave it out"
+        )
     short = [-size % p for size, p in zip(clip.shape[1:], patch, strict=False)]
     if any(short):
         clip = _pad(clip, short, pad_value)
     grid = [size // p for size, p in zip(clip.shape[1:], patch, strict=False)]
-    split = clip.reshape(clip.shape[0], *(n for pair in zip(grid, patch, strict=True) for n in pair), *clip.shape[1 + axes :])
-    order = (0, *range(1, 2 * axes, 2), *range(2, 2 * axes + 1, 2), *range(2 * axes + 1, split.ndim))
+    split = clip.reshape(
+        clip.shape[0],
+        *(n for pair in zip(grid, patch, strict=True) for n in pair),
+        *clip.shape[1 + axes :],
+    )
+    order = (
+        0,
+        *range(1, 2 * axes, 2),
+        *range(2, 2 * axes + 1, 2),
+        *range(2 * axes + 1, split.ndim),
+    )
     values = math.prod(patch) * math.prod(clip.shape[1 + axes :])
     return _permute(split, order).reshape(clip.shape[0], math.prod(grid), values)
 
@@ -46,15 +57,24 @@ def unpatchify(patches, patch: tuple[int, ...], shape: tuple[int, ...]):
     """
     axes = len(patch)
     if len(shape) != {3: 4, 1: 1}.get(axes) or min(patch) < 1:
-        raise ValueError(f"unpatchify takes a patch of 3 sizes or 1 with shape (T, H, W, C) or (S,), got {tuple(patch)} and {tuple(shape)}")
+        raise ValueError(
+            f"unpatchify takes a patch of 3 sizes or 1 with shape (T, H, W, C) or (S,), got {tuple(patch)} and {tuple(shape)}"
+        )
     grid = [-(-size // p) for size, p in zip(shape, patch, strict=False)]
     channels = tuple(shape[axes:])
-    if patches.ndim != 3 or tuple(patches.shape[1:]) != (math.prod(grid), math.prod(patch) * math.prod(channels)):
-        raise ValueError(f"patches {tuple(patches.shape)} are not those of clips {tuple(shape)} cut by {tuple(patch)}")
+    if patches.ndim != 3 or tuple(patches.shape[1:]) != (
+        math.prod(grid),
+        math.prod(patch) * math.prod(channels),
+    ):
+        raise ValueError(
+            f"patches {tuple(patches.shape)} are not those of clips {tuple(shape)} cut by {tuple(patch)}"
+        )
     split = patches.reshape(patches.shape[0], *grid, *patch, *channels)
     pairs = [axis for i in range(axes) for axis in (1 + i, 1 + axes + i)]
     merged = _permute(split, (0, *pairs, *range(2 * axes + 1, split.ndim)))
-    whole = merged.reshape(patches.shape[0], *(n * p for n, p in zip(grid, patch, strict=True)), *channels)
+    whole = merged.reshape(
+        patches.shape[0], *(n * p for n, p in zip(grid, patch, strict=True)), *channels
+    )
     return whole[(slice(None), *(slice(size) for size in shape))]
 
 

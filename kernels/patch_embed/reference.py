@@ -9,7 +9,18 @@ from .patchify import patchify, unpatchify
 
 
 def unsupported(
-    patches, weight, bias, position=None, keep=None, *, scale, shift, agg=None, patch=None, gathered=False, dtype=None
+    patches,
+    weight,
+    bias,
+    position=None,
+    keep=None,
+    *,
+    scale,
+    shift,
+    agg=None,
+    patch=None,
+    gathered=False,
+    dtype=None,
 ) -> str | None:
     return None
 
@@ -20,7 +31,21 @@ def fold(xp, weight, bias, scale, shift, dtype, centre):
     return folded, wide(xp, bias) + (shift / scale + centre) * wide(xp, folded).sum(1)
 
 
-def forward(patches, weight, bias, *, position=None, keep=None, agg=None, scale, shift, patch=None, gathered=False, dtype, xp=torch):
+def forward(
+    patches,
+    weight,
+    bias,
+    *,
+    position=None,
+    keep=None,
+    agg=None,
+    scale,
+    shift,
+    patch=None,
+    gathered=False,
+    dtype,
+    xp=torch,
+):
     centre = _centre(xp, patches)
     rows = cast(_rows(xp, patches, keep, patch, gathered), dtype) - centre  # (B, K, k)
     folded, folded_bias = fold(xp, weight, bias, scale, shift, dtype, centre)
@@ -43,7 +68,9 @@ def backward(
     centre = _centre(xp, patches)
     rows = cast(_rows(xp, patches, keep, patch, gathered), dtype) - centre
     d_bias = wide(xp, d_tokens).sum((0, 1))
-    d_folded = xp.einsum("bkd,bkv->dv", wide(xp, d_tokens), wide(xp, rows))  # wide: sums of raw values overflow fp16
+    d_folded = xp.einsum(
+        "bkd,bkv->dv", wide(xp, d_tokens), wide(xp, rows)
+    )  # wide: sums of raw values overflow fp16
     d_weight = scale * d_folded + (shift + centre * scale) * d_bias[:, None]
     d_position = None if position is None else _d_position(xp, d_tokens, keep, position.shape[0])
     d_input = None

@@ -19,13 +19,33 @@ from .patchify import unpatchify
 
 
 @triton.jit
-def _corners(b, n, stride_b, stride_t, stride_h, stride_w, H, W, FRAMES: tl.constexpr, LINES: tl.constexpr, COLUMNS: tl.constexpr):
+def _corners(
+    b,
+    n,
+    stride_b,
+    stride_t,
+    stride_h,
+    stride_w,
+    H,
+    W,
+    FRAMES: tl.constexpr,
+    LINES: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
     """Offset of the first value of patches n of clips b, and its frame, line and column."""
     across, down = tl.cdiv(W, COLUMNS), tl.cdiv(H, LINES)
     t = n // (across * down) * FRAMES
     y = n // across % down * LINES
     x = n % across * COLUMNS
-    return b.to(tl.int64) * stride_b + t.to(tl.int64) * stride_t + y.to(tl.int64) * stride_h + x.to(tl.int64) * stride_w, t, y, x
+    return (
+        b.to(tl.int64) * stride_b
+        + t.to(tl.int64) * stride_t
+        + y.to(tl.int64) * stride_h
+        + x.to(tl.int64) * stride_w,
+        t,
+        y,
+        x,
+    )
 
 
 @triton.jit
@@ -62,13 +82,25 @@ def _load_rows(
     else:
         raw = tl.load(pointer, mask=inside, other=0)
     if patches.dtype.element_ty == tl.uint8:
-        raw = (raw ^ 128).to(tl.int8, bitcast=True)  # raw - 128 in one operation; four values convert at a time
+        raw = (raw ^ 128).to(
+            tl.int8, bitcast=True
+        )  # raw - 128 in one operation; four values convert at a time
     return raw.to(DTYPE)
 
 
 @triton.jit
 def _fold_kernel(
-    weight, bias, folded, folded_bias, scale, factor, dim, k, weight_stride, BLOCK_DIM: tl.constexpr, BLOCK_VALUES: tl.constexpr
+    weight,
+    bias,
+    folded,
+    folded_bias,
+    scale,
+    factor,
+    dim,
+    k,
+    weight_stride,
+    BLOCK_DIM: tl.constexpr,
+    BLOCK_VALUES: tl.constexpr,
 ):
     """One program: BLOCK_DIM rows of the weight (dim, k). folded = scale * weight as rounded; folded_bias = bias + factor * its row sums."""
     d = tl.program_id(0) * BLOCK_DIM + tl.arange(0, BLOCK_DIM)
@@ -76,7 +108,9 @@ def _fold_kernel(
     for v0 in range(0, k, BLOCK_VALUES):
         v = v0 + tl.arange(0, BLOCK_VALUES)
         inside = (d < dim)[:, None] & (v < k)[None, :]
-        w = tl.load(weight + d.to(tl.int64)[:, None] * weight_stride + v[None, :], mask=inside, other=0.0).to(tl.float32)
+        w = tl.load(
+            weight + d.to(tl.int64)[:, None] * weight_stride + v[None, :], mask=inside, other=0.0
+        ).to(tl.float32)
         rounded = (w * scale).to(folded.dtype.element_ty)
         tl.store(folded + d.to(tl.int64)[:, None] * k + v[None, :], rounded, mask=inside)
         total += rounded.to(tl.float32)
@@ -102,18 +136,27 @@ def _forward_kernel(
     r = tl.program_id(0) // tiles_across * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     d = tl.program_id(0) % tiles_across * BLOCK_DIM + tl.arange(0, BLOCK_DIM)
     DTYPE: tl.constexpr = tokens.dtype.element_ty
-    row, column = tl.minimum(r, R - 1), tl.minimum(d, dim - 1)  # the last tile repeats the edge instead of masking its loads
+    row, column = (
+        tl.minimum(r, R - 1),
+        tl.minimum(d, dim - 1),
+    )  # the last tile repeats the edge instead of masking its loads
     b, n = row // K, row % K
     patch = n
     if KEPT:
         patch = tl.load(keep + b.to(tl.int64) * keep_stride + n).to(tl.int32)
     source = n if GATHERED else patch
-    corner, t0, y0, x0 = _corners(b, source, stride_b, stride_t, stride_h, stride_w, H, W, FRAMES, LINES, COLUMNS)
+    corner, t0, y0, x0 = _corners(
+        b, source, stride_b, stride_t, stride_h, stride_w, H, W, FRAMES, LINES, COLUMNS
+    )
     inside = (r < R)[:, None] & (d < dim)[None, :]
     start = tl.load(bias + d, mask=d < dim, other=0.0).to(tl.float32)
     acc = tl.broadcast_to(start[None, :], [BLOCK_ROWS, BLOCK_DIM])
     if POSITION:  # the product is added to it: at the end the two would need twice the registers
-        acc += tl.load(position + patch.to(tl.int64)[:, None] * position_stride + d[None, :], mask=inside, other=0.0).to(tl.float32)
+        acc += tl.load(
+            position + patch.to(tl.int64)[:, None] * position_stride + d[None, :],
+            mask=inside,
+            other=0.0,
+        ).to(tl.float32)
     total = tl.zeros([BLOCK_DIM], tl.float32)
     for v0 in range(0, k, BLOCK_VALUES):
         v = v0 + tl.arange(0, BLOCK_VALUES)
@@ -134,7 +177,11 @@ def _forward_kernel(
     tl.store(out, acc.to(DTYPE), mask=inside)
     if AGG:
         first = tl.load(agg + d, mask=d < dim, other=0.0).to(tl.float32).to(DTYPE)
-        tl.store(out - dim, tl.broadcast_to(first[None, :], [BLOCK_ROWS, BLOCK_DIM]), mask=inside & (n == 0)[:, None])
+        tl.store(
+            out - dim,
+            tl.broadcast_to(first[None, :], [BLOCK_ROWS, BLOCK_DIM]),
+            mask=inside & (n == 0)[:, None],
+        )
 
 
 @triton.jit
@@ -152,14 +199,20 @@ def _pack_kernel(
     source = tl.maximum(n, 0)
     if GATHER:
         source = tl.load(keep + b.to(tl.int64) * keep_stride + source).to(tl.int32)
-    corner, t0, y0, x0 = _corners(b, source, stride_b, stride_t, stride_h, stride_w, H, W, FRAMES, LINES, COLUMNS)
+    corner, t0, y0, x0 = _corners(
+        b, source, stride_b, stride_t, stride_h, stride_w, H, W, FRAMES, LINES, COLUMNS
+    )
     values = _load_rows(
         patches, corner, t0, y0, x0, v, k, stride_t, stride_h, stride_w, stride_c, T, H, W,
         CLIP, DENSE, PADDED, EVEN, FRAMES, LINES, COLUMNS, CHANNELS, packed.dtype.element_ty,
     )  # fmt: skip
     if AGG:
         values = tl.where((n >= 0)[:, None], values, 0.0)
-    tl.store(packed + slot.to(tl.int64)[:, None] * k + v[None, :], values, mask=(slot < slots)[:, None] & (v < k)[None, :])
+    tl.store(
+        packed + slot.to(tl.int64)[:, None] * k + v[None, :],
+        values,
+        mask=(slot < slots)[:, None] & (v < k)[None, :],
+    )
 
 
 @triton.jit
@@ -173,27 +226,49 @@ def _add_kernel(
     inside = (slot < slots)[:, None] & (d < dim)[None, :]
     b, n = slot // (K + AGG), slot % (K + AGG) - AGG
     out = tokens + slot.to(tl.int64)[:, None] * dim + d[None, :]
-    values = tl.load(out, mask=inside, other=0.0).to(tl.float32) + tl.load(bias + d, mask=d < dim, other=0.0)[None, :]
+    values = (
+        tl.load(out, mask=inside, other=0.0).to(tl.float32)
+        + tl.load(bias + d, mask=d < dim, other=0.0)[None, :]
+    )
     live = (slot < slots) & (n >= 0)
     if POSITION:
         patch = n
         if KEPT:
-            patch = tl.load(keep + b.to(tl.int64) * keep_stride + n, mask=live, other=0).to(tl.int32)
+            patch = tl.load(keep + b.to(tl.int64) * keep_stride + n, mask=live, other=0).to(
+                tl.int32
+            )
         pointer = position + patch.to(tl.int64)[:, None] * position_stride + d[None, :]
-        values += tl.load(pointer, mask=live[:, None] & (d < dim)[None, :], other=0.0).to(tl.float32)
+        values += tl.load(pointer, mask=live[:, None] & (d < dim)[None, :], other=0.0).to(
+            tl.float32
+        )
     if AGG:
         first = tl.load(agg + d, mask=d < dim, other=0.0).to(tl.float32)
         values = tl.where((n >= 0)[:, None], values, first[None, :])
     tl.store(out, values.to(tokens.dtype.element_ty), mask=inside)
 
 
-def forward(patches, weight, bias, *, position=None, keep=None, agg=None, scale, shift, patch=None, gathered=False, dtype):
+def forward(
+    patches,
+    weight,
+    bias,
+    *,
+    position=None,
+    keep=None,
+    agg=None,
+    scale,
+    shift,
+    patch=None,
+    gathered=False,
+    dtype,
+):
     patches, source = _source(patches, patch)
     dim, k = weight.shape
     B, K = patches.shape[0], source["N"] if keep is None else keep.shape[-1]
     A = int(agg is not None)
     keep, keep_stride = _keep(keep)
-    weight, position = (x if x is None or x.stride(-1) == 1 else x.contiguous() for x in (weight, position))
+    weight, position = (
+        x if x is None or x.stride(-1) == 1 else x.contiguous() for x in (weight, position)
+    )
     bias, agg = (None if x is None else x.contiguous() for x in (bias, agg))
     position_stride = 0 if position is None else position.stride(0)
     factor = shift / scale + _centre(patches)
@@ -205,16 +280,37 @@ def forward(patches, weight, bias, *, position=None, keep=None, agg=None, scale,
         add = _choose("add", patches, dtype, B * K, dim, k)
         grid = (triton.cdiv(B * (A + K), add["BLOCK_ROWS"]), triton.cdiv(dim, add["BLOCK_DIM"]))
         flags = dict(KEPT=keep is not None, POSITION=position is not None, AGG=A)
-        _add_kernel[grid](keep, folded_bias, position, agg, tokens, B * (A + K), K, dim, keep_stride, position_stride, **flags, **add)
+        _add_kernel[grid](
+            keep,
+            folded_bias,
+            position,
+            agg,
+            tokens,
+            B * (A + K),
+            K,
+            dim,
+            keep_stride,
+            position_stride,
+            **flags,
+            **add,
+        )
         return tokens
-    trivial = scale == 1 and factor == 0 and weight.dtype == dtype  # float patches that arrive normalised
+    trivial = (
+        scale == 1 and factor == 0 and weight.dtype == dtype
+    )  # float patches that arrive normalised
     fold = bool(tile.pop("FOLD")) and not trivial
     flags = dict(FOLD=fold, SUM=fold and factor != 0)
     if not fold and not trivial:
         weight, bias = _fold(weight, bias, scale, factor, dtype)
     tokens = torch.empty((B, A + K, dim), dtype=dtype, device=patches.device)
     programs = triton.cdiv(B * K, tile["BLOCK_ROWS"]) * triton.cdiv(dim, tile["BLOCK_DIM"])
-    flags |= dict(KEPT=keep is not None, GATHERED=gathered, POSITION=position is not None, AGG=A, EVEN=k % tile["BLOCK_VALUES"] == 0)
+    flags |= dict(
+        KEPT=keep is not None,
+        GATHERED=gathered,
+        POSITION=position is not None,
+        AGG=A,
+        EVEN=k % tile["BLOCK_VALUES"] == 0,
+    )
     _forward_kernel[(programs,)](
         patches, keep, weight, bias, position, agg, tokens, scale, factor, B * K, K, k, dim, keep_stride, weight.stride(0), position_stride,
         *source["arguments"], **source["flags"], **flags, PRECISION=dot_precision(dtype), **tile,
@@ -228,7 +324,9 @@ def _fold(weight, bias, scale, factor, dtype):
     folded = torch.empty((dim, k), dtype=dtype, device=weight.device)
     folded_bias = torch.empty(dim, dtype=torch.float32, device=weight.device)
     tile = tiles.choose("patch_embed_fold", arch(), dtype, _fold_heuristic(k), dim=dim, values=k)
-    _fold_kernel[(triton.cdiv(dim, tile["BLOCK_DIM"]),)](weight, bias, folded, folded_bias, scale, factor, dim, k, weight.stride(0), **tile)
+    _fold_kernel[(triton.cdiv(dim, tile["BLOCK_DIM"]),)](
+        weight, bias, folded, folded_bias, scale, factor, dim, k, weight.stride(0), **tile
+    )
     return folded, folded_bias
 
 
@@ -238,10 +336,32 @@ def _pack(patches, keep, keep_stride, source, B, K, k, A, gathered, dtype):
     So tokens and rows match as matrices, without a copy of either; only an infinite gradient of AGG would be felt in d_weight, as nan.
     """
     packed = torch.empty((B * (A + K), k), dtype=dtype, device=patches.device)
-    tile = tiles.choose("patch_embed_pack", arch(), dtype, _pack_heuristic(k), rows=B * K, values=k, raw=patches.element_size())
+    tile = tiles.choose(
+        "patch_embed_pack",
+        arch(),
+        dtype,
+        _pack_heuristic(k),
+        rows=B * K,
+        values=k,
+        raw=patches.element_size(),
+    )
     grid = (triton.cdiv(B * (A + K), tile["BLOCK_ROWS"]), triton.cdiv(k, tile["BLOCK_VALUES"]))
-    flags = dict(GATHER=keep is not None and not gathered, AGG=A, EVEN=k % tile["BLOCK_VALUES"] == 0)
-    _pack_kernel[grid](patches, keep, packed, B * (A + K), K, k, keep_stride, *source["arguments"], **source["flags"], **flags, **tile)
+    flags = dict(
+        GATHER=keep is not None and not gathered, AGG=A, EVEN=k % tile["BLOCK_VALUES"] == 0
+    )
+    _pack_kernel[grid](
+        patches,
+        keep,
+        packed,
+        B * (A + K),
+        K,
+        k,
+        keep_stride,
+        *source["arguments"],
+        **source["flags"],
+        **flags,
+        **tile,
+    )
     return packed
 
 
@@ -262,20 +382,35 @@ def _sums_kernel(
         p = tile * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
         for b in range(0, B):
             if INVERSE:
-                n = tl.load(inverse + tl.cast(b, tl.int64) * inverse_stride + p, mask=p < rows, other=-1)
+                n = tl.load(
+                    inverse + tl.cast(b, tl.int64) * inverse_stride + p, mask=p < rows, other=-1
+                )
             else:
                 n = tl.where(p < rows, p, -1)
-            pointer = d_tokens + b * clip_stride + (tl.maximum(n, 0) + AGG).to(tl.int64)[:, None] * dim + d[None, :]
-            acc += tl.load(pointer, mask=(n >= 0)[:, None] & (d < dim)[None, :], other=0.0).to(tl.float32)
+            pointer = (
+                d_tokens
+                + b * clip_stride
+                + (tl.maximum(n, 0) + AGG).to(tl.int64)[:, None] * dim
+                + d[None, :]
+            )
+            acc += tl.load(pointer, mask=(n >= 0)[:, None] & (d < dim)[None, :], other=0.0).to(
+                tl.float32
+            )
         if POSITION:
             values = acc.to(d_position.dtype.element_ty)
-            tl.store(d_position + p.to(tl.int64)[:, None] * dim + d[None, :], values, mask=(p < rows)[:, None] & (d < dim)[None, :])
+            tl.store(
+                d_position + p.to(tl.int64)[:, None] * dim + d[None, :],
+                values,
+                mask=(p < rows)[:, None] & (d < dim)[None, :],
+            )
         tl.store(d_bias_parts + tl.cast(tile, tl.int64) * dim + d, tl.sum(acc, 0), mask=d < dim)
     elif AGG:
         for b0 in range(0, B, BLOCK_ROWS):
             b = b0 + tl.arange(0, BLOCK_ROWS)
             pointer = d_tokens + b[:, None] * clip_stride + d[None, :]
-            acc += tl.load(pointer, mask=(b < B)[:, None] & (d < dim)[None, :], other=0.0).to(tl.float32)
+            acc += tl.load(pointer, mask=(b < B)[:, None] & (d < dim)[None, :], other=0.0).to(
+                tl.float32
+            )
         tl.store(d_agg + d, tl.sum(acc, 0).to(d_agg.dtype.element_ty), mask=d < dim)
 
 
@@ -313,7 +448,9 @@ def _weight_kernel(
         source = n
         if GATHER:
             source = tl.load(keep + b.to(tl.int64) * keep_stride + n).to(tl.int32)
-        corner, t0, y0, x0 = _corners(b, source, stride_b, stride_t, stride_h, stride_w, H, W, FRAMES, LINES, COLUMNS)
+        corner, t0, y0, x0 = _corners(
+            b, source, stride_b, stride_t, stride_h, stride_w, H, W, FRAMES, LINES, COLUMNS
+        )
         x = _load_rows(
             patches, corner, t0, y0, x0, v, k, stride_t, stride_h, stride_w, stride_c, T, H, W,
             CLIP, DENSE, PADDED, EVEN, FRAMES, LINES, COLUMNS, CHANNELS, DTYPE,
@@ -329,7 +466,18 @@ def _weight_kernel(
 
 
 @triton.jit
-def _finish_kernel(parts, d_bias, d_weight, scale, factor, chunks, dim, k, BLOCK_DIM: tl.constexpr, BLOCK_VALUES: tl.constexpr):
+def _finish_kernel(
+    parts,
+    d_bias,
+    d_weight,
+    scale,
+    factor,
+    chunks,
+    dim,
+    k,
+    BLOCK_DIM: tl.constexpr,
+    BLOCK_VALUES: tl.constexpr,
+):
     """One program: BLOCK_DIM by BLOCK_VALUES of d_weight (dim, k) = scale * sum of parts (chunks, dim, k), in order, + factor * d_bias."""
     d = tl.program_id(0) * BLOCK_DIM + tl.arange(0, BLOCK_DIM)
     v = tl.program_id(1) * BLOCK_VALUES + tl.arange(0, BLOCK_VALUES)
@@ -343,7 +491,20 @@ def _finish_kernel(parts, d_bias, d_weight, scale, factor, chunks, dim, k, BLOCK
 
 
 def backward(
-    d_tokens, patches, weight, bias, *, position=None, keep=None, agg=None, scale, shift, patch=None, gathered=False, dtype, d_patches=False
+    d_tokens,
+    patches,
+    weight,
+    bias,
+    *,
+    position=None,
+    keep=None,
+    agg=None,
+    scale,
+    shift,
+    patch=None,
+    gathered=False,
+    dtype,
+    d_patches=False,
 ):
     """d_patches (None unless asked for), d_weight, d_bias, d_position, d_agg (None where absent)."""
     shape = tuple(patches.shape[1:])
@@ -356,11 +517,26 @@ def backward(
     centre = _centre(patches)
     d_bias, d_position, d_agg = _sums(d_tokens, position, kept, keep_stride, agg, B, K, dim)
 
-    d_weight = _d_weight(d_tokens, d_bias, patches, weight, kept, keep_stride, source, A, gathered, scale, shift + centre * scale)
+    d_weight = _d_weight(
+        d_tokens,
+        d_bias,
+        patches,
+        weight,
+        kept,
+        keep_stride,
+        source,
+        A,
+        gathered,
+        scale,
+        shift + centre * scale,
+    )
     d_input = None
     if d_patches:  # rare: patches are data
         weight = weight if weight.stride(-1) == 1 else weight.contiguous()
-        d_input = d_tokens[:, A:] @ _fold(weight, bias.contiguous(), scale, shift / scale + centre, dtype)[0]
+        d_input = (
+            d_tokens[:, A:]
+            @ _fold(weight, bias.contiguous(), scale, shift / scale + centre, dtype)[0]
+        )
         if keep is not None and not gathered:
             d_input = put_rows(torch, d_input, keep, N)
         if patch is not None:
@@ -375,22 +551,57 @@ def _sums(d_tokens, position, keep, keep_stride, agg, B, K, dim):
     if position is not None and keep is not None:
         rows = position.shape[0]
         lines = 1 if keep.ndim == 1 else B
-        inverse, inverse_stride = torch.full((lines, rows), -1, dtype=torch.int32, device=device), rows if keep.ndim == 2 else 0
-        _inverse_kernel[(triton.cdiv(K, 256), lines)](keep, inverse, K, rows, keep_stride, BLOCK=256, num_warps=4)
-    tile = tiles.choose("patch_embed_sums", arch(), d_tokens.dtype, _sums_heuristic(rows, dim), batch=B, rows=rows, dim=dim)
+        inverse, inverse_stride = (
+            torch.full((lines, rows), -1, dtype=torch.int32, device=device),
+            rows if keep.ndim == 2 else 0,
+        )
+        _inverse_kernel[(triton.cdiv(K, 256), lines)](
+            keep, inverse, K, rows, keep_stride, BLOCK=256, num_warps=4
+        )
+    tile = tiles.choose(
+        "patch_embed_sums",
+        arch(),
+        d_tokens.dtype,
+        _sums_heuristic(rows, dim),
+        batch=B,
+        rows=rows,
+        dim=dim,
+    )
     programs = triton.cdiv(rows, tile["BLOCK_ROWS"])
-    d_position = None if position is None else torch.empty((rows, dim), dtype=position.dtype, device=device)
+    d_position = (
+        None if position is None else torch.empty((rows, dim), dtype=position.dtype, device=device)
+    )
     d_agg = None if agg is None else torch.empty(dim, dtype=agg.dtype, device=device)
     parts = torch.empty((programs, dim), dtype=torch.float32, device=device)
     grid = (programs + A, triton.cdiv(dim, tile["BLOCK_DIM"]))
     flags = dict(INVERSE=inverse is not None, POSITION=position is not None, AGG=A)
-    _sums_kernel[grid](d_tokens, inverse, d_position, parts, d_agg, B, K, rows, dim, inverse_stride, **flags, **tile)
+    _sums_kernel[grid](
+        d_tokens,
+        inverse,
+        d_position,
+        parts,
+        d_agg,
+        B,
+        K,
+        rows,
+        dim,
+        inverse_stride,
+        **flags,
+        **tile,
+    )
     return parts.sum(0), d_position, d_agg
 
 
-def _d_weight(d_tokens, d_bias, patches, weight, keep, keep_stride, source, A, gathered, scale, factor):
+def _d_weight(
+    d_tokens, d_bias, patches, weight, keep, keep_stride, source, A, gathered, scale, factor
+):
     """scale * d_tokens^T @ (rows - centre) + factor * d_bias, in the weight's dtype; summed in fp32, since raw values overflow fp16."""
-    (B, tokens, dim), k, dtype, device = d_tokens.shape, weight.shape[1], d_tokens.dtype, weight.device
+    (B, tokens, dim), k, dtype, device = (
+        d_tokens.shape,
+        weight.shape[1],
+        d_tokens.dtype,
+        weight.device,
+    )
     K = tokens - A
     tile = dict(_choose("weight", patches, dtype, B * K, dim, k))
     d_weight = torch.empty((dim, k), dtype=weight.dtype, device=device)
@@ -398,18 +609,38 @@ def _d_weight(d_tokens, d_bias, patches, weight, keep, keep_stride, source, A, g
         packed = _pack(patches, keep, keep_stride, source, B, K, k, A, gathered, dtype)
         parts = _product(d_tokens.view(-1, dim).T, packed)[None]
     else:
-        chunk = triton.cdiv(triton.cdiv(B * K, tile["BLOCK_ROWS"]), tile.pop("CHUNKS")) * tile["BLOCK_ROWS"]
+        chunk = (
+            triton.cdiv(triton.cdiv(B * K, tile["BLOCK_ROWS"]), tile.pop("CHUNKS"))
+            * tile["BLOCK_ROWS"]
+        )
         chunks = triton.cdiv(B * K, chunk)
-        parts = d_weight if chunks == 1 else torch.empty((chunks, dim, k), dtype=torch.float32, device=device)
+        parts = (
+            d_weight
+            if chunks == 1
+            else torch.empty((chunks, dim, k), dtype=torch.float32, device=device)
+        )
         grid = (triton.cdiv(dim, tile["BLOCK_DIM"]) * triton.cdiv(k, tile["BLOCK_VALUES"]), chunks)
-        flags = dict(GATHER=keep is not None and not gathered, AGG=A, FINISH=chunks == 1, EVEN=k % tile["BLOCK_VALUES"] == 0)
+        flags = dict(
+            GATHER=keep is not None and not gathered,
+            AGG=A,
+            FINISH=chunks == 1,
+            EVEN=k % tile["BLOCK_VALUES"] == 0,
+        )
         _weight_kernel[grid](
             d_tokens, patches, keep, d_bias, parts, scale, factor, B * K, K, k, dim, chunk, keep_stride,
             *source["arguments"], **source["flags"], **flags, PRECISION=dot_precision(dtype), **tile,
         )  # fmt: skip
         if chunks == 1:
             return d_weight
-    tile = tiles.choose("patch_embed_finish", arch(), dtype, _finish_heuristic(k), dim=dim, values=k, chunks=parts.shape[0])
+    tile = tiles.choose(
+        "patch_embed_finish",
+        arch(),
+        dtype,
+        _finish_heuristic(k),
+        dim=dim,
+        values=k,
+        chunks=parts.shape[0],
+    )
     grid = (triton.cdiv(dim, tile["BLOCK_DIM"]), triton.cdiv(k, tile["BLOCK_VALUES"]))
     _finish_kernel[grid](parts, d_bias, d_weight, scale, factor, parts.shape[0], dim, k, **tile)
     return d_weight
@@ -426,25 +657,38 @@ def _product(a, b):
 
 def _source(patches, patch):
     """The patches as the kernels take them, their number N, and the kernels' arguments that describe where values lie."""
-    flags = dict(CLIP=patch is not None, DENSE=True, PADDED=False, FRAMES=1, LINES=1, COLUMNS=1, CHANNELS=1)
+    flags = dict(
+        CLIP=patch is not None, DENSE=True, PADDED=False, FRAMES=1, LINES=1, COLUMNS=1, CHANNELS=1
+    )
     if patch is None:
         if patches.stride(-1) != 1:
             patches = patches.contiguous()
         N = patches.shape[1]
-        return patches, dict(N=N, flags=flags, arguments=(patches.stride(0), patches.stride(1), 0, 0, 1, N, 1, 1))
-    clip = patches[:, None, None, :, None] if len(patch) == 1 else patches  # a waveform is one frame of one line
+        return patches, dict(
+            N=N, flags=flags, arguments=(patches.stride(0), patches.stride(1), 0, 0, 1, N, 1, 1)
+        )
+    clip = (
+        patches[:, None, None, :, None] if len(patch) == 1 else patches
+    )  # a waveform is one frame of one line
     frames, lines, columns = (1, 1, patch[0]) if len(patch) == 1 else patch
     stride_b, stride_t, stride_h, stride_w, stride_c = clip.stride()
     T, H, W, C = clip.shape[1:]
-    flags |= dict(DENSE=stride_w == C and (C == 1 or stride_c == 1), PADDED=bool(T % frames or H % lines or W % columns))
+    flags |= dict(
+        DENSE=stride_w == C and (C == 1 or stride_c == 1),
+        PADDED=bool(T % frames or H % lines or W % columns),
+    )
     flags |= dict(FRAMES=frames, LINES=lines, COLUMNS=columns, CHANNELS=C)
     N = triton.cdiv(T, frames) * triton.cdiv(H, lines) * triton.cdiv(W, columns)
-    return patches, dict(N=N, flags=flags, arguments=(stride_b, stride_t, stride_h, stride_w, stride_c, T, H, W))
+    return patches, dict(
+        N=N, flags=flags, arguments=(stride_b, stride_t, stride_h, stride_w, stride_c, T, H, W)
+    )
 
 
 def _keep(keep):
     """keep and the step from a clip's indices to the next clip's: 0 where all clips share one line."""
-    return (None, 0) if keep is None else (keep.contiguous(), keep.shape[1] if keep.ndim == 2 else 0)
+    return (
+        (None, 0) if keep is None else (keep.contiguous(), keep.shape[1] if keep.ndim == 2 else 0)
+    )
 
 
 def _centre(patches) -> float:
@@ -453,16 +697,25 @@ def _centre(patches) -> float:
 
 # -- tiles -------------------------------------------------------------------------------------------------------------
 
-_MULTIPROCESSORS = {"sm_80": 108, "sm_89": 128, "sm_90": 132, "sm_100": 148, "sm_120": 170, "gfx942": 304}
+_MULTIPROCESSORS = {
+    "sm_80": 108,
+    "sm_89": 128,
+    "sm_90": 132,
+    "sm_100": 148,
+    "sm_120": 170,
+    "gfx942": 304,
+}
 _SHARED_KIB = {"sm_80": 163, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99, "gfx942": 64}
 
 
 def _choose(kernel: str, patches, dtype, rows: int, dim: int, k: int) -> tiles.Tiles:
     raw = patches.element_size()
-    heuristic = {"forward": _forward_heuristic, "weight": _weight_heuristic, "add": _add_heuristic}[kernel](
-        arch(), dtype.itemsize, rows, dim, k, raw
+    heuristic = {"forward": _forward_heuristic, "weight": _weight_heuristic, "add": _add_heuristic}[
+        kernel
+    ](arch(), dtype.itemsize, rows, dim, k, raw)
+    return tiles.choose(
+        f"patch_embed_{kernel}", arch(), dtype, heuristic, rows=rows, dim=dim, values=k, raw=raw
     )
-    return tiles.choose(f"patch_embed_{kernel}", arch(), dtype, heuristic, rows=rows, dim=dim, values=k, raw=raw)
 
 
 def _stages(device: str, bytes_a_stage: int, most: int) -> int:
@@ -472,7 +725,9 @@ def _stages(device: str, bytes_a_stage: int, most: int) -> int:
     return max(2, min(most, _SHARED_KIB.get(device, 99) * 1024 * 9 // 10 // bytes_a_stage))
 
 
-def _cheapest(shapes: dict[tuple[int, int], float], device: str, rows: int, columns: int) -> tuple[int, int]:
+def _cheapest(
+    shapes: dict[tuple[int, int], float], device: str, rows: int, columns: int
+) -> tuple[int, int]:
     """The tile whose waves over the device take least; ``shapes`` gives each one's throughput once the device is full."""
     multiprocessors = _MULTIPROCESSORS.get(device, 128)
 
@@ -484,7 +739,9 @@ def _cheapest(shapes: dict[tuple[int, int], float], device: str, rows: int, colu
     return min(shapes, key=cost)
 
 
-def _forward_heuristic(device: str, itemsize: int, rows: int, dim: int, k: int, raw: int) -> tiles.Tiles:
+def _forward_heuristic(
+    device: str, itemsize: int, rows: int, dim: int, k: int, raw: int
+) -> tiles.Tiles:
     """Fused wherever Triton's product comes near cuBLAS's: packing moves 3 bytes a uint8 value, and the tokens twice more.
 
     At k 3072 and dim 1024 on an H200 that is about a third of the product's time (predicted), which is what a gather with conversion inside
@@ -495,38 +752,93 @@ def _forward_heuristic(device: str, itemsize: int, rows: int, dim: int, k: int, 
         return {"PACKED": 1}
     fold = int(k <= 256)  # every program folds its part again: cheaper than a launch
     if itemsize == 4:
-        return {"PACKED": 0, "FOLD": fold, "BLOCK_ROWS": 64, "BLOCK_DIM": 64, "BLOCK_VALUES": 32, "num_warps": 4, "num_stages": 2}
+        return {
+            "PACKED": 0,
+            "FOLD": fold,
+            "BLOCK_ROWS": 64,
+            "BLOCK_DIM": 64,
+            "BLOCK_VALUES": 32,
+            "num_warps": 4,
+            "num_stages": 2,
+        }
     if k <= 256:  # bound by memory
-        tile = {"BLOCK_ROWS": 64, "BLOCK_DIM": 64 if dim <= 64 else 128, "BLOCK_VALUES": 32, "num_warps": 4, "num_stages": 3}
+        tile = {
+            "BLOCK_ROWS": 64,
+            "BLOCK_DIM": 64 if dim <= 64 else 128,
+            "BLOCK_VALUES": 32,
+            "num_warps": 4,
+            "num_stages": 3,
+        }
         return {"PACKED": 0, "FOLD": fold} | tile
     height, width = _cheapest({(128, 128): 0.9, (64, 128): 0.7, (64, 64): 0.45}, device, rows, dim)
-    values = 64 if device in ("sm_90", "sm_100") else 32  # operands that live in registers spill at 64
+    values = (
+        64 if device in ("sm_90", "sm_100") else 32
+    )  # operands that live in registers spill at 64
     stages = _stages(device, height * values * raw + width * values * 2, 4)
-    warps = 8 if height * width >= (64 * 128 if device == "sm_120" else 128 * 128) else 4  # four spill there (triton 3.7.1)
-    tile = {"BLOCK_ROWS": height, "BLOCK_DIM": width, "BLOCK_VALUES": values, "num_warps": warps, "num_stages": stages}
+    warps = (
+        8 if height * width >= (64 * 128 if device == "sm_120" else 128 * 128) else 4
+    )  # four spill there (triton 3.7.1)
+    tile = {
+        "BLOCK_ROWS": height,
+        "BLOCK_DIM": width,
+        "BLOCK_VALUES": values,
+        "num_warps": warps,
+        "num_stages": stages,
+    }
     return {"PACKED": 0, "FOLD": fold} | tile
 
 
-def _weight_heuristic(device: str, itemsize: int, rows: int, dim: int, k: int, raw: int) -> tiles.Tiles:
+def _weight_heuristic(
+    device: str, itemsize: int, rows: int, dim: int, k: int, raw: int
+) -> tiles.Tiles:
     """Packed at large k and dim: here the converted rows pass through shared memory at every step, where a product cannot overlap them.
 
     Otherwise chunks fill the device: each costs a write and a read of (dim, k) in fp32.
     """
-    if (itemsize == 4 and dim * k >= 2**16) or (device.startswith("sm") and k >= 1024 and dim >= 512):
+    if (itemsize == 4 and dim * k >= 2**16) or (
+        device.startswith("sm") and k >= 1024 and dim >= 512
+    ):
         return {"PACKED": 1}
     if itemsize == 4:
-        tile = {"BLOCK_DIM": 64, "BLOCK_VALUES": 64, "BLOCK_ROWS": 32, "num_warps": 4, "num_stages": 2}
+        tile = {
+            "BLOCK_DIM": 64,
+            "BLOCK_VALUES": 64,
+            "BLOCK_ROWS": 32,
+            "num_warps": 4,
+            "num_stages": 2,
+        }
     elif dim <= 64 or k <= 64 or device == "gfx942":
-        tile = {"BLOCK_DIM": 64, "BLOCK_VALUES": 64, "BLOCK_ROWS": 32 if device == "gfx942" else 64, "num_warps": 4, "num_stages": 2}
+        tile = {
+            "BLOCK_DIM": 64,
+            "BLOCK_VALUES": 64,
+            "BLOCK_ROWS": 32 if device == "gfx942" else 64,
+            "num_warps": 4,
+            "num_stages": 2,
+        }
     else:
         stages = _stages(device, 64 * 128 * (raw + 2) + 32 * 1024, 3)
-        tile = {"BLOCK_DIM": 128, "BLOCK_VALUES": 128, "BLOCK_ROWS": 64, "num_warps": 8, "num_stages": stages}
+        tile = {
+            "BLOCK_DIM": 128,
+            "BLOCK_VALUES": 128,
+            "BLOCK_ROWS": 64,
+            "num_warps": 8,
+            "num_stages": stages,
+        }
     programs = triton.cdiv(dim, tile["BLOCK_DIM"]) * triton.cdiv(k, tile["BLOCK_VALUES"])
-    chunks = max(1, min(_MULTIPROCESSORS.get(device, 128) // programs, triton.cdiv(rows, 4 * tile["BLOCK_ROWS"]), 32))
+    chunks = max(
+        1,
+        min(
+            _MULTIPROCESSORS.get(device, 128) // programs,
+            triton.cdiv(rows, 4 * tile["BLOCK_ROWS"]),
+            32,
+        ),
+    )
     return {"PACKED": 0, "CHUNKS": chunks} | tile
 
 
-def _add_heuristic(device: str, itemsize: int, rows: int, dim: int, k: int, raw: int) -> tiles.Tiles:
+def _add_heuristic(
+    device: str, itemsize: int, rows: int, dim: int, k: int, raw: int
+) -> tiles.Tiles:
     return {"BLOCK_ROWS": 8, "BLOCK_DIM": min(triton.next_power_of_2(dim), 512), "num_warps": 4}
 
 
@@ -542,7 +854,11 @@ def _pack_heuristic(k: int) -> tiles.Tiles:
 
 
 def _sums_heuristic(rows: int, dim: int) -> tiles.Tiles:
-    return {"BLOCK_ROWS": 16 if rows > 512 else 4, "BLOCK_DIM": min(triton.next_power_of_2(dim), 128), "num_warps": 4}
+    return {
+        "BLOCK_ROWS": 16 if rows > 512 else 4,
+        "BLOCK_DIM": min(triton.next_power_of_2(dim), 128),
+        "num_warps": 4,
+    }
 
 
 def _finish_heuristic(k: int) -> tiles.Tiles:
@@ -592,7 +908,18 @@ TUNING: dict[str, list[tiles.Tiles]] = {
 
 
 def unsupported(
-    patches, weight, bias, position=None, keep=None, *, scale, shift, agg=None, patch=None, gathered=False, dtype=None
+    patches,
+    weight,
+    bias,
+    position=None,
+    keep=None,
+    *,
+    scale,
+    shift,
+    agg=None,
+    patch=None,
+    gathered=False,
+    dtype=None,
 ) -> str | None:
     if reason := objection(patches, weight, bias, position, keep, agg):
         return reason

@@ -12,7 +12,7 @@ from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 from adapter_calls import arguments, call_of, inputs_of, outputs_of
 
 from vatt_fast.kernels import dispatch, explain, xla
@@ -45,15 +45,23 @@ def test_an_operator_is_registered_and_knows_its_results(op, function, dtype):
         tensors, options = arguments(op, function, dtype, DEVICE)
         results = getattr(xla.adapter(op), function)(*tensors, **options)
         results = results if isinstance(results, tuple) else (results,)
-        expected = outputs_of(op, inputs) if function == "forward" else [gradient_of(inputs[name]) for name in DIFFERENTIABLE[op]]
+        expected = (
+            outputs_of(op, inputs)
+            if function == "forward"
+            else [gradient_of(inputs[name]) for name in DIFFERENTIABLE[op]]
+        )
         call, _ = xla.bind(op, function, tensors, options)
     namespace, _, name = xla.operator(call)._opoverload._schema.name.partition("::")
-    assert name.startswith(f"vatt_{op}_{function}_") and hasattr(getattr(torch.ops, namespace), name)
+    assert name.startswith(f"vatt_{op}_{function}_") and hasattr(
+        getattr(torch.ops, namespace), name
+    )
     for result, like in zip(results, expected, strict=True):
         assert (result is None) == (like is None)
         if result is not None:
             assert (result.shape, result.device.type) == (like.shape, "tpu")
-            assert result.dtype == like.dtype or (function == "backward" and result.dtype == torch.float32)  # the op casts
+            assert result.dtype == like.dtype or (
+                function == "backward" and result.dtype == torch.float32
+            )  # the op casts
 
 
 @DTYPES
@@ -62,11 +70,21 @@ def test_gradients_are_wired(op, dtype):
     """The public op's node, called by hand, as autograd's engine has no queue for a device that is absent."""
     with FakeTensorMode():
         inputs = inputs_of(op, dtype, DEVICE)
-        leaves = {name: inputs[name].requires_grad_() for name in DIFFERENTIABLE[op] if gradient_of(inputs[name]) is not None}
+        leaves = {
+            name: inputs[name].requires_grad_()
+            for name in DIFFERENTIABLE[op]
+            if gradient_of(inputs[name]) is not None
+        }
         outputs = outputs_of(op, inputs)
         assert all(x.device.type == "tpu" for x in outputs)
-        gradients = [x for x in outputs[0].grad_fn.apply(*(torch.ones_like(x) for x in outputs)) if x is not None]
-    got, wanted = ([(x.shape, x.dtype, x.device) for x in tensors] for tensors in (gradients, leaves.values()))
+        gradients = [
+            x
+            for x in outputs[0].grad_fn.apply(*(torch.ones_like(x) for x in outputs))
+            if x is not None
+        ]
+    got, wanted = (
+        [(x.shape, x.dtype, x.device) for x in tensors] for tensors in (gradients, leaves.values())
+    )
     assert sorted(got, key=str) == sorted(wanted, key=str) and leaves
 
 
@@ -80,7 +98,9 @@ def test_autocast_reaches_the_kernels():
 @pytest.mark.parametrize(("op", "function"), CALLS)
 def test_its_libtpu_compiles_the_kernels(op, function, dtype):
     call = call_of(op, function, dtype)
-    chip = SingleDeviceSharding(topologies.get_topology_desc(platform="tpu", topology_name="v6e:2x2").devices[0])
+    chip = SingleDeviceSharding(
+        topologies.get_topology_desc(platform="tpu", topology_name="v6e:2x2").devices[0]
+    )
     there = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=chip) for x in call.specs]
     compiled = jax.jit(xla.exported(call, "tpu").call).lower(*there).compile()
     assert 'custom_call_target="tpu_custom_call"' in compiled.as_text()

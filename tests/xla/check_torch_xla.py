@@ -14,7 +14,7 @@ import torch_xla.core.xla_builder as xla_builder
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 import adapter_calls
 import test_ops
 
@@ -28,26 +28,52 @@ DEVICE = torch_xla.device()
 NAMES = {
     "attention": ("ragged_37_by_70", "packed", "text", "keyless_bias"),
     "drop_token": ("ragged", "ragged_per_clip"),
-    "nce": ("shard", "shard_masked", "texts_bounded"),
-    "patch_embed": ("kept_rows", "kept_per_clip", "gathered_per_clip", "odd_clip", "float_clip", "waveform", "only_projected"),
+    "contrastive_lse": ("shard", "shard_masked", "texts_bounded"),
+    "patch_embed": (
+        "kept_rows",
+        "kept_per_clip",
+        "gathered_per_clip",
+        "odd_clip",
+        "float_clip",
+        "waveform",
+        "only_projected",
+    ),
 }
-TOWER = TowerConfig(depth=2, dim=64, mlp_dim=128, num_heads=2)  # a whole block, and the last one for AGG alone
+TOWER = TowerConfig(
+    depth=2, dim=64, mlp_dim=128, num_heads=2
+)  # a whole block, and the last one for AGG alone
 MODEL = dataclasses.replace(
-    PRESETS["tiny"], video=TOWER, audio=TOWER, text=TOWER, frames=4, height=16, width=16, samples=1280, vocab_size=30, texts_per_clip=2
+    PRESETS["tiny"],
+    video=TOWER,
+    audio=TOWER,
+    text=TOWER,
+    frames=4,
+    height=16,
+    width=16,
+    samples=1280,
+    vocab_size=30,
+    texts_per_clip=2,
 )
 
 
 # -- choosing ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("runtime", "expected"), [("CPU", "runs when asked for"), ("TPU", "preferred (fwd, bwd)")])
+@pytest.mark.parametrize(
+    ("runtime", "expected"), [("CPU", "runs when asked for"), ("TPU", "preferred (fwd, bwd)")]
+)
 @pytest.mark.parametrize("op", dispatch.OPS)
 def test_the_kernels_are_preferred_on_a_tpu(op, runtime, expected, monkeypatch):
     monkeypatch.setattr(torch_xla.runtime, "device_type", lambda: runtime)
-    case = "video_tiny_drop50" if op == "attention" else NAMES[op][0]  # attention's want queries enough
+    case = (
+        "video_tiny_drop50" if op == "attention" else NAMES[op][0]
+    )  # attention's want queries enough
     inputs = list(make(CASES[op][case], device=DEVICE).items())
     count = adapter_calls.TENSORS[op]
-    assert explain(op, *[value for _, value in inputs[:count]], **dict(inputs[count:]))["pallas_tpu"] == expected
+    assert (
+        explain(op, *[value for _, value in inputs[:count]], **dict(inputs[count:]))["pallas_tpu"]
+        == expected
+    )
 
 
 def test_what_the_kernels_do_not_take_is_said():
@@ -57,9 +83,13 @@ def test_what_the_kernels_do_not_take_is_said():
             attention(q.double(), q.double(), q.double(), scale=1.0)
         with pytest.raises(ValueError, match="head_dim 12 is not a multiple of 8"):
             attention(q[..., :12], q[..., :12], q[..., :12], scale=1.0)
-        with pytest.raises(ValueError, match="tensors are on cpu; from torch its kernels are reached on xla"):
+        with pytest.raises(
+            ValueError, match="tensors are on cpu; from torch its kernels are reached on xla"
+        ):
             attention(q.cpu(), q.cpu(), q.cpu(), scale=1.0)
-        with pytest.raises(ValueError, match="q is on xla:0, k is on cpu, v is on cpu; move them to one device"):
+        with pytest.raises(
+            ValueError, match="q is on xla:0, k is on cpu, v is on cpu; move them to one device"
+        ):
             attention(q, q.cpu(), q.cpu(), scale=1.0)
 
 
@@ -67,7 +97,9 @@ def test_what_the_kernels_do_not_take_is_said():
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize(("op", "name"), [(op, name) for op, names in NAMES.items() for name in names])
+@pytest.mark.parametrize(
+    ("op", "name"), [(op, name) for op, names in NAMES.items() for name in names]
+)
 def test_gradients(op, name, dtype):
     judged(op, name, test_ops.DTYPES[dtype])
 
@@ -90,13 +122,23 @@ def test_autocast_reaches_the_kernels():
 def judged(op, name, dtype, without=()):
     case = CASES[op][name]
     inputs = make(case, dtype)
-    truth = test_ops.run(test_ops.PLAIN[op], op, test_ops.promote(inputs, torch.float64), dtype=dtype, without=without)
+    truth = test_ops.run(
+        test_ops.PLAIN[op],
+        op,
+        test_ops.promote(inputs, torch.float64),
+        dtype=dtype,
+        without=without,
+    )
     yardstick = test_ops.run(test_ops.PLAIN[op], op, inputs, dtype=dtype, without=without)
     with use_backend(f"{op}=pallas_tpu"):
-        result = test_ops.run(test_ops.OPS[op], op, make(case, dtype, DEVICE), dtype=dtype, without=without)
+        result = test_ops.run(
+            test_ops.OPS[op], op, make(case, dtype, DEVICE), dtype=dtype, without=without
+        )
     result = {name: value.cpu() for name, value in result.items()}
     slack = 2.0 if dtype == torch.float32 else 0.5  # XLA adds one by one on a CPU, torch in a tree
-    test_ops.assert_as_good_as_plain(result, yardstick, truth, dtype, test_ops.cancelled_rows(op, inputs), slack_eps=slack)
+    test_ops.assert_as_good_as_plain(
+        result, yardstick, truth, dtype, test_ops.cancelled_rows(op, inputs), slack_eps=slack
+    )
 
 
 def test_a_repeated_call_is_traced_once():
@@ -126,38 +168,52 @@ def test_training_steps():
             keep = model.sample_keep(0.5, seed=0, step=step)
             keep = {name: torch.as_tensor(value).to(device) for name, value in keep.items()}
             with use_backend(backend):
-                loss = vatt_loss(model(*(x.to(device) for x in inputs), **keep), MODEL, scale=model.scale()).total
+                loss = vatt_loss(
+                    model(*(x.to(device) for x in inputs), **keep), MODEL, scale=model.scale()
+                ).total
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
             optimizer.step()
             torch_xla.sync()
             losses.append(loss.item())
     torch.testing.assert_close(losses[2:], losses[:2], rtol=1e-4, atol=1e-5)
-    assert losses[1] != losses[0] and any(not torch.equal(value, started[name]) for name, value in here.state_dict().items())
+    assert losses[1] != losses[0] and any(
+        not torch.equal(value, started[name]) for name, value in here.state_dict().items()
+    )
     for (name, expected), value in zip(here.named_parameters(), there.parameters(), strict=True):
         torch.testing.assert_close(
-            value.detach().cpu(), expected.detach(), rtol=1e-2, atol=2e-4, msg=lambda text, name=name: f"{name}: {text}"
+            value.detach().cpu(),
+            expected.detach(),
+            rtol=1e-2,
+            atol=2e-4,
+            msg=lambda text, name=name: f"{name}: {text}",
         )
 
 
 # -- for a TPU ---------------------------------------------------------------------------------------------------------
 
 CALLS = [(op, function) for op in dispatch.OPS for function in ("forward", "backward")]
-KERNELS = {("nce", "backward"): 2, ("patch_embed", "backward"): 2}  # the others are one
+KERNELS = {("contrastive_lse", "backward"): 2, ("patch_embed", "backward"): 2}  # the others are one
 
 
 @pytest.mark.parametrize(("op", "function"), CALLS)
 def test_a_computation_for_a_tpu_holds_the_kernels(op, function, monkeypatch):
     """What torch_xla would place into its graph on a TPU: built, not run."""
     kept = []
-    monkeypatch.setattr(xla_builder, "computation_from_module_proto", lambda name, module: kept.append((name, module)) or "computation")
+    monkeypatch.setattr(
+        xla_builder,
+        "computation_from_module_proto",
+        lambda name, module: kept.append((name, module)) or "computation",
+    )
     call = adapter_calls.call_of(op, function, torch.bfloat16)
     xla.computation.__wrapped__(call, "tpu")
     monkeypatch.undo()
     [(name, module)] = kept
     built = xla_builder.computation_from_module_proto(name, module)
     assert name == f"vatt_{op}_{function}"
-    assert xla_builder.get_computation_hlo(built).count('custom_call_target="tpu_custom_call"') == KERNELS.get((op, function), 1)
+    assert xla_builder.get_computation_hlo(built).count(
+        'custom_call_target="tpu_custom_call"'
+    ) == KERNELS.get((op, function), 1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -165,7 +221,11 @@ def test_a_computation_for_a_tpu_holds_the_kernels(op, function, monkeypatch):
 def test_the_pinned_libtpu_compiles_the_kernels(op, function, dtype):
     """For a v5e. What it is given is what torch_xla would give it."""
     call = adapter_calls.call_of(op, function, dtype)
-    chip = SingleDeviceSharding(topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices[0])
+    chip = SingleDeviceSharding(
+        topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices[0]
+    )
     there = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=chip) for x in call.specs]
     compiled = jax.jit(xla.exported(call, "tpu").call).lower(*there).compile()
-    assert compiled.as_text().count('custom_call_target="tpu_custom_call"') == KERNELS.get((op, function), 1)
+    assert compiled.as_text().count('custom_call_target="tpu_custom_call"') == KERNELS.get(
+        (op, function), 1
+    )

@@ -94,7 +94,9 @@ class Batch:
         return self._map(lambda tensor: tensor.pin_memory())
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> "Batch":
-        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        values: dict[str, Any] = {
+            field.name: getattr(self, field.name) for field in dataclasses.fields(self)
+        }
         for name, value in values.items():
             if isinstance(value, Tensor):
                 values[name] = change(value)
@@ -140,7 +142,9 @@ class ClipFolder:
             "start_seconds": np.zeros(size),
         }
 
-    def read_into(self, batch: dict[str, np.ndarray], row: int, index: int, choose: Callable[[int], int]) -> None:
+    def read_into(
+        self, batch: dict[str, np.ndarray], row: int, index: int, choose: Callable[[int], int]
+    ) -> None:
         """Write a window of file ``index`` into ``row``. ``choose`` gets the number of places where a window fits and names one.
 
         Raises MediaError for a corrupt file, before anything is written.
@@ -149,7 +153,9 @@ class ClipFolder:
 
         def start_frame(duration_seconds: float) -> int:
             # the small term: 3.2 - 1.6 must count as 16 frames of 0.1 s
-            return choose(max(0, math.floor((duration_seconds - self.spec.seconds) * rates + 1e-6)) + 1)
+            return choose(
+                max(0, math.floor((duration_seconds - self.spec.seconds) * rates + 1e-6)) + 1
+            )
 
         path = self.folder / self.files[index]
         video, audio = batch["video"][row], batch["audio"][row]
@@ -167,19 +173,27 @@ class ClipFolder:
         batch["video_valid"][row], batch["audio_valid"][row] = has_video, has_audio
         start = first / rates
         batch["start_seconds"][row] = start
-        self._write_text(batch, row, int(self.captions_from[index]), (start, start + self.spec.seconds))
+        self._write_text(
+            batch, row, int(self.captions_from[index]), (start, start + self.spec.seconds)
+        )
 
-    def _write_text(self, batch: dict[str, np.ndarray], row: int, index: int, window: tuple[float, float]) -> None:
+    def _write_text(
+        self, batch: dict[str, np.ndarray], row: int, index: int, window: tuple[float, float]
+    ) -> None:
         if self.vocabulary is None:
             return
         captions = self.captions[self.files[index]]
         if index not in self._encoded:
-            self._encoded[index] = self.vocabulary.encode([caption.text for caption in captions], self.spec.words)
+            self._encoded[index] = self.vocabulary.encode(
+                [caption.text for caption in captions], self.spec.words
+            )
         nearest = nearest_sentences(captions, window, self.spec.texts_per_clip)
         if nearest:
             numbers = self._encoded[index][nearest]
             batch["text"][row, : len(nearest)] = numbers
-            batch["text_valid"][row, : len(nearest)] = numbers.any(axis=1)  # a sentence without words is no text
+            batch["text_valid"][row, : len(nearest)] = numbers.any(
+                axis=1
+            )  # a sentence without words is no text
 
 
 def _to_batch(arrays: dict[str, np.ndarray], files: list[str], skipped: Iterable[Skipped]) -> Batch:
@@ -218,12 +232,16 @@ class ClipDataset(Dataset):
             raise ValueError(f"rank is {rank} of world {world}; ranks count from 0 to world - 1")
         self.clips = ClipFolder(folder, spec, vocabulary=vocabulary, cache_dir=cache_dir)
         self.batch_size, self.seed, self.rank, self.world = batch_size, seed, rank, world
-        self.skipped: dict[str, str] = {}  # file -> reason; `loader` brings in what its workers found
+        self.skipped: dict[
+            str, str
+        ] = {}  # file -> reason; `loader` brings in what its workers found
         self._bad: dict[int, str] = {}
         self._epoch_order: tuple[int, np.ndarray] | None = None
         if shuffle_captions:
             if len(self.files) < 2:
-                raise ValueError(f"{folder} has 1 file; shuffle_captions needs captions of another one: add media")
+                raise ValueError(
+                    f"{folder} has 1 file; shuffle_captions needs captions of another one: add media"
+                )
             # one cycle through all files: nobody keeps the own captions
             cycle = _permutation(len(self.files), seed, _OTHER_CAPTIONS)
             self.clips.captions_from[cycle] = np.roll(cycle, 1)
@@ -253,7 +271,9 @@ class ClipDataset(Dataset):
                 skipped.append(Skipped(self.files[index], self._bad[index]))
             else:
                 reason = next(iter(self._bad.values()))
-                raise MediaError(f"none of the {len(self.files)} files in {self.clips.folder} can be decoded; the first one: {reason}")
+                raise MediaError(
+                    f"none of the {len(self.files)} files in {self.clips.folder} can be decoded; the first one: {reason}"
+                )
         self.skipped.update((one.file, one.reason) for one in skipped)
         return _to_batch(batch, files, dict.fromkeys(skipped))
 
@@ -273,9 +293,13 @@ class ClipDataset(Dataset):
     def _candidates(self, planned: int, everyone: np.ndarray, step: int, row: int) -> Iterator[int]:
         """The planned file, then who stands in for it: first files that this batch does not hold yet, each in a fixed random order."""
         yield planned
-        others = _permutation(len(self.files), self.seed, _REPLACEMENT, step, self.rank * self.batch_size + row)
+        others = _permutation(
+            len(self.files), self.seed, _REPLACEMENT, step, self.rank * self.batch_size + row
+        )
         present = np.isin(others, everyone)
-        yield from (int(index) for index in (*others[~present], *others[present]) if index != planned)
+        yield from (
+            int(index) for index in (*others[~present], *others[present]) if index != planned
+        )
 
     def _read(self, batch: dict[str, np.ndarray], row: int, index: int, place: float) -> bool:
         if index in self._bad:
@@ -300,7 +324,12 @@ class ClipLoader(DataLoader):
 
 
 def loader(
-    dataset: ClipDataset, start_step: int, stop_step: int, workers: int = 0, pin_memory: bool = False, start_method: str | None = None
+    dataset: ClipDataset,
+    start_step: int,
+    stop_step: int,
+    workers: int = 0,
+    pin_memory: bool = False,
+    start_method: str | None = None,
 ) -> ClipLoader:
     """Batches ``start_step`` .. ``stop_step - 1`` in order; the same ones for any number of worker processes.
 
@@ -312,10 +341,24 @@ def loader(
 
 
 def _loader(
-    dataset: "ClipDataset | _EvaluationBatches", steps: range, workers: int, pin_memory: bool = False, start_method: str | None = None
+    dataset: "ClipDataset | _EvaluationBatches",
+    steps: range,
+    workers: int,
+    pin_memory: bool = False,
+    start_method: str | None = None,
 ) -> ClipLoader:
-    options: dict[str, Any] = dict(persistent_workers=True, multiprocessing_context=start_method) if workers else {}
-    return ClipLoader(dataset, sampler=steps, batch_size=None, num_workers=workers, pin_memory=pin_memory, in_order=True, **options)
+    options: dict[str, Any] = (
+        dict(persistent_workers=True, multiprocessing_context=start_method) if workers else {}
+    )
+    return ClipLoader(
+        dataset,
+        sampler=steps,
+        batch_size=None,
+        num_workers=workers,
+        pin_memory=pin_memory,
+        in_order=True,
+        **options,
+    )
 
 
 def evaluation_clips(
@@ -341,7 +384,12 @@ def evaluation_clips(
         raise ValueError(f"start is {start} s; it must be a finite time, 0 or later")
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; a batch has at least 1 clip")
-    batches = _EvaluationBatches(ClipFolder(folder, spec, vocabulary=vocabulary, cache_dir=cache_dir), batch_size, place, start)
+    batches = _EvaluationBatches(
+        ClipFolder(folder, spec, vocabulary=vocabulary, cache_dir=cache_dir),
+        batch_size,
+        place,
+        start,
+    )
     return batches.run(workers)
 
 
@@ -356,7 +404,9 @@ class _EvaluationBatches(Dataset):
         return round(self.place * (count - 1))
 
     def __getitem__(self, step: int) -> Batch:
-        planned = range(step * self.batch_size, min((step + 1) * self.batch_size, len(self.clips.files)))
+        planned = range(
+            step * self.batch_size, min((step + 1) * self.batch_size, len(self.clips.files))
+        )
         batch = self.clips.empty_batch(len(planned))
         files: list[str] = []
         skipped = []
@@ -371,15 +421,22 @@ class _EvaluationBatches(Dataset):
 
     def run(self, workers: int) -> Iterator[Batch]:
         found = 0
-        for batch in _loader(self, range(math.ceil(len(self.clips.files) / self.batch_size)), workers):
+        for batch in _loader(
+            self, range(math.ceil(len(self.clips.files) / self.batch_size)), workers
+        ):
             found += len(batch)
             if len(batch):
                 yield batch
             else:
-                warnings.warn(f"skipped a whole batch of corrupt files: {', '.join(one.file for one in batch.skipped)}", stacklevel=2)
+                warnings.warn(
+                    f"skipped a whole batch of corrupt files: {', '.join(one.file for one in batch.skipped)}",
+                    stacklevel=2,
+                )
         if not found:
             reason = next(iter(self.skipped.values()))
-            raise MediaError(f"none of the {len(self.clips.files)} files in {self.clips.folder} can be decoded; the first one: {reason}")
+            raise MediaError(
+                f"none of the {len(self.clips.files)} files in {self.clips.folder} can be decoded; the first one: {reason}"
+            )
 
 
 def folder_captions(folder: str | os.PathLike) -> dict[str, tuple[Caption, ...]]:
@@ -389,20 +446,34 @@ def folder_captions(folder: str | os.PathLike) -> dict[str, tuple[Caption, ...]]
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise ValueError(f"{folder} is no folder; name one with media files and, for text, a {CAPTIONS}")
+        raise ValueError(
+            f"{folder} is no folder; name one with media files and, for text, a {CAPTIONS}"
+        )
     captions = load_captions(folder / CAPTIONS) if (folder / CAPTIONS).exists() else {}
     for name in captions:
         parts = PurePosixPath(name).parts
         if name.startswith("/") or ".." in parts or "\\" in name:
-            raise ValueError(f"{folder / CAPTIONS} names {name!r}; media lie inside the folder: name them relative to it")
+            raise ValueError(
+                f"{folder / CAPTIONS} names {name!r}; media lie inside the folder: name them relative to it"
+            )
         if not (folder / name).is_file():
-            raise ValueError(f"{folder / CAPTIONS} has captions of {name!r}, which is not in {folder}; add the file or remove its captions")
+            raise ValueError(
+                f"{folder / CAPTIONS} has captions of {name!r}, which is not in {folder}; add the file or remove its captions"
+            )
     with os.scandir(folder) as entries:
-        present = [e.name for e in entries if e.is_file() and not e.name.startswith(".") and e.name.lower().endswith(MEDIA_SUFFIXES)]
+        present = [
+            e.name
+            for e in entries
+            if e.is_file()
+            and not e.name.startswith(".")
+            and e.name.lower().endswith(MEDIA_SUFFIXES)
+        ]
     if not (present or captions):
         inside = sorted(path.name for path in folder.iterdir() if path.is_dir())
         hint = f"; it has the folders {', '.join(inside[:5])}: name one of them" if inside else ""
-        raise ValueError(f"{folder} has no media files ({' '.join(MEDIA_SUFFIXES)}){hint or '; put some there or name another folder'}")
+        raise ValueError(
+            f"{folder} has no media files ({' '.join(MEDIA_SUFFIXES)}){hint or '; put some there or name another folder'}"
+        )
     return {name: captions.get(name, ()) for name in {*present, *captions}}
 
 
@@ -422,7 +493,9 @@ class _Cache:
         self._key = json.dumps(["vatt_fast clip 1", *sizes])
         folder.mkdir(parents=True, exist_ok=True)
 
-    def read_into(self, path: Path, start_frame: Callable[[float], int], video: np.ndarray, audio: np.ndarray) -> tuple[int, bool, bool]:
+    def read_into(
+        self, path: Path, start_frame: Callable[[float], int], video: np.ndarray, audio: np.ndarray
+    ) -> tuple[int, bool, bool]:
         """Fill zeroed ``video`` and ``audio`` with the window that ``start_frame``, given the duration, chooses.
 
         Returns its first frame and whether the file has video and audio. Raises MediaError for a corrupt file.
@@ -435,7 +508,9 @@ class _Cache:
             self._write(entry, path)
             found = self._read(entry, start_frame, video, audio)
             if found is None:
-                raise OSError(f"the cache entry {entry} of {path} cannot be read back; is the disk full or failing?")
+                raise OSError(
+                    f"the cache entry {entry} of {path} cannot be read back; is the disk full or failing?"
+                )
         return found
 
     def _read(
@@ -459,11 +534,19 @@ class _Cache:
             first = start_frame(header["duration_seconds"])
             if frames is not None:
                 from_frame = 0 if is_image else first
-                self._fill(file, self.HEADER_BYTES, from_frame, video[:1] if is_image else video, frames)
+                self._fill(
+                    file, self.HEADER_BYTES, from_frame, video[:1] if is_image else video, frames
+                )
                 if is_image:
                     video[1:] = video[0]
             if samples is not None:
-                self._fill(file, audio_at, round(first / spec.frames_per_second * spec.sample_rate_hz), audio, samples)
+                self._fill(
+                    file,
+                    audio_at,
+                    round(first / spec.frames_per_second * spec.sample_rate_hz),
+                    audio,
+                    samples,
+                )
         return first, frames is not None, samples is not None
 
     @staticmethod
@@ -480,7 +563,9 @@ class _Cache:
         with MediaReader(path) as reader:
             info = reader.info
             seconds = info.duration_seconds
-            frames = 1 if info.is_image else max(1, math.ceil(seconds * spec.frames_per_second - 1e-6))
+            frames = (
+                1 if info.is_image else max(1, math.ceil(seconds * spec.frames_per_second - 1e-6))
+            )
             samples = max(1, math.ceil(seconds * spec.sample_rate_hz - 1e-6))
             whole = dataclasses.replace(spec, frames=frames, samples=samples)
             clip = reader.clip(start=0.0, **_clip_sizes(whole))

@@ -38,7 +38,10 @@ JITTER_SECONDS = 5e-3
 # The longest frame of the usual codecs (HE-AAC): the last one may reach this far past the sound's end.
 CODEC_FRAME_SAMPLES = 2048
 # Without its look-ahead: on small pictures that reads memory nobody set, and the same frames gave different files.
-_X264_OPTIONS = {"preset": "veryfast", "x264-params": "bframes=0:mbtree=0:rc-lookahead=0:scenecut=0:keyint=50"}
+_X264_OPTIONS = {
+    "preset": "veryfast",
+    "x264-params": "bframes=0:mbtree=0:rc-lookahead=0:scenecut=0:keyint=50",
+}
 
 
 class MediaError(ValueError):
@@ -69,7 +72,15 @@ def probe(path: str | os.PathLike) -> MediaInfo:
         return reader.info
 
 
-def read_video(path: str | os.PathLike, *, start: float, num_frames: int, frames_per_second: float, height: int, width: int) -> np.ndarray:
+def read_video(
+    path: str | os.PathLike,
+    *,
+    start: float,
+    num_frames: int,
+    frames_per_second: float,
+    height: int,
+    width: int,
+) -> np.ndarray:
     """Frames (T, H, W, 3) uint8 RGB from ``start`` seconds on.
 
     The picture is scaled to cover height x width and cropped around its centre; rotation marks and non-square pixels are applied.
@@ -77,10 +88,18 @@ def read_video(path: str | os.PathLike, *, start: float, num_frames: int, frames
     arguments out of range.
     """
     with MediaReader(path) as reader:
-        return reader.video(start=start, num_frames=num_frames, frames_per_second=frames_per_second, height=height, width=width)
+        return reader.video(
+            start=start,
+            num_frames=num_frames,
+            frames_per_second=frames_per_second,
+            height=height,
+            width=width,
+        )
 
 
-def read_audio(path: str | os.PathLike, *, start: float, num_samples: int, sample_rate_hz: int) -> np.ndarray:
+def read_audio(
+    path: str | os.PathLike, *, start: float, num_samples: int, sample_rate_hz: int
+) -> np.ndarray:
     """Sound (S,) float32 in [-1, 1] from ``start`` seconds on: the mean of all channels.
 
     Raises MediaError for a corrupt file and for one without audio, ValueError for arguments out of range.
@@ -118,7 +137,9 @@ class MediaReader:
 
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
-        with open(self.path, "rb"):  # trouble of the file system is told apart from trouble of the content
+        with open(
+            self.path, "rb"
+        ):  # trouble of the file system is told apart from trouble of the content
             pass
         self._container: Any = None
         try:
@@ -136,10 +157,16 @@ class MediaReader:
         # by kind, looked up anew at each use: a stream must not outlive the container it came from
         self._streams: dict[str, Any] = {}
         for stream in self._container.streams:
-            if stream.type in ("video", "audio") and stream.type not in self._streams and not stream.disposition & cover:
+            if (
+                stream.type in ("video", "audio")
+                and stream.type not in self._streams
+                and not stream.disposition & cover
+            ):
                 self._streams[stream.type] = stream
                 stream.codec_context.thread_count = 1  # loaders run one process a core
-        self._reformatter = av.video.reformatter.VideoReformatter()  # kept: it holds the scaler's tables
+        self._reformatter = (
+            av.video.reformatter.VideoReformatter()
+        )  # kept: it holds the scaler's tables
         format_name = self._container.format.name
         is_image = format_name == "image2" or format_name.endswith("_pipe")
         start_seconds = (self._container.start_time or 0) / av.time_base
@@ -159,7 +186,9 @@ class MediaReader:
 
     def _connect(self):
         # "file:" and the whitelist: a name with a colon stays a name, and no playlist reaches for the network
-        return _import_av().open(f"file:{self.path}", options={"protocol_whitelist": "file"}, metadata_errors="replace")
+        return _import_av().open(
+            f"file:{self.path}", options={"protocol_whitelist": "file"}, metadata_errors="replace"
+        )
 
     def close(self) -> None:
         self._streams = {}
@@ -186,20 +215,36 @@ class MediaReader:
     ) -> Clip:
         video = audio = None
         if self.info.has_video:
-            video = self.video(start=start, num_frames=num_frames, frames_per_second=frames_per_second, height=height, width=width)
+            video = self.video(
+                start=start,
+                num_frames=num_frames,
+                frames_per_second=frames_per_second,
+                height=height,
+                width=width,
+            )
         if self.info.has_audio:
             audio = self.audio(start=start, num_samples=num_samples, sample_rate_hz=sample_rate_hz)
         return Clip(video, audio)
 
-    def video(self, *, start: float, num_frames: int, frames_per_second: float, height: int, width: int) -> np.ndarray:
-        _check_window(start, num_frames=num_frames, frames_per_second=frames_per_second, height=height, width=width)
+    def video(
+        self, *, start: float, num_frames: int, frames_per_second: float, height: int, width: int
+    ) -> np.ndarray:
+        _check_window(
+            start,
+            num_frames=num_frames,
+            frames_per_second=frames_per_second,
+            height=height,
+            width=width,
+        )
         if not self.info.has_video:
             raise MediaError(f"{self.path} has no video stream; read its audio only")
         frames = np.zeros((num_frames, height, width, 3), np.uint8)
         times = start + np.arange(num_frames) / frames_per_second
         with self._naming_the_file():
             if self.info.is_image:
-                frames[:] = self._picture(next(self._container.decode(self._streams["video"])), height, width)
+                frames[:] = self._picture(
+                    next(self._container.decode(self._streams["video"])), height, width
+                )
                 self._open()  # image demuxers do not seek
             else:
                 self._fill_frames(frames, times)
@@ -215,10 +260,14 @@ class MediaReader:
         for frame, seconds in self._decode_from("video", times[0]):
             if shown is None:
                 # a video that begins within one interval begins with its first picture, not with black
-                filled = int(np.searchsorted(times, seconds - max(interval, STAMP_TOLERANCE_SECONDS)))
+                filled = int(
+                    np.searchsorted(times, seconds - max(interval, STAMP_TOLERANCE_SECONDS))
+                )
             upto = int(np.searchsorted(times, seconds - STAMP_TOLERANCE_SECONDS))
             if upto > filled:
-                frames[filled:upto] = self._picture(frame if shown is None else shown, height, width)
+                frames[filled:upto] = self._picture(
+                    frame if shown is None else shown, height, width
+                )
                 filled = upto
             if filled == num_frames:
                 return
@@ -233,14 +282,18 @@ class MediaReader:
     def _picture(self, frame, height: int, width: int) -> np.ndarray:
         """One decoded picture, upright, scaled to cover (height, width) and cropped around its centre."""
         if frame.is_corrupt:
-            raise MediaError(f"{self.path} has a damaged picture at {frame.time} s; replace or remove the file")
+            raise MediaError(
+                f"{self.path} has a damaged picture at {frame.time} s; replace or remove the file"
+            )
         turns = round(frame.rotation / 90) % 4  # quarter turns counterclockwise
         rows, columns = (width, height) if turns % 2 else (height, width)
         aspect = float(self._streams["video"].sample_aspect_ratio or 1) or 1.0
         scale = max(rows / frame.height, columns / (frame.width * aspect))
         scaled_rows = max(rows, round(frame.height * scale))
         scaled_columns = max(columns, round(frame.width * aspect * scale))
-        scaled = self._reformatter.reformat(frame, scaled_columns, scaled_rows, "rgb24", interpolation="BILINEAR")
+        scaled = self._reformatter.reformat(
+            frame, scaled_columns, scaled_rows, "rgb24", interpolation="BILINEAR"
+        )
         top, left = (scaled_rows - rows) // 2, (scaled_columns - columns) // 2
         return np.rot90(scaled.to_ndarray()[top : top + rows, left : left + columns], turns)
 
@@ -258,15 +311,21 @@ class MediaReader:
         rate = first = margin = position = 0
         for frame, seconds in self._decode_from("audio", start - PREROLL_SECONDS):
             if frame.is_corrupt:
-                raise MediaError(f"{self.path} has damaged sound at {seconds:.2f} s; replace or remove the file")
+                raise MediaError(
+                    f"{self.path} has damaged sound at {seconds:.2f} s; replace or remove the file"
+                )
             if line is None:
                 rate = frame.sample_rate
                 margin = _margin_samples(rate, sample_rate_hz)
                 first = round((start - margin / sample_rate_hz) * rate)  # half a sample off at most
-                line = np.zeros(math.ceil((num_samples + 2 * margin) * rate / sample_rate_hz), np.float32)
+                line = np.zeros(
+                    math.ceil((num_samples + 2 * margin) * rate / sample_rate_hz), np.float32
+                )
                 position = round(seconds * rate)
             elif frame.sample_rate != rate:
-                raise MediaError(f"{self.path} changes its sample rate from {rate} to {frame.sample_rate} Hz; convert it to one rate")
+                raise MediaError(
+                    f"{self.path} changes its sample rate from {rate} to {frame.sample_rate} Hz; convert it to one rate"
+                )
             stamped = round(seconds * rate)
             if abs(stamped - position) > JITTER_SECONDS * rate:
                 position = stamped
@@ -278,12 +337,16 @@ class MediaReader:
             if position >= first + len(line):
                 break
         else:
-            self._require_end("audio", position / rate if rate else 0.0, start + num_samples / sample_rate_hz)
+            self._require_end(
+                "audio", position / rate if rate else 0.0, start + num_samples / sample_rate_hz
+            )
         if line is None:
             return np.zeros(num_samples, np.float32)
         declared = self._declared_end("audio")
         if declared is not None and 0 < position - declared * rate < CODEC_FRAME_SAMPLES:
-            line[max(round(declared * rate) - first, 0) :] = 0  # what fills the codec's last frame is no sound
+            line[max(round(declared * rate) - first, 0) :] = (
+                0  # what fills the codec's last frame is no sound
+            )
         resampled = _resample(line, rate, sample_rate_hz)[margin : margin + num_samples]
         return np.pad(resampled, (0, num_samples - len(resampled)))
 
@@ -315,7 +378,9 @@ class MediaReader:
             return False
         return True
 
-    def _timed_frames(self, kind: str, *, from_key: bool) -> Generator[tuple[Any, float], None, None]:
+    def _timed_frames(
+        self, kind: str, *, from_key: bool
+    ) -> Generator[tuple[Any, float], None, None]:
         stream = self._streams[kind]
         following = 0.0
         for packet in self._container.demux(stream):
@@ -326,13 +391,19 @@ class MediaReader:
                 stamp = frame.pts if frame.pts is not None else frame.dts
                 if stamp is not None:
                     following = float(stamp * frame.time_base) - self._origin_seconds
-                yield frame, following  # raw streams carry no stamps: then frames follow one another
+                yield (
+                    frame,
+                    following,
+                )  # raw streams carry no stamps: then frames follow one another
                 following += _frame_seconds(frame, stream)
 
     def _require_end(self, kind: str, end_seconds: float, wanted_seconds: float) -> None:
         """Raise where a stream stopped before both its declared end and the end of the window."""
         declared = self._declared_end(kind)
-        if declared is not None and min(declared, wanted_seconds) - end_seconds > END_TOLERANCE_SECONDS:
+        if (
+            declared is not None
+            and min(declared, wanted_seconds) - end_seconds > END_TOLERANCE_SECONDS
+        ):
             raise MediaError(
                 f"{self.path}: the {kind} ends at {end_seconds:.2f} s of the {declared:.2f} s it declares, so it is cut short or damaged; "
                 "replace or remove the file"
@@ -342,9 +413,14 @@ class MediaReader:
         """When the container promises that the stream ends; None for containers that only estimate it."""
         stream = self._streams[kind]
         name = self._container.format.name
-        if stream.duration is not None and any(exact in name for exact in ("mov", "wav", "flac", "ogg")):
+        if stream.duration is not None and any(
+            exact in name for exact in ("mov", "wav", "flac", "ogg")
+        ):
             start = stream.start_time or 0
-            return min(float((start + stream.duration) * stream.time_base) - self._origin_seconds, self.info.duration_seconds)
+            return min(
+                float((start + stream.duration) * stream.time_base) - self._origin_seconds,
+                self.info.duration_seconds,
+            )
         if "matroska" in name and (tag := stream.metadata.get("DURATION")):
             hours, minutes, seconds = tag.split(":")
             return int(hours) * 3600 + int(minutes) * 60 + float(seconds) - self._origin_seconds
@@ -360,7 +436,9 @@ class MediaReader:
             raise
         except (av.error.FFmpegError, ValueError, StopIteration) as error:
             reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-            raise MediaError(f"{self.path} cannot be decoded ({reason}); replace or remove the file") from error
+            raise MediaError(
+                f"{self.path} cannot be decoded ({reason}); replace or remove the file"
+            ) from error
 
 
 def write_clip(
@@ -387,15 +465,26 @@ def write_clip(
     if frames is not None:
         frames = np.asarray(frames)
         if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or not len(frames):
-            raise ValueError(f"frames are {frames.dtype} {frames.shape}; they must be uint8 (T, H, W, 3) with T at least 1")
+            raise ValueError(
+                f"frames are {frames.dtype} {frames.shape}; they must be uint8 (T, H, W, 3) with T at least 1"
+            )
         if frames.shape[1] % 2 or frames.shape[2] % 2:
-            raise ValueError(f"frames are {frames.shape[1]} x {frames.shape[2]}; 4:2:0 video needs even sizes: crop or pad by one")
+            raise ValueError(
+                f"frames are {frames.shape[1]} x {frames.shape[2]}; 4:2:0 video needs even sizes: crop or pad by one"
+            )
     if audio is not None:
         audio = np.asarray(audio)
         if audio.ndim == 1:
             audio = audio[:, None]
-        if audio.ndim != 2 or audio.shape[1] not in (1, 2) or audio.dtype.kind != "f" or not len(audio):
-            raise ValueError(f"audio is {audio.dtype} {audio.shape}; it must be float (S,) or (S, C) with 1 or 2 channels")
+        if (
+            audio.ndim != 2
+            or audio.shape[1] not in (1, 2)
+            or audio.dtype.kind != "f"
+            or not len(audio)
+        ):
+            raise ValueError(
+                f"audio is {audio.dtype} {audio.shape}; it must be float (S,) or (S, C) with 1 or 2 channels"
+            )
         if not np.isfinite(audio).all():
             raise ValueError("audio holds values that are not finite; samples lie in [-1, 1]")
     if video_codec is None:
@@ -407,14 +496,27 @@ def write_clip(
             # every stream is declared before the first packet: the header lists them
             writers = []
             if frames is not None:
-                options = {"crf": str(crf), **_X264_OPTIONS} if video_codec == "libx264" else {"qscale": "3"}
+                options = (
+                    {"crf": str(crf), **_X264_OPTIONS}
+                    if video_codec == "libx264"
+                    else {"qscale": "3"}
+                )
                 writers.append(
-                    _video_writer(av, container, frames, Fraction(frames_per_second).limit_denominator(10000), video_codec, options)
+                    _video_writer(
+                        av,
+                        container,
+                        frames,
+                        Fraction(frames_per_second).limit_denominator(10000),
+                        video_codec,
+                        options,
+                    )
                 )
             if audio is not None:
                 codec = "pcm_s16le" if path.suffix.lower() == ".wav" else "aac"
                 sound = np.clip(audio, -1.0, 1.0).astype(np.float32)
-                writers.append(_audio_writer(av, container, sound, sample_rate_hz, codec, audio_bit_rate))
+                writers.append(
+                    _audio_writer(av, container, sound, sample_rate_hz, codec, audio_bit_rate)
+                )
             for write in writers:
                 write()
         part.replace(path)
@@ -422,7 +524,9 @@ def write_clip(
         part.unlink(missing_ok=True)
 
 
-def _video_writer(av, container, frames: np.ndarray, rate: Fraction, codec: str, options: dict[str, str]) -> Callable[[], None]:
+def _video_writer(
+    av, container, frames: np.ndarray, rate: Fraction, codec: str, options: dict[str, str]
+) -> Callable[[], None]:
     stream = container.add_stream(codec, rate=rate)
     stream.height, stream.width = frames.shape[1:3]
     stream.pix_fmt = "yuv420p"
@@ -439,7 +543,9 @@ def _video_writer(av, container, frames: np.ndarray, rate: Fraction, codec: str,
     return write
 
 
-def _audio_writer(av, container, audio: np.ndarray, sample_rate_hz: int, codec: str, bit_rate: int) -> Callable[[], None]:
+def _audio_writer(
+    av, container, audio: np.ndarray, sample_rate_hz: int, codec: str, bit_rate: int
+) -> Callable[[], None]:
     layout = "mono" if audio.shape[1] == 1 else "stereo"
     stream = container.add_stream(codec, rate=sample_rate_hz, layout=layout)
     if codec == "aac":
@@ -450,10 +556,20 @@ def _audio_writer(av, container, audio: np.ndarray, sample_rate_hz: int, codec: 
         for first in range(0, len(audio), 1024):  # an AAC frame
             values = audio[first : first + 1024]
             if codec == "aac":
-                frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(values.T), format="fltp", layout=layout)
+                frame = av.AudioFrame.from_ndarray(
+                    np.ascontiguousarray(values.T), format="fltp", layout=layout
+                )
             else:
-                frame = av.AudioFrame.from_ndarray(np.round(values * 32767).astype(np.int16).reshape(1, -1), format="s16", layout=layout)
-            frame.sample_rate, frame.pts, frame.time_base = sample_rate_hz, first, Fraction(1, sample_rate_hz)
+                frame = av.AudioFrame.from_ndarray(
+                    np.round(values * 32767).astype(np.int16).reshape(1, -1),
+                    format="s16",
+                    layout=layout,
+                )
+            frame.sample_rate, frame.pts, frame.time_base = (
+                sample_rate_hz,
+                first,
+                Fraction(1, sample_rate_hz),
+            )
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
 
@@ -519,7 +635,9 @@ def _resample(samples: np.ndarray, rate: int, sample_rate_hz: int) -> np.ndarray
     frame = av.AudioFrame.from_ndarray(samples[None], format="fltp", layout="mono")
     frame.sample_rate = rate
     resampler = av.AudioResampler(format="fltp", layout="mono", rate=sample_rate_hz)
-    parts = [part.to_ndarray()[0] for part in (*resampler.resample(frame), *resampler.resample(None))]
+    parts = [
+        part.to_ndarray()[0] for part in (*resampler.resample(frame), *resampler.resample(None))
+    ]
     return np.concatenate(parts)
 
 
@@ -529,5 +647,7 @@ def _import_av():
         import av
         import av.video.reformatter
     except ImportError as error:
-        raise ImportError("media files need PyAV, which is not installed: pip install vatt_fast[data]") from error
+        raise ImportError(
+            "media files need PyAV, which is not installed: pip install vatt_fast[data]"
+        ) from error
     return av

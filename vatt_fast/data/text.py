@@ -25,7 +25,11 @@ def split_words(sentence: str) -> list[str]:
     """The words of a sentence: ``"It's a dog, barking."`` gives ``["its", "a", "dog", "barking"]``."""
     if sentence.isascii():
         return sentence.translate(_NO_PUNCTUATION).lower().split()
-    kept = (c for c in sentence if c not in string.punctuation and not unicodedata.category(c).startswith("P"))
+    kept = (
+        c
+        for c in sentence
+        if c not in string.punctuation and not unicodedata.category(c).startswith("P")
+    )
     return "".join(kept).lower().split()
 
 
@@ -39,14 +43,18 @@ class Vocabulary:
         """``words`` in the order of their numbers; the first two are ``<pad>`` and ``<unk>``. Raises ValueError otherwise."""
         self.words = tuple(words)
         if self.words[:2] != (PADDING, UNKNOWN):
-            raise ValueError(f"a vocabulary begins {self.words[:2]}; its first two words must be {PADDING} and {UNKNOWN}")
+            raise ValueError(
+                f"a vocabulary begins {self.words[:2]}; its first two words must be {PADDING} and {UNKNOWN}"
+            )
         self.number_of = {word: number for number, word in enumerate(self.words)}
         if len(self.number_of) < len(self.words):
             twice = next(word for word, count in Counter(self.words).items() if count > 1)
             raise ValueError(f"{twice!r} is twice in the vocabulary; each word has one number")
         for word in self.words[2:]:
             if word.split() != [word]:
-                raise ValueError(f"{word!r} is not one word; words hold no white space and are not empty")
+                raise ValueError(
+                    f"{word!r} is not one word; words hold no white space and are not empty"
+                )
 
     @classmethod
     def build(cls, sentences: Iterable[str], max_size: int | None = None) -> "Vocabulary":
@@ -55,17 +63,23 @@ class Vocabulary:
         Raises ValueError where ``max_size`` has no room for a word or no sentence holds one.
         """
         if max_size is not None and max_size < 3:
-            raise ValueError(f"max_size is {max_size}; {PADDING}, {UNKNOWN} and one word need at least 3")
+            raise ValueError(
+                f"max_size is {max_size}; {PADDING}, {UNKNOWN} and one word need at least 3"
+            )
         counts = Counter(word for sentence in sentences for word in split_words(sentence))
         if not counts:
-            raise ValueError("no sentence holds a word, so there is no vocabulary to build; give captions with words")
+            raise ValueError(
+                "no sentence holds a word, so there is no vocabulary to build; give captions with words"
+            )
         ranked = sorted(counts, key=lambda word: (-counts[word], word))
         return cls([PADDING, UNKNOWN, *ranked[: None if max_size is None else max_size - 2]])
 
     def encode(self, sentences: Sequence[str], words: int) -> np.ndarray:
         """(n, words) int32: each sentence's word numbers, cut or padded with 0. Raises TypeError for one string instead of several."""
         if isinstance(sentences, str):
-            raise TypeError(f"encode takes a list of sentences, not one string: encode([{sentences[:40]!r}], {words})")
+            raise TypeError(
+                f"encode takes a list of sentences, not one string: encode([{sentences[:40]!r}], {words})"
+            )
         if words < 1:
             raise ValueError(f"words is {words}; a text has room for at least 1 word")
         numbers = np.full((len(sentences), words), PADDING_ID, np.int32)
@@ -81,7 +95,11 @@ class Vocabulary:
     def save(self, path: str | os.PathLike) -> None:
         """Write a JSON list into a .json file, one word a line into any other; whole or not at all."""
         path = Path(path)
-        text = json.dumps(self.words, ensure_ascii=False, indent=0) if path.suffix == ".json" else "\n".join(self.words)
+        text = (
+            json.dumps(self.words, ensure_ascii=False, indent=0)
+            if path.suffix == ".json"
+            else "\n".join(self.words)
+        )
         part = path.with_name(path.name + ".part")
         part.write_text(text + "\n", encoding="utf-8")
         part.replace(path)
@@ -92,12 +110,18 @@ class Vocabulary:
         path = Path(path)
         try:
             text = path.read_text(encoding="utf-8")
-            words = json.loads(text) if path.suffix == ".json" else text.removesuffix("\n").split("\n")
+            words = (
+                json.loads(text) if path.suffix == ".json" else text.removesuffix("\n").split("\n")
+            )
             if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
                 raise ValueError("it is not a list of words")
             return cls(words)
-        except ValueError as error:  # bytes that are no text and text that is no JSON are ValueErrors too
-            raise ValueError(f"{path} is no vocabulary ({error}); write one with Vocabulary.save") from error
+        except (
+            ValueError
+        ) as error:  # bytes that are no text and text that is no JSON are ValueErrors too
+            raise ValueError(
+                f"{path} is no vocabulary ({error}); write one with Vocabulary.save"
+            ) from error
 
     def __len__(self) -> int:
         return len(self.words)
@@ -124,7 +148,9 @@ class Caption:
     text: str
 
 
-def nearest_sentences(captions: Sequence[Caption], window: tuple[float, float], count: int) -> list[int]:
+def nearest_sentences(
+    captions: Sequence[Caption], window: tuple[float, float], count: int
+) -> list[int]:
     """Positions in ``captions`` of the ``count`` sentences nearest in time to the centre of ``window`` (start, end), nearest first.
 
     A sentence that the centre falls into is at distance 0; ties go to the nearer middle, then to the earlier place in the list.
@@ -153,31 +179,50 @@ def load_captions(path: str | os.PathLike) -> dict[str, tuple[Caption, ...]]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_refuse_repeats)
     except ValueError as error:
-        raise ValueError(f"{path} cannot be read as JSON ({error}); repair or rewrite it") from error
+        raise ValueError(
+            f"{path} cannot be read as JSON ({error}); repair or rewrite it"
+        ) from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a JSON {_kind(content)}; it must be an object of media names, each with its list of captions")
+        raise ValueError(
+            f"{path} holds a JSON {_kind(content)}; it must be an object of media names, each with its list of captions"
+        )
     captions = {}
     for name, entries in content.items():
         if not isinstance(entries, list):
-            raise ValueError(f"{path}: {name!r} has a JSON {_kind(entries)}; it must have a list of captions, which may be empty")
-        captions[name] = tuple(_caption(entry, f"{path}: {name!r} caption {place}") for place, entry in enumerate(entries))
+            raise ValueError(
+                f"{path}: {name!r} has a JSON {_kind(entries)}; it must have a list of captions, which may be empty"
+            )
+        captions[name] = tuple(
+            _caption(entry, f"{path}: {name!r} caption {place}")
+            for place, entry in enumerate(entries)
+        )
     return captions
 
 
 def _caption(entry: Any, where: str) -> Caption:
     if not isinstance(entry, Mapping):
-        raise ValueError(f'{where} is a JSON {_kind(entry)}; write {{"start": seconds, "end": seconds, "text": "..."}}')
+        raise ValueError(
+            f'{where} is a JSON {_kind(entry)}; write {{"start": seconds, "end": seconds, "text": "..."}}'
+        )
     for key in ("start", "end", "text"):
         if key not in entry:
-            raise ValueError(f"{where} has no {key!r}, only {sorted(entry)}; each caption has start, end and text")
+            raise ValueError(
+                f"{where} has no {key!r}, only {sorted(entry)}; each caption has start, end and text"
+            )
     for key in ("start", "end"):
         value = entry[key]
         if isinstance(value, bool) or not isinstance(value, int | float):
-            raise ValueError(f"{where} has {key} {value!r}, a JSON {_kind(value)}; give it as a number of seconds")
+            raise ValueError(
+                f"{where} has {key} {value!r}, a JSON {_kind(value)}; give it as a number of seconds"
+            )
         if not math.isfinite(value):
-            raise ValueError(f"{where} has {key} {value}; times are finite: correct or remove the caption")
+            raise ValueError(
+                f"{where} has {key} {value}; times are finite: correct or remove the caption"
+            )
     if not isinstance(entry["text"], str):
-        raise ValueError(f"{where} has text {entry['text']!r}, a JSON {_kind(entry['text'])}; give it as a string")
+        raise ValueError(
+            f"{where} has text {entry['text']!r}, a JSON {_kind(entry['text'])}; give it as a string"
+        )
     if entry["end"] < entry["start"]:
         raise ValueError(
             f"{where} has end {entry['end']} before start {entry['start']}; a caption ends at or after its start: swap or correct them"
@@ -196,5 +241,12 @@ def _refuse_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _kind(value: Any) -> str:
     if value is None:
         return "null"
-    names = {bool: "boolean", int: "number", float: "number", str: "string", list: "list", dict: "object"}
+    names = {
+        bool: "boolean",
+        int: "number",
+        float: "number",
+        str: "string",
+        list: "list",
+        dict: "object",
+    }
     return names.get(type(value), type(value).__name__)

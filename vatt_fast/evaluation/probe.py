@@ -35,22 +35,45 @@ def linear_probe(
         from sklearn.pipeline import make_pipeline
         from sklearn.preprocessing import StandardScaler
     except ImportError as error:
-        raise ImportError("linear_probe needs scikit-learn: pip install 'vatt_fast[eval]'") from error
-    for name, features, labels in (("train", train_features, train_labels), ("test", test_features, test_labels)):
+        raise ImportError(
+            "linear_probe needs scikit-learn: pip install 'vatt_fast[eval]'"
+        ) from error
+    for name, features, labels in (
+        ("train", train_features, train_labels),
+        ("test", test_features, test_labels),
+    ):
         if np.ndim(features) != 2 or len(features) == 0 or len(features) != len(labels):
-            raise ValueError(f"{name}_features is {np.shape(features)} for {len(labels)} labels; it takes (n, D) and n labels, n > 0")
+            raise ValueError(
+                f"{name}_features is {np.shape(features)} for {len(labels)} labels; it takes (n, D) and n labels, n > 0"
+            )
         if not np.isfinite(features).all():
-            raise ValueError(f"{name}_features holds values that are not finite; leave those clips out")
+            raise ValueError(
+                f"{name}_features holds values that are not finite; leave those clips out"
+            )
     if np.shape(train_features)[1] != np.shape(test_features)[1]:
-        raise ValueError(f"features are {np.shape(train_features)[1]} wide in training, {np.shape(test_features)[1]} in the test")
+        raise ValueError(
+            f"features are {np.shape(train_features)[1]} wide in training, {np.shape(test_features)[1]} in the test"
+        )
     if len(set(train_labels)) < 2:
         raise ValueError("the training labels are all alike; a probe needs at least two classes")
     folds = min(_FOLDS, max(Counter(train_labels).values()))
     if folds < 2:
-        raise ValueError("every training label occurs once; choosing the penalty takes a class with at least two clips")
+        raise ValueError(
+            "every training label occurs once; choosing the penalty takes a class with at least two clips"
+        )
     classifier = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
-    chosen = GridSearchCV(classifier, {"logisticregression__C": list(strengths)}, cv=StratifiedKFold(folds, shuffle=True, random_state=0))
+    chosen = GridSearchCV(
+        classifier,
+        {"logisticregression__C": list(strengths)},
+        cv=StratifiedKFold(folds, shuffle=True, random_state=0),
+    )
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "The least populated class", UserWarning)  # rare classes miss some folds
+        warnings.filterwarnings(
+            "ignore", "The least populated class", UserWarning
+        )  # rare classes miss some folds
         chosen.fit(train_features, train_labels)
-    return 100 * np.count_nonzero(chosen.predict(test_features) == np.asarray(test_labels)) / len(test_labels)
+    return (
+        100
+        * np.count_nonzero(chosen.predict(test_features) == np.asarray(test_labels))
+        / len(test_labels)
+    )

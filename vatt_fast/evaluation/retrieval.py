@@ -5,10 +5,14 @@ from typing import Any
 
 import numpy as np
 
-_CHUNK_ELEMENTS = 2**24  # similarities held at once, 64 MB in fp32; the whole (Q, N) of 100k clips would take 40 GB
+_CHUNK_ELEMENTS = (
+    2**24
+)  # similarities held at once, 64 MB in fp32; the whole (Q, N) of 100k clips would take 40 GB
 
 
-def retrieval_metrics(queries: np.ndarray, targets: np.ndarray, truth: np.ndarray) -> dict[str, float]:
+def retrieval_metrics(
+    queries: np.ndarray, targets: np.ndarray, truth: np.ndarray
+) -> dict[str, float]:
     """How far up each query finds its one right target, by dot product (cosine for unit vectors).
 
     A rank counts every target at least as similar as the right one: ties go against the model, so that constant embeddings score 0
@@ -23,14 +27,26 @@ def retrieval_metrics(queries: np.ndarray, targets: np.ndarray, truth: np.ndarra
     Raises:
         ValueError: empty, of different widths, not finite, or truth out of range.
     """
-    queries, targets, truth = _matrix("queries", queries), _matrix("targets", targets), np.asarray(truth)
+    queries, targets, truth = (
+        _matrix("queries", queries),
+        _matrix("targets", targets),
+        np.asarray(truth),
+    )
     _same_width(queries, targets)
     if truth.shape != (len(queries),) or truth.dtype.kind not in "iu":
-        raise ValueError(f"truth is {truth.shape} {truth.dtype}; it must hold one integer for each of {len(queries)} queries")
+        raise ValueError(
+            f"truth is {truth.shape} {truth.dtype}; it must hold one integer for each of {len(queries)} queries"
+        )
     if truth.min() < 0 or truth.max() >= len(targets):
-        raise ValueError(f"truth spans {truth.min()} .. {truth.max()}; there are targets 0 .. {len(targets) - 1}")
-    ranks = np.concatenate([_ranks(similarity, truth[rows]) for rows, similarity in _chunks(queries, targets)])
-    return {f"r{k}": 100 * np.count_nonzero(ranks <= k) / len(ranks) for k in (1, 5, 10)} | {"median_rank": float(np.median(ranks))}
+        raise ValueError(
+            f"truth spans {truth.min()} .. {truth.max()}; there are targets 0 .. {len(targets) - 1}"
+        )
+    ranks = np.concatenate(
+        [_ranks(similarity, truth[rows]) for rows, similarity in _chunks(queries, targets)]
+    )
+    return {f"r{k}": 100 * np.count_nonzero(ranks <= k) / len(ranks) for k in (1, 5, 10)} | {
+        "median_rank": float(np.median(ranks))
+    }
 
 
 def _chunks(queries: np.ndarray, targets: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
@@ -50,7 +66,9 @@ def mean_of_windows(embeddings: np.ndarray, windows: int) -> np.ndarray:
     """(clips * windows, D), clip-major, to (clips, D): the mean of a clip's windows, normalised (released evaluation)."""
     embeddings = _matrix("embeddings", embeddings)
     if windows < 1 or len(embeddings) % windows:
-        raise ValueError(f"{len(embeddings)} embeddings are not {windows} windows of every clip; they must divide evenly")
+        raise ValueError(
+            f"{len(embeddings)} embeddings are not {windows} windows of every clip; they must divide evenly"
+        )
     mean = embeddings.reshape(-1, windows, embeddings.shape[1]).mean(1)
     return mean / np.maximum(np.linalg.norm(mean, axis=1, keepdims=True), np.finfo(mean.dtype).tiny)
 
@@ -63,15 +81,21 @@ def top_k(queries: np.ndarray, targets: np.ndarray, k: int) -> np.ndarray:
         raise ValueError(f"k is {k}; it lies in 1 .. {len(targets)}, the number of targets")
     best = np.empty((len(queries), k), np.int64)
     for rows, similarity in _chunks(queries, targets):
-        least = -np.partition(-similarity, k - 1, axis=1)[:, k - 1]  # the k-th best: only what reaches it is sorted
-        for row, (values, threshold) in enumerate(zip(similarity, least, strict=True), start=rows.start):
+        least = -np.partition(-similarity, k - 1, axis=1)[
+            :, k - 1
+        ]  # the k-th best: only what reaches it is sorted
+        for row, (values, threshold) in enumerate(
+            zip(similarity, least, strict=True), start=rows.start
+        ):
             candidates = np.flatnonzero(values >= threshold)
             best[row] = candidates[np.argsort(-values[candidates], kind="stable")[:k]]
     return best
 
 
 def factor_agreement(
-    top: np.ndarray, query_factors: Mapping[str, Sequence[Any]], target_factors: Mapping[str, Sequence[Any]]
+    top: np.ndarray,
+    query_factors: Mapping[str, Sequence[Any]],
+    target_factors: Mapping[str, Sequence[Any]],
 ) -> dict[str, float]:
     """Percent of queries whose best hit shares each factor; tells a colour matcher from a model that understands.
 
@@ -84,29 +108,51 @@ def factor_agreement(
     """
     top = np.asarray(top)
     if top.ndim != 1 or not len(top) or top.dtype.kind not in "iu":
-        raise ValueError(f"top is {top.shape} {top.dtype}; it must hold one target index a query, as top_k(...)[:, 0] does")
+        raise ValueError(
+            f"top is {top.shape} {top.dtype}; it must hold one target index a query, as top_k(...)[:, 0] does"
+        )
     if set(query_factors) != set(target_factors):
-        raise ValueError(f"queries have factors {sorted(query_factors)}, targets {sorted(target_factors)}; they must be the same")
+        raise ValueError(
+            f"queries have factors {sorted(query_factors)}, targets {sorted(target_factors)}; they must be the same"
+        )
     agreement = {}
     for name, wanted in query_factors.items():
         if len(wanted) != len(top):
-            raise ValueError(f"factor {name!r} has {len(wanted)} values for {len(top)} queries; it takes one each")
+            raise ValueError(
+                f"factor {name!r} has {len(wanted)} values for {len(top)} queries; it takes one each"
+            )
         if top.min() < 0 or top.max() >= len(target_factors[name]):
             last = len(target_factors[name]) - 1
-            raise ValueError(f"top spans {top.min()} .. {top.max()}; factor {name!r} is given for targets 0 .. {last}")
-        agreement[name] = 100 * sum(target_factors[name][hit] == value for hit, value in zip(top, wanted, strict=True)) / len(wanted)
+            raise ValueError(
+                f"top spans {top.min()} .. {top.max()}; factor {name!r} is given for targets 0 .. {last}"
+            )
+        agreement[name] = (
+            100
+            * sum(
+                target_factors[name][hit] == value for hit, value in zip(top, wanted, strict=True)
+            )
+            / len(wanted)
+        )
     return agreement
 
 
 def _matrix(name: str, x: np.ndarray) -> np.ndarray:
     x = np.asarray(x)
     if x.ndim != 2 or 0 in x.shape or x.dtype.kind != "f":
-        raise ValueError(f"{name} is {x.shape} {x.dtype}; it must be a float matrix (rows, D) with at least one row")
+        raise ValueError(
+            f"{name} is {x.shape} {x.dtype}; it must be a float matrix (rows, D) with at least one row"
+        )
     if not np.isfinite(x).all():
-        raise ValueError(f"{name} holds {(~np.isfinite(x)).any(1).sum()} rows that are not finite; leave clips without this modality out")
-    return x.astype(np.float32) if x.dtype == np.float16 else x  # products in half precision would tie far too often
+        raise ValueError(
+            f"{name} holds {(~np.isfinite(x)).any(1).sum()} rows that are not finite; leave clips without this modality out"
+        )
+    return (
+        x.astype(np.float32) if x.dtype == np.float16 else x
+    )  # products in half precision would tie far too often
 
 
 def _same_width(queries: np.ndarray, targets: np.ndarray) -> None:
     if queries.shape[1] != targets.shape[1]:
-        raise ValueError(f"queries are {queries.shape[1]} wide, targets {targets.shape[1]}; compare embeddings of one common space")
+        raise ValueError(
+            f"queries are {queries.shape[1]} wide, targets {targets.shape[1]}; compare embeddings of one common space"
+        )

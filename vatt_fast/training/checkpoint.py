@@ -12,7 +12,9 @@ from ..weights import load_metadata, load_tensors, load_weights, save_tensors
 _MODEL, _OPTIMIZER = "model/", "optimizer/"
 
 
-def save_checkpoint(path: Path, model: VATT, optimizer: torch.optim.Optimizer, *, step: int, run: dict) -> None:
+def save_checkpoint(
+    path: Path, model: VATT, optimizer: torch.optim.Optimizer, *, step: int, run: dict
+) -> None:
     """Write the state after ``step`` steps. ``run`` is the JSON-able description that a resumed run must match."""
     names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     moments: dict[str, dict[str, Tensor]] = {}
@@ -34,7 +36,14 @@ def load_checkpoint(path: Path, model: VATT, optimizer: torch.optim.Optimizer, *
     return step
 
 
-def write_state(path: Path, weights: dict[str, Tensor], moments: dict[str, dict[str, Tensor]], *, step: int, run: dict) -> None:
+def write_state(
+    path: Path,
+    weights: dict[str, Tensor],
+    moments: dict[str, dict[str, Tensor]],
+    *,
+    step: int,
+    run: dict,
+) -> None:
     """``weights`` is the torch model's state dict; ``moments`` Adam's state: step, exp_avg, exp_avg_sq, each by the weight's name."""
     tensors = {_MODEL + name: value for name, value in weights.items()}
     for key, values in moments.items():
@@ -42,7 +51,9 @@ def write_state(path: Path, weights: dict[str, Tensor], moments: dict[str, dict[
     save_tensors(tensors, path, metadata={"step": str(step), "run": json.dumps(run)})
 
 
-def read_state(path: Path, *, run: dict) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]], int]:
+def read_state(
+    path: Path, *, run: dict
+) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]], int]:
     """Weights, moments and the number of steps done, as ``write_state`` took them.
 
     Raises:
@@ -53,9 +64,17 @@ def read_state(path: Path, *, run: dict) -> tuple[dict[str, Tensor], dict[str, d
     saved = json.loads(metadata["run"])
     if saved != run:
         differing = [key for key in sorted({*saved, *run}) if saved.get(key) != run.get(key)]
-        shown = "; ".join(f"{key} was {saved.get(key)!r}, now {run.get(key)!r}" for key in differing[:3])
-        raise ValueError(f"{path} belongs to another run ({shown}); choose another output folder, or delete this one")
-    weights = {name.removeprefix(_MODEL): value for name, value in tensors.items() if name.startswith(_MODEL)}
+        shown = "; ".join(
+            f"{key} was {saved.get(key)!r}, now {run.get(key)!r}" for key in differing[:3]
+        )
+        raise ValueError(
+            f"{path} belongs to another run ({shown}); choose another output folder, or delete this one"
+        )
+    weights = {
+        name.removeprefix(_MODEL): value
+        for name, value in tensors.items()
+        if name.startswith(_MODEL)
+    }
     moments: dict[str, dict[str, Tensor]] = {}
     for name, value in tensors.items():
         if name.startswith(_OPTIMIZER):

@@ -14,13 +14,13 @@ from typing import Any, Literal, Protocol
 import torch
 from tqdm import tqdm
 
-from ..compile_tpu import has_a_tpu, without_a_tpu
 from ..config import VATTConfig, preset
 from ..data.dataset import Batch, ClipDataset, ClipSpec, folder_captions, loader
 from ..data.text import PADDING, UNKNOWN, Vocabulary, split_words
 from ..kernels.dispatch import native_bf16
 from ..losses import VATTLoss, vatt_loss
 from ..model import VATT
+from ..on_jax.compile_tpu import has_a_tpu, without_a_tpu
 from ..weights import save_model
 from .checkpoint import load_checkpoint, save_checkpoint
 from .schedule import Schedule, learning_rate
@@ -28,7 +28,17 @@ from .schedule import Schedule, learning_rate
 CHECKPOINT, METRICS = "checkpoint.safetensors", "metrics.jsonl"
 BETAS = (0.9, 0.999)  # Adam's
 # a run may continue with other values of these; everything else must be as it was
-_FREE = ("out", "workers", "framework", "shard_weights", "recompute", "device", "log_every", "checkpoint_every", "cache")
+_FREE = (
+    "out",
+    "workers",
+    "framework",
+    "shard_weights",
+    "recompute",
+    "device",
+    "log_every",
+    "checkpoint_every",
+    "cache",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,8 +61,12 @@ class PretrainConfig:
     adam_eps: float = 1e-8
     max_words: int = 65536  # size of the vocabulary built from the captions
     seed: int = 0
-    shuffle_captions: bool = False  # train on captions of other clips: retrieval must then stay near chance
-    precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 autocast where the device computes it natively
+    shuffle_captions: bool = (
+        False  # train on captions of other clips: retrieval must then stay near chance
+    )
+    precision: Literal["auto", "bf16", "fp32"] = (
+        "auto"  # auto: bf16 autocast where the device computes it natively
+    )
     framework: Literal["torch", "jax"] = "torch"  # jax: all devices of this host share the batch
     shard_weights: bool = False  # jax: weights and Adam's state lie in shards over the devices
     recompute: bool = False  # jax: keep only the blocks' inputs for the backward pass
@@ -70,14 +84,20 @@ class PretrainConfig:
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must not be negative")
         if not 0 <= self.drop_rate < 1:
-            raise ValueError(f"drop_rate is {self.drop_rate}; it is the fraction removed and lies in [0, 1)")
+            raise ValueError(
+                f"drop_rate is {self.drop_rate}; it is the fraction removed and lies in [0, 1)"
+            )
         if self.framework not in ("torch", "jax"):
             raise ValueError(f"framework is {self.framework!r}; it is torch or jax")
         if self.framework == "torch" and (self.shard_weights or self.recompute):
-            raise ValueError("shard_weights and recompute belong to framework 'jax'; leave them out")
+            raise ValueError(
+                "shard_weights and recompute belong to framework 'jax'; leave them out"
+            )
 
 
-def pretrain(run: PretrainConfig, *, model_config: VATTConfig | None = None, progress: bool = True) -> VATT:
+def pretrain(
+    run: PretrainConfig, *, model_config: VATTConfig | None = None, progress: bool = True
+) -> VATT:
     """Run or continue a pre-training; returns the trained model.
 
     Writes a checkpoint every ``checkpoint_every`` steps, at the end, and on SIGINT or SIGTERM (then raises KeyboardInterrupt). Called
@@ -92,10 +112,13 @@ def pretrain(run: PretrainConfig, *, model_config: VATTConfig | None = None, pro
     out = Path(run.out)
     if run.warmup_steps >= run.steps:
         warnings.warn(
-            f"warmup_steps {run.warmup_steps} >= steps {run.steps}: the learning rate never reaches {run.learning_rate:g}", stacklevel=2
+            f"warmup_steps {run.warmup_steps} >= steps {run.steps}: the learning rate never reaches {run.learning_rate:g}",
+            stacklevel=2,
         )
     vocabulary = vocabulary_of(run.data, run.max_words)
-    config = dataclasses.replace(model_config or preset(run.preset, run.recipe), vocab_size=len(vocabulary))
+    config = dataclasses.replace(
+        model_config or preset(run.preset, run.recipe), vocab_size=len(vocabulary)
+    )
     dataset = ClipDataset(
         run.data,
         ClipSpec.from_config(config),
@@ -112,7 +135,13 @@ def pretrain(run: PretrainConfig, *, model_config: VATTConfig | None = None, pro
     logger = MetricsLog(out, start)
 
     batches = loader(dataset, start, run.steps, run.workers, start_method=trainer.start_method)
-    bar = tqdm(total=run.steps, initial=start, desc="pretrain", unit="step", disable=None if progress else True)
+    bar = tqdm(
+        total=run.steps,
+        initial=start,
+        desc="pretrain",
+        unit="step",
+        disable=None if progress else True,
+    )
     began, clips = time.perf_counter(), 0
     with contextlib.closing(logger), bar, stop_requests() as stopping:
         for step, batch in enumerate(batches, start):
@@ -123,8 +152,15 @@ def pretrain(run: PretrainConfig, *, model_config: VATTConfig | None = None, pro
             done = step + 1
             if done % run.log_every == 0 or done == run.steps:
                 values = {"loss": float(loss.total), "learning_rate": rate}
-                values |= {f"loss_{name}": float(part) for name in ("va", "vt") if (part := getattr(loss, name)) is not None}
-                values |= {"temperature": trainer.temperature(), "skipped_files": len(dataset.skipped)}
+                values |= {
+                    f"loss_{name}": float(part)
+                    for name in ("va", "vt")
+                    if (part := getattr(loss, name)) is not None
+                }
+                values |= {
+                    "temperature": trainer.temperature(),
+                    "skipped_files": len(dataset.skipped),
+                }
                 values["clips_per_second"] = clips / (time.perf_counter() - began)
                 logger.write(done, values)
                 bar.set_postfix(loss=f"{values['loss']:.3f}")
@@ -132,10 +168,14 @@ def pretrain(run: PretrainConfig, *, model_config: VATTConfig | None = None, pro
             if done % run.checkpoint_every == 0 or done == run.steps or stopping.is_set():
                 save_model(trainer.save(out / CHECKPOINT, done, identity), out)
             if stopping.is_set() and done < run.steps:
-                raise KeyboardInterrupt(f"stopped after step {done}; the same command continues from there")
+                raise KeyboardInterrupt(
+                    f"stopped after step {done}; the same command continues from there"
+                )
     if dataset.skipped:
         reasons = "\n  ".join(list(dataset.skipped.values())[:5])
-        print(f"{len(dataset.skipped)} media files could not be read, others stood in for them:\n  {reasons}")
+        print(
+            f"{len(dataset.skipped)} media files could not be read, others stood in for them:\n  {reasons}"
+        )
     return trainer.model().eval()
 
 
@@ -161,11 +201,15 @@ class Trainer(Protocol):
 def _trainer(run: PretrainConfig, config: VATTConfig, vocabulary: Vocabulary) -> Trainer:
     if run.framework == "jax":
         if not has_a_tpu():
-            without_a_tpu(jax_on_cpu=False)  # where libtpu is installed to compile with, JAX would look for one, and say so at length
+            without_a_tpu(
+                jax_on_cpu=False
+            )  # where libtpu is installed to compile with, JAX would look for one, and say so at length
         try:
-            from .jax_loop import JaxTrainer
+            from ..on_jax.training import JaxTrainer
         except ModuleNotFoundError as error:
-            raise ValueError(f"framework 'jax' needs {error.name}: pip install 'vatt_fast[jax]'") from error
+            raise ValueError(
+                f"framework 'jax' needs {error.name}: pip install 'vatt_fast[jax]'"
+            ) from error
         return JaxTrainer(run, config, vocabulary)
     return TorchTrainer(run, config, vocabulary)
 
@@ -180,7 +224,9 @@ class TorchTrainer:
         self.autocast = _autocast(run.precision, self.device)
         self._model = initial_model(config, vocabulary, run.seed).to(self.device).train()
         trainable = [p for p in self._model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.Adam(trainable, lr=0.0, betas=BETAS, eps=run.adam_eps, fused=True)
+        self.optimizer = torch.optim.Adam(
+            trainable, lr=0.0, betas=BETAS, eps=run.adam_eps, fused=True
+        )
 
     def restore(self, path: Path, identity: dict) -> int:
         return load_checkpoint(path, self._model, self.optimizer, run=identity)
@@ -188,8 +234,11 @@ class TorchTrainer:
     def step(self, batch: Batch, step: int, rate: float) -> VATTLoss:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        loss = train_step(self._model, self.optimizer, batch.to(self.device), self.run, step, self.autocast)
-        return VATTLoss(*(None if part is None else part.detach() for part in (loss.total, loss.va, loss.vt)))  # type: ignore[arg-type]
+        loss = train_step(
+            self._model, self.optimizer, batch.to(self.device), self.run, step, self.autocast
+        )
+        va, vt = (None if part is None else part.detach() for part in (loss.va, loss.vt))
+        return VATTLoss(loss.total.detach(), va, vt)
 
     def temperature(self) -> float:
         return 1 / float(torch.as_tensor(self._model.scale()).detach())
@@ -202,13 +251,26 @@ class TorchTrainer:
         return self._model
 
 
-def train_step(model: VATT, optimizer: torch.optim.Optimizer, batch: Batch, run: PretrainConfig, step: int, autocast) -> VATTLoss:
+def train_step(
+    model: VATT,
+    optimizer: torch.optim.Optimizer,
+    batch: Batch,
+    run: PretrainConfig,
+    step: int,
+    autocast,
+) -> VATTLoss:
     """One update on one batch: draw DropToken, forward, loss, backward, Adam."""
     if model.config.dropout:
         torch.manual_seed(run.seed * 1_000_003 + step)  # a continued run draws the same dropout
-    keep = model.sample_keep(run.drop_rate, seed=run.seed, step=step, per=run.drop_per, batch=batch.video.shape[0])
-    valid = dict(video_valid=batch.video_valid, audio_valid=batch.audio_valid, text_valid=batch.text_valid)
-    optimizer.zero_grad(set_to_none=True)  # first: the last step's gradients would lie beside this one's activations
+    keep = model.sample_keep(
+        run.drop_rate, seed=run.seed, step=step, per=run.drop_per, batch=batch.video.shape[0]
+    )
+    valid = dict(
+        video_valid=batch.video_valid, audio_valid=batch.audio_valid, text_valid=batch.text_valid
+    )
+    optimizer.zero_grad(
+        set_to_none=True
+    )  # first: the last step's gradients would lie beside this one's activations
     with autocast:
         output = model(batch.video, batch.audio, batch.text, **keep, **valid)
         loss = vatt_loss(output, model.config, scale=model.scale(), **valid)
@@ -229,8 +291,14 @@ def initial_model(config: VATTConfig, vocabulary: Vocabulary, seed: int) -> VATT
 
 def vocabulary_of(folder: str | Path, max_words: int) -> Vocabulary:
     """The most frequent words of a folder's captions; only padding and the unknown word where there are none."""
-    sentences = [caption.text for entries in folder_captions(folder).values() for caption in entries]
-    return Vocabulary.build(sentences, max_words) if any(map(split_words, sentences)) else Vocabulary([PADDING, UNKNOWN])
+    sentences = [
+        caption.text for entries in folder_captions(folder).values() for caption in entries
+    ]
+    return (
+        Vocabulary.build(sentences, max_words)
+        if any(map(split_words, sentences))
+        else Vocabulary([PADDING, UNKNOWN])
+    )
 
 
 def describe(run: PretrainConfig, config: VATTConfig) -> dict[str, Any]:
@@ -244,7 +312,9 @@ def pick_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     device = torch.device(name)
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device is {name!r}, but this torch sees no CUDA device; use 'cpu' or 'auto'")
+        raise ValueError(
+            f"device is {name!r}, but this torch sees no CUDA device; use 'cpu' or 'auto'"
+        )
     return device
 
 
@@ -294,7 +364,9 @@ class MetricsLog:
         from torch.utils.tensorboard import SummaryWriter
 
         path = folder / METRICS
-        whole_lines = path.read_text().rpartition("\n")[0].splitlines() if path.exists() else []  # a killed run may leave half a line
+        whole_lines = (
+            path.read_text().rpartition("\n")[0].splitlines() if path.exists() else []
+        )  # a killed run may leave half a line
         kept = [line for line in whole_lines if json.loads(line)["step"] <= start]
         path.write_text("".join(line + "\n" for line in kept))
         self.file = path.open("a")

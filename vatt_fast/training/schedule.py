@@ -7,7 +7,13 @@ Schedule = Literal["quarter_cosine", "half_cosine"]
 
 
 def learning_rate(
-    step: int, *, peak: float, final: float, warmup_steps: int, total_steps: int, schedule: Schedule = "quarter_cosine"
+    step: int,
+    *,
+    peak: float,
+    final: float,
+    warmup_steps: int,
+    total_steps: int,
+    schedule: Schedule = "quarter_cosine",
 ) -> float:
     """Rate of step ``step`` (from 0): 0 at the start, ``peak`` after the warm-up, ``final`` at ``total_steps``.
 

@@ -1,0 +1,238 @@
+"""The contrastive log-sums on a CPU: a chunk of clips is multiplied by a chunk of texts, one C++ pass (csrc/contrastive_lse.cpp) does the rest.
+
+Forward: the pass sums exp(S) by rows, columns and own texts; where |S| is known to be small no maximum is subtracted and a score costs one
+exp. Backward: the products once more, the pass turns them in place into weights d loss / d S and sums d_scale, two products with the
+weights follow, torch's. The products are fp32 whatever the inputs (rounded to bf16, a cosine near 1 would shift its score by 0.03 at a
+scale of 14): torch's fp32 ones, or, of bf16 vectors where the processor multiplies them (AVX-512 BF16, AMX), computed by the pass itself, a tile at a time.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+
+from .. import native
+from ..native import address
+
+# M clips of x, N clips in all, P texts a clip, T = N * P texts, D dimensions
+
+_MAX_BOUND = 48.0  # exp(-48) / a million clips keeps all its bits in fp32, as does exp(48) * a million; temperatures from 1/48 up
+_CHUNK = (
+    1024,
+    2048,
+)  # clips, texts: 8 MiB of products; they come back from the cache, and torch is near its full speed
+_CHUNK_OF_TILES = (2048, 4096)  # 16 MiB of bf16 weights
+_ALIGNMENT = 32  # of clips, texts and dimensions, as tiles are read
+_FEW_SCORES = 1 << 18
+
+
+def forward(x, y, *, scale, texts_per_clip, first, x_valid=None, y_valid=None, bound=None):
+    scores = _Scores(x, y, scale, texts_per_clip, first, x_valid, y_valid, bound)
+    M, T = x.shape[0], y.shape[0]
+    totals = [torch.zeros(size, dtype=torch.float64) for size in (M, T, M)]  # row, col, pos
+    peaks = [torch.full((size,), -math.inf) for size in (M, T, M)] if scores.running else None
+    for chunk in scores.chunks():
+        places = (chunk.clips, chunk.texts, chunk.clips)
+        at = [
+            address(vector[place])
+            for vectors in (totals, peaks)
+            if vectors
+            for vector, place in zip(vectors, places, strict=True)
+        ]
+        native.extension.nce_forward(
+            *chunk.native, *at, *[0] * (6 - len(at)), address(scores.scratch)
+        )
+    lses = [total.log_() for total in totals]  # of an empty set -inf
+    if peaks:
+        lses = [lse.add_(peak) for lse, peak in zip(lses, peaks, strict=True)]
+    row, col, pos = (lse.float() for lse in lses)
+    return row, col, pos
+
+
+def backward(
+    d_row,
+    d_col,
+    d_pos,
+    x,
+    y,
+    row,
+    col,
+    pos,
+    *,
+    scale,
+    texts_per_clip,
+    first,
+    x_valid=None,
+    y_valid=None,
+    bound=None,
+):
+    scores = _Scores(x, y, scale, texts_per_clip, first, x_valid, y_valid, bound, backward=True)
+    pairs = [
+        _gradient(d_lse, lse, scores.running)
+        for d_lse, lse in ((d_row, row), (d_col, col), (d_pos, pos))
+    ]
+    gradients, lses = zip(*pairs, strict=True)
+    d_scale = torch.zeros((), dtype=torch.float64)
+    dtype = scores.weights.dtype
+    d_x = torch.empty(x.shape, dtype=dtype if scores.texts == y.shape[0] else torch.float32)
+    d_y = torch.empty(y.shape, dtype=y.dtype)
+    in_place = dtype == y.dtype and (scores.clips == x.shape[0] or dtype == torch.float32)
+    d_y_part = None if in_place else torch.empty((scores.texts, y.shape[1]), dtype=torch.float32)
+    for chunk in scores.chunks():
+        places = (chunk.clips, chunk.texts, chunk.clips)
+        at = [
+            address(vector[place])
+            for vectors in (gradients, lses)
+            for vector, place in zip(vectors, places, strict=True)
+        ]
+        native.extension.nce_backward(*chunk.native, *at, address(d_scale), address(scores.scratch))
+        weights = scores.weights[: chunk.x.shape[0], : chunk.y.shape[0]]
+        _multiply(d_x[chunk.clips], weights, chunk.y, chunk.texts.start == 0)
+        sums = d_y[chunk.texts] if d_y_part is None else d_y_part[: chunk.y.shape[0]]
+        _multiply(sums, weights.t(), chunk.x, chunk.clips.start == 0)
+        if d_y_part is not None and chunk.clips.stop == x.shape[0]:
+            d_y[chunk.texts] = sums
+    return d_x, d_y, d_scale.float()
+
+
+def _multiply(sums, a, b, begin: bool):
+    """sums = a @ b to begin with, later sums += a @ b."""
+    if (
+        a.dtype == torch.float32
+    ):  # of long sums into few results the library gives its threads a part each: bits would depend on their number
+        step = 512 if sums.numel() >= 1 << 16 else 256
+        for d in range(0, a.shape[1], step):
+            part = slice(d, d + step)
+            sums.addmm_(a[:, part], b[part], beta=float(d > 0 or not begin))
+    elif begin:
+        sums.copy_(a @ b)
+    else:
+        sums += a @ b
+
+
+class _Chunk(NamedTuple):
+    """Some clips against some texts."""
+
+    clips: slice
+    texts: slice
+    x: torch.Tensor  # in the dtype of the weights
+    y: torch.Tensor
+    native: tuple  # NceChunk in csrc/contrastive_lse.h
+
+
+class _Scores:
+    """The products of clips and texts, a chunk at a time; for every chunk of texts all clips."""
+
+    def __init__(self, x, y, scale, texts_per_clip, first, x_valid, y_valid, bound, backward=False):
+        self.x, self.y, self.scale = x, y, float(scale)
+        self.texts_per_clip, self.first = texts_per_clip, first
+        self.x_valid = None if x_valid is None else x_valid.contiguous()
+        self.y_counts = torch.zeros(_padded(y.shape[0]), dtype=torch.int32)
+        self.y_counts[: y.shape[0]] = -1 if y_valid is None else -y_valid.int()
+        self.running = _running(x, y, self.scale, y_valid, bound)
+        self.tiles = x.dtype == torch.bfloat16 and native.multiplies_bf16()
+        most = _CHUNK_OF_TILES if self.tiles else _CHUNK
+        self.clips, self.texts = min(x.shape[0], most[0]), min(y.shape[0], most[1])
+        self.scratch = torch.empty(native.extension.nce_scratch_floats(self.clips, self.texts))
+        shape = self.clips, _padded(self.texts)
+        if self.tiles:
+            self.products = torch.empty(
+                (torch.get_num_threads(), native.extension.nce_tile_floats())
+            )
+            self.weights = torch.empty(shape if backward else (0, shape[1]), dtype=torch.bfloat16)
+        else:
+            self.products = self.weights = torch.empty(shape)  # the one becomes the other
+
+    def chunks(self) -> Iterator[_Chunk]:
+        M, T = self.x.shape[0], self.y.shape[0]
+        for j in range(0, T, self.texts):
+            texts = slice(j, min(j + self.texts, T))
+            y = self.y[texts] if self.tiles else self.y[texts].float()
+            panels = _panels(y) if self.tiles else None
+            for i in range(0, M, self.clips):
+                clips = slice(i, min(i + self.clips, M))
+                x = self.x[clips] if self.tiles else self.x[clips].float()
+                if panels is None:
+                    _multiply(self.products[: x.shape[0], : y.shape[0]], x, y.t(), True)
+                rows = _aligned(x) if panels is not None else None
+                chunk = (
+                    address(self.products),
+                    self.weights.stride(0),
+                    x.shape[0],
+                    y.shape[0],
+                    0 if self.x_valid is None else address(self.x_valid[clips]),
+                    address(self.y_counts[texts]),
+                    (self.first + i) * self.texts_per_clip - j,
+                    self.texts_per_clip,
+                    self.scale,
+                    self.running,
+                    torch.get_num_threads(),
+                    *(
+                        (0, 0, 0, 0)
+                        if panels is None
+                        else (
+                            address(rows),
+                            address(panels),
+                            panels.shape[1],
+                            address(self.weights),
+                        )
+                    ),
+                )
+                yield _Chunk(clips, texts, x, y, chunk)
+
+
+def _panels(y) -> torch.Tensor:
+    """Texts in the order in which products read them (csrc/products.h)."""
+    rows = _aligned(y)
+    panels = torch.empty_like(rows)
+    native.extension.nce_pack(address(rows), *rows.shape, address(panels), torch.get_num_threads())
+    return panels
+
+
+def _aligned(vectors) -> torch.Tensor:
+    """Contiguous, rows and dimensions filled up with zeros to whole tiles."""
+    missing = [-size % _ALIGNMENT for size in vectors.shape]
+    if not any(missing):
+        return vectors.contiguous()
+    return torch.nn.functional.pad(vectors, (0, missing[1], 0, missing[0]))
+
+
+def _running(x, y, scale: float, y_valid, bound: float | None) -> bool:
+    """A running maximum is needed: exp(S), or a sum of it over millions, might leave fp32. Where nothing helpful is promised, the longest
+    vectors tell, and to look for them takes less time than the maxima of many scores."""
+    if bound is not None and bound <= _MAX_BOUND:
+        return False
+    if x.shape[0] * y.shape[0] < _FEW_SCORES:
+        return True
+    longest = torch.linalg.vector_norm(x, dim=1, dtype=torch.float32).max()
+    lengths = torch.linalg.vector_norm(y, dim=1, dtype=torch.float32)
+    lengths = lengths if y_valid is None else torch.where(y_valid, lengths, 0.0)
+    return not abs(scale) * float(longest * lengths.max()) <= _MAX_BOUND  # nan is no bound
+
+
+def _gradient(d_lse, lse, running: bool):
+    """g and l such that a score's weight is g exp(S - l), or g exp(S) unless running; g is 0 for an empty set, whatever comes in."""
+    empty = lse == -math.inf
+    g = torch.where(
+        empty, 0.0, d_lse.double() if running else d_lse.double() * torch.exp(-lse.double())
+    )
+    padding = (0, _padded(len(lse)) - len(lse))
+    pad = torch.nn.functional.pad
+    return pad(g.float(), padding), pad(torch.where(empty, math.inf, lse.float()), padding)
+
+
+def _padded(texts: int) -> int:
+    return -(-texts // _ALIGNMENT) * _ALIGNMENT
+
+
+def unsupported(
+    x, y, *, scale, texts_per_clip=1, first=0, x_valid=None, y_valid=None, bound=None
+) -> str | None:
+    if native.extension is None:
+        return native.explain()
+    if x.device.type != "cpu":
+        return f"tensors are on {x.device.type}, not on the CPU"
+    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"{x.dtype} is for the reference"
+    return None

@@ -1,0 +1,47 @@
+"""Kernels through the real TPU compiler, no device needed: a part of what ``python -m bench.compile_tpu`` compiles in full."""
+
+import pytest
+
+pytest.importorskip("jax", reason="compiling for a TPU needs jax, which is not installed")
+pytest.importorskip("libtpu", reason="compiling for a TPU needs libtpu, which is not installed")
+
+import jax
+import jax.numpy as jnp
+
+from bench.compile_tpu import compile_case
+from vatt_fast.kernels import dispatch
+from vatt_fast.kernels.attention import pallas_tpu as attention
+
+# (op, dtype): case, chip; each kernel once in each dtype, each chip at least once
+PARTS = {
+    ("attention", "bf16"): ("audio_bbs_drop75", "v5e"),
+    ("attention", "fp32"): ("text_bbs", "v4"),
+    ("drop_token", "bf16"): ("audio_bbs_drop50_per_clip", "v5p"),
+    ("drop_token", "fp32"): ("video_tiny_drop50", "v6e"),
+    ("contrastive_lse", "bf16"): ("vt_bbs", "v6e"),
+    ("contrastive_lse", "fp32"): ("va_tiny", "tpu7x"),
+    ("patch_embed", "bf16"): ("video_mbs_drop50", "tpu7x"),
+    ("patch_embed", "fp32"): ("audio_bbs_drop75", "v5e"),
+}
+
+
+@pytest.mark.parametrize(("op", "dtype"), PARTS)
+def test_kernels_compile_within_the_rules(op, dtype):
+    case, chip = PARTS[op, dtype]
+    row = compile_case(op, case, dtype, chip)
+    assert not row.faults and any(name.startswith(f"vatt_{op}") for name in row.kernels), row
+    assert row.code_bytes > 0 and 0 < row.vmem_bytes <= 16 << 20, row
+
+
+def test_what_a_kernel_refuses_is_a_fault_and_never_the_reference(monkeypatch):
+    monkeypatch.setattr(attention, "_BIAS_SIDE", 8)
+    row = compile_case("attention", "text_bbs", "bf16", "v5e")
+    assert not row.kernels and "a bias of 17 x 17 does not fit" in row.faults[0]
+
+
+@pytest.mark.parametrize(("queries", "stays"), [(17, "reference"), (785, "pallas_tpu")])
+def test_the_table_chooses_for_what_is_compiled(queries, stays):
+    q = jax.ShapeDtypeStruct((2, 8, queries, 64), jnp.bfloat16)
+    with dispatch.lowering_for("tpu"):
+        verdicts = dispatch.explain("attention", q, q, q, scale=0.125)
+    assert verdicts[stays] == "preferred (fwd, bwd)"

@@ -1,0 +1,59 @@
+"""The battery of tests/test_ops.py on the JAX side: every op, backend and parity case, outputs and every gradient, by the same rule.
+
+Pallas kernels are interpreted where there is no TPU.
+"""
+
+import zlib
+
+import pytest
+import test_ops
+import torch
+
+pytest.importorskip("jax", reason="the JAX ops need jax")
+
+import jax_calls
+
+from vatt_fast.kernels import dispatch, use_backend
+from vatt_fast.kernels.cases import make
+from vatt_fast.kernels.patch_embed import patchify
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+PARITY = [
+    pytest.param(op, backend, case, id=f"{op}-{backend}-{case.name}")
+    for op in dispatch.OPS
+    for backend in dispatch.JAX_BACKENDS[op]
+    for case in test_ops.PARITY[op]
+]
+
+
+def judged(op, backend, case, dtype, *, without=()):
+    """Run the op, plain torch and plain torch in fp64 on one draw, and hold the first against the others."""
+    inputs = make(case, dtype, seed=zlib.crc32(case.name.encode()))
+    if op == "patch_embed" and inputs["patch"] is not None:  # the JAX op takes rows
+        inputs |= {"patches": patchify(inputs["patches"], inputs["patch"]), "patch": None}
+    truth = test_ops.run(
+        test_ops.PLAIN[op],
+        op,
+        test_ops.promote(inputs, torch.float64),
+        dtype=dtype,
+        without=without,
+    )
+    yardstick = test_ops.run(test_ops.PLAIN[op], op, inputs, dtype=dtype, without=without)
+    seeds = test_ops.draw_seeds([yardstick[name] for name in jax_calls.OUTPUTS[op]], dtype)
+    with use_backend(f"{op}={backend}"):  # the kernels take every case: a refusal fails
+        result = jax_calls.run(op, inputs, seeds, without=without)
+    slack = 3.0 if dtype == torch.float32 else 0.5  # XLA adds one by one on a CPU, torch in a tree
+    test_ops.assert_as_good_as_plain(
+        result, yardstick, truth, dtype, test_ops.cancelled_rows(op, inputs), slack_eps=slack
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("op", "backend", "case"), PARITY)
+def test_gradients(op, backend, case, dtype):
+    judged(op, backend, case, DTYPES[dtype])
+
+
+@pytest.mark.parametrize("backend", dispatch.JAX_BACKENDS["attention"])
+def test_attention_whose_lse_nobody_uses(backend):
+    judged("attention", backend, test_ops.PARITY["attention"][0], torch.float32, without=("lse",))

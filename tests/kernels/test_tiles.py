@@ -1,0 +1,76 @@
+"""How a kernel's tiles are chosen: forced, tuned, or by its own heuristic; never by a clock."""
+
+import json
+
+import pytest
+import torch
+
+from vatt_fast.kernels import tiles
+
+HEURISTIC = {"BLOCK": 64, "num_warps": 4}
+
+
+@pytest.fixture
+def tuned(tmp_path, monkeypatch):
+    """A table for sm_90 that knows one shape of one kernel."""
+    folder = tmp_path / "tiles"
+    folder.mkdir()
+    (folder / "sm_90.json").write_text(
+        json.dumps({"attention_forward": {"bf16 queries=785 keys=785": {"BLOCK": 128}}})
+    )
+    monkeypatch.setattr(tiles, "__file__", str(tmp_path / "tiles.py"))
+    tiles.table.cache_clear()
+    yield {"BLOCK": 128}
+    tiles.table.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("kernel", "arch", "dtype", "queries", "known"),
+    [
+        ("attention_forward", "sm_90", torch.bfloat16, 785, True),
+        ("attention_forward", "sm_90", torch.bfloat16, 786, False),
+        ("attention_forward", "sm_90", torch.float16, 785, False),
+        ("attention_forward", "sm_80", torch.bfloat16, 785, False),
+        ("attention_d_q", "sm_90", torch.bfloat16, 785, False),
+    ],
+)
+def test_a_tuned_shape_is_found_and_only_that(tuned, kernel, arch, dtype, queries, known):
+    assert tiles.choose(kernel, arch, dtype, HEURISTIC, queries=queries, keys=785) == (
+        tuned if known else HEURISTIC
+    )
+
+
+def test_forced_tiles_come_first_and_end_with_their_block(tuned):
+    def chosen():
+        return tiles.choose(
+            "attention_forward", "sm_90", torch.bfloat16, HEURISTIC, queries=785, keys=785
+        )
+
+    with tiles.force("attention_forward", {"BLOCK": 16}):
+        assert chosen() == {"BLOCK": 16}
+        with tiles.force("attention_forward", {"BLOCK": 32}):
+            assert chosen() == {"BLOCK": 32}
+        assert chosen() == {"BLOCK": 16}
+        assert (
+            tiles.choose("attention_d_q", "sm_90", torch.bfloat16, HEURISTIC, queries=785)
+            == HEURISTIC
+        )
+    assert chosen() == tuned
+
+
+def test_committed_tables_name_known_kernels_and_shapes():
+    """A renamed kernel or argument would leave its tuned tiles unread."""
+    import importlib
+    from pathlib import Path
+
+    from vatt_fast.kernels import dispatch
+
+    pytest.importorskip("triton", reason="the kernels import triton, which is not installed")
+    known = {
+        name
+        for op in dispatch.OPS
+        for name in importlib.import_module(f"vatt_fast.kernels.{op}.triton_gpu").TUNING
+    }
+    assert known
+    for path in (Path(tiles.__file__).parent / "tiles").glob("*.json"):
+        assert set(json.loads(path.read_text())) <= known, path.name

@@ -1,0 +1,304 @@
+"""What the model promises beside exactness: subsets, masks, DropToken, other sizes, saving, clear errors."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+import vatt_fast as vf
+from vatt_fast.config import PRESETS, VATTConfig, preset
+from vatt_fast.kernels import patchify, use_backend
+from vatt_fast.losses import contrastive_terms, global_mean, vatt_loss
+from vatt_fast.model import VATT, BatchNorm
+from vatt_fast.weights import create_model, load_tensors
+
+SMALL = dataclasses.replace(
+    PRESETS["tiny"], frames=8, height=32, width=40, samples=2560, vocab_size=30, texts_per_clip=2
+)
+TRUNK = dataclasses.replace(SMALL, kind="modality_agnostic", text=SMALL.video, post_proj_dim=48)
+CONFIGS = {
+    "specific": SMALL,
+    "agnostic": TRUNK,
+    "specific_released": SMALL.with_recipe("released"),
+    "agnostic_released": TRUNK.with_recipe("released"),
+}
+
+
+@pytest.fixture(params=CONFIGS)
+def model(request):
+    torch.manual_seed(0)
+    return VATT(CONFIGS[request.param]).eval()
+
+
+@pytest.fixture
+def inputs():
+    torch.manual_seed(1)
+    return dict(
+        video=torch.randint(0, 256, (3, 8, 32, 40, 3), dtype=torch.uint8),
+        audio=torch.rand(3, 2560) * 2 - 1,
+        text=torch.randint(0, 30, (3, 2, 16)),
+    )
+
+
+def same(a, b, names=None, **tolerance):
+    for field in dataclasses.fields(a):
+        left, right = getattr(a, field.name), getattr(b, field.name)
+        if left is not None and right is not None and (names is None or field.name in names):
+            torch.testing.assert_close(
+                left,
+                right,
+                msg=lambda text, name=field.name: f"{name}: {text}",
+                **(tolerance or dict(rtol=1e-4, atol=1e-5)),
+            )
+
+
+def test_any_subset_of_modalities(model, inputs):
+    whole = model(**inputs)
+    for subset in (["video"], ["audio"], ["text"], ["video", "text"], ["video", "audio"]):
+        part = model(**{name: inputs[name] for name in subset})
+        same(part, whole)
+        assert {name for name in inputs if getattr(part, f"{name}_pooled") is not None} == set(
+            subset
+        )
+    assert whole.z_text_vt.shape == (3, 2, 64)
+
+
+def test_the_last_block_for_agg_alone_is_exact(model, inputs):
+    pooled, full = model(**inputs), model(**inputs, features=True)
+    assert pooled.video_features is None and full.video_features.shape[1] == 1 + 2 * 4 * 5
+    same(pooled, full)
+
+
+@pytest.mark.parametrize("per", ["batch", "clip"])
+def test_drop_token_takes_the_tokens_away(model, inputs, per):
+    """Dropped patches may hold anything; rows gathered beforehand give the same."""
+    keep = model.sample_keep(0.5, seed=1, step=2, per=per, batch=3)
+    out = model(**inputs, **keep)
+    assert keep["video_keep"].shape[-1] == 20 and keep["audio_keep"].shape[-1] == 10
+    rows = {
+        "video": patchify(inputs["video"], (4, 8, 8)),
+        "audio": patchify(inputs["audio"], (128,)),
+    }
+    spoilt, gathered = {}, {}
+    for name, value in rows.items():
+        index = keep[f"{name}_keep"].long().expand(3, -1)[..., None].expand(-1, -1, value.shape[-1])
+        gathered[name] = value.gather(1, index)
+        spoilt[name] = torch.full_like(value, 77).scatter(1, index, gathered[name])
+    for version in (spoilt, gathered):
+        same(model(version["video"], version["audio"], **keep), out)
+    if per == "clip":
+        assert (keep["video_keep"][0] != keep["video_keep"][1]).any()
+
+
+def test_drop_rate_zero_changes_nothing(model, inputs):
+    same(model(**inputs, **model.sample_keep(0.0, seed=0, step=0)), model(**inputs))
+
+
+def test_other_sizes_odd_clips_and_images(model):
+    torch.manual_seed(2)
+    odd = torch.randint(0, 256, (2, 7, 27, 50, 3), dtype=torch.uint8)
+    padded = torch.zeros(2, 8, 32, 56, 3, dtype=torch.uint8)
+    padded[:, :7, :27, :50] = odd
+    same(model(video=odd), model(video=padded))
+    as_float = odd.float() / 127.5 - 1
+    same(model(video=odd), model(video=as_float), rtol=1e-3, atol=1e-4)  # black pads both
+    image = torch.randint(0, 256, (2, 1, 32, 40, 3), dtype=torch.uint8)
+    same(model(video=image), model(video=image.expand(-1, 4, -1, -1, -1)))
+    rows = patchify(odd, (4, 8, 8))
+    same(model(video=rows, video_grid=(2, 4, 7)), model(video=odd))
+    assert model(audio=torch.rand(1, 1000)).audio_pooled.shape[0] == 1
+
+
+def test_padding_words_do_not_matter(model, inputs):
+    text = inputs["text"].clone()
+    text[..., 6:] = 0
+    if model.config.agnostic:
+        return (
+            same(model(text=text), model(text=text[..., :6]), names=["text_pooled"])
+            if model.config.words == 6
+            else None
+        )
+    same(model(text=text), model(text=text[..., :6]))
+
+
+def test_uint8_equals_normalised_float_in_every_backend(model, inputs):
+    as_float = inputs["video"].float() / 127.5 - 1
+    with use_backend("reference"):
+        same(model(video=inputs["video"]), model(video=as_float), rtol=1e-3, atol=1e-4)
+
+
+def test_batch_norm_ignores_invalid_rows():
+    torch.manual_seed(0)
+    norm, reference = BatchNorm(6, momentum=0.1, eps=1e-5).train(), torch.nn.BatchNorm1d(6)
+    x, valid = torch.randn(9, 6) * 3 + 1, torch.tensor([1, 0, 1, 1, 1, 0, 1, 1, 0]).bool()
+    spoilt = torch.where(valid[:, None], x, 1e6)
+    torch.testing.assert_close(norm(spoilt, valid)[valid], reference(x[valid]))
+    torch.testing.assert_close(norm.running_mean, reference.running_mean)
+    torch.testing.assert_close(norm.running_var, 0.9 + 0.1 * x[valid].var(0, unbiased=False))
+    before = norm.running_mean.clone()
+    assert norm(x, torch.zeros(9, dtype=torch.bool)).isfinite().all()
+    assert torch.equal(norm.running_mean, before)
+
+
+def test_zero_valid_pairs_give_zero_with_a_connected_graph(inputs):
+    for config in CONFIGS.values():
+        model = VATT(config).train()
+        nothing = dict(
+            video_valid=torch.zeros(3).bool(),
+            audio_valid=torch.zeros(3).bool(),
+            text_valid=torch.zeros(3, 2).bool(),
+        )
+        loss = vatt_loss(model(**inputs, **nothing), config, **nothing)
+        assert loss.total.item() == 0
+        loss.total.backward()
+        assert all(
+            p.grad is not None and p.grad.isfinite().all() and not p.grad.any()
+            for p in model.parameters()
+            if p.requires_grad
+        )
+
+
+def test_invalid_clips_change_no_other_clips_loss():
+    torch.manual_seed(0)
+    x, y = torch.randn(5, 8), torch.randn(5, 3, 8)
+    ok = torch.tensor([1, 1, 0, 1, 1]).bool()
+    whole, valid = contrastive_terms(x, y, scale=10.0, x_valid=ok, y_valid=ok)
+    alone, _ = contrastive_terms(x[ok], y[ok], scale=10.0)
+    torch.testing.assert_close(whole[ok], alone)
+    assert whole[2] == 0 and torch.equal(valid, ok)
+    torch.testing.assert_close(global_mean(whole, valid), alone.mean())
+
+
+def test_learned_temperature_is_clamped_and_can_come_back():
+    config = dataclasses.replace(SMALL, learn_temperature=True)
+    model = VATT(config)
+    assert model.scale().item() == pytest.approx(1 / 0.07)
+    with torch.no_grad():
+        model.log_scale.fill_(9.0)
+    assert model.scale().item() == pytest.approx(100)
+    model.clamp_temperature()
+    model.scale().backward()
+    assert model.log_scale.grad.item() == pytest.approx(100, rel=1e-5)
+    assert not VATT(SMALL).log_scale.requires_grad
+
+
+def test_bf16_autocast_stays_close_and_trains(model, inputs):
+    with torch.autocast("cpu", torch.bfloat16):
+        half = model(**inputs)
+    full = model(**inputs)
+    for name in ("video_pooled", "audio_pooled", "text_pooled"):
+        error = (getattr(half, name).float() - getattr(full, name)).norm() / getattr(
+            full, name
+        ).norm()
+        assert getattr(half, name).dtype == torch.bfloat16 and error < 0.04, f"{name}: {error:.3f}"
+    model.train()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = vatt_loss(model(**inputs), model.config).total
+    loss.backward()
+    assert loss.dtype == torch.float32 and all(
+        p.grad.isfinite().all() for p in model.parameters() if p.requires_grad
+    )
+
+
+def test_dropout_acts_in_training_only(inputs):
+    model = VATT(SMALL.with_recipe("released")).train()
+    a, b = model(**inputs), model(**inputs)
+    assert not torch.equal(a.video_pooled, b.video_pooled) and not torch.equal(
+        a.text_pooled, b.text_pooled
+    )
+    model.eval()
+    same(model(**inputs), model(**inputs), rtol=0, atol=0)
+
+
+def test_compiles_as_one_graph(inputs):
+    model = VATT(SMALL).train()
+    keep = model.sample_keep(0.5, seed=0, step=0)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    loss = vatt_loss(compiled(**inputs, **keep), SMALL).total
+    loss.backward()
+    compiled_grads = [p.grad.clone() for p in model.parameters() if p.requires_grad]
+    model.zero_grad()
+    vatt_loss(model(**inputs, **keep), SMALL).total.backward()
+    for ours, eager in zip(
+        compiled_grads, (p.grad for p in model.parameters() if p.requires_grad), strict=True
+    ):
+        torch.testing.assert_close(ours, eager)
+
+
+def test_saving_and_loading(model, inputs, tmp_path):
+    model.save_pretrained(tmp_path / "m")
+    again = vf.create_model(tmp_path / "m")
+    assert again.config == model.config and not again.training
+    same(again(**inputs), model(**inputs), rtol=0, atol=0)
+
+
+def test_create_model_takes_presets_and_short_names():
+    assert vf.create_model("tiny").config == PRESETS["tiny"]
+    with torch.device("meta"):
+        assert vf.create_model("mbs", recipe="released").config == preset(
+            "medium_base_small", "released"
+        )
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda m, i: m(), "give at least one"),
+        (lambda m, i: m(video=i["video"][..., :2]), r"takes frames \(B, T, H, W, 3\)"),
+        (lambda m, i: m(video=i["video"][:0]), "empty batch"),
+        (lambda m, i: m(video=i["video"].long()), "must be uint8 or floating point"),
+        (lambda m, i: m(audio=i["audio"][:, None, None]), r"takes a waveform \(B, S\)"),
+        (lambda m, i: m(text=i["text"].float()), "integer word ids"),
+        (lambda m, i: m(video=torch.zeros(1, 9, 768)), r"a grid of \(2, 4, 5\) takes"),
+        (lambda m, i: m(video=i["video"], video_keep=torch.tensor([0, 40])), r"indices lie in 0 \.\. 39"),
+        (lambda m, i: m(video=i["video"], video_keep=np.array([3, 3])), "repeats an index"),
+        (lambda m, i: m(video=i["video"], video_keep=torch.tensor([[1], [2]])), "for a batch of 3"),
+        (lambda m, i: m.sample_keep(1.0, seed=0, step=0), r"lies in \[0, 1\)"),
+        (lambda m, i: m.encode(text="a dog"), "has no vocabulary"),
+        (lambda m, i: m.encode(), "nothing to encode"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_named(inputs, call, message):
+    with pytest.raises(ValueError, match=message):
+        call(VATT(SMALL).eval(), inputs)
+
+
+def test_bad_configs_are_named():
+    with pytest.raises(ValueError, match="unknown preset 'big'"):
+        preset("big")
+    with pytest.raises(ValueError, match="neither a folder nor a preset"):
+        create_model("big")
+    with pytest.raises(ValueError, match="unknown VATTConfig keys: widht"):
+        VATTConfig.from_dict({"widht": 3})
+    with pytest.raises(ValueError, match="unknown TowerConfig keys: deep"):
+        VATTConfig.from_json('{"video": {"deep": 3}}')
+    with pytest.raises(ValueError, match="frames is 0"):
+        dataclasses.replace(SMALL, frames=0)
+    with pytest.raises(ValueError, match="nce_form is 'clip'"):
+        dataclasses.replace(SMALL, nce_form="clip")
+    with pytest.raises(ValueError, match="must be the same tower"):
+        dataclasses.replace(TRUNK, audio=dataclasses.replace(SMALL.audio, depth=1))
+
+
+def test_damaged_folders_are_named(tmp_path):
+    folder = tmp_path / "m"
+    with pytest.raises(ValueError, match=r"has no config\.json"):
+        VATT.from_pretrained(tmp_path)
+    VATT(SMALL).save_pretrained(folder)
+    whole = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match="cut short or damaged"):
+        VATT.from_pretrained(folder)
+    (folder / "model.safetensors").write_bytes(whole)
+    (folder / "config.json").write_text(dataclasses.replace(SMALL, d_va=32).to_json())
+    with pytest.raises(
+        ValueError,
+        match=r"does not fit the config: .* is \(64, 128\), the config asks for \(32, 128\)",
+    ):
+        VATT.from_pretrained(folder)
+    (folder / "config.json").write_text('{"frames": 8, ')
+    with pytest.raises(ValueError, match="config is not JSON"):
+        VATT.from_pretrained(folder)
+    with pytest.raises(ValueError, match="not a whole safetensors file"):
+        load_tensors(folder / "config.json")

@@ -1,0 +1,115 @@
+"""A program for a process with 8 virtual CPU devices: the step on all of them against the same step on one. Prints one JSON line.
+
+XLA_FLAGS=--xla_force_host_platform_device_count=8 python tests/jax_sharded.py
+"""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import torch
+from jax.sharding import NamedSharding, PartitionSpec
+
+from vatt_fast.config import TowerConfig, VATTConfig
+from vatt_fast.data.dataset import Batch
+from vatt_fast.model import VATT
+from vatt_fast.on_jax import weights as jax_weights
+from vatt_fast.on_jax.training import (
+    AXIS,
+    StepOptions,
+    host_batch,
+    initial_state,
+    make_mesh,
+    make_step,
+    place,
+    state_specs,
+)
+from vatt_fast.training.loop import BETAS
+
+TOWER = TowerConfig(depth=3, dim=16, mlp_dim=32, num_heads=2, head_dim=8)
+ONE_BLOCK = dataclasses.replace(TOWER, depth=1)
+CONFIG = VATTConfig(
+    video=TOWER, audio=ONE_BLOCK, text=ONE_BLOCK, frames=4, height=16, width=16, video_patch=(2, 8, 8), samples=512, audio_patch=64, words=5,
+    texts_per_clip=3, vocab_size=32, d_va=16, d_vt=8, learn_temperature=True,
+)  # fmt: skip
+CLIPS = 16
+
+
+def batch_of(config: VATTConfig, clips: int) -> Batch:
+    """Random clips, some of them lacking a part; the first device's have no text at all."""
+    draw = np.random.default_rng(0)
+    text_valid = draw.random((clips, config.texts_per_clip)) > 0.3
+    text_valid[:2] = False
+    arrays = dict(
+        video=draw.integers(
+            0, 256, (clips, config.frames, config.height, config.width, 3), dtype=np.uint8
+        ),
+        audio=draw.uniform(-1, 1, (clips, config.samples)).astype(np.float32),
+        text=draw.integers(
+            0, config.vocab_size, (clips, config.texts_per_clip, config.words), dtype=np.int32
+        ),
+        video_valid=draw.random(clips) > 0.2,
+        audio_valid=draw.random(clips) > 0.2,
+        text_valid=text_valid,
+        start_seconds=np.zeros(clips),
+    )
+    return Batch(
+        **{name: torch.from_numpy(value) for name, value in arrays.items()}, files=("",) * clips
+    )
+
+
+def run(devices: int, drop_per: str, **changes) -> dict[str, np.ndarray]:
+    """Loss, gradients and statistics of one step, and the loss of a second one on the same batch."""
+    options = StepOptions(smallest_shard=1, **changes)
+    torch.manual_seed(0)
+    state = initial_state(*jax_weights.from_torch(VATT(CONFIG)), CONFIG)
+    mesh, specs = make_mesh(jax.devices()[:devices]), state_specs(state, devices, options)
+    # one draw for all, whatever the number of devices
+    arrays = host_batch(
+        batch_of(CONFIG, CLIPS), CONFIG, 0.5, seed=0, step=0, devices=1, drop_per=drop_per
+    )
+    if drop_per == "batch":
+        arrays |= {
+            name: np.repeat(arrays[name], devices, 0) for name in ("video_keep", "audio_keep")
+        }
+    arrays = {
+        name: jax.device_put(value, NamedSharding(mesh, PartitionSpec(AXIS)))
+        for name, value in arrays.items()
+    }
+    step, key = make_step(CONFIG, mesh, state, options, drop_per), jax.random.key(0)
+    state, loss = step(place(mesh, specs, state), arrays, 1e-3, key)
+    split = sum(not value.sharding.is_fully_replicated for value in state.params.values())
+    found = {f"loss/{name}": value for name, value in loss._asdict().items()}
+    found |= {f"statistics/{name}": value for name, value in state.statistics.items()}
+    # Adam's first moment after one step
+    found |= {
+        f"gradient/{name}": value / (1 - BETAS[0]) for name, value in state.optimizer.mu.items()
+    }
+    found = {name: np.asarray(value) for name, value in jax.device_get(found).items()}
+    _, loss = step(state, arrays, 1e-3, key)
+    return found | {"loss/after": np.asarray(loss.total), "split": np.array(split)}
+
+
+def errors(found: dict, expected: dict) -> dict[str, float]:
+    """Greatest difference by kind, relative to the tensor's largest value, or where that is rounding noise to the largest gradient."""
+    largest = max(
+        abs(value).max() for name, value in expected.items() if name.startswith("gradient")
+    )
+    worst: dict[str, float] = {}
+    for name, value in expected.items():
+        kind = name.partition("/")[0]
+        floor = 1e-2 * largest if kind == "gradient" else 1e-3
+        worst[kind] = max(
+            worst.get(kind, 0.0),
+            float(abs(found[name] - value).max() / max(abs(value).max(), floor)),
+        )
+    return worst | {"split": int(found["split"])}
+
+
+if __name__ == "__main__":
+    results = {
+        "everywhere": errors(run(8, "batch"), run(1, "batch")),
+        "shards": errors(run(8, "clip", shard_weights=True, recompute=True), run(1, "clip")),
+    }
+    print(json.dumps(results))

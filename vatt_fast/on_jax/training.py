@@ -1,0 +1,424 @@
+"""Pre-training in JAX: one jitted step on a mesh of devices that share the batch, and its part in ``pretrain``.
+
+The whole step runs inside ``shard_map``, so every kernel sees one device's arrays (Mosaic kernels are not partitioned automatically) and
+each exchange between devices is written down: embeddings gathered and column sums exchanged by the losses, batch statistics and gradients
+summed, and with ``shard_weights`` weights joined right before use, their gradients summed into shards (fully sharded data parallelism).
+"""
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import torch
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from ..config import VATTConfig
+from ..data.dataset import Batch
+from ..data.text import Vocabulary
+from ..kernels import sample_keep
+from ..kernels.dispatch import lowering_for
+from ..kernels.patch_embed import patchify
+from ..model import VATT
+from ..training.checkpoint import read_state, write_state
+from ..training.loop import BETAS, PretrainConfig, initial_model
+from ..weights import load_weights
+from . import model as jax_model
+from . import weights as jax_weights
+from .losses import VATTLoss, vatt_loss
+from .weights import Arrays
+
+AXIS = "data"  # the mesh's one axis: its devices share the batch and, if so asked, the weights
+_SHARD_FROM = 2**16  # a smaller weight is cheaper to hold everywhere than to gather
+
+
+class TrainState(NamedTuple):
+    """Everything a step changes. ``optimizer`` is Adam's state of the trainable weights."""
+
+    params: Arrays
+    statistics: Arrays
+    optimizer: optax.ScaleByAdamState
+
+
+@dataclasses.dataclass(frozen=True)
+class StepOptions:
+    """How a step runs; none of them changes what it computes, beyond rounding."""
+
+    dtype: Any = jnp.float32  # of the towers' arithmetic; weights, statistics and losses are fp32
+    adam_eps: float = 1e-8
+    shard_weights: bool = False
+    recompute: bool = False
+    smallest_shard: int = _SHARD_FROM  # elements of the smallest weight that is split
+
+
+# -- where things lie --------------------------------------------------------------------------------------------------
+
+
+def make_mesh(devices) -> Mesh:
+    """All ``devices`` (such as ``jax.devices()``) on one axis: they share the batch and, if asked for, the weights."""
+    return Mesh(np.array(devices), (AXIS,))
+
+
+def sharded_axis(
+    name: str, shape: tuple[int, ...], devices: int, options: StepOptions
+) -> int | None:
+    """Which axis of a weight is split over the devices: the first one that divides evenly; None: every device holds the whole.
+
+    Only matrices: vectors, position tables and relative biases are small. Blocks stay whole in number: a loop takes them one by one.
+    """
+    stacked = int(jax_weights.is_stacked(name))
+    large = len(shape) > 1 + stacked and int(np.prod(shape[stacked:])) >= options.smallest_shard
+    if devices == 1 or not options.shard_weights or not large or not name.endswith(".weight"):
+        return None
+    return next(
+        (axis for axis, size in enumerate(shape) if size % devices == 0 and axis >= stacked), None
+    )
+
+
+def state_specs(state: TrainState, devices: int, options: StepOptions) -> TrainState:
+    """PartitionSpecs of a TrainState of arrays or of their shapes."""
+
+    def specs(arrays: dict) -> dict:
+        axes = {
+            name: sharded_axis(name, value.shape, devices, options)
+            for name, value in arrays.items()
+        }
+        return {
+            name: PartitionSpec() if axis is None else PartitionSpec(*[None] * axis, AXIS)
+            for name, axis in axes.items()
+        }
+
+    adam = optax.ScaleByAdamState(
+        PartitionSpec(), specs(state.optimizer.mu), specs(state.optimizer.nu)
+    )
+    statistics: Any = {name: PartitionSpec() for name in state.statistics}
+    return TrainState(specs(state.params), statistics, adam)
+
+
+def place(mesh: Mesh, specs, tree):
+    """The tree's arrays on the mesh's devices."""
+
+    def put(spec, x):
+        return jax.device_put(x, NamedSharding(mesh, spec))
+
+    return jax.tree.map(put, specs, tree, is_leaf=lambda x: isinstance(x, PartitionSpec))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _join(shard, axis: int, dtype):
+    """A device's shard -> the whole weight in ``dtype``, exchanged in that dtype; gradients are summed over devices in the shard's own."""
+    return jax.lax.all_gather(shard.astype(dtype), AXIS, axis=axis, tiled=True)
+
+
+def _join_forward(shard, axis, dtype):
+    return _join(shard, axis, dtype), jnp.zeros((0,), shard.dtype)
+
+
+def _join_backward(axis, dtype, like, d_whole):
+    return (
+        jax.lax.psum_scatter(d_whole.astype(like.dtype), AXIS, scatter_dimension=axis, tiled=True),
+    )
+
+
+_join.defvjp(_join_forward, _join_backward)
+
+
+# -- the step ----------------------------------------------------------------------------------------------------------
+
+
+def initial_state(params: Arrays, statistics: Arrays, config: VATTConfig) -> TrainState:
+    """What the first step takes, on no mesh yet (``place``): weights, batch-norm statistics, and Adam's zeros for the trainable weights.
+
+    Args:
+        params, statistics: as ``jax_model.forward`` takes them.
+    """
+    trained = {name: value for name, value in params.items() if jax_weights.trainable(name, config)}
+    return TrainState(params, statistics, _adam(StepOptions()).init(trained))
+
+
+def state_shapes(config: VATTConfig) -> TrainState:
+    """The shapes of a model's TrainState, without allocating it."""
+    return jax.eval_shape(
+        functools.partial(initial_state, config=config), *jax_weights.shapes(config)
+    )
+
+
+def batch_shapes(
+    config: VATTConfig, batch_size: int, drop_rate: float, devices: int, drop_per: str = "batch"
+) -> dict[str, Any]:
+    """The shapes of what ``host_batch`` makes."""
+    c, P = config, config.texts_per_clip
+    counts = {"video": c.num_video_patches, "audio": c.num_audio_patches}
+    kept = {
+        name: sample_keep(count, drop_rate, seed=0, step=0, stream=name).shape[0]
+        for name, count in counts.items()
+    }
+    draws = batch_size if drop_per == "clip" else devices
+    arrays = {
+        "video": ((batch_size, kept["video"], c.video_patch_values), jnp.uint8),
+        "audio": ((batch_size, kept["audio"], c.audio_patch), jnp.float32),
+        "text": ((batch_size, P, c.words), jnp.int32),
+        "video_keep": ((draws, kept["video"]), jnp.int32),
+        "audio_keep": ((draws, kept["audio"]), jnp.int32),
+        "video_valid": ((batch_size,), jnp.bool_),
+        "audio_valid": ((batch_size,), jnp.bool_),
+        "text_valid": ((batch_size, P), jnp.bool_),
+    }
+    return {name: jax.ShapeDtypeStruct(shape, dtype) for name, (shape, dtype) in arrays.items()}
+
+
+def make_step(
+    config: VATTConfig, mesh: Mesh, state: TrainState, options: StepOptions, drop_per: str = "batch"
+):
+    """A jitted ``step(state, batch, rate, key) -> (state, VATTLoss)``: forward, losses, backward, Adam, on all devices of the mesh.
+
+    Args:
+        state: arrays or shapes, for where things lie. The step takes its state over: the arrays given to it are gone afterwards.
+        options, drop_per: as ``host_batch`` makes the batch.
+
+    A batch is ``host_batch``'s; ``rate`` the learning rate; ``key`` the random key of dropout, used when the config asks for it.
+    """
+    specs = state_specs(state, mesh.size, options)
+    loss_specs: Any = VATTLoss(*[PartitionSpec()] * 3)  # type: ignore[arg-type]
+    one_device = functools.partial(_device_step, config, mesh.size, options, drop_per)
+    in_specs = (specs, PartitionSpec(AXIS), PartitionSpec(), PartitionSpec())
+    # check_vma off: kernels do not say how their outputs vary over the mesh. Sums over devices are all written out
+    step = jax.shard_map(
+        one_device, mesh=mesh, in_specs=in_specs, out_specs=(specs, loss_specs), check_vma=False
+    )
+    return jax.jit(step, donate_argnums=0)
+
+
+def loss_and_gradients(
+    config: VATTConfig,
+    devices: int,
+    options: StepOptions,
+    drop_per: str,
+    params: Arrays,
+    statistics: Arrays,
+    batch,
+    key,
+):
+    """On one device of the mesh: the loss of all devices' batch, the new statistics, and the gradients of the trainable weights.
+
+    A split weight's gradient is this device's shard of it.
+    """
+    batch = dict(batch)
+    if drop_per == "batch":  # each device has its own draw: the given (1, K) of it
+        batch |= {name: batch[name][0] for name in ("video_keep", "audio_keep")}
+    valid = {name: batch[name] for name in ("video_valid", "audio_valid", "text_valid")}
+    trained = {name: value for name, value in params.items() if jax_weights.trainable(name, config)}
+    axes = {
+        name: sharded_axis(name, shape, devices, options)
+        for name, shape in _whole_shapes(config).items()
+    }
+    if config.dropout:
+        key = jax.random.fold_in(key, jax.lax.axis_index(AXIS))
+
+    def fetch(module: str, arrays: Arrays) -> Arrays:
+        whole = dict(arrays)
+        for name, value in arrays.items():
+            if (axis := axes[f"{module}.{name}"]) is not None:
+                axis -= (
+                    len(_whole_shapes(config)[f"{module}.{name}"]) - value.ndim
+                )  # within one of the stacked blocks
+                # the projection's weight is scaled before it is rounded
+                whole[name] = _join(
+                    value,
+                    axis,
+                    value.dtype if name == "project.weight" else jnp.dtype(options.dtype),
+                )
+        return whole
+
+    def loss_of(trained: Arrays):
+        weights = params | trained
+        output, after = jax_model.forward(
+            weights,
+            statistics,
+            config=config,
+            training=True,
+            key=key if config.dropout else None,
+            dtype=options.dtype,
+            axis=AXIS,
+            fetch=fetch,
+            recompute=options.recompute,
+            **batch,
+        )
+        loss = vatt_loss(output, config, scale=jax_model.scale(weights, config), axis=AXIS, **valid)
+        return loss.total, (loss, after)
+
+    gradients, (loss, statistics) = jax.grad(loss_of, has_aux=True)(trained)
+    gradients = {
+        name: jax.lax.psum(value, AXIS) if axes[name] is None else value
+        for name, value in gradients.items()
+    }
+    return jax.lax.psum(loss, AXIS), statistics, gradients
+
+
+def _device_step(
+    config, devices, options, drop_per, state: TrainState, batch, rate, key
+) -> tuple[TrainState, VATTLoss]:
+    params, optimizer = state.params, state.optimizer
+    loss, statistics, gradients = loss_and_gradients(
+        config, devices, options, drop_per, params, state.statistics, batch, key
+    )
+    updates, optimizer = _adam(options).update(gradients, optimizer)
+    params = params | {name: params[name] - rate * update for name, update in updates.items()}
+    return TrainState(jax_model.clamp_temperature(params), statistics, optimizer), loss
+
+
+def _adam(options: StepOptions) -> optax.GradientTransformation:
+    return optax.scale_by_adam(*BETAS, eps=options.adam_eps)
+
+
+@functools.lru_cache(8)
+def _whole_shapes(config: VATTConfig) -> dict[str, tuple[int, ...]]:
+    return {name: value.shape for name, value in jax_weights.shapes(config)[0].items()}
+
+
+# -- the run -----------------------------------------------------------------------------------------------------------
+
+
+def host_batch(
+    batch: Batch,
+    config: VATTConfig,
+    drop_rate: float,
+    *,
+    seed: int,
+    step: int,
+    devices: int,
+    drop_per: str,
+) -> dict[str, Any]:
+    """A loader's batch as the step takes it: clips cut into rows, dropped ones left behind, so that they never travel to a device.
+
+    Every device draws its own DropToken, as every rank does in torch.
+    """
+    arrays = {
+        name: getattr(batch, name).numpy()
+        for name in ("text", "video_valid", "audio_valid", "text_valid")
+    }
+    size = len(batch)
+    rows = {
+        "video": patchify(batch.video.numpy(), config.video_patch),
+        "audio": patchify(batch.audio.numpy(), (config.audio_patch,)),
+    }
+    for name, value in rows.items():
+        options: dict[str, Any] = dict(seed=seed, step=step, per=drop_per, batch=size // devices)
+        draws = [
+            sample_keep(value.shape[1], drop_rate, stream=f"{name}/{rank}", **options)
+            for rank in range(devices)
+        ]
+        keep = (
+            np.concatenate(draws) if drop_per == "clip" else np.stack(draws)
+        )  # (B, K) or (devices, K)
+        arrays[f"{name}_keep"] = keep
+        arrays[name] = np.take_along_axis(
+            value, np.repeat(keep, size // len(keep), 0)[..., None], 1
+        )
+    return arrays
+
+
+class JaxTrainer:
+    """The JAX model on all devices of this host."""
+
+    start_method: str | None = "spawn"  # JAX's threads do not survive a fork
+
+    def __init__(self, run: PretrainConfig, config: VATTConfig, vocabulary: Vocabulary):
+        devices = pick_devices(run.device)
+        self.platform = devices[0].platform
+        if run.batch_size % len(devices):
+            raise ValueError(
+                f"batch_size is {run.batch_size}; the {len(devices)} devices share it evenly: take a multiple"
+            )
+        self.run, self.config, self.vocabulary, self.mesh = (
+            run,
+            config,
+            vocabulary,
+            make_mesh(devices),
+        )
+        bf16 = run.precision == "bf16" or (run.precision == "auto" and devices[0].platform != "cpu")
+        self.options = StepOptions(
+            jnp.bfloat16 if bf16 else jnp.float32, run.adam_eps, run.shard_weights, run.recompute
+        )
+        state = initial_state(
+            *jax_weights.from_torch(initial_model(config, vocabulary, run.seed)), config
+        )
+        self.specs = state_specs(state, self.mesh.size, self.options)
+        self.state = place(self.mesh, self.specs, state)
+        self._step = make_step(config, self.mesh, state, self.options, run.drop_per)
+
+    def restore(self, path: Path, identity: dict) -> int:
+        weights, moments, step = read_state(path, run=identity)
+        with torch.device("meta"):
+            model = VATT(self.config)
+        load_weights(model.to_empty(device="cpu"), weights, source=str(path))
+        params, statistics = jax_weights.from_torch(model)
+        first, second = (
+            {
+                name: jnp.array(value.numpy())
+                for name, value in jax_weights.rearrange(moments[key], self.config).items()
+            }
+            for key in ("exp_avg", "exp_avg_sq")
+        )
+        adam = optax.ScaleByAdamState(jnp.asarray(step, jnp.int32), first, second)
+        self.state = place(self.mesh, self.specs, TrainState(params, statistics, adam))
+        return step
+
+    def step(self, batch: Batch, step: int, rate: float) -> VATTLoss:
+        run, devices = self.run, self.mesh.size
+        arrays = host_batch(
+            batch,
+            self.config,
+            run.drop_rate,
+            seed=run.seed,
+            step=step,
+            devices=devices,
+            drop_per=run.drop_per,
+        )
+        arrays = {
+            name: jax.device_put(value, NamedSharding(self.mesh, PartitionSpec(AXIS)))
+            for name, value in arrays.items()
+        }
+        key = jax.random.fold_in(
+            jax.random.key(run.seed), step
+        )  # a continued run draws the same dropout
+        with lowering_for(self.platform):  # which need not be JAX's default
+            self.state, loss = self._step(self.state, arrays, rate, key)
+        return loss
+
+    def temperature(self) -> float:
+        return 1 / float(jax_model.scale(self.state.params, self.config))
+
+    def save(self, path: Path, step: int, identity: dict) -> VATT:
+        model, adam = self.model(), self.state.optimizer
+        moments = {"exp_avg": adam.mu, "exp_avg_sq": adam.nu}
+        tensors = {
+            key: jax_weights.restore(jax_weights.as_tensors(value), self.config)
+            for key, value in moments.items()
+        }
+        tensors["step"] = {name: torch.tensor(float(step)) for name in tensors["exp_avg"]}
+        write_state(path, model.state_dict(), tensors, step=step, run=identity)
+        return model
+
+    def model(self) -> VATT:
+        return jax_weights.to_torch(
+            self.config, self.state.params, self.state.statistics, self.vocabulary
+        )
+
+
+def pick_devices(name: str) -> list:
+    """All of JAX's devices of that platform ("auto": its default one), of one host: ``pretrain`` feeds and saves from a single process."""
+    if jax.process_count() > 1:
+        raise ValueError(
+            f"JAX runs on {jax.process_count()} hosts; pretrain drives one: build a loop of your own on jax_loop.make_step"
+        )
+    try:
+        return jax.devices(None if name == "auto" else name)
+    except RuntimeError as error:
+        raise ValueError(
+            f"device is {name!r}, but this JAX sees none: {error}; use 'cpu' or 'auto'"
+        ) from error
