@@ -5,12 +5,14 @@ inputs or each other, as tests do here (``tests/test_ops.py``). Here the same pa
 fake one for shapes, and one function for autograd.
 """
 
+import contextlib
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from .dispatch import without_autocast
+from .dispatch import autocast_dtype
 
 _library = torch.library.Library("vatt_fast", "FRAGMENT")
 
@@ -65,3 +67,26 @@ def operator(
 
     _library.impl(name, autograd, "Autograd", with_keyset=True)
     return overload
+
+
+def without_autocast(implementation):
+    """Inside an op the caller's autocast is off, and the tensors' GPU is the current one.
+
+    The public wrapper has cast what should be cast, and backends choose the rest. Triton launches
+    on the current GPU, whichever the tensors are on.
+    """
+
+    @functools.wraps(implementation)
+    def run(*args, **kwargs):
+        device = args[0].device
+        autocast = autocast_dtype(device) is not None
+        if not autocast and device.type != "cuda":
+            return implementation(*args, **kwargs)
+        with contextlib.ExitStack() as stack:
+            if autocast:
+                stack.enter_context(torch.autocast(device.type, enabled=False))
+            if device.type == "cuda":
+                stack.enter_context(torch.cuda.device(device))
+            return implementation(*args, **kwargs)
+
+    return run

@@ -4,8 +4,11 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ..dispatch import autocast_dtype, check_one_device, choose, requested
+from ..checks import one_device
+from ..dispatch import autocast_dtype, choose
 from ..registration import operator
+from ..settings import PLAIN, requested
+from . import plain
 
 # B batch, T query tokens, S key tokens, H heads
 
@@ -48,6 +51,8 @@ def attention(
         raise ValueError(
             f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}; they must share one dtype: cast them, or use autocast"
         )
+    if requested("attention") == PLAIN:
+        return plain.attention(q, k, v, scale=float(scale), bias=bias, key_mask=key_mask)  # type: ignore[return-value]
     if deterministic is None:
         deterministic = torch.are_deterministic_algorithms_enabled()
     bias_grad = bias is not None and bias.requires_grad and torch.is_grad_enabled()
@@ -71,7 +76,7 @@ def _check(q, k, v, bias, key_mask):
         raise ValueError(
             f"q {tuple(q.shape)} or k {tuple(k.shape)} is empty; every axis needs at least one element"
         )
-    check_one_device(q=q, k=k, v=v, bias=bias, key_mask=key_mask)
+    one_device(q=q, k=k, v=v, bias=bias, key_mask=key_mask)
     if not q.is_floating_point():
         raise ValueError(f"q is {q.dtype}; attention takes floating point")
     if bias is not None and (

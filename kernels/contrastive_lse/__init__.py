@@ -6,8 +6,11 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ..dispatch import autocast_dtype, check_one_device, choose, requested
+from ..checks import one_device
+from ..dispatch import autocast_dtype, choose
 from ..registration import operator
+from ..settings import PLAIN, requested
+from . import plain
 
 # M clips of x, N clips in all, P texts a clip, D dimensions
 
@@ -60,7 +63,11 @@ def contrastive_lse(
         raise ValueError(
             f"scale has shape {tuple(scale.shape)}; it must be a float or a scalar tensor"
         )
-    check_one_device(x=x, y=y, scale=scale, x_valid=x_valid, y_valid=y_valid)
+    one_device(x=x, y=y, scale=scale, x_valid=x_valid, y_valid=y_valid)
+    if requested("contrastive_lse") == PLAIN:
+        return plain.contrastive_lse(
+            x, y, scale=scale, texts_per_clip=texts_per_clip, first=first, x_valid=x_valid, y_valid=y_valid
+        )
     bound = math.inf if bound is None else float(bound)
     return _contrastive_lse(
         x, y, scale, x_valid, y_valid, texts_per_clip, first, bound, requested("contrastive_lse")

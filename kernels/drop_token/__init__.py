@@ -7,8 +7,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..dispatch import check_one_device, choose, requested
+from ..checks import one_device
+from ..dispatch import choose
 from ..registration import operator
+from ..settings import PLAIN, requested
+from . import plain
 
 # B batch, N tokens, K kept
 
@@ -125,7 +128,9 @@ def drop_token(tokens: Tensor, keep: Tensor) -> Tensor:
             f"tokens is {tuple(tokens.shape)}; drop_token takes (B, N, dim), no axis empty"
         )
     check_keep_shape(keep, tokens.shape[0])
-    check_one_device(tokens=tokens, keep=keep)
+    one_device(tokens=tokens, keep=keep)
+    if requested("drop_token") == PLAIN:
+        return plain.drop_token(tokens, keep)
     return _drop_token(tokens, keep, requested("drop_token"))
 
 

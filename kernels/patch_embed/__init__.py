@@ -6,9 +6,12 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ..dispatch import autocast_dtype, check_one_device, choose, requested
+from ..checks import one_device
+from ..dispatch import autocast_dtype, choose
 from ..drop_token import check_keep_shape
 from ..registration import operator
+from ..settings import PLAIN, requested
+from . import plain
 from .patchify import patchify, unpatchify
 
 __all__ = ["patch_embed", "patchify", "unpatchify"]
@@ -57,11 +60,24 @@ def patch_embed(
         ValueError: shapes or dtypes that do not fit; or the backend asked for cannot run them.
     """
     _check(patches, weight, bias, position, keep, scale, shift, agg, patch, gathered)
-    check_one_device(
+    one_device(
         patches=patches, weight=weight, bias=bias, position=position, keep=keep, agg=agg
     )
     dtype = autocast_dtype(patches.device) or weight.dtype
     name = requested("patch_embed")
+    if name == PLAIN:
+        return plain.patch_embed(
+            patches,
+            weight.to(dtype),
+            bias.to(dtype),
+            None if position is None else position.to(dtype),
+            keep,
+            scale=scale,
+            shift=shift,
+            agg=None if agg is None else agg.to(dtype),
+            patch=patch,
+            gathered=gathered,
+        )
     return _patch_embed(
         patches,
         weight,
