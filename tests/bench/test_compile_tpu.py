@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from bench.compile_tpu import compile_case
-from vatt_fast.kernels import dispatch
+from vatt_fast.kernels import dispatch, settings
 from vatt_fast.kernels.attention import pallas_tpu as attention
 
 # (op, dtype): case, chip; each kernel once in each dtype, each chip at least once
@@ -42,6 +42,6 @@ def test_what_a_kernel_refuses_is_a_fault_and_never_the_reference(monkeypatch):
 @pytest.mark.parametrize(("queries", "stays"), [(17, "reference"), (785, "pallas_tpu")])
 def test_the_table_chooses_for_what_is_compiled(queries, stays):
     q = jax.ShapeDtypeStruct((2, 8, queries, 64), jnp.bfloat16)
-    with dispatch.lowering_for("tpu"):
+    with settings.lowering_for("tpu"):
         verdicts = dispatch.explain("attention", q, q, q, scale=0.125)
     assert verdicts[stays] == "preferred (fwd, bwd)"

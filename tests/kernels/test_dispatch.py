@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import vatt_fast.kernels
 from vatt_fast.kernels import (
     attention,
+    backends,
     contrastive_lse,
     dispatch,
     explain,
@@ -25,7 +26,9 @@ from vatt_fast.kernels import (
 )
 from vatt_fast.kernels.attention import reference, torch_cudnn, torch_sdpa
 from vatt_fast.kernels.cases import CASES, make
-from vatt_fast.kernels.dispatch import Row, choose, requested
+from vatt_fast.kernels.backends import OP_NAMES, Row
+from vatt_fast.kernels.dispatch import choose
+from vatt_fast.kernels.settings import requested
 
 # -- choosing ----------------------------------------------------------------------------------------------------------
 
@@ -70,15 +73,15 @@ def table(monkeypatch):
     """Replace the preference of (torch, cpu) and register the backends it names, for one test."""
 
     def replace(*rows):
-        monkeypatch.setitem(dispatch.PREFERENCE, ("torch", "cpu"), rows)
+        monkeypatch.setitem(backends.PREFERENCE, ("torch", "cpu"), rows)
         for row in rows:
-            if row.backend not in dispatch.BACKENDS[row.op]:
+            if row.backend not in backends.BACKENDS[row.op]:
                 monkeypatch.setitem(
-                    dispatch.BACKENDS, row.op, (row.backend, *dispatch.BACKENDS[row.op])
+                    backends.BACKENDS, row.op, (row.backend, *backends.BACKENDS[row.op])
                 )
 
     yield replace
-    dispatch._module.cache_clear()
+    backends.load.cache_clear()
 
 
 def add_backend(monkeypatch, op, name, objection=None):
@@ -151,7 +154,7 @@ def test_a_row_with_when_applies_where_it_is_the_faster_choice(monkeypatch, tabl
         "long_only",
     ] and seen == ["fwd", "bwd"] * 2
     assert explain("attention", *short[0], **short[1])["long_only"] == "runs when asked for"
-    with use_backend("attention=long_only"):
+    with use_backend(attention="long_only"):
         assert attention(*short[0], **short[1])[0].shape == short[0][0].shape
 
 
@@ -167,7 +170,7 @@ def test_a_backend_asked_for_runs_or_raises_its_objection(monkeypatch, table, ra
     table(Row("attention", "picky"), Row("attention", "reference"))
     tensors, options = attention_inputs()
     with (
-        use_backend("attention=picky"),
+        use_backend(attention="picky"),
         pytest.raises(ValueError, match="attention: backend 'picky' cannot run this: it is Sunday"),
     ):
         attention(*tensors, **options)
@@ -177,7 +180,7 @@ def test_a_backend_asked_for_runs_or_raises_its_objection(monkeypatch, table, ra
 def test_a_missing_part_is_an_objection_and_a_bug_is_not(monkeypatch, table):
     table(Row("attention", "on_top_of_it"), Row("attention", "reference"))
     tensors, options = attention_inputs()
-    real = dispatch.importlib.import_module
+    real = backends.importlib.import_module
 
     def import_module(name, missing):
         if name.endswith("on_top_of_it"):
@@ -185,7 +188,7 @@ def test_a_missing_part_is_an_objection_and_a_bug_is_not(monkeypatch, table):
         return real(name)
 
     monkeypatch.setattr(
-        dispatch.importlib, "import_module", lambda name: import_module(name, "triton")
+        backends.importlib, "import_module", lambda name: import_module(name, "triton")
     )
     assert choose("attention", "fwd", "", *tensors, **options) is reference
     assert (
@@ -193,12 +196,12 @@ def test_a_missing_part_is_an_objection_and_a_bug_is_not(monkeypatch, table):
         == "it needs triton, which is not installed"
     )
     with (
-        use_backend("attention=on_top_of_it"),
+        use_backend(attention="on_top_of_it"),
         pytest.raises(ValueError, match="it needs triton, which is not installed"),
     ):
         attention(*tensors, **options)
     monkeypatch.setattr(
-        dispatch.importlib,
+        backends.importlib,
         "import_module",
         lambda name: import_module(name, "vatt_fast.kernels.attention.tiles"),
     )
@@ -223,7 +226,7 @@ def test_a_missing_part_is_an_objection_and_a_bug_is_not(monkeypatch, table):
 def test_objections_of_sdpa_on_cpu(inputs, objection):
     (q, k, v), options = attention_inputs()
     changes = inputs(q)
-    with use_backend("attention=torch_sdpa"), pytest.raises(ValueError, match=objection):
+    with use_backend(attention="torch_sdpa"), pytest.raises(ValueError, match=objection):
         attention(changes.pop("q", q), k, v, **options | changes)
 
 
@@ -405,7 +408,7 @@ def test_flash_attn_says_when_it_is_not_installed():
     q = torch.randn(1, 3, 1, 8)
     with (
         pytest.raises(ValueError, match="it needs flash_attn, which is not installed"),
-        use_backend("attention=flash_attn"),
+        use_backend(attention="flash_attn"),
     ):
         attention(q, q, q, scale=1.0)
 
@@ -416,8 +419,8 @@ def test_flash_attn_says_when_it_is_not_installed():
 def test_use_backend_nests_and_restores():
     assert requested("attention") == ""
     with use_backend("reference"):
-        assert {requested(op) for op in dispatch.OPS} == {"reference"}
-        with use_backend("attention=torch_sdpa, contrastive_lse=reference"):
+        assert {requested(op) for op in OP_NAMES} == {"reference"}
+        with use_backend(attention="torch_sdpa", contrastive_lse="reference"):
             assert (
                 requested("attention"),
                 requested("contrastive_lse"),
@@ -464,7 +467,7 @@ def test_unknown_requests(request_, message):
     assert requested("attention") == ""
 
 
-@pytest.mark.parametrize("op", dispatch.OPS)
+@pytest.mark.parametrize("op", OP_NAMES)
 def test_the_jax_kernels_do_not_take_tensors_of_a_cpu(op):
     pytest.importorskip("jax", reason="without jax the objection is another one")
     inputs = list(make(next(iter(CASES[op].values()))).items())
@@ -484,7 +487,7 @@ import torch
 from vatt_fast.kernels import attention, explain, use_backend
 q = torch.ones(1, 2, 1, 8)
 print(explain("attention", q, q, q, scale=1.0)["pallas_tpu"])
-with use_backend("attention=pallas_tpu"):
+with use_backend(attention="pallas_tpu"):
     try:
         attention(q, q, q, scale=1.0)
     except ValueError as error:
@@ -508,7 +511,7 @@ with use_backend("attention=pallas_tpu"):
     ],
 )
 def test_the_environment_variable_is_read_at_import(value, expected):
-    code = "from vatt_fast.kernels.dispatch import requested; print([requested(op) for op in ('attention', 'contrastive_lse')])"
+    code = "from vatt_fast.kernels.settings import requested; print([requested(op) for op in ('attention', 'contrastive_lse')])"
     done = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,
@@ -524,7 +527,7 @@ def test_the_environment_variable_is_read_at_import(value, expected):
 def test_explain_covers_every_backend(without_cpp):
     tensors, options = attention_inputs("bias")
     verdicts = explain("attention", *tensors, **options)
-    assert set(verdicts) == set(dispatch.BACKENDS["attention"]) == {
+    assert set(verdicts) == set(backends.BACKENDS["attention"]) == {
         "native_cpu", "triton_gpu", "torch_sdpa", "torch_cudnn", "flash_attn", "pallas_tpu", "reference",
     }  # fmt: skip
     assert (
@@ -547,11 +550,11 @@ def test_explain_covers_every_backend(without_cpp):
 def test_explain_takes_a_call_with_the_ops_own_defaults():
     z, weight = torch.randn(4, 8), torch.randn(3, 8)
     assert set(explain("contrastive_lse", z, z, scale=1.0)) == set(
-        dispatch.BACKENDS["contrastive_lse"]
+        backends.BACKENDS["contrastive_lse"]
     )
     assert set(
         explain("patch_embed", z[None], weight, weight[:, 0], None, None, scale=1.0, shift=0.0)
-    ) == set(dispatch.BACKENDS["patch_embed"])
+    ) == set(backends.BACKENDS["patch_embed"])
 
 
 # -- imports -----------------------------------------------------------------------------------------------------------
@@ -628,7 +631,7 @@ kernels.attention
     root = Path(vatt_fast.kernels.__file__).parent.parent
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root)
     assert (
-        done.stdout == "none vatt_fast.kernels.attention\n"
+        done.stdout == "none vatt_fast.kernels.attention.op\n"
         and "this folder is the source of vatt_fast.kernels" in done.stderr
     )
 
