@@ -33,6 +33,8 @@ def one_device(**tensors: torch.Tensor | None) -> None:
     """
     if len({tensor.device for tensor in tensors.values() if tensor is not None}) > 1:
         devices = [
-            f"{name} is on {tensor.device}" for name, tensor in tensors.items() if tensor is not None
+            f"{name} is on {tensor.device}"
+            for name, tensor in tensors.items()
+            if tensor is not None
         ]
         raise ValueError(f"{', '.join(devices)}; move them to one device")

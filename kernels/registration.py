@@ -84,13 +84,14 @@ class Operator:
         self.saved_outputs = [outputs.index(each) for each in saved]
         self.gradients = [(place[f], place.get(wanted.get(f, ""))) for f in gradients]
 
+        define = functools.partial(_define, instead=instead)
         backward = {f"d_{each}": Tensor | None if each in optional else Tensor for each in outputs}
         backward |= {f: list[int] if place[f] in self.sizes else kinds[f] for f in fields}
         backward |= dict.fromkeys(saved, Tensor)
-        self.call = _define(
+        self.call = define(
             name, kinds, len(outputs), self._forward, self._fake, self._differentiate, self._save
         )
-        self.call_backward = _define(
+        self.call_backward = define(
             f"{name}_backward",
             backward,
             len(gradients),
@@ -194,9 +195,7 @@ class Operator:
         return results
 
     def _refuse(self, ctx, *_):
-        raise NotImplementedError(
-            f"{self.name} has no second derivative; for one, {self.instead}"
-        )
+        raise NotImplementedError(f"{self.name} has no second derivative; for one, {self.instead}")
 
 
 def _is_tensor(kind: Any) -> bool:
@@ -218,7 +217,9 @@ def _define(
     fake: Callable,
     differentiate: Callable[..., Sequence],
     save: Callable[[Any, tuple, Any], None] = lambda ctx, inputs, output: None,
-):
+    *,
+    instead: str,
+) -> Callable[..., Any]:
     """``torch.ops.vatt_fast.<name>`` on ``arguments`` {name: kind} and a backend.
 
     Args:
@@ -227,6 +228,7 @@ def _define(
         fake: the same on tensors without values.
         differentiate, save: ``backward(ctx, *gradients)`` and ``setup_context(ctx, inputs,
             output)`` as of ``torch.autograd.Function``.
+        instead: what the message offers where a forward-mode derivative is asked for.
     """
     _library.define(
         name + _schema({**arguments, "backend": str}, results), tags=(torch.Tag.pt2_compliant_tag,)
@@ -242,7 +244,11 @@ def _define(
             return overload.redispatch(keys & torch._C._after_autograd_keyset, *inputs)
 
     def forward(ctx, *inputs_and_keys):
-        output = below_autograd(*inputs_and_keys)
+        if torch._C._are_functorch_transforms_active():
+            with torch.enable_grad():  # an outer torch.func.grad records what this one runs
+                output = below_autograd(*inputs_and_keys)
+        else:
+            output = below_autograd(*inputs_and_keys)
         save(ctx, inputs_and_keys[:-1], output)
         return output
 
@@ -261,7 +267,7 @@ def _define(
         if forward_ad._current_level >= 0 and any(map(_has_tangent, inputs)):
             raise NotImplementedError(
                 f"{name} has no forward-mode derivative (torch.func.jvp, dual tensors);"
-                ' use reverse mode, or use_backend("plain")'
+                f" for one, {instead}"
             )
         if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs)):
             return below_autograd(*inputs, keys)

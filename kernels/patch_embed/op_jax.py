@@ -48,9 +48,7 @@ def patch_embed(
         ValueError: shapes or dtypes that do not fit; or the backend asked for cannot run them.
     """
     check(patches, weight, bias, position, keep, agg, scale, shift, None, gathered)
-    arrays = dict(
-        patches=patches, weight=weight, bias=bias, position=position, keep=keep, agg=agg
-    )
+    arrays = dict(patches=patches, weight=weight, bias=bias, position=position, keep=keep, agg=agg)
     return _patch_embed.call(
         arrays,
         scale=float(scale),

@@ -18,16 +18,17 @@ from vatt_fast.kernels import (
     attention,
     backends,
     contrastive_lse,
-    dispatch,
     explain,
     native,
     patch_embed,
+    settings,
     use_backend,
 )
 from vatt_fast.kernels.attention import reference, torch_cudnn, torch_sdpa
-from vatt_fast.kernels.cases import CASES, make
 from vatt_fast.kernels.backends import OP_NAMES, Row
+from vatt_fast.kernels.cases import CASES, make
 from vatt_fast.kernels.dispatch import choose
+from vatt_fast.kernels.ops import OPS
 from vatt_fast.kernels.settings import requested
 
 # -- choosing ----------------------------------------------------------------------------------------------------------
@@ -447,24 +448,105 @@ def test_a_bare_name_that_an_op_does_not_have_makes_that_op_raise():
 
 
 @pytest.mark.parametrize(
-    ("request_", "message"),
+    ("name", "by_op", "written", "message"),
     [
-        ("triton", "unknown backend 'triton' in request 'triton'; the ops have "),
+        ("triton", {}, "triton", "unknown backend 'triton' in request 'triton'; the ops have "),
         (
+            "",
+            {"attention": "triton"},
             "attention=triton",
-            "unknown backend 'triton' in request 'attention=triton'; attention have native_cpu, torch_sdpa, reference",
+            "unknown backend 'triton' in request 'attention=triton';"
+            " attention have native_cpu, torch_sdpa, reference",
         ),
         (
+            "",
+            {"atention": "reference"},
             "atention=reference",
-            "unknown op 'atention' in backend request 'atention=reference'; ops are attention, drop_token, contrastive_lse",
+            "unknown op 'atention' in backend request 'atention=reference';"
+            " ops are attention, drop_token, contrastive_lse",
         ),
-        ("contrastive_lse=torch_sdpa", "unknown backend 'torch_sdpa' in request"),
+        (
+            "reference",
+            {"contrastive_lse": "torch_sdpa"},
+            "reference, contrastive_lse=torch_sdpa",
+            "unknown backend 'torch_sdpa' in request 'reference,contrastive_lse=torch_sdpa'",
+        ),
     ],
+    ids=["bare", "per_op", "op", "both"],
 )
-def test_unknown_requests(request_, message):
-    with pytest.raises(ValueError, match=message), use_backend(request_):
+def test_unknown_requests(name, by_op, written, message):
+    """In Python and, by the same words, in the environment variable's form."""
+    with pytest.raises(ValueError, match=message), use_backend(name, **by_op):
         raise AssertionError("the request was accepted")
+    with pytest.raises(ValueError, match=message):
+        settings._parsed(written)
     assert requested("attention") == ""
+
+
+def test_a_request_for_one_op_comes_before_one_for_all():
+    with use_backend("reference", attention="torch_sdpa"):
+        assert (requested("attention"), requested("drop_token")) == ("torch_sdpa", "reference")
+    assert settings._parsed("reference, attention=torch_sdpa") == {
+        **dict.fromkeys(OP_NAMES, "reference"),
+        "attention": "torch_sdpa",
+    }
+
+
+@pytest.mark.parametrize("op", OP_NAMES)
+def test_plain_is_the_op_on_torchs_own_ops(op):
+    """Outputs and gradients; nothing opaque runs, so that torch.compile sees what a user writes."""
+    case = next(iter(case for case in CASES[op].values() if case.name not in ("one_of_one",)))
+    inputs = make(case)
+    called = []
+
+    class Recorder(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            called.append(function.namespace)
+            return function(*args, **kwargs or {})
+
+    def without_lse(function):
+        def call(**inputs):
+            out = function(**inputs)
+            return out[0] if op == "attention" else out
+
+        return call
+
+    def gradients(function):
+        leaves = {
+            name: value.detach().requires_grad_()
+            for name, value in inputs.items()
+            if name in OPS[op].differentiable
+            and isinstance(value, torch.Tensor)
+            and value.is_floating_point()
+        }
+        out = without_lse(function)(**inputs | leaves)
+        out = out if isinstance(out, tuple) else (out,)
+        total = sum(each.square().sum() for each in out)
+        return [*out, *torch.autograd.grad(total, list(leaves.values()))]
+
+    expected = gradients(OPS[op].function)
+    with use_backend("plain"), Recorder():
+        found = gradients(OPS[op].function)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert "vatt_fast" not in called and "aten" in called
+    with use_backend(**{op: "plain"}):
+        compiled = torch.compile(without_lse(OPS[op].function), fullgraph=True, backend="eager")
+        torch.testing.assert_close(compiled(**inputs), without_lse(OPS[op].function)(**inputs))
+
+
+def test_plain_computes_in_the_autocast_dtype():
+    for op, name in (("attention", "text"), ("patch_embed", "kept_rows")):
+        with use_backend("plain"), torch.autocast("cpu", torch.bfloat16):
+            out = OPS[op].function(**make(CASES[op][name]))
+        out = out[0] if isinstance(out, tuple) else out
+        assert out.dtype == torch.bfloat16
+
+
+def test_plain_attention_has_no_lse():
+    tensors, options = attention_inputs("text")
+    with use_backend(attention="plain"):
+        out, lse = attention(*tensors, **options)
+    assert lse is None and out.shape == tensors[0].shape
 
 
 @pytest.mark.parametrize("op", OP_NAMES)
@@ -583,6 +665,43 @@ def test_kernels_import_nothing_of_the_model():
             assert not [name for name in names if name.split(".")[0] in ("vatt_fast", "kernels")], (
                 f"{path.name}:{node.lineno}"
             )
+
+
+def test_no_module_of_kernels_imports_itself_through_others():
+    """Whole modules, imports inside functions too; the loaders go by name."""
+    folder = Path(vatt_fast.kernels.__file__).parent
+    paths = {
+        ".".join(path.relative_to(folder).with_suffix("").parts): path
+        for path in folder.rglob("*.py")
+    }
+    paths = {name.removesuffix("__init__").rstrip("."): path for name, path in paths.items()}
+    imports = {name: set() for name in paths if name}
+    for name in imports:
+        package = name if paths[name].name == "__init__.py" else name.rpartition(".")[0]
+        for node in ast.walk(ast.parse(paths[name].read_text())):
+            if not isinstance(node, ast.ImportFrom) or not node.level:
+                continue
+            base = package.split(".") if package else []
+            base = base[: len(base) - node.level + 1] + (
+                node.module.split(".") if node.module else []
+            )
+            for alias in node.names:
+                for target in (".".join([*base, alias.name]), ".".join(base)):
+                    if target in imports:
+                        imports[name].add(target)
+                        break
+    done, path = set(), []
+
+    def visit(name):
+        assert name not in path, " -> ".join([*path[path.index(name) :], name])
+        if name not in done:
+            path.append(name)
+            for each in sorted(imports[name]):
+                visit(each)
+            done.add(path.pop())
+
+    for name in imports:
+        visit(name)
 
 
 def test_importing_kernels_loads_neither_jax_nor_triton():

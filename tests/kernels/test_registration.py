@@ -186,6 +186,55 @@ def test_no_second_derivative(op):
         gradient.sum().backward()
 
 
+def differentiable_inputs(op):
+    """Tensors that have a gradient, the other arguments, and a scalar function of the former."""
+    inputs = inputs_of(op, gradients=False)
+    names = [
+        name
+        for name in OPS[op].differentiable
+        if isinstance(inputs[name], torch.Tensor) and inputs[name].is_floating_point()
+    ]
+    fixed = {name: value for name, value in inputs.items() if name not in names}
+
+    def loss(*tensors):
+        outputs = outputs_of(op, **fixed, **dict(zip(names, tensors, strict=True)))
+        return sum(out.masked_fill(~out.isfinite(), 0).square().sum() for out in outputs)
+
+    return tuple(inputs[name] for name in names), loss
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_forward_mode_is_refused(op):
+    """An opaque operator gives no tangent, and must not pass off a zero for one."""
+    tensors, loss = differentiable_inputs(op)
+    message = f"{op} has no forward-mode derivative"
+    with pytest.raises(NotImplementedError, match=message):
+        torch.func.jvp(loss, tensors, tensors)
+    for trained in (False, True):
+        with torch.autograd.forward_ad.dual_level():
+            duals = [torch.autograd.forward_ad.make_dual(x, x) for x in tensors]
+            first = [x.clone().requires_grad_(trained) for x in duals[:1]]
+            with pytest.raises(NotImplementedError, match=message):
+                loss(*first, *duals[1:])
+            loss(*tensors)  # without a tangent there is nothing to refuse
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("op", OPS)
+def test_functional_gradients(op):
+    """torch.func.grad, and vmap over it, give what autograd gives."""
+    tensors, loss = differentiable_inputs(op)
+    leaves = [x.detach().requires_grad_() for x in tensors]
+    expected = torch.autograd.grad(loss(*leaves), leaves)
+    every = tuple(range(len(tensors)))
+    torch.testing.assert_close(torch.func.grad(loss, argnums=every)(*tensors), expected)
+    first = lambda x: loss(x, *tensors[1:])  # noqa: E731
+    found = torch.func.vmap(torch.func.grad(first))(torch.stack([tensors[0]] * 2))
+    torch.testing.assert_close(found, torch.stack([expected[0]] * 2))
+    with pytest.raises(NotImplementedError, match="has no second derivative"):
+        torch.func.grad(lambda x: torch.func.grad(first)(x).sum())(tensors[0])
+
+
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_the_backend_asked_for_runs_forward_and_backward(compiled, monkeypatch):
     """Asked for outside or inside of compiled code; the backward keeps the forward's choice after the request has ended."""

@@ -172,10 +172,10 @@ def test_training_steps():
     assert losses[1] != losses[0] and any(
         not torch.equal(value, started[name]) for name, value in here.state_dict().items()
     )
-    for (name, expected), value in zip(here.named_parameters(), there.parameters(), strict=True):
+    for (name, wanted), value in zip(here.named_parameters(), there.parameters(), strict=True):
         torch.testing.assert_close(
             value.detach().cpu(),
-            expected.detach(),
+            wanted.detach(),
             rtol=1e-2,
             atol=2e-4,
             msg=lambda text, name=name: f"{name}: {text}",
