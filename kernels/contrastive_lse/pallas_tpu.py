@@ -16,7 +16,6 @@ from ..pallas_common import LANES, call, dot, objection, pad, round_up
 
 # M clips of x, N clips in all, P texts a clip, T = N * P texts, D dimensions, C chunks of texts, E = M * T scores
 
-_MAX_BOUND = 48.0  # exp(-48) / a million clips keeps all its bits in fp32, as does exp(48) * a million; temperatures from 1/48 up
 _MAX_CHUNK_TEXTS = 1 << 16  # of which the forward holds col, and its maximum, in VMEM
 _VMEM_BYTES = (
     12 << 20
@@ -197,7 +196,7 @@ def _forward_kernel(
 
 
 def forward(x, y, *, scale, texts_per_clip, first, x_valid=None, y_valid=None, bound=None):
-    (M, D), T, running = x.shape, y.shape[0], _running(bound)
+    (M, D), T, running = x.shape, y.shape[0], needs_running_max(bound)
     C = max(
         pl.cdiv(T, _MAX_CHUNK_TEXTS), min(2, pl.cdiv(T, _STRIPS[x.dtype.itemsize][1]))
     )  # col of a chunk stays in VMEM; a chip's two cores take one each
@@ -406,7 +405,7 @@ def backward(
     y_valid=None,
     bound=None,
 ):
-    running = _running(bound)
+    running = needs_running_max(bound)
     clips = (
         x,
         _lines(
@@ -437,10 +436,6 @@ def _share(d_lse, lse, running: bool):
 
 
 # -- both --------------------------------------------------------------------------------------------------------------
-
-
-def _running(bound) -> bool:
-    return bound is None or not bound <= _MAX_BOUND
 
 
 def _counts(valid, size: int):

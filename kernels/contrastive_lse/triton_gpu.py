@@ -12,10 +12,10 @@ import triton.language as tl
 from .. import tiles
 from ..tiles import Tiles
 from ..triton_common import arch, interpreted, objection
+from .bound import needs_running_max
 
 # M clips of x, N clips in all, P texts a clip, T = N * P texts, D dimensions, R row splits, C column splits, E = M * T scores
 
-_MAX_BOUND = 48.0  # exp(-48) / a million clips keeps all its bits in fp32, as does exp(48) * a million; temperatures from 1/48 up
 _MAX_SPLITS = (
     32  # scratch is 4 bytes * splits a clip and text, beside 2 D bytes for the vector itself
 )
@@ -207,7 +207,7 @@ def _join_kernel(
 def forward(x, y, *, scale, texts_per_clip, first, x_valid=None, y_valid=None, bound=None):
     x, y = _rows(x), _rows(y)
     (M, D), T = x.shape, y.shape[0]
-    running, precision = _running(bound), _precision(x)
+    running, precision = needs_running_max(bound), _precision(x)
     tile = tiles.choose(
         "contrastive_lse_forward",
         arch(),
@@ -385,7 +385,7 @@ def backward(
         vector.contiguous() for vector in (d_row, d_col, d_pos, row, col, pos)
     )
     (M, D), T = x.shape, y.shape[0]
-    running, precision = _running(bound), _precision(x)
+    running, precision = needs_running_max(bound), _precision(x)
     clips, texts = _chunk(M, T, x.element_size())
     tile = tiles.choose(
         "contrastive_lse_weights",
@@ -447,11 +447,6 @@ class _Sum:
 def _rows(vectors):
     """Kernels and matrix products read rows of any stride whose elements are contiguous."""
     return vectors if vectors.stride(-1) == 1 else vectors.contiguous()
-
-
-def _running(bound) -> bool:
-    """A running maximum is needed: exp(S), or a sum of it over millions, might leave fp32."""
-    return bound is None or not bound <= _MAX_BOUND
 
 
 def _precision(x) -> str:
