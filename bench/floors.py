@@ -193,19 +193,20 @@ def useful_share(queries: int, keys: int, tiling: Tiling) -> float:
 def our_tilings() -> list[Tiling]:
     """Tiles that the Triton backend offers the tuner for its forward kernel; none where Triton is absent."""
     try:
-        from vatt_fast.kernels.attention import triton_gpu
+        from vatt_fast.kernels.attention import triton_tiles
     except ImportError:
         return []
 
     def ours(block: int, tail: Callable[..., int], *arch: str) -> Padding:
         return lambda length: length // block * block + tail(length, block, *arch)
 
-    sizes = {(each["BLOCK_T"], each["BLOCK_S"]) for each in triton_gpu.TUNING["attention_forward"]}
+    candidates = triton_tiles.TUNING["attention_forward"]
+    sizes = {(each["BLOCK_T"], each["BLOCK_S"]) for each in candidates}
     return [
         Tiling(
             f"ours {rows}x{columns}",
-            ours(rows, triton_gpu._last_tile, "sm_90"),
-            ours(columns, triton_gpu._tail),
+            ours(rows, triton_tiles.last_tile, "sm_90"),
+            ours(columns, triton_tiles.tail),
         )
         for rows, columns in sorted(sizes)
     ]

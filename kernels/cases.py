@@ -1,8 +1,9 @@
-"""Named cases of the four ops, their numbers written out: tests, benchmarks and tile tables all read them here.
+"""Named cases of the four ops, their numbers written out: tests and benchmarks read them here.
 
-``parity``: small and ragged, run on every backend. ``primary``: the sizes the presets train and test with, at four drop rates, 224 and
-320 pixels. A primary case names the presets it comes from; a test holds its numbers against them, because this package imports nothing
-of the model. Another batch is ``dataclasses.replace(case, batch=...)``.
+``parity``: small and ragged, run on every backend. ``primary``: the sizes the presets train and
+test with, at four drop rates, 224 and 320 pixels. A primary case names the presets it comes from;
+a test compares its numbers with them, because this package imports nothing of the model. For
+another batch: ``dataclasses.replace(case, batch=...)``.
 """
 
 from dataclasses import dataclass
@@ -20,7 +21,10 @@ Tag = Literal["parity", "primary"]
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a primary case's numbers come from: presets by short name, modality, drop rate and, for video, the clip's side in pixels."""
+    """Where a primary case's numbers come from.
+
+    Presets by short name, modality, drop rate and, for video, the clip's side in pixels.
+    """
 
     presets: tuple[str, ...]
     modality: Literal["video", "audio", "text"]
@@ -30,7 +34,10 @@ class Origin:
 
 @dataclass(frozen=True)
 class AttentionCase:
-    """q (B, T, H, head_dim) against S keys. ``num_keys``: keys each clip may attend, repeated over the batch; 0 is a clip without any."""
+    """q (B, T, H, head_dim) against S keys.
+
+    ``num_keys``: keys each clip may attend, repeated over the batch; 0 is a clip without any.
+    """
 
     name: str
     batch: int
@@ -70,7 +77,7 @@ class NCECase:
     first: int = 0
     x_invalid: tuple[int, ...] | None = None
     y_invalid: tuple[int, ...] | None = None
-    bound: bool = False  # promise the scale's cap, as losses.py does
+    bound: bool = False  # give the scale's cap as the bound, as losses.py does
     scale: float = 1 / 0.07
     origin: Origin | None = None
 
@@ -109,7 +116,7 @@ def tag(case: Case) -> Tag:
     return "primary" if case.origin else "parity"
 
 
-# -- the presets' numbers ----------------------------------------------------------------------------------------------
+# -- the presets' numbers ----------------------------------------------------------------------
 
 # patches kept at each drop rate; AGG is one token more
 _VIDEO_224 = {0.0: 1568, 0.25: 1176, 0.5: 784, 0.75: 392}
@@ -132,13 +139,8 @@ _TOWERS: tuple[
     ("audio_tiny", ("tiny",), "audio", None, _AUDIO_TINY, 32, 4, 32, 128, 128),
 )
 _WORDS_AND_AGG = 17
-_SENTENCES = (
-    17,
-    9,
-    4,
-    1,
-    12,
-)  # keys of the five texts of a clip: words and AGG, one of them all padding
+# keys of the five texts of a clip: words and AGG, one of them all padding
+_SENTENCES = (17, 9, 4, 1, 12)
 
 
 def _name(tower: str, drop_rate: float) -> str:
@@ -156,9 +158,8 @@ ATTENTION: tuple[AttentionCase, ...] = (
     AttentionCase("packed", 2, 65, 65, 3, 32, packed=True),
     AttentionCase("head_dim_8", 2, 33, 33, 2, 8, packed=True),
     AttentionCase("head_dim_128", 1, 33, 19, 2, 128),
-    AttentionCase(
-        "sharp", 2, 19, 45, 2, 16, scale=2.0
-    ),  # scores far from 0: the maximum must be subtracted
+    # scores far from 0: the maximum must be subtracted
+    AttentionCase("sharp", 2, 19, 45, 2, 16, scale=2.0),
     AttentionCase(
         "text", 5, 17, 17, 2, 32, bias=True, num_keys=_SENTENCES, packed=True, scale=32**-0.5
     ),
@@ -243,6 +244,8 @@ DROP_TOKEN: tuple[DropTokenCase, ...] = (
     ),
 )
 
+_ALL = ("bbs", "mbs", "lbs", "ma")
+
 NCE: tuple[NCECase, ...] = (
     NCECase("one_pair", 1, 1, 1, 8),
     NCECase("square", 17, 17, 1, 24),
@@ -261,9 +264,8 @@ NCE: tuple[NCECase, ...] = (
         bound=True,
     ),
     NCECase("past_a_tile", 37, 67, 1, 64, first=30),
-    NCECase(
-        "masked", 11, 11, 3, 16, x_invalid=(2, 10), y_invalid=(0, 6, 7, 8, 32)
-    ),  # clip 2 is left without a text
+    # clip 2 is left without a text
+    NCECase("masked", 11, 11, 3, 16, x_invalid=(2, 10), y_invalid=(0, 6, 7, 8, 32)),
     NCECase("no_valid_x", 5, 5, 2, 16, x_invalid=(0, 1, 2, 3, 4)),
     NCECase("no_valid_y", 5, 5, 2, 16, y_invalid=tuple(range(10))),
     NCECase(
@@ -278,44 +280,11 @@ NCE: tuple[NCECase, ...] = (
         bound=True,
     ),
     NCECase("flat", 9, 9, 2, 16, scale=1.0),
-    NCECase(
-        "va_bbs",
-        256,
-        2048,
-        1,
-        512,
-        first=512,
-        bound=True,
-        origin=Origin(("bbs", "mbs", "lbs", "ma"), "audio"),
-    ),  # one of 8 devices
-    NCECase(
-        "vt_bbs",
-        256,
-        2048,
-        5,
-        256,
-        first=512,
-        bound=True,
-        origin=Origin(("bbs", "mbs", "lbs", "ma"), "text"),
-    ),
-    NCECase(
-        "va_bbs_one_device",
-        2048,
-        2048,
-        1,
-        512,
-        bound=True,
-        origin=Origin(("bbs", "mbs", "lbs", "ma"), "audio"),
-    ),
-    NCECase(
-        "vt_bbs_one_device",
-        2048,
-        2048,
-        5,
-        256,
-        bound=True,
-        origin=Origin(("bbs", "mbs", "lbs", "ma"), "text"),
-    ),
+    # the first two are of one of 8 devices
+    NCECase("va_bbs", 256, 2048, 1, 512, first=512, bound=True, origin=Origin(_ALL, "audio")),
+    NCECase("vt_bbs", 256, 2048, 5, 256, first=512, bound=True, origin=Origin(_ALL, "text")),
+    NCECase("va_bbs_one_device", 2048, 2048, 1, 512, bound=True, origin=Origin(_ALL, "audio")),
+    NCECase("vt_bbs_one_device", 2048, 2048, 5, 256, bound=True, origin=Origin(_ALL, "text")),
     NCECase("va_tiny", 32, 32, 1, 64, bound=True, origin=Origin(("tiny",), "audio")),
     NCECase("vt_tiny", 32, 32, 5, 64, bound=True, origin=Origin(("tiny",), "text")),
 )
@@ -331,13 +300,11 @@ PATCH_EMBED: tuple[PatchEmbedCase, ...] = (
     PatchEmbedCase("gathered_per_clip", 3, 21, 33, 17, kept=5, per="clip", gathered=True),
     PatchEmbedCase("no_position", 2, 17, 48, 24, kept=9, position=False),
     PatchEmbedCase("no_agg", 2, 17, 48, 24, kept=9, agg=False),
-    PatchEmbedCase(
-        "only_projected", 2, 17, 48, 24, kept=9, per="clip", position=False, agg=False
-    ),  # the agnostic order
+    # the agnostic order
+    PatchEmbedCase("only_projected", 2, 17, 48, 24, kept=9, per="clip", position=False, agg=False),
     PatchEmbedCase("dark", 2, 17, 192, 24, kept=9, levels=(0, 12)),
-    PatchEmbedCase(
-        "grey", 2, 17, 192, 24, kept=9, levels=(118, 138)
-    ),  # without a centre, what the fold adds it takes away again
+    # without a centre, what the fold adds it takes away again
+    PatchEmbedCase("grey", 2, 17, 192, 24, kept=9, levels=(118, 138)),
     PatchEmbedCase("bright", 2, 17, 192, 24, levels=(240, 255)),
     PatchEmbedCase(
         "odd_clip", 2, 2 * 3 * 3, 2 * 4 * 4 * 3, 16, kept=7, clip=(3, 9, 11, 3), patch=(2, 4, 4)
@@ -423,7 +390,7 @@ CASES: dict[str, dict[str, Case]] = {
 }
 
 
-# -- inputs ------------------------------------------------------------------------------------------------------------
+# -- inputs ------------------------------------------------------------------------------------
 
 
 def make(
@@ -432,10 +399,13 @@ def make(
     device: torch.device | str = "cpu",
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Fresh random inputs of a case: the keyword arguments of its op, absent ones None; never zeros, none needs a gradient.
+    """Fresh random inputs of a case: the keyword arguments of its op, absent ones None.
+
+    They are never zeros, and none needs a gradient.
 
     Args:
-        dtype: the compute dtype; what an op keeps wider (a float patch of its own dtype, nce's scale) stays so.
+        dtype: the compute dtype. What an op keeps wider stays so: a float patch of its own dtype,
+            the scale of contrastive_lse.
         device: where they go; they are drawn on the host, so that every device gets the same.
         seed: of the draw.
     """

@@ -1,4 +1,4 @@
-"""What the references need to be written once: the few words in which torch and jax.numpy differ."""
+"""The few functions in which torch and jax.numpy differ, so that each reference is written once."""
 
 import math
 
@@ -25,23 +25,23 @@ def heads_first(xp, x):
     return x.contiguous() if isinstance(x, torch.Tensor) else x
 
 
-def softmax(xp, scores, *, holes: bool):
-    """softmax over the last axis and its log-sum-exp, the peak less the log of the peak's probability.
+def softmax(xp, scores, *, may_be_empty: bool):
+    """softmax over the last axis, and its log-sum-exp: the maximum less the log of its probability.
 
-    ``holes``: scores may be -inf; a row of nothing else is 0, with -inf.
+    ``may_be_empty``: scores may be -inf; a row of nothing else is 0, with log-sum-exp -inf.
     """
-    peak = xp.amax(scores, axis=-1, keepdims=True)
+    row_max = xp.amax(scores, axis=-1, keepdims=True)
     if xp is torch:
         p = torch.softmax(scores, -1)  # one pass
     else:
-        p = xp.exp(scores - peak)
+        p = xp.exp(scores - row_max)
         p = p / p.sum(-1, keepdims=True)
     top = xp.amax(p, axis=-1, keepdims=True)
-    if holes:
-        empty = peak == -math.inf
+    if may_be_empty:
+        empty = row_max == -math.inf
         if not on_cpu(p) or empty.any():  # such a row is nan so far
             p, top = xp.where(empty, 0.0, p), xp.where(empty, 1.0, top)
-    return p, (peak - xp.log(top))[..., 0]
+    return p, (row_max - xp.log(top))[..., 0]
 
 
 def take_rows(xp, x, keep):
@@ -54,22 +54,19 @@ def take_rows(xp, x, keep):
 
 
 def put_rows(xp, rows, keep, count: int):
-    """Inverse of ``take_rows``: rows (B, K, D) -> (B, count, D), zeros elsewhere. Indices are distinct: the same bits every time."""
+    """Inverse of ``take_rows``: rows (B, K, D) -> (B, count, D), zeros elsewhere.
+
+    Indices are distinct, so it gives the same bits every time.
+    """
     B, K, D = rows.shape
     if xp is torch:
-        index = (
-            keep.long() + count * torch.arange(B, device=keep.device)[:, None]
-        )  # whole rows: a scatter of elements is 20 times slower
-        return (
-            rows.new_zeros(B * count, D)
-            .index_copy_(0, index.view(-1), rows.reshape(-1, D))
-            .view(B, count, D)
-        )
-    return (
-        xp.zeros((B, count, D), rows.dtype)
-        .at[xp.arange(B)[:, None], xp.broadcast_to(keep, (B, K))]
-        .set(rows)
-    )
+        # whole rows: a scatter of elements is 20 times slower
+        index = keep.long() + count * torch.arange(B, device=keep.device)[:, None]
+        result = rows.new_zeros(B * count, D)
+        result.index_copy_(0, index.view(-1), rows.reshape(-1, D))
+        return result.view(B, count, D)
+    index = xp.arange(B)[:, None], xp.broadcast_to(keep, (B, K))
+    return xp.zeros((B, count, D), rows.dtype).at[index].set(rows)
 
 
 def _like(x) -> dict:

@@ -1,6 +1,6 @@
-"""What the Pallas kernels of two or more ops share: how they are called, where they run, and a few lines of arithmetic.
+"""What the Pallas kernels of two or more ops share.
 
-Source-compatible with jax 0.7.1 (the last one torch_xla knows) and 0.10.2.
+How they are called, where they run, and a few lines of arithmetic. Source-compatible with jax 0.7.1 (the last one torch_xla knows) and 0.10.2.
 """
 
 import math
@@ -16,7 +16,7 @@ from . import settings
 
 LANES = 128  # the last axis of a register; the one before it has 8 rows of 4 bytes
 
-# -- where kernels run -------------------------------------------------------------------------------------------------
+# -- where kernels run -------------------------------------------------------------------------
 
 
 def interpreted() -> Any:
@@ -27,15 +27,18 @@ def interpreted() -> Any:
     return True if chosen is None else chosen
 
 
-def objection(*operands: Any) -> str | None:
-    """Why no kernel here takes these operands (arrays, numbers or None), shapes aside."""
+def unsupported_operands(*operands: Any) -> str | None:
+    """The reason why no kernel here takes these operands; shapes are not looked at.
+
+    Operands are arrays, numbers or None.
+    """
     for operand in operands:
         if getattr(operand, "dtype", None) in (jnp.float64, jnp.float16):
             return f"{operand.dtype} is for the reference; the kernels take float32 and bfloat16"
     return None
 
 
-# -- calling one -------------------------------------------------------------------------------------------------------
+# -- calling one -------------------------------------------------------------------------------
 
 
 def call(
@@ -57,9 +60,12 @@ def call(
 
     Args:
         name: "vatt_<op>_<part>", the custom call's name in HLO and profiles.
-        semantics: "parallel" or "arbitrary" for every axis of the grid; what accumulates across steps does so along an "arbitrary" one.
-        flops, exps: for the cost estimate; bytes_accessed is that of operands and results read and written once, unless given.
-        prefetched: so many leading operands go to scalar memory before the grid starts; index maps receive them after the grid's indices.
+        semantics: "parallel" or "arbitrary" for every axis of the grid; what accumulates across
+            steps does so along an "arbitrary" one.
+        flops, exps, bytes_accessed: for the cost estimate; unless given, bytes_accessed counts
+            operands and results once.
+        prefetched: so many leading operands go to scalar memory before the grid starts; index
+            maps receive them after the grid's indices.
     """
     results = out_shape if isinstance(out_shape, tuple | list) else [out_shape]
     moved = sum(math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in (*operands, *results))
@@ -85,7 +91,7 @@ def call(
     return run(*operands)
 
 
-# -- shapes ------------------------------------------------------------------------------------------------------------
+# -- shapes ------------------------------------------------------------------------------------
 
 
 def sublanes(dtype: Any) -> int:
@@ -102,23 +108,21 @@ def pad(x: jax.Array, axis: int, size: int, value: Any = 0) -> jax.Array:
     missing = size - x.shape[axis]
     if not missing:
         return x
-    return jnp.pad(
-        x, [(0, missing if i == axis % x.ndim else 0) for i in range(x.ndim)], constant_values=value
-    )
+    widths = [(0, missing if i == axis % x.ndim else 0) for i in range(x.ndim)]
+    return jnp.pad(x, widths, constant_values=value)
 
 
-# -- inside a kernel ---------------------------------------------------------------------------------------------------
+# -- inside a kernel ---------------------------------------------------------------------------
 
 
 def dot(a: jax.Array, b: jax.Array, contract: tuple[int, int] = (1, 0)) -> jax.Array:
-    """a @ b in fp32 of two matrices, over axis contract[0] of a and contract[1] of b: (1, 1) is a @ b^T, (0, 0) a^T @ b.
+    """a @ b in fp32 of two matrices, over axis contract[0] of a and contract[1] of b.
 
-    fp32 operands are multiplied as such; a TPU would otherwise round them to bf16.
+    (1, 1) is a @ b^T, (0, 0) is a^T @ b. fp32 operands are multiplied as such; a TPU would
+    otherwise round them to bf16.
     """
-    if 1 in (
-        *a.shape,
-        *b.shape,
-    ):  # Mosaic multiplies a vector outside the matrix unit, and there fails on bf16
+    # Mosaic multiplies a vector outside the matrix unit, and fails there on bf16
+    if 1 in (*a.shape, *b.shape):
         a, b = a.astype(jnp.float32), b.astype(jnp.float32)
     precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
     dimensions = (((contract[0],), (contract[1],)), ((), ()))
@@ -128,9 +132,10 @@ def dot(a: jax.Array, b: jax.Array, contract: tuple[int, int] = (1, 0)) -> jax.A
 
 
 def divide(n: Any, by: int) -> tuple[Any, Any]:
-    """n // by and n % by of an index, which is never negative: ``//`` on traced integers takes a sign, and lowering that asks for a TPU."""
-    return (
-        divmod(n, by)
-        if isinstance(n, int)
-        else (jax.lax.div(n, jnp.int32(by)), jax.lax.rem(n, jnp.int32(by)))
-    )
+    """n // by and n % by of an index, which is never negative.
+
+    ``//`` on traced integers handles signs, and lowering that needs a TPU.
+    """
+    if isinstance(n, int):
+        return divmod(n, by)
+    return jax.lax.div(n, jnp.int32(by)), jax.lax.rem(n, jnp.int32(by))

@@ -1,7 +1,8 @@
-"""Tile choices of the GPU kernels: pure functions over tables tuned offline, one JSON file an architecture. Nothing tunes at run time.
+"""Tile choices of the GPU kernels: pure functions over tables tuned offline.
 
-``python -m bench.tune`` writes ``tiles/<arch>.json``: {kernel: {key: tiles}}. Where a table, a kernel or a key is missing, the kernel's own
-heuristic answers; ranks cannot differ, since nothing here looks at a clock.
+The tuner writes one JSON file an architecture, ``tiles/<arch>.json``: {kernel: {key: tiles}}.
+Where a table, a kernel or a key is missing, the kernel's own heuristic decides. Nothing tunes at
+run time, so ranks cannot differ.
 """
 
 import functools
@@ -16,7 +17,10 @@ Tiles = dict[str, int]  # block sizes by the names the kernel gives them, num_wa
 
 
 def choose(kernel: str, arch: str, dtype: torch.dtype, heuristic: Tiles, **shape: int) -> Tiles:
-    """Tiles of ``kernel`` for a shape: those forced, else those tuned for exactly this shape, dtype and architecture, else ``heuristic``."""
+    """Tiles of ``kernel`` for a shape: those forced, else those tuned, else ``heuristic``.
+
+    A tuned entry counts only for exactly this shape, dtype and architecture.
+    """
     return forced_tiles(kernel) or table(arch).get(kernel, {}).get(key(dtype, **shape)) or heuristic
 
 

@@ -1,4 +1,7 @@
-"""What the Triton kernels of two or more ops share: where they run, for which architecture, and a few device functions."""
+"""What the Triton kernels of two or more ops share.
+
+Where they run, for which architecture, and a few device functions.
+"""
 
 import torch
 import triton
@@ -9,27 +12,35 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 
 def interpreted() -> bool:
-    """Kernels run in Triton's interpreter, on host tensors: TRITON_INTERPRET=1 stood in the environment when they were imported."""
+    """Kernels run in Triton's interpreter, on host tensors.
+
+    It is so if TRITON_INTERPRET=1 was set in the environment when the kernels were imported.
+    """
     return triton.knobs.runtime.interpret
 
 
-def objection(*operands: torch.Tensor | float | None) -> str | None:
-    """Why Triton cannot take these operands here, shapes aside."""
+def unsupported_operands(*operands: torch.Tensor | float | None) -> str | None:
+    """The reason why Triton cannot take these operands here; shapes are not looked at."""
     given = [tensor for tensor in operands if isinstance(tensor, torch.Tensor)]
-    if given[0].device.type != "cuda" and not interpreted():
-        return (
-            f"tensors are on {given[0].device.type}; Triton runs there only with TRITON_INTERPRET=1"
-        )
+    device = given[0].device.type
+    if device != "cuda" and not interpreted():
+        return f"tensors are on {device}; Triton runs there only with TRITON_INTERPRET=1"
     for tensor in given:
         if tensor.dtype == torch.float64:
             return "float64 is for the reference"
         if tensor.dtype == torch.bfloat16 and interpreted():
-            return "Triton's interpreter multiplies the raw bits of bfloat16"
+            return BF16_INTERPRETED
     return None
 
 
+BF16_INTERPRETED = "Triton's interpreter multiplies the raw bits of bfloat16"
+
+
 def arch() -> str:
-    """Architecture the kernels are compiled for: "sm_90", "gfx942"; the interpreter takes the choices of sm_90."""
+    """Architecture the kernels are compiled for: "sm_90", "gfx942".
+
+    In the interpreter it is sm_90, whose tile choices then apply.
+    """
     if interpreted():
         return "sm_90"
     target = triton.runtime.driver.active.get_current_target()
@@ -37,19 +48,25 @@ def arch() -> str:
 
 
 def dot_precision(dtype: torch.dtype) -> str:
-    """``input_precision`` of a kernel's tl.dot: fp32 operands are rounded to tf32 only where torch's own products are."""
-    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    """``input_precision`` of a kernel's tl.dot.
+
+    fp32 operands are rounded to tf32 only where torch's own products are.
+    """
+    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    return "tf32" if tf32 else "ieee"
 
 
 @triton.jit
 def load_rows(x, stride, row, column, count, HEAD_DIM: tl.constexpr, RAGGED: tl.constexpr):
-    """Rows ``row`` of x (count, HEAD_DIM), 0 beyond its last column; RAGGED: some rows lie beyond ``count``, and are 0."""
+    """Rows ``row`` of x (count, HEAD_DIM), 0 beyond its last column.
+
+    RAGGED: some rows lie beyond ``count``, and are 0.
+    """
     pointers = x + row[:, None] * stride + column[None, :]
     if RAGGED:
         if column.shape[0] > HEAD_DIM:
-            tile = tl.load(
-                pointers, mask=(row[:, None] < count) & (column[None, :] < HEAD_DIM), other=0.0
-            )
+            inside = (row[:, None] < count) & (column[None, :] < HEAD_DIM)
+            tile = tl.load(pointers, mask=inside, other=0.0)
         else:
             tile = tl.load(pointers, mask=row[:, None] < count, other=0.0)
     elif column.shape[0] > HEAD_DIM:

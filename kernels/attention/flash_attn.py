@@ -1,4 +1,7 @@
-"""Attention by the flash-attn package (version 2.7 and later; Dao 2023), an optional extra. No mask, no bias."""
+"""Attention by the flash-attn package (version 2.7 and later; Dao 2023), an optional extra.
+
+No mask, no bias.
+"""
 
 import torch
 from flash_attn.flash_attn_interface import _flash_attn_backward, _flash_attn_forward
@@ -6,24 +9,21 @@ from flash_attn.flash_attn_interface import _flash_attn_backward, _flash_attn_fo
 from . import reference
 
 _MAX_HEAD_DIM = 256
-_EVERYWHERE = dict(
-    window_size_left=-1, window_size_right=-1, softcap=0.0, alibi_slopes=None
-)  # no window, no cap, no slopes
+# no dropout, not causal, no window, no cap, no slopes
+_PLAIN = dict(
+    dropout_p=0.0,
+    causal=False,
+    window_size_left=-1,
+    window_size_right=-1,
+    softcap=0.0,
+    alibi_slopes=None,
+)
 
 # B batch, T queries, S keys, H heads: flash-attn's own layout
 
 
 def forward(q, k, v, *, scale, bias=None, key_mask=None, deterministic=False):
-    out, lse, *_ = _flash_attn_forward(
-        q,
-        k,
-        v,
-        dropout_p=0.0,
-        softmax_scale=scale,
-        causal=False,
-        return_softmax=False,
-        **_EVERYWHERE,
-    )
+    out, lse, *_ = _flash_attn_forward(q, k, v, softmax_scale=scale, return_softmax=False, **_PLAIN)
     return out, lse
 
 
@@ -45,10 +45,8 @@ def backward(
     if d_lse is not None:  # its backward knows no gradient of lse
         return reference.backward(d_out, d_lse, q, k, v, out, lse, scale=scale)
     d_q, d_k, d_v = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    _flash_attn_backward(
-        d_out.contiguous(), q, k, v, out, lse, d_q, d_k, d_v,
-        dropout_p=0.0, softmax_scale=scale, causal=False, deterministic=deterministic, **_EVERYWHERE,
-    )  # fmt: skip
+    tensors = (d_out.contiguous(), q, k, v, out, lse, d_q, d_k, d_v)
+    _flash_attn_backward(*tensors, softmax_scale=scale, deterministic=deterministic, **_PLAIN)
     return d_q, d_k, d_v, None
 
 

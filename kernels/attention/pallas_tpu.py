@@ -1,9 +1,11 @@
 """Attention for TPUs in Pallas, on (B, H, T, head_dim).
 
-Scores are held transposed, keys down the sublanes and queries along the lanes: a row's maximum and sum are plain vector additions, the
-statistics are lane vectors that are stored without waste, and the accumulators of out and d_q (head_dim, queries) fill their registers
-at head_dim 64. All keys of a (clip, head) pair lie in VMEM, so the softmax is single-pass. T and S need no padding: a block that covers an
-axis has its exact length, and what is left of a walk over chunks is a smaller chunk of its own; nothing beyond an array's end is ever read.
+Scores are held transposed, keys down the sublanes and queries along the lanes. So a row's maximum
+and sum are plain vector operations, the statistics are lane vectors that are stored without waste,
+and the accumulators of out and d_q (head_dim, queries) fill their registers at head_dim 64. All
+keys of a (clip, head) pair lie in VMEM, so the softmax is single-pass. T and S need no padding: a
+block that covers an axis has its exact length, and what is left of a walk over chunks is a smaller
+chunk of its own. Nothing beyond an array's end is ever read.
 """
 
 import functools
@@ -16,10 +18,11 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from ..pallas_common import LANES, call, divide, dot, objection, round_up, sublanes
+from ..pallas_common import LANES, call, divide, dot, round_up, sublanes, unsupported_operands
 from .flops import flops
 
-# B batch, T queries, S keys, H heads, D head_dim; t queries of a chunk, s keys of a chunk. Inside: logits in units of log 2.
+# B batch, T queries, S keys, H heads, D head_dim; t queries of a chunk, s keys of a chunk. Inside
+# a kernel, scores are in base 2.
 
 _LOG2E, _LN2 = math.log2(math.e), math.log(2)
 _BIAS_SIDE = 512  # queries and keys of a bias: it and its gradient lie in VMEM whole
@@ -31,7 +34,11 @@ _KEY_BYTES = 10 << 20  # of the blocks and accumulators that hold all keys
 
 
 class _Plan(NamedTuple):
-    """How a call is cut. A program has ``batch`` x ``heads`` pairs, ``unroll`` heads of them at a time, and ``rows`` of the T queries."""
+    """How a call is cut.
+
+    A program has ``batch`` x ``heads`` (clip, head) pairs, ``unroll`` heads of them at a time, and
+    ``rows`` of the T queries.
+    """
 
     queries: int
     keys: int
@@ -48,34 +55,38 @@ class _Plan(NamedTuple):
 
 
 def _plan(shape: tuple[int, int, int, int], keys: int, dtype: Any, *, backward: bool) -> _Plan:
-    """Chunks of queries as long as the scores of one fit: by libtpu's schedules a quarter fewer bundles than chunks of 256 (NOTES.md)."""
     B, H, T, D = shape
+    chunk, rows = _cut_queries(T, keys, D, dtype, backward=backward)
     width = round_up(D, LANES) * jnp.dtype(dtype).itemsize
-    if (
-        dtype == jnp.float32
-    ):  # its products split their operands in three and fill the matrix unit anyway
+    queries_bytes, keys_bytes = (round_up(size, sublanes(dtype)) * width for size in (rows, keys))
+    pair_bytes = 2 * (4 if backward else 2) * (queries_bytes + keys_bytes)
+    heads = batch = 1
+    if rows == T:  # accumulators across blocks of queries belong to one pair
+        heads = _divisor(H, min(8, _BLOCK_BYTES // pair_bytes))
+        if heads == H:
+            batch = _divisor(B, min(64 // heads, _BLOCK_BYTES // (pair_bytes * heads)))
+    unroll = _divisor(heads, max(1, 256 // round_up(min(T, chunk), 32)))
+    return _Plan(T, keys, batch, heads, unroll, rows, chunk, _KEY_CHUNK)
+
+
+def _cut_queries(T: int, keys: int, D: int, dtype: Any, *, backward: bool) -> tuple[int, int]:
+    """(queries of a chunk, queries of a block).
+
+    A chunk is as long as its scores fit: by libtpu's schedules a quarter fewer bundles than chunks
+    of 256 (NOTES.md).
+    """
+    if dtype == jnp.float32:
+        # its products split their operands in three and fill the matrix unit anyway
         most, longest_block = 128 if keys > 1024 else 256, 1024
     else:
-        score_bytes = min(
-            _SCORE_BYTES, _VMEM_BYTES - keys * _bytes_a_key(D, dtype, backward=backward)
-        )
-        a_query = 8 * min(keys, _KEY_CHUNK) if backward else 4 * keys
-        most, longest_block = max(LANES, score_bytes // a_query // LANES * LANES), 1280
+        key_bytes = keys * _bytes_a_key(D, dtype, backward=backward)
+        score_bytes = min(_SCORE_BYTES, _VMEM_BYTES - key_bytes)
+        query_bytes = 8 * min(keys, _KEY_CHUNK) if backward else 4 * keys
+        most, longest_block = max(LANES, score_bytes // query_bytes // LANES * LANES), 1280
     if longest_block < T:
         most = min(most, 1024)
     chunk = T if most >= T else round_up(-(-T // -(-T // most)), LANES)
-    rows = T if longest_block >= T else chunk * max(1, 1024 // chunk)
-    queries_bytes, keys_bytes = (round_up(size, sublanes(dtype)) * width for size in (rows, keys))
-    pair = 2 * (
-        4 * queries_bytes + 4 * keys_bytes if backward else 2 * queries_bytes + 2 * keys_bytes
-    )
-    heads = batch = 1
-    if rows == T:  # accumulators across blocks of queries belong to one pair
-        heads = _divisor(H, min(8, _BLOCK_BYTES // pair))
-        if heads == H:
-            batch = _divisor(B, min(64 // heads, _BLOCK_BYTES // (pair * heads)))
-    unroll = _divisor(heads, max(1, 256 // round_up(min(T, chunk), 32)))
-    return _Plan(T, keys, batch, heads, unroll, rows, chunk, _KEY_CHUNK)
+    return chunk, T if longest_block >= T else chunk * max(1, 1024 // chunk)
 
 
 def _divisor(size: int, limit: int) -> int:
@@ -93,7 +104,7 @@ def _bytes_a_key(D: int, dtype: Any, *, backward: bool) -> int:
     return round_up(D, LANES) * (8 * itemsize + 8 if backward else 4 * itemsize + 8)
 
 
-# -- walks over a program's pairs, queries and keys --------------------------------------------------------------------
+# -- walks over a program's pairs, queries and keys --------------------------------------------
 
 
 def _for_pairs(plan: _Plan, body: Callable) -> None:
@@ -108,17 +119,16 @@ def _for_pairs(plan: _Plan, body: Callable) -> None:
 
 
 def _for_queries(plan: _Plan, i: Any, body: Callable) -> None:
-    """body(start, size) over the queries of block i in chunks; what is left of the last block is a chunk of its own size."""
+    """body(start, size) over the queries of block i in chunks.
+
+    What is left of the last block is a chunk of its own size.
+    """
     chunk = plan.query_chunk
-    inside = (
-        plan.queries if plan.blocks == 1 else jnp.minimum(plan.rows, plan.queries - i * plan.rows)
-    )
-    _loop(
-        divide(inside, chunk)[0],
-        lambda n, _: body(
-            n * chunk if isinstance(n, int) else pl.multiple_of(n * chunk, chunk), chunk
-        ),
-    )
+    if plan.blocks == 1:
+        inside = plan.queries
+    else:
+        inside = jnp.minimum(plan.rows, plan.queries - i * plan.rows)
+    _loop(divide(inside, chunk)[0], lambda n, _: body(_start_of(n, chunk), chunk))
     if left := plan.queries % chunk:
         start = (plan.queries - 1) % plan.rows // chunk * chunk
         if plan.blocks == 1:
@@ -131,16 +141,14 @@ def _for_keys(plan: _Plan, body: Callable, carry: Any) -> Any:
     """carry = body(start, size, carry) over all keys in chunks."""
     chunk = plan.key_chunk
     full = plan.keys // chunk
-    carry = _loop(
-        full,
-        lambda n, carry: body(
-            n * chunk if isinstance(n, int) else pl.multiple_of(n * chunk, chunk), chunk, carry
-        ),
-        carry,
-    )
+    carry = _loop(full, lambda n, carry: body(_start_of(n, chunk), chunk, carry), carry)
     if left := plan.keys % chunk:
         carry = body(full * chunk, left, carry)
     return carry
+
+
+def _start_of(n: Any, chunk: int) -> Any:
+    return n * chunk if isinstance(n, int) else pl.multiple_of(n * chunk, chunk)
 
 
 def _loop(count: Any, body: Callable, carry: Any = None) -> Any:
@@ -149,51 +157,53 @@ def _loop(count: Any, body: Callable, carry: Any = None) -> Any:
     return jax.lax.fori_loop(0, count, body, carry)
 
 
-# -- forward -----------------------------------------------------------------------------------------------------------
+# -- forward -----------------------------------------------------------------------------------
 
 
 def _forward_kernel(*refs, plan: _Plan, scale: float, has_bias: bool, has_mask: bool):
-    """One program: some (clip, head) pairs and a block of their queries; walks the queries in chunks, each against all keys at once."""
+    """One program: some (clip, head) pairs and a block of their queries.
+
+    Walks the queries in chunks, each against all keys at once.
+    """
     q_ref, k_ref, v_ref, *extra, out_ref, lse_ref = refs
     bias_ref, mask_ref = _take(extra, has_bias), _take(extra, has_mask)
-    holes, i = (
-        has_bias or has_mask,
-        pl.program_id(2),
-    )  # read here: jax 0.7.1 interprets no program_id inside a loop
+    may_be_empty = has_bias or has_mask  # a query may have no key
+    i = pl.program_id(2)  # read here: jax 0.7.1 interprets no program_id inside a loop
 
     def pair(b, first):
-        visible = _column(mask_ref[b]) if has_mask else None
+        attended = _column(mask_ref[b]) if has_mask else None
 
         def chunk(start, size):
             at = pl.ds(start, size)
             for h in (first + j for j in range(plan.unroll)):
                 bias = bias_ref[h, :, at] if has_bias else None
-                logits = _logits(k_ref[b, h], q_ref[b, h, at, :], scale, bias, visible)  # (S, t)
-                peak = logits.max(0, keepdims=True)
-                if holes:
-                    peak = jnp.where(
-                        peak == -jnp.inf, 0.0, peak
-                    )  # a query without any key would give nan
-                p = jnp.exp2(logits - peak)
-                total = p.sum(0, keepdims=True)
+                k, q = k_ref[b, h], q_ref[b, h, at, :]
+                scores = _scores(k, q, scale, bias, attended)  # (S, t)
+                row_max = scores.max(0, keepdims=True)
+                if may_be_empty:  # a query without any key would give nan
+                    row_max = jnp.where(row_max == -jnp.inf, 0.0, row_max)
+                p = jnp.exp2(scores - row_max)
+                row_sum = p.sum(0, keepdims=True)
                 v = v_ref[b, h]
                 out = dot(v, p.astype(v.dtype), (0, 0))  # (D, t)
-                out = out / (jnp.where(total == 0, 1.0, total) if holes else total)
+                out = out / (jnp.where(row_sum == 0, 1.0, row_sum) if may_be_empty else row_sum)
                 out_ref[b, h, at, :] = out.T.astype(out_ref.dtype)
-                lse = peak * _LN2 + jnp.log(total)
-                lse_ref[b, h, :, at] = jnp.where(total == 0, -jnp.inf, lse) if holes else lse
+                lse = row_max * _LN2 + jnp.log(row_sum)
+                lse_ref[b, h, :, at] = (
+                    jnp.where(row_sum == 0, -jnp.inf, lse) if may_be_empty else lse
+                )
 
         _for_queries(plan, i, chunk)
 
     _for_pairs(plan, pair)
 
 
-def _logits(k, q, scale, bias, visible):
-    """(S, t) in units of log 2, so that exp2 is all that is left of the softmax; a hidden key is -inf."""
-    logits = dot(k, q, (1, 1)) * (scale * _LOG2E)
+def _scores(k, q, scale, bias, attended):
+    """(S, t) in base 2, so that exp2 is all that is left of the softmax; masked keys are -inf."""
+    scores = dot(k, q, (1, 1)) * (scale * _LOG2E)
     if bias is not None:
-        logits = logits + bias
-    return logits if visible is None else jnp.where(visible > 0, logits, -jnp.inf)
+        scores = scores + bias
+    return scores if attended is None else jnp.where(attended > 0, scores, -jnp.inf)
 
 
 def _column(row):
@@ -209,19 +219,11 @@ def forward(q, k, v, *, scale, bias=None, key_mask=None):
     keys = _keys_at_once(q.shape[3], q.dtype, backward=False)
     if k.shape[2] <= keys:
         return _forward(q, k, v, scale, bias, key_mask, q.dtype)
-    # Beyond VMEM: the keys in parts, joined by their log-sums.
-    parts = [
-        _forward(
-            q,
-            k[:, :, at],
-            v[:, :, at],
-            scale,
-            None,
-            None if key_mask is None else key_mask[:, at],
-            jnp.float32,
-        )
-        for at in _parts(k.shape[2], keys)
-    ]
+    # more keys than VMEM holds: in parts, joined by their log-sums
+    parts = []
+    for at in _parts(k.shape[2], keys):
+        mask = None if key_mask is None else key_mask[:, at]
+        parts.append(_forward(q, k[:, :, at], v[:, :, at], scale, None, mask, jnp.float32))
     lse = jax.nn.logsumexp(jnp.stack([part for _, part in parts]), axis=0)
     shift = jnp.where(lse == -jnp.inf, 0.0, lse)
     out = sum(jnp.exp(part - shift)[..., None] * out for out, part in parts)
@@ -233,18 +235,28 @@ def _forward(q, k, v, scale, bias, key_mask, dtype):
     plan = _plan(q.shape, S, q.dtype, backward=False)
     specs = _specs(plan, D)
     operands, extra_specs = _extras(plan, bias, key_mask)
+    kernel = functools.partial(
+        _forward_kernel,
+        plan=plan,
+        scale=scale,
+        has_bias=bias is not None,
+        has_mask=key_mask is not None,
+    )
     out, lse = call(
-        functools.partial(_forward_kernel, plan=plan, scale=scale, has_bias=bias is not None, has_mask=key_mask is not None),
-        q, k, v, *operands,
+        kernel,
+        *(q, k, v, *operands),
         name="vatt_attention_forward",
         grid=(H // plan.heads, B // plan.batch, plan.blocks),
         semantics=("parallel", "parallel", "parallel"),
         in_specs=[specs.queries, specs.keys, specs.keys, *extra_specs],
         out_specs=[specs.queries, specs.statistics],
-        out_shape=[jax.ShapeDtypeStruct(q.shape, dtype), jax.ShapeDtypeStruct((B, H, 1, T), jnp.float32)],
+        out_shape=[
+            jax.ShapeDtypeStruct(q.shape, dtype),
+            jax.ShapeDtypeStruct((B, H, 1, T), jnp.float32),
+        ],
         flops=flops("fwd", B, H, T, S, D),
         exps=B * H * T * S,
-    )  # fmt: skip
+    )
     return out, lse[:, :, 0]
 
 
@@ -264,7 +276,10 @@ def _specs(plan: _Plan, D: int) -> _Specs:
 
 
 def _extras(plan: _Plan, bias, key_mask) -> tuple[list, list]:
-    """bias (H, S, T) in units of log 2 and key_mask (B, 1, S) as kernels take them, those that are given, and their blocks."""
+    """bias (H, S, T) in base 2 and key_mask (B, 1, S) as kernels take them, and their blocks.
+
+    Only those that are given.
+    """
     operands, specs = [], []
     if bias is not None:
         operands.append(jnp.swapaxes(bias, 1, 2).astype(jnp.float32) * _LOG2E)
@@ -282,14 +297,16 @@ def _parts(size: int, limit: int) -> list[slice]:
     return [slice(start, min(start + step, size)) for start in range(0, size, step)]
 
 
-# -- backward ----------------------------------------------------------------------------------------------------------
+# -- backward ----------------------------------------------------------------------------------
 
 
 def _backward_kernel(
     *refs, plan: _Plan, scale: float, has_bias: bool, has_mask: bool, bias_grad: bool
 ):
-    """One program: some (clip, head) pairs and a block of their queries; walks the queries in chunks, for each the keys, five products a
-    tile. d_k and d_v gather in fp32 over the blocks of a pair, d_bias in its output over all clips.
+    """One program: some (clip, head) pairs and a block of their queries.
+
+    Walks the queries in chunks, and for each chunk the keys: five products a tile. d_k and d_v are
+    summed in fp32 over the blocks of a pair, d_bias in its output over all clips.
     """
     d_out_ref, q_ref, k_ref, v_ref, out_ref, lse_ref, d_lse_ref, *extra = refs
     bias_ref, mask_ref = _take(extra, has_bias), _take(extra, has_mask)
@@ -320,27 +337,26 @@ def _backward_kernel(
             lse = lse_ref[b, h, :, at]  # (1, t)
             keyless = lse == -jnp.inf
             products = d_out.astype(jnp.float32) * out_ref[b, h, at, :].astype(jnp.float32)
-            delta = dot(jnp.ones((8, products.shape[1]), jnp.float32), products, (1, 1))[
-                :1
-            ]  # sums that come out as a row
-            delta = delta - jnp.where(
-                keyless, 0.0, d_lse_ref[b, h, :, at]
-            )  # without a key there is no gradient, whatever comes in
+            # a product with ones, so that the sums come out as a row
+            ones = jnp.ones((8, products.shape[1]), jnp.float32)
+            delta = dot(ones, products, (1, 1))[:1]
+            # without a key there is no gradient, whatever comes in
+            delta = delta - jnp.where(keyless, 0.0, d_lse_ref[b, h, :, at])
             lse = jnp.where(keyless, 0.0, lse * _LOG2E)
 
             def keys(start, size, d_q):
                 here = pl.ds(start, size)
                 k, v = k_ref[b, h, here, :], v_ref[b, h, here, :]
                 bias = bias_ref[h, here, at] if has_bias else None
-                visible = _column(mask_ref[b, :, here]) if has_mask else None
-                p = jnp.exp2(_logits(k, q, scale, bias, visible) - lse)  # (s, t)
+                attended = _column(mask_ref[b, :, here]) if has_mask else None
+                p = jnp.exp2(_scores(k, q, scale, bias, attended) - lse)  # (s, t)
                 d_v_sum[j, here, :] += dot(p.astype(d_out.dtype), d_out)
-                d_logits = p * (dot(v, d_out, (1, 1)) - delta)
+                d_s = p * (dot(v, d_out, (1, 1)) - delta)
                 if bias_grad:
-                    d_bias_ref[h, here, at] += d_logits
-                d_logits = d_logits.astype(q.dtype)
-                d_k_sum[j, here, :] += dot(d_logits, q)
-                return d_q + dot(k, d_logits, (0, 0))  # (D, t)
+                    d_bias_ref[h, here, at] += d_s
+                d_s = d_s.astype(q.dtype)
+                d_k_sum[j, here, :] += dot(d_s, q)
+                return d_q + dot(k, d_s, (0, 0))  # (D, t)
 
             d_q = _for_keys(plan, keys, jnp.zeros((q.shape[1], size), jnp.float32))
             d_q_ref[b, h, at, :] = (d_q * scale).T.astype(d_q_ref.dtype)
@@ -360,10 +376,12 @@ def backward(d_out, d_lse, q, k, v, out, lse, *, scale, bias=None, key_mask=None
     keys = _keys_at_once(q.shape[3], q.dtype, backward=True)
     if k.shape[2] <= keys:
         return _backward(d_out, d_lse, q, k, v, out, lse, scale, bias, key_mask, bias_grad, q.dtype)
-    parts = [  # lse and out are of all keys: gradients of the parts only have to be put together
-        _backward(d_out, d_lse, q, k[:, :, at], v[:, :, at], out, lse, scale, None, None if key_mask is None else key_mask[:, at], False, jnp.float32)
-        for at in _parts(k.shape[2], keys)
-    ]  # fmt: skip
+    # lse and out are of all keys: gradients of the parts only have to be put together
+    parts = []
+    for at in _parts(k.shape[2], keys):
+        mask = None if key_mask is None else key_mask[:, at]
+        tensors = (d_out, d_lse, q, k[:, :, at], v[:, :, at], out, lse)
+        parts.append(_backward(*tensors, scale, None, mask, False, jnp.float32))
     d_q, d_k, d_v, _ = zip(*parts, strict=True)
     return sum(d_q).astype(q.dtype), jnp.concatenate(d_k, 2), jnp.concatenate(d_v, 2), None
 
@@ -379,35 +397,44 @@ def _backward(d_out, d_lse, q, k, v, out, lse, scale, bias, key_mask, bias_grad,
         (specs.keys, v.shape, v.dtype),
     ]
     if bias_grad:
-        results.append(
-            (pl.BlockSpec((plan.heads, S, T), lambda h, b, i: (h, 0, 0)), (H, S, T), jnp.float32)
-        )
+        d_bias_spec = pl.BlockSpec((plan.heads, S, T), lambda h, b, i: (h, 0, 0))
+        results.append((d_bias_spec, (H, S, T), jnp.float32))
+    kernel = functools.partial(
+        _backward_kernel,
+        plan=plan,
+        scale=scale,
+        has_bias=bias is not None,
+        has_mask=key_mask is not None,
+        bias_grad=bias_grad,
+    )
     d_q, d_k, d_v, *d_bias = call(
-        functools.partial(
-            _backward_kernel, plan=plan, scale=scale, has_bias=bias is not None, has_mask=key_mask is not None, bias_grad=bias_grad
-        ),
-        d_out, q, k, v, out, lse[:, :, None], d_lse[:, :, None], *operands,
+        kernel,
+        *(d_out, q, k, v, out, lse[:, :, None], d_lse[:, :, None], *operands),
         name="vatt_attention_backward",
         grid=(H // plan.heads, B // plan.batch, plan.blocks),
         semantics=("parallel", "arbitrary" if bias_grad else "parallel", "arbitrary"),
         in_specs=[
-            specs.queries, specs.queries, specs.keys, specs.keys, specs.queries, specs.statistics, specs.statistics, *extra_specs,
+            *(specs.queries, specs.queries, specs.keys, specs.keys, specs.queries),
+            *(specs.statistics, specs.statistics, *extra_specs),
         ],
         out_specs=[spec for spec, _, _ in results],
         out_shape=[jax.ShapeDtypeStruct(shape, dtype) for _, shape, dtype in results],
         scratch=[pltpu.VMEM((plan.unroll, S, D), jnp.float32)] * 2,
         flops=flops("bwd", B, H, T, S, D),
         exps=B * H * T * S,
-    )  # fmt: skip
+    )
     return d_q, d_k, d_v, jnp.swapaxes(d_bias[0], 1, 2) if bias_grad else None
 
 
 def unsupported(q, k, v, *, scale, bias=None, key_mask=None, bias_grad=False) -> str | None:
     (_, _, T, D), S = q.shape, k.shape[2]
-    if reason := objection(q, k, v):
+    if reason := unsupported_operands(q, k, v):
         return reason
     if D % 8 or D > LANES:
         return f"head_dim {D} is not a multiple of 8 up to {LANES}"
     if bias is not None and max(T, S) > _BIAS_SIDE:
-        return f"a bias of {T} x {S} does not fit beside its gradient; up to {_BIAS_SIDE} x {_BIAS_SIDE} do"
+        return (
+            f"a bias of {T} x {S} does not fit beside its gradient; "
+            f"up to {_BIAS_SIDE} x {_BIAS_SIDE} do"
+        )
     return None

@@ -1,4 +1,4 @@
-"""Attention as one reads it: the whole score matrix, for torch and jax.numpy, any float type."""
+"""Attention as one reads it, with the whole score matrix: torch and jax.numpy, any float type."""
 
 import math
 
@@ -7,12 +7,6 @@ import torch
 from ..numerics import cast, heads_first, softmax, wide
 
 # B batch, T queries, S keys, H heads, D head_dim
-
-
-def unsupported(
-    q, k, v, *, scale, bias=None, key_mask=None, deterministic=False, bias_grad=False
-) -> str | None:
-    return None
 
 
 def forward(q, k, v, *, scale, bias=None, key_mask=None, deterministic=False, xp=torch):
@@ -42,12 +36,10 @@ def backward(
     d_v = xp.swapaxes(cast(p, q.dtype), 2, 3) @ d_out
     delta = (wide(xp, d_out) * wide(xp, out)).sum(-1)  # (B, H, T)
     if d_lse is not None:
-        delta -= xp.where(
-            lse == -math.inf, 0.0, d_lse
-        )  # a row without a key has no gradient, whatever comes in
-    d_scores = wide(
-        xp, d_out @ xp.swapaxes(v, 2, 3)
-    )  # of the probabilities; *= and -= spare torch a score matrix each
+        # a row without a key has no gradient, whatever comes in
+        delta -= xp.where(lse == -math.inf, 0.0, d_lse)
+    # at first d_p; then *= and -= spare torch a score matrix each
+    d_scores = wide(xp, d_out @ xp.swapaxes(v, 2, 3))
     d_scores -= delta[..., None]
     d_scores *= p
     d_bias = d_scores.sum(0) if bias_grad else None
@@ -59,12 +51,17 @@ def backward(
 
 def _probabilities(xp, q, k, scale, bias, key_mask):
     """softmax(scores) (B, H, T, S), 0 in a row without a key, and lse (B, H, T)."""
-    scores = wide(xp, q) @ xp.swapaxes(
-        wide(xp, k), 2, 3
-    )  # rounded to half precision, lse would not fit another backend's backward
+    # rounded to half precision, lse would not fit another backend's backward
+    scores = wide(xp, q) @ xp.swapaxes(wide(xp, k), 2, 3)
     scores *= scale
     if bias is not None:
         scores += bias
     if key_mask is not None:
         scores = xp.where(key_mask[:, None, None, :], scores, -math.inf)
-    return softmax(xp, scores, holes=bias is not None or key_mask is not None)
+    return softmax(xp, scores, may_be_empty=bias is not None or key_mask is not None)
+
+
+def unsupported(
+    q, k, v, *, scale, bias=None, key_mask=None, deterministic=False, bias_grad=False
+) -> str | None:
+    return None

@@ -1,4 +1,7 @@
-"""Attention by cuDNN's fused kernels, through the aten functions that return lse and accept it back. NVIDIA only, no mask, no bias."""
+"""Attention by cuDNN's fused kernels, through the aten functions that return and take lse.
+
+NVIDIA only, no mask, no bias.
+"""
 
 import torch
 
@@ -38,25 +41,12 @@ def backward(
         return reference.backward(d_out, d_lse, q, k, v, out, lse, scale=scale)
     T, S = q.shape[1], k.shape[1]
     d_out, q, k, v, out = (x.transpose(1, 2) for x in (d_out, q, k, v, out))
-    nothing = torch.zeros(
-        (), dtype=torch.int64, device=q.device
-    )  # only dropout would read a seed, only ragged batches lengths
+    no_seed = torch.zeros((), dtype=torch.int64, device=q.device)  # only dropout would read it
     grads = aten._scaled_dot_product_cudnn_attention_backward(
-        d_out,
-        q,
-        k,
-        v,
-        out,
-        lse.unsqueeze(-1),
-        nothing,
-        nothing,
-        None,
-        None,
-        None,
-        T,
-        S,
-        0.0,
-        False,
+        *(d_out, q, k, v, out, lse.unsqueeze(-1)),
+        *(no_seed, no_seed, None),  # and no bias
+        *(None, None, T, S),  # no ragged batches; the longest lengths
+        *(0.0, False),  # no dropout, not causal
         scale=scale,
     )
     return *(grad.transpose(1, 2) for grad in grads), None
@@ -66,7 +56,8 @@ def unsupported(
     q, k, v, *, scale, bias=None, key_mask=None, deterministic=False, bias_grad=False
 ) -> str | None:
     if q.device.type != "cuda" or torch.version.hip:
-        return f"tensors are on {'an AMD GPU' if q.device.type == 'cuda' else q.device.type}; cuDNN is reached on NVIDIA GPUs"
+        device = "an AMD GPU" if q.device.type == "cuda" else q.device.type
+        return f"tensors are on {device}; cuDNN is reached on NVIDIA GPUs"
     if bias is not None or key_mask is not None:
         return "it is reached without bias and key_mask only"
     if q.dtype not in (torch.float16, torch.bfloat16):

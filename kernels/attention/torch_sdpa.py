@@ -1,6 +1,7 @@
-"""Attention by torch's own fused kernels, through the aten functions that return lse and accept it back.
+"""Attention by torch's own fused kernels, through the aten functions that return and take lse.
 
-CPU: flash attention for CPU. CUDA: flash attention, or the memory-efficient kernel where there is a mask, a bias or fp32.
+CPU: flash attention for CPU. CUDA: flash attention, or the memory-efficient kernel where there is
+a mask, a bias or fp32.
 """
 
 import math
@@ -68,9 +69,8 @@ def backward(
         )
         return reference.backward(d_out, d_lse, q, k, v, out, lse, **options)
     T, dtype = q.shape[1], q.dtype
-    if (
-        q.device.type == "cpu"
-    ):  # the CPU's half-precision backward is 3 to 20 times slower than the fp32 one (NOTES.md)
+    if q.device.type == "cpu":
+        # the CPU's half-precision backward is 3 to 20 times slower than the fp32 one (NOTES.md)
         d_out, q, k, v, out = (wide(torch, x) for x in (d_out, q, k, v, out))
     mask, empty = _mask(q, k, bias, key_mask)
     if empty is not None:  # no gradient in, none out; a huge lse makes those rows' probabilities 0
@@ -85,37 +85,18 @@ def backward(
         no_seed = torch.zeros((), dtype=torch.int64, device=q.device)  # only dropout would read it
         if _flash(q, mask):
             grads = aten._scaled_dot_product_flash_attention_backward(
-                d_out,
-                q,
-                k,
-                v,
-                out,
-                lse,
-                None,
-                None,
-                T,
-                k.shape[2],
-                0.0,
-                False,
-                no_seed,
-                no_seed,
+                *(d_out, q, k, v, out, lse),
+                *(None, None, T, k.shape[2]),  # no ragged batches; the longest lengths
+                *(0.0, False, no_seed, no_seed),  # no dropout, not causal
                 scale=scale,
             )
         else:
             lse = F.pad(lse, (0, -T % _LSE_ALIGNMENT), value=math.inf)
             grads = aten._scaled_dot_product_efficient_attention_backward(
-                d_out,
-                q,
-                k,
-                v,
-                mask,
-                out,
-                lse,
-                no_seed,
-                no_seed,
-                0.0,
-                [True, True, True, False],
-                False,
+                *(d_out, q, k, v, mask, out, lse),
+                *(no_seed, no_seed, 0.0),  # no dropout
+                [True, True, True, False],  # gradients of q, k and v, not of the mask
+                False,  # not causal
                 scale=scale,
             )
     d_q, d_k, d_v = (grad.transpose(1, 2).to(dtype) for grad in grads[:3])
@@ -127,24 +108,27 @@ def _flash(q, mask) -> bool:
 
 
 def _mask(q, k, bias, key_mask):
-    """Additive (B, H, T, S) mask in q's dtype, and which rows have no key (its first three axes, or 1): those attend everything and are
-    blanked later. None where there is no mask; and where there are no such rows, if the tensors are on the CPU, which tells without a wait."""
+    """Additive mask (B, H, T, S) in q's dtype, and which rows (B or 1, H or 1, T or 1) have no key.
+
+    Rows without a key attend everything here, and are set to 0 later. The mask is None where there
+    is none. The rows are None if there are no such rows and the tensors are on the CPU: only there
+    can one look without a wait.
+    """
     B, T, H, _ = q.shape
     if bias is None and key_mask is None:
         return None, None
-    mask = (
-        torch.zeros((1, 1, 1, 1), dtype=q.dtype, device=q.device)
-        if bias is None
-        else bias.unsqueeze(0).to(q.dtype)
-    )
-    only_keys = (
-        key_mask is not None and on_cpu(mask) and not (mask == -math.inf).any()
-    )  # then no row is empty but with its whole clip
+    if bias is None:
+        mask = torch.zeros((1, 1, 1, 1), dtype=q.dtype, device=q.device)
+    else:
+        mask = bias.unsqueeze(0).to(q.dtype)
+    # if so, a row is empty only with its whole clip
+    only_keys = key_mask is not None and on_cpu(mask) and not (mask == -math.inf).any()
     if key_mask is not None:
         mask = mask.masked_fill(key_mask.logical_not().unsqueeze(1).unsqueeze(1), -math.inf)
-    empty = (
-        key_mask.any(-1).logical_not()[:, None, None] if only_keys else (mask == -math.inf).all(-1)
-    )
+    if only_keys:
+        empty = key_mask.any(-1).logical_not()[:, None, None]
+    else:
+        empty = (mask == -math.inf).all(-1)
     if on_cpu(mask) and not empty.any():
         return mask.expand(B, H, T, k.shape[1]), None
     mask = mask.masked_fill(empty.unsqueeze(-1), 0.0)
@@ -163,11 +147,9 @@ def unsupported(
         return "a trainable bias has no gradient here"
     if any(x.stride(-1) != 1 for x in (q, k, v)):
         return "the last axis of q, k and v must be contiguous"
-    return (
-        _unsupported_on_cuda(q, bias is None and key_mask is None, deterministic)
-        if q.device.type == "cuda"
-        else None
-    )
+    if q.device.type == "cuda":
+        return _unsupported_on_cuda(q, bias is None and key_mask is None, deterministic)
+    return None
 
 
 def _unsupported_on_cuda(q, unmasked: bool, deterministic: bool) -> str | None:

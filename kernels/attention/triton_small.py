@@ -1,58 +1,61 @@
-"""The backward of short sequences (texts): one kernel, since all queries and keys of a head fit one tile. Forward needs none of its own."""
+"""The backward of short sequences (texts) in Triton: all queries and keys of a head fit one tile.
+
+One kernel does all of it. The forward needs no kernel of its own.
+"""
 
 import torch
 import triton
 import triton.language as tl
 
 from .. import tiles
-from ..tiles import Tiles
-from ..triton_common import arch, dot_precision, load_rows
+from ..triton_common import LOG2E, arch, dot_precision, load_rows
+from .triton_tiles import backward_small_tiles, dot_size
 
-# B batch, T queries, S keys, H heads, D head_dim, strips of a few batch items each
+# B batch, T queries, S keys, H heads, D head_dim; a strip holds the d_bias of a few batch items
 
-_PROGRAMS = 512  # of one launch at most, where d_bias is wanted: its strips stay few
+_PROGRAMS = 512  # of one launch at most, where d_bias is wanted: so its strips stay few
 
 
-def unit(dtype: torch.dtype) -> float:
-    """Scores are multiplied by this: log2(e), folded into the scale, so that exp2 follows one FMA. Not in fp32, where it would cost more
-    than twice plain torch's error: the roundings of a scale, a score and an lse, all times the score."""
-    return 1.0 if dtype == torch.float32 else 1.4426950408889634
+def log_scale(dtype: torch.dtype) -> float:
+    """Factor of the scores: log2(e), part of the scale, so that exp2 follows one FMA.
+
+    In fp32 it is 1 and exp is taken: the factor rounds the scale, the score and lse, each times
+    the score, and the error would be more than twice that of plain torch.
+    """
+    return 1.0 if dtype == torch.float32 else LOG2E.value
 
 
 @triton.jit
-def power(x, UNIT: tl.constexpr):
-    """exp(x / UNIT)."""
-    return tl.exp(x) if UNIT == 1.0 else tl.exp2(x)
+def scaled_exp(x, LOG_SCALE: tl.constexpr):
+    """exp(x / LOG_SCALE)."""
+    return tl.exp(x) if LOG_SCALE == 1.0 else tl.exp2(x)
 
 
 @triton.jit(do_not_specialize=["B", "T", "S", "items"])
 def _backward_kernel(
     d_out, q, k, v, bias, key_mask, lse, d_lse, d_q, d_k, d_v, d_bias_strips,
-    factor, items, B, H, T, S,
-    g_b, g_t, g_h, q_b, q_t, q_h, k_b, k_s, k_h, v_b, v_s, v_h,
+    scale, items, B, H, T, S,
+    g_b, g_t, g_h, q_b, q_t, q_h, k_b, k_s, k_h, v_b, v_s, v_h,  # strides, g of d_out
     bias_h, bias_t, bias_s, mask_b, mask_s,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_MASK: tl.constexpr, HAS_D_LSE: tl.constexpr, BIAS_GRAD: tl.constexpr,
-    UNIT: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_MASK: tl.constexpr, HAS_D_LSE: tl.constexpr,
+    BIAS_GRAD: tl.constexpr, LOG_SCALE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One program: one head of ``items`` batch items, all their queries and keys. Writes their d_q, d_k, d_v, and their sum of d_scores to
-    its own strip of d_bias_strips (strips, H, T, S) fp32: no atomics, the same bits every run."""
+    """One program: one head of ``items`` batch items, with all their queries and keys.
+
+    Writes d_q, d_k, d_v, and its sum of d_scores to its own strip of d_bias_strips
+    (strips, H, T, S) fp32: no atomics, the same bits every run.
+    """
     h = tl.cast(tl.program_id(0) % H, tl.int64)
     strip = tl.cast(tl.program_id(0) // H, tl.int64)
     t, s, d = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_D)
-    square = (t[:, None] < T) & (s[None, :] < S)
-    t_tile = (t[:, None] < T) & (d[None, :] < HEAD_DIM)
-    s_tile = (s[:, None] < S) & (d[None, :] < HEAD_DIM)
+    inside = (t[:, None] < T) & (s[None, :] < S)
+    inside_t = (t[:, None] < T) & (d[None, :] < HEAD_DIM)
+    inside_s = (s[:, None] < S) & (d[None, :] < HEAD_DIM)
     offset = tl.zeros([BLOCK_T, BLOCK_S], tl.float32)
     if HAS_BIAS:
-        offset = (
-            tl.load(
-                bias + h * bias_h + t[:, None] * bias_t + s[None, :] * bias_s,
-                mask=square,
-                other=0.0,
-            ).to(tl.float32)
-            * UNIT
-        )
+        pointers = bias + h * bias_h + t[:, None] * bias_t + s[None, :] * bias_s
+        offset = tl.load(pointers, mask=inside, other=0.0).to(tl.float32) * LOG_SCALE
     d_bias = tl.zeros([BLOCK_T, BLOCK_S], tl.float32)
     for b in range(strip * items, tl.minimum(strip * items + items, B)):
         queries = load_rows(q + b * q_b + h * q_h, q_t, t, d, T, HEAD_DIM, True)
@@ -60,60 +63,52 @@ def _backward_kernel(
         values = load_rows(v + b * v_b + h * v_h, v_s, s, d, S, HEAD_DIM, True)
         gradients = load_rows(d_out + b * g_b + h * g_h, g_t, t, d, T, HEAD_DIM, True)
         rows = (b * H + h) * T + t
-        log_sum = tl.load(lse + rows, mask=t < T, other=-float("inf"))
-        keyless = log_sum == -float("inf")  # and the rows beyond the last
-        log_sum = tl.where(keyless, float("inf"), log_sum * UNIT)
+        row_lse = tl.load(lse + rows, mask=t < T, other=-float("inf"))
+        keyless = row_lse == -float("inf")  # rows without a key, and those beyond the last
+        row_lse = tl.where(keyless, float("inf"), row_lse * LOG_SCALE)
 
-        live = square
+        attended = inside
         if HAS_MASK:
-            live = (
-                live
-                & (tl.load(key_mask + b * mask_b + s * mask_s, mask=s < S, other=0) != 0)[None, :]
-            )
-        scores = (
-            tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * (factor * UNIT) + offset
-        )
-        p = tl.where(live, power(scores - log_sum[:, None], UNIT), 0.0)
-        total = tl.sum(
-            p, 1
-        )  # 1, but for the roundings of lse, which one query's gradients would feel
-        p /= tl.where(total == 0.0, 1.0, total)[:, None]
+            mask = tl.load(key_mask + b * mask_b + s * mask_s, mask=s < S, other=0) != 0
+            attended = attended & mask[None, :]
+        products = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
+        scores = products * (scale * LOG_SCALE) + offset
+        p = tl.where(attended, scaled_exp(scores - row_lse[:, None], LOG_SCALE), 0.0)
+        # 1 but for the roundings of lse, which would reach the gradients of a single query
+        p_sum = tl.sum(p, 1)
+        p /= tl.where(p_sum == 0.0, 1.0, p_sum)[:, None]
         d_p = tl.dot(gradients, tl.trans(values), input_precision=PRECISION)
-        delta = tl.sum(
-            p * d_p, 1
-        )  # the whole row is here: more exact than rowsum(out * d_out), and out need not be read
+        # the whole row is here: this is more exact than rowsum(out * d_out), and needs no out
+        delta = tl.sum(p * d_p, 1)
         if HAS_D_LSE:
-            delta -= tl.where(
-                keyless, 0.0, tl.load(d_lse + rows, mask=t < T, other=0.0).to(tl.float32)
-            )
+            row_d_lse = tl.load(d_lse + rows, mask=t < T, other=0.0).to(tl.float32)
+            delta -= tl.where(keyless, 0.0, row_d_lse)
         d_s = p * (d_p - delta[:, None])
         if BIAS_GRAD:
             d_bias += d_s
         p = p.to(queries.dtype)
         d_s = d_s.to(queries.dtype)
-        sum_v = tl.dot(tl.trans(p), gradients, input_precision=PRECISION)
-        sum_k = tl.dot(tl.trans(d_s), queries, input_precision=PRECISION) * factor
-        sum_q = tl.dot(d_s, keys, input_precision=PRECISION) * factor
+        acc_v = tl.dot(tl.trans(p), gradients, input_precision=PRECISION)
+        acc_k = tl.dot(tl.trans(d_s), queries, input_precision=PRECISION) * scale
+        acc_q = tl.dot(d_s, keys, input_precision=PRECISION) * scale
         at_t = ((b * T + t[:, None]) * H + h) * HEAD_DIM + d[None, :]
         at_s = ((b * S + s[:, None]) * H + h) * HEAD_DIM + d[None, :]
-        tl.store(d_q + at_t, sum_q.to(d_q.dtype.element_ty), mask=t_tile)
-        tl.store(d_k + at_s, sum_k.to(d_k.dtype.element_ty), mask=s_tile)
-        tl.store(d_v + at_s, sum_v.to(d_v.dtype.element_ty), mask=s_tile)
+        tl.store(d_q + at_t, acc_q.to(d_q.dtype.element_ty), mask=inside_t)
+        tl.store(d_k + at_s, acc_k.to(d_k.dtype.element_ty), mask=inside_s)
+        tl.store(d_v + at_s, acc_v.to(d_v.dtype.element_ty), mask=inside_s)
     if BIAS_GRAD:
-        tl.store(
-            d_bias_strips + ((strip * H + h) * T + t[:, None]) * S + s[None, :], d_bias, mask=square
-        )
+        at = ((strip * H + h) * T + t[:, None]) * S + s[None, :]
+        tl.store(d_bias_strips + at, d_bias, mask=inside)
 
 
 def backward(d_out, d_lse, q, k, v, lse, *, scale, bias, key_mask, bias_grad):
     B, T, H, D = q.shape
     S = k.shape[1]
-    block_t, block_s = _block(T), _block(S)
-    choice = tiles.choose(
+    blocks = tiles.choose(
         "attention_backward_small",
         arch(),
         q.dtype,
-        _tiles(block_t, block_s),
+        backward_small_tiles(T, S),
         queries=T,
         keys=S,
         head_dim=D,
@@ -121,40 +116,53 @@ def backward(d_out, d_lse, q, k, v, lse, *, scale, bias, key_mask, bias_grad):
     items = triton.cdiv(B, max(1, _PROGRAMS // H)) if bias_grad else 1
     strips = triton.cdiv(B, items)
     d_q, d_k, d_v = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    d_bias = torch.empty(
-        (strips, H, T, S) if bias_grad else 1, dtype=torch.float32, device=q.device
+    d_bias_shape = (strips, H, T, S) if bias_grad else 1
+    d_bias = torch.empty(d_bias_shape, dtype=torch.float32, device=q.device)
+    inputs = (
+        *(d_out, q, k, v),
+        *optional(q, bias, key_mask),
+        *(lse, lse if d_lse is None else d_lse),
     )
+    constants = dict(
+        HEAD_DIM=D,
+        BLOCK_D=dot_size(D),
+        BLOCK_T=dot_size(T),
+        BLOCK_S=dot_size(S),
+        HAS_BIAS=bias is not None,
+        HAS_MASK=key_mask is not None,
+        HAS_D_LSE=d_lse is not None,
+        BIAS_GRAD=bias_grad,
+        LOG_SCALE=log_scale(q.dtype),
+        PRECISION=dot_precision(q.dtype),
+    )
+    sizes = (items, B, H, T, S)
+    strides = all_strides((d_out, q, k, v), bias, key_mask)
     _backward_kernel[(strips * H,)](
-        d_out, q, k, v, q if bias is None else bias, q if key_mask is None else key_mask,
-        lse, lse if d_lse is None else d_lse, d_q, d_k, d_v, d_bias,
-        scale, items, B, H, T, S,
-        *d_out.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-        *((0, 0, 0) if bias is None else bias.stride()), *((0, 0) if key_mask is None else key_mask.stride()),
-        HEAD_DIM=D, BLOCK_D=_block(D), BLOCK_T=block_t, BLOCK_S=block_s,
-        HAS_BIAS=bias is not None, HAS_MASK=key_mask is not None, HAS_D_LSE=d_lse is not None, BIAS_GRAD=bias_grad,
-        UNIT=unit(q.dtype), PRECISION=dot_precision(q.dtype), **choice,
-    )  # fmt: skip
+        *inputs, d_q, d_k, d_v, d_bias, scale, *sizes, *strides, **constants, **blocks
+    )
     return d_q, d_k, d_v, d_bias.sum(0) if bias_grad else None
 
 
-def _block(size: int) -> int:
-    return max(16, triton.next_power_of_2(size))
+def optional(q, bias, key_mask) -> tuple[torch.Tensor, torch.Tensor]:
+    """bias and key_mask as kernels take them: q stands for an absent one and is never read."""
+    return q if bias is None else bias, q if key_mask is None else key_mask
 
 
-def _tiles(block_t: int, block_s: int) -> Tiles:
-    return dict(num_warps=4 if block_t * block_s > 16 * 16 else 2, num_stages=1)
-
-
-TUNING: dict[str, list[Tiles]] = {
-    "attention_backward_small": [
-        dict(num_warps=warps, num_stages=stages) for warps in (1, 2, 4, 8) for stages in (1, 2)
-    ]
-}
+def all_strides(tensors, bias, key_mask) -> tuple[int, ...]:
+    """Strides of the first three axes of ``tensors``, then those of bias and key_mask."""
+    return (
+        *(stride for x in tensors for stride in x.stride()[:3]),
+        *((0, 0, 0) if bias is None else bias.stride()),
+        *((0, 0) if key_mask is None else key_mask.stride()),
+    )
 
 
 def fits(q: torch.Tensor, k: torch.Tensor) -> bool:
-    """All queries by all keys fit the registers of one program: 64 by 64 at half precision, 32 by 32 or 16 by 64 in fp32."""
-    block_t, block_s = _block(q.shape[1]), _block(k.shape[1])
+    """All queries by all keys fit the registers of one program.
+
+    That is 64 by 64 at half precision, 32 by 32 or 16 by 64 in fp32.
+    """
+    block_t, block_s = dot_size(q.shape[1]), dot_size(k.shape[1])
     narrow = q.shape[-1] <= 64
     scores = 64 * 64 if narrow and q.dtype != torch.float32 else 32 * 32
     return max(block_t, block_s) <= (64 if narrow else 32) and block_t * block_s <= scores

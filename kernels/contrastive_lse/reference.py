@@ -1,4 +1,7 @@
-"""The contrastive log-sums as one reads them: the whole score matrix, for torch and jax.numpy, any float type."""
+"""The contrastive log-sums as one reads them: with the whole score matrix.
+
+For torch and jax.numpy, any float type.
+"""
 
 import math
 
@@ -7,12 +10,6 @@ import torch
 from ..numerics import wide
 
 # M clips of x, N clips in all, P texts a clip, D dimensions
-
-
-def unsupported(
-    x, y, *, scale, texts_per_clip=1, first=0, x_valid=None, y_valid=None, bound=None
-) -> str | None:
-    return None
 
 
 def forward(
@@ -55,7 +52,10 @@ def backward(
 
 
 def _scores(xp, x, y, scale, texts_per_clip, first, x_valid, y_valid):
-    """(M, N * P) products, then the scores with everything outside the row, column and own sets at -inf."""
+    """Products (M, N * P), then three times the scores: for row, col and pos.
+
+    Scores outside a row's, a column's and the own texts' set are -inf.
+    """
     cosines = wide(xp, x) @ wide(xp, y).T
     place = {"device": x.device} if xp is torch else {}
     scores = scale * cosines
@@ -68,6 +68,12 @@ def _scores(xp, x, y, scale, texts_per_clip, first, x_valid, y_valid):
 
 
 def _logsumexp(xp, scores, axis):
-    peak = xp.amax(scores, axis=axis, keepdims=True)
-    total = xp.exp(scores - xp.where(peak == -math.inf, 0.0, peak)).sum(axis)
-    return xp.log(total) + xp.squeeze(peak, axis)
+    m = xp.amax(scores, axis=axis, keepdims=True)
+    l = xp.exp(scores - xp.where(m == -math.inf, 0.0, m)).sum(axis)
+    return xp.log(l) + xp.squeeze(m, axis)
+
+
+def unsupported(
+    x, y, *, scale, texts_per_clip=1, first=0, x_valid=None, y_valid=None, bound=None
+) -> str | None:
+    return None

@@ -1,8 +1,10 @@
-"""The contrastive log-sums in Triton: a tile of scores is computed once, feeds row, col and pos, and is gone.
+"""The contrastive log-sums in Triton: a tile of scores is computed once, feeds row, col and pos.
 
-Forward: one pass. With a promised bound that keeps exp(S) and its sums inside fp32 no maximum is subtracted and a score costs one exp;
-without, rows, columns and own texts each keep a running maximum. Backward: the weights d loss / d S of a chunk of bounded size go to memory,
-then two plain matrix products, which are the vendor library's: 6 E D FLOP, no atomics, the same bits every run.
+The matrix of scores is never stored. Forward: one pass. With a bound that keeps exp(S) and its
+sums inside fp32, no maximum is subtracted and a score costs one exp. Without it, rows, columns and
+own texts each keep a running maximum. Backward: the weights d loss / d S of a chunk of bounded
+size go to memory; two plain matrix products follow, by the vendor's library: 6 E D FLOP, no
+atomics, the same bits every run.
 """
 
 import torch
@@ -11,15 +13,15 @@ import triton.language as tl
 
 from .. import tiles
 from ..tiles import Tiles
-from ..triton_common import arch, interpreted, objection
+from ..triton_common import arch, dot_precision, interpreted, unsupported_operands
+from .bound import needs_running_max
 
-# M clips of x, N clips in all, P texts a clip, T = N * P texts, D dimensions, R row splits, C column splits, E = M * T scores
+# M clips of x, N clips in all, P texts a clip, T = N * P texts, D dimensions, R row splits,
+# C column splits, E = M * T scores
 
-_MAX_BOUND = 48.0  # exp(-48) / a million clips keeps all its bits in fp32, as does exp(48) * a million; temperatures from 1/48 up
-_MAX_SPLITS = (
-    32  # scratch is 4 bytes * splits a clip and text, beside 2 D bytes for the vector itself
-)
-_PROGRAMS = 2048  # where there are few row (column) tiles, the other axis is split further, up to so many programs
+_MAX_SPLITS = 32  # scratch is 4 bytes * splits a clip and text, beside a vector's 2 D bytes
+# where there are few row (column) tiles, the other axis is split further, up to so many programs
+_PROGRAMS = 2048
 _WEIGHTS_BYTES = 256 << 20  # of a chunk's weights: the whole matrix up to 11585 x 11585 in bf16
 _MAX_CHUNK_CLIPS = 8192
 _TEXT_ALIGNMENT = 64  # of the weights' rows: what matrix products like
@@ -27,12 +29,25 @@ _TEXT_ALIGNMENT = 64  # of the weights' rows: what matrix products like
 
 @triton.jit
 def _products(
-    x, y, stride_x, stride_y, M, T, D: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """x[m] . y[n] (BLOCK_M, BLOCK_N) fp32 of the tile that starts at x and y; past the last of M (T) rows left, that row is repeated."""
+    x,
+    y,
+    stride_x,
+    stride_y,
+    M,
+    T,
+    D: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Dot products x[m] . y[n] (BLOCK_M, BLOCK_N) fp32 of the tile that starts at x and y.
+
+    M and T rows are left; past the last one, that row is repeated.
+    """
     d = tl.arange(0, BLOCK_D)
-    # repeated rows instead of masks: a predicate per load and stage costs the registers of a second tile on the core
+    # repeated rows instead of masks: a predicate per load and stage costs so many registers that
+    # no second tile fits the core
     x_at = x + (tl.minimum(tl.arange(0, BLOCK_M), M - 1)[:, None] * stride_x + d[None, :])
     y_at = y + (tl.minimum(tl.arange(0, BLOCK_N), T - 1)[None, :] * stride_y + d[:, None])
     products = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
@@ -63,26 +78,30 @@ def _own(clips, texts, P):
 
 
 @triton.jit
-def _fold(peak, total, scores, AXIS: tl.constexpr):
-    """A running log-sum, peak + log(total), takes in a tile of scores; -inf counts as absent."""
-    higher = tl.maximum(peak, tl.max(scores, AXIS))
-    safe = tl.where(
-        higher == float("-inf"), 0.0, higher
-    )  # nothing seen yet: -inf less -inf would be nan
-    total = total * tl.exp(peak - safe) + tl.sum(tl.exp(scores - tl.expand_dims(safe, AXIS)), AXIS)
-    return higher, total
+def _add_scores(m, l, scores, AXIS: tl.constexpr):
+    """Add a tile of scores to a running log-sum m + log(l), m the maximum so far; -inf adds 0."""
+    new_m = tl.maximum(m, tl.max(scores, AXIS))
+    # nothing seen yet: -inf less -inf would be nan
+    finite_m = tl.where(new_m == float("-inf"), 0.0, new_m)
+    terms = tl.exp(scores - tl.expand_dims(finite_m, AXIS))
+    return new_m, l * tl.exp(m - finite_m) + tl.sum(terms, AXIS)
+
+
+# -- forward -----------------------------------------------------------------------------------
 
 
 @triton.jit
 def _forward_kernel(
-    x, y, scale, x_valid, y_valid, totals, peaks, stride_x, stride_y, M, T, first, P, row_splits, col_splits,
+    x, y, scale, x_valid, y_valid, sums, maxima,
+    stride_x, stride_y, M, T, first, P, row_splits, col_splits,
     D: tl.constexpr, RUNNING: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """One program: every row_splits-th tile of clips against every col_splits-th tile of texts, each score computed once.
+    """One program: every row_splits-th tile of clips by every col_splits-th tile of texts.
 
-    Leaves log-sums over what it saw as total and, if RUNNING, peak; both are row (C, M), pos (C, M) and col (R, T) behind one another. Its
-    line of col grows from one row tile to the next; nobody else writes there.
+    Each score is computed once. Writes the log-sums of what it saw as sums and, if RUNNING,
+    maxima; both are row (C, M), pos (C, M) and col (R, T) behind one another. Its line of col
+    grows from one row tile to the next; no other program writes there.
     """
     row_split = tl.program_id(0) % row_splits  # neighbours share their texts in the cache
     col_split = tl.program_id(0) // row_splits
@@ -90,100 +109,88 @@ def _forward_kernel(
     row_line, own_line = tl.cast(col_split, tl.int64) * M, own_at + tl.cast(col_split, tl.int64) * M
     col_line = 2 * own_at + tl.cast(row_split, tl.int64) * T
     factor = tl.load(scale).to(tl.float32)
-    for m in range(row_split, tl.cdiv(M, BLOCK_M), row_splits):
-        rows = m * BLOCK_M + tl.arange(0, BLOCK_M)
+    for i in range(row_split, tl.cdiv(M, BLOCK_M), row_splits):
+        rows = i * BLOCK_M + tl.arange(0, BLOCK_M)
         x_inside = rows < M
         x_counts = _valid(x_valid, rows, x_inside)
-        first_clip = first + m * BLOCK_M
-        x_tile = x + tl.cast(m * BLOCK_M, tl.int64) * stride_x
-        row_total = tl.zeros([BLOCK_M], tl.float32)
-        own_total = tl.zeros([BLOCK_M], tl.float32)
-        row_peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
-        own_peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
-        for n in range(col_split, tl.cdiv(T, BLOCK_N), col_splits):
-            texts = n * BLOCK_N + tl.arange(0, BLOCK_N)
+        first_clip = first + i * BLOCK_M
+        x_tile = x + tl.cast(i * BLOCK_M, tl.int64) * stride_x
+        row_l = tl.zeros([BLOCK_M], tl.float32)
+        own_l = tl.zeros([BLOCK_M], tl.float32)
+        row_m = tl.full([BLOCK_M], float("-inf"), tl.float32)
+        own_m = tl.full([BLOCK_M], float("-inf"), tl.float32)
+        for j in range(col_split, tl.cdiv(T, BLOCK_N), col_splits):
+            texts = j * BLOCK_N + tl.arange(0, BLOCK_N)
             y_inside = texts < T
             y_counts = _valid(y_valid, texts, y_inside)
-            y_tile = y + tl.cast(n * BLOCK_N, tl.int64) * stride_y
+            y_tile = y + tl.cast(j * BLOCK_N, tl.int64) * stride_y
             products = _products(
-                x_tile,
-                y_tile,
-                stride_x,
-                stride_y,
-                M - m * BLOCK_M,
-                T - n * BLOCK_N,
-                D,
-                PRECISION,
-                BLOCK_M,
-                BLOCK_N,
-                BLOCK_D,
+                *(x_tile, y_tile, stride_x, stride_y),
+                *(M - i * BLOCK_M, T - j * BLOCK_N, D, PRECISION),
+                *(BLOCK_M, BLOCK_N, BLOCK_D),
             )
-            # own texts first, their exp taken anew: to keep a tile of scores through this branch costs registers, and few tiles enter it
-            if (n * BLOCK_N < (first_clip + BLOCK_M) * P) & ((n + 1) * BLOCK_N > first_clip * P):
-                own = tl.where(
-                    _own(first + rows, texts, P) & y_counts[None, :],
-                    products * factor,
-                    float("-inf"),
-                )
+            # own texts first, and their exp is taken anew: to keep a tile of scores through this
+            # branch costs registers, and few tiles enter it
+            if (j * BLOCK_N < (first_clip + BLOCK_M) * P) & ((j + 1) * BLOCK_N > first_clip * P):
+                is_own = _own(first + rows, texts, P) & y_counts[None, :]
+                own = tl.where(is_own, products * factor, float("-inf"))
                 if RUNNING:
-                    own_peak, own_total = _fold(own_peak, own_total, own, 1)
+                    own_m, own_l = _add_scores(own_m, own_l, own, 1)
                 else:
-                    own_total += tl.sum(tl.exp(own), 1)
+                    own_l += tl.sum(tl.exp(own), 1)
             scores = tl.where(y_counts[None, :], products * factor, float("-inf"))
-            seen = y_inside & (m != row_split)  # this program's earlier row tiles
+            seen = y_inside & (i != row_split)  # this program's earlier row tiles
             if RUNNING:
-                row_peak, row_total = _fold(row_peak, row_total, scores, 1)
-                col_peak = tl.load(peaks + col_line + texts, mask=seen, other=float("-inf"))
-                col_total = tl.load(totals + col_line + texts, mask=seen, other=0.0)
-                col_peak, col_total = _fold(
-                    col_peak, col_total, tl.where(x_counts[:, None], scores, float("-inf")), 0
-                )
-                tl.store(peaks + col_line + texts, col_peak, mask=y_inside)
+                row_m, row_l = _add_scores(row_m, row_l, scores, 1)
+                col_m = tl.load(maxima + col_line + texts, mask=seen, other=float("-inf"))
+                col_l = tl.load(sums + col_line + texts, mask=seen, other=0.0)
+                counted = tl.where(x_counts[:, None], scores, float("-inf"))
+                col_m, col_l = _add_scores(col_m, col_l, counted, 0)
+                tl.store(maxima + col_line + texts, col_m, mask=y_inside)
             else:
                 terms = tl.exp(scores)
-                row_total += tl.sum(terms, 1)
-                col_total = tl.sum(tl.where(x_counts[:, None], terms, 0.0), 0)
-                col_total += tl.load(totals + col_line + texts, mask=seen, other=0.0)
-            tl.store(totals + col_line + texts, col_total, mask=y_inside)
-        tl.store(totals + row_line + rows, row_total, mask=x_inside)
-        tl.store(totals + own_line + rows, own_total, mask=x_inside)
+                row_l += tl.sum(terms, 1)
+                col_l = tl.sum(tl.where(x_counts[:, None], terms, 0.0), 0)
+                col_l += tl.load(sums + col_line + texts, mask=seen, other=0.0)
+            tl.store(sums + col_line + texts, col_l, mask=y_inside)
+        tl.store(sums + row_line + rows, row_l, mask=x_inside)
+        tl.store(sums + own_line + rows, own_l, mask=x_inside)
         if RUNNING:
-            tl.store(peaks + row_line + rows, row_peak, mask=x_inside)
-            tl.store(peaks + own_line + rows, own_peak, mask=x_inside)
+            tl.store(maxima + row_line + rows, row_m, mask=x_inside)
+            tl.store(maxima + own_line + rows, own_m, mask=x_inside)
         tl.debug_barrier()  # the next row tile reads this one's columns, maybe by other threads
 
 
 @triton.jit
-def _join(totals, peaks, joined, size, splits, RUNNING: tl.constexpr, BLOCK: tl.constexpr):
-    """The log-sums of one block of one of the three, its splits taken in order."""
+def _join(sums, maxima, joined, size, splits, RUNNING: tl.constexpr, BLOCK: tl.constexpr):
+    """The log-sums of one block of row, pos or col, its splits taken in order."""
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = index < size
-    total = tl.zeros([BLOCK], tl.float32)
-    peak = tl.full([BLOCK], float("-inf"), tl.float32)
+    l = tl.zeros([BLOCK], tl.float32)
+    m = tl.full([BLOCK], float("-inf"), tl.float32)
     for split in range(splits):
         at = tl.cast(split, tl.int64) * size + index
-        part = tl.load(totals + at, mask=inside, other=0.0)
+        part_l = tl.load(sums + at, mask=inside, other=0.0)
         if RUNNING:
-            part_peak = tl.load(peaks + at, mask=inside, other=float("-inf"))
-            higher = tl.maximum(peak, part_peak)
-            safe = tl.where(higher == float("-inf"), 0.0, higher)
-            total = total * tl.exp(peak - safe) + part * tl.exp(part_peak - safe)
-            peak = higher
+            part_m = tl.load(maxima + at, mask=inside, other=float("-inf"))
+            new_m = tl.maximum(m, part_m)
+            finite_m = tl.where(new_m == float("-inf"), 0.0, new_m)
+            l = l * tl.exp(m - finite_m) + part_l * tl.exp(part_m - finite_m)
+            m = new_m
         else:
-            total += part
-    empty = total == 0.0
-    lse = tl.log(
-        tl.where(empty, 1.0, total).to(tl.float64)
-    )  # few values: rounded once, when stored
+            l += part_l
+    empty = l == 0.0
+    # few values, so in fp64: rounded once, when stored
+    lse = tl.log(tl.where(empty, 1.0, l).to(tl.float64))
     if RUNNING:
-        lse += peak
+        lse += m
     tl.store(joined + index, tl.where(empty, float("-inf"), lse).to(tl.float32), mask=inside)
 
 
 @triton.jit
 def _join_kernel(
-    totals,
-    peaks,
+    sums,
+    maxima,
     row,
     pos,
     col,
@@ -194,47 +201,45 @@ def _join_kernel(
     RUNNING: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program: BLOCK values of row, pos or col (axis 1 says which), from what all splits left of them."""
+    """One program: BLOCK values of row, pos or col (axis 1 says which), joined from all splits."""
     own_at = tl.cast(col_splits, tl.int64) * M
     if tl.program_id(1) == 0:
-        _join(totals, peaks, row, M, col_splits, RUNNING, BLOCK)
+        _join(sums, maxima, row, M, col_splits, RUNNING, BLOCK)
     elif tl.program_id(1) == 1:
-        _join(totals + own_at, peaks + own_at, pos, M, col_splits, RUNNING, BLOCK)
+        _join(sums + own_at, maxima + own_at, pos, M, col_splits, RUNNING, BLOCK)
     else:
-        _join(totals + 2 * own_at, peaks + 2 * own_at, col, T, row_splits, RUNNING, BLOCK)
+        _join(sums + 2 * own_at, maxima + 2 * own_at, col, T, row_splits, RUNNING, BLOCK)
 
 
 def forward(x, y, *, scale, texts_per_clip, first, x_valid=None, y_valid=None, bound=None):
     x, y = _rows(x), _rows(y)
     (M, D), T = x.shape, y.shape[0]
-    running, precision = _running(bound), _precision(x)
-    tile = tiles.choose(
-        "contrastive_lse_forward",
-        arch(),
-        x.dtype,
-        _tile(arch(), x.dtype, M, T, D, precision),
-        clips=M,
-        texts=T,
-        dim=D,
-    )
-    R, C = _splits(M, T, tile)
-    scratch = torch.empty(
-        (2 if running else 1, 2 * C * M + R * T), dtype=torch.float32, device=x.device
-    )
-    totals, peaks = scratch[0], scratch[-1]
+    running, precision = needs_running_max(bound), _precision(x)
+    blocks = _choose("forward", x.dtype, M, T, D, precision)
+    R, C = _splits(M, T, blocks)
+    scratch_shape = (2 if running else 1, 2 * C * M + R * T)
+    scratch = torch.empty(scratch_shape, dtype=torch.float32, device=x.device)
+    sums, maxima = scratch[0], scratch[-1]
+    inputs = (x, y, scale, x_valid, y_valid)
+    sizes = (x.stride(0), y.stride(0), M, T, first, texts_per_clip, R, C)
     _forward_kernel[(R * C,)](
-        x, y, scale, x_valid, y_valid, totals, peaks, x.stride(0), y.stride(0), M, T, first, texts_per_clip, R, C,
-        D=D, RUNNING=running, PRECISION=precision, **tile,
-    )  # fmt: skip
+        *inputs, sums, maxima, *sizes, D=D, RUNNING=running, PRECISION=precision, **blocks
+    )
     row, pos, col = (torch.empty(size, dtype=torch.float32, device=x.device) for size in (M, M, T))
     _join_kernel[(triton.cdiv(max(M, T), 128), 3)](
-        totals, peaks, row, pos, col, M, T, R, C, RUNNING=running, BLOCK=128, num_warps=4
+        sums, maxima, row, pos, col, M, T, R, C, RUNNING=running, BLOCK=128, num_warps=4
     )
     return row, col, pos
 
 
+# -- backward ----------------------------------------------------------------------------------
+
+
 @triton.jit
-def _share(d_lse, lse, gradients, lses, size, RUNNING: tl.constexpr, BLOCK: tl.constexpr):
+def _prepare_gradients(
+    d_lse, lse, gradients, lses, size, RUNNING: tl.constexpr, BLOCK: tl.constexpr
+):
+    """One block of row, pos or col, as ``_prepare_gradients_kernel`` says."""
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = index < size
     value = tl.load(lse + index, mask=inside, other=0.0)
@@ -242,35 +247,76 @@ def _share(d_lse, lse, gradients, lses, size, RUNNING: tl.constexpr, BLOCK: tl.c
     empty = value == float("-inf")
     if RUNNING:
         tl.store(lses + index, tl.where(empty, float("inf"), value), mask=inside)
-    else:
-        gradient = (gradient * tl.exp(-value.to(tl.float64))).to(
-            tl.float32
-        )  # few values: rounded once
+    else:  # few values, so in fp64: rounded once
+        gradient = (gradient * tl.exp(-value.to(tl.float64))).to(tl.float32)
     tl.store(gradients + index, tl.where(empty, 0.0, gradient), mask=inside)
 
 
 @triton.jit
-def _share_kernel(
-    d_row, d_pos, d_col, row, pos, col, row_gradients, pos_gradients, col_gradients, row_lses, pos_lses, col_lses, M, T,
-    RUNNING: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """One program: BLOCK values of row, pos or col (axis 1 says which): gradient g and lse l such that a score's weight is g exp(S - l), or
-    g exp(S) unless RUNNING. An empty set has g = 0 and l = inf, whatever gradient comes in."""
+def _prepare_gradients_kernel(
+    d_row,
+    d_pos,
+    d_col,
+    row,
+    pos,
+    col,
+    row_gradients,
+    pos_gradients,
+    col_gradients,
+    row_lses,
+    pos_lses,
+    col_lses,
+    M,
+    T,
+    RUNNING: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program: BLOCK values of row, pos or col (axis 1 says which).
+
+    Writes gradient g and, if RUNNING, lse l, such that a score's weight is g exp(S - l), or
+    g exp(S) unless RUNNING. An empty set has g = 0 and l = inf, whatever gradient comes in.
+    """
     if tl.program_id(1) == 0:
-        _share(d_row, row, row_gradients, row_lses, M, RUNNING, BLOCK)
+        _prepare_gradients(d_row, row, row_gradients, row_lses, M, RUNNING, BLOCK)
     elif tl.program_id(1) == 1:
-        _share(d_pos, pos, pos_gradients, pos_lses, M, RUNNING, BLOCK)
+        _prepare_gradients(d_pos, pos, pos_gradients, pos_lses, M, RUNNING, BLOCK)
     else:
-        _share(d_col, col, col_gradients, col_lses, T, RUNNING, BLOCK)
+        _prepare_gradients(d_col, col, col_gradients, col_lses, T, RUNNING, BLOCK)
 
 
 @triton.jit
-def _leave(
-    products, factor, x_inside, y_inside, x_counts, y_counts, rows, texts, first, first_text, P,
-    row_gradients, pos_gradients, col_gradients, row_lses, pos_lses, col_lses, weights, d_scales, stride_w, m, n,
-    OWN: tl.constexpr, RUNNING: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """Weigh the scores of tile (m, n), store the weights and their part of d_scale. OWN: some texts may be their clips' own."""
+def _store_weights(
+    products,
+    factor,
+    x_inside,
+    y_inside,
+    x_counts,
+    y_counts,
+    rows,
+    texts,
+    first,
+    first_text,
+    P,
+    row_gradients,
+    pos_gradients,
+    col_gradients,
+    row_lses,
+    pos_lses,
+    col_lses,
+    weights,
+    d_scales,
+    stride_w,
+    i,
+    j,
+    OWN: tl.constexpr,
+    RUNNING: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Store the weights of tile (i, j) and its part of d_scale.
+
+    OWN: some texts may be their clips' own.
+    """
     row_gradient = tl.load(row_gradients + rows, mask=x_inside, other=0.0)[:, None]
     col_gradient = tl.load(col_gradients + texts, mask=y_inside, other=0.0)[None, :]
     scores = tl.where(y_counts[None, :], products * factor, float("-inf"))
@@ -278,22 +324,14 @@ def _leave(
         own = _own(first + rows, first_text + texts, P)
         own_gradient = tl.load(pos_gradients + rows, mask=x_inside, other=0.0)[:, None]
     if RUNNING:
-        values = (
-            tl.exp(scores - tl.load(row_lses + rows, mask=x_inside, other=float("inf"))[:, None])
-            * row_gradient
-        )
-        col_values = (
-            tl.exp(scores - tl.load(col_lses + texts, mask=y_inside, other=float("inf"))[None, :])
-            * col_gradient
-        )
+        row_lse = tl.load(row_lses + rows, mask=x_inside, other=float("inf"))[:, None]
+        values = tl.exp(scores - row_lse) * row_gradient
+        col_lse = tl.load(col_lses + texts, mask=y_inside, other=float("inf"))[None, :]
+        col_values = tl.exp(scores - col_lse) * col_gradient
         values += tl.where(x_counts[:, None], col_values, 0.0)
         if OWN:
-            own_values = (
-                tl.exp(
-                    scores - tl.load(pos_lses + rows, mask=x_inside, other=float("inf"))[:, None]
-                )
-                * own_gradient
-            )
+            own_lse = tl.load(pos_lses + rows, mask=x_inside, other=float("inf"))[:, None]
+            own_values = tl.exp(scores - own_lse) * own_gradient
             values += tl.where(own, own_values, 0.0)
     else:
         gradients = row_gradient + tl.where(x_counts[:, None], col_gradient, 0.0)
@@ -301,66 +339,56 @@ def _leave(
             gradients += tl.where(own, own_gradient, 0.0)
         values = tl.exp(scores) * gradients
     tl.store(d_scales + tl.program_id(0), tl.sum(values * products))
-    at = weights + (tl.cast(m * BLOCK_M, tl.int64) * stride_w + n * BLOCK_N)
+    at = weights + (tl.cast(i * BLOCK_M, tl.int64) * stride_w + j * BLOCK_N)
     at += tl.arange(0, BLOCK_M)[:, None] * stride_w + tl.arange(0, BLOCK_N)[None, :]
-    tl.store(
-        at,
-        (values * factor).to(weights.dtype.element_ty),
-        mask=x_inside[:, None] & y_inside[None, :],
-    )
+    inside = x_inside[:, None] & y_inside[None, :]
+    tl.store(at, (values * factor).to(weights.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def _weights_kernel(
-    x, y, scale, x_valid, y_valid, row_gradients, pos_gradients, col_gradients, row_lses, pos_lses, col_lses, weights, d_scales,
+    x, y, scale, x_valid, y_valid,
+    row_gradients, pos_gradients, col_gradients, row_lses, pos_lses, col_lses,
+    weights, d_scales,
     stride_x, stride_y, stride_w, M, T, first, first_text, P,
     D: tl.constexpr, RUNNING: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
-    """One program: one tile of weights = scale * d loss / d scores of a chunk (M, T) in x's dtype, and the tile's part of d_scale.
+    """One program: one tile of the weights of a chunk (M, T), and the tile's part of d_scale.
 
-    first and first_text place the chunk: its first clip, its first text.
+    weights = scale * d loss / d scores, in x's dtype. first and first_text place the chunk: its
+    first clip, its first text.
     """
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(T, BLOCK_N)
-    # GROUP_M row tiles share a column tile before the next: what runs at one time reads few different clips and texts
+    # GROUP_M row tiles share a column tile before the next one: programs that run at the same
+    # time read few different clips and texts
     band = tl.program_id(0) // (GROUP_M * tiles_n)
     height = tl.minimum(tiles_m - band * GROUP_M, GROUP_M)
     place = tl.program_id(0) % (GROUP_M * tiles_n)
-    m, n = band * GROUP_M + place % height, place // height
+    i, j = band * GROUP_M + place % height, place // height
 
-    rows, texts = m * BLOCK_M + tl.arange(0, BLOCK_M), n * BLOCK_N + tl.arange(0, BLOCK_N)
+    rows, texts = i * BLOCK_M + tl.arange(0, BLOCK_M), j * BLOCK_N + tl.arange(0, BLOCK_N)
     x_inside, y_inside = rows < M, texts < T
     x_counts, y_counts = _valid(x_valid, rows, x_inside), _valid(y_valid, texts, y_inside)
-    x_tile = x + tl.cast(m * BLOCK_M, tl.int64) * stride_x
-    y_tile = y + tl.cast(n * BLOCK_N, tl.int64) * stride_y
+    x_tile = x + tl.cast(i * BLOCK_M, tl.int64) * stride_x
+    y_tile = y + tl.cast(j * BLOCK_N, tl.int64) * stride_y
     products = _products(
-        x_tile,
-        y_tile,
-        stride_x,
-        stride_y,
-        M - m * BLOCK_M,
-        T - n * BLOCK_N,
-        D,
-        PRECISION,
-        BLOCK_M,
-        BLOCK_N,
-        BLOCK_D,
+        *(x_tile, y_tile, stride_x, stride_y),
+        *(M - i * BLOCK_M, T - j * BLOCK_N, D, PRECISION),
+        *(BLOCK_M, BLOCK_N, BLOCK_D),
     )
     factor = tl.load(scale).to(tl.float32)
-    first_clip, first_column = first + m * BLOCK_M, first_text + n * BLOCK_N
-    # few tiles hold clips' own texts; a way of their own spares the others the time, and both the registers of a joint end
+    first_clip, first_column = first + i * BLOCK_M, first_text + j * BLOCK_N
+    scores = (products, factor, x_inside, y_inside, x_counts, y_counts)
+    where = (rows, texts, first, first_text, P)
+    gradients = (row_gradients, pos_gradients, col_gradients, row_lses, pos_lses, col_lses)
+    target = (weights, d_scales, stride_w, i, j)
+    # few tiles hold clips' own texts. A branch of their own spares the others the time, and the
+    # registers that one common end would hold for both.
     if (first_column < (first_clip + BLOCK_M) * P) & (first_column + BLOCK_N > first_clip * P):
-        _leave(
-            products, factor, x_inside, y_inside, x_counts, y_counts, rows, texts, first, first_text, P,
-            row_gradients, pos_gradients, col_gradients, row_lses, pos_lses, col_lses, weights, d_scales, stride_w, m, n,
-            True, RUNNING, BLOCK_M, BLOCK_N,
-        )  # fmt: skip
+        _store_weights(*scores, *where, *gradients, *target, *(True, RUNNING, BLOCK_M, BLOCK_N))
     else:
-        _leave(
-            products, factor, x_inside, y_inside, x_counts, y_counts, rows, texts, first, first_text, P,
-            row_gradients, pos_gradients, col_gradients, row_lses, pos_lses, col_lses, weights, d_scales, stride_w, m, n,
-            False, RUNNING, BLOCK_M, BLOCK_N,
-        )  # fmt: skip
+        _store_weights(*scores, *where, *gradients, *target, *(False, RUNNING, BLOCK_M, BLOCK_N))
 
 
 def backward(
@@ -385,26 +413,19 @@ def backward(
         vector.contiguous() for vector in (d_row, d_col, d_pos, row, col, pos)
     )
     (M, D), T = x.shape, y.shape[0]
-    running, precision = _running(bound), _precision(x)
+    running, precision = needs_running_max(bound), _precision(x)
     clips, texts = _chunk(M, T, x.element_size())
-    tile = tiles.choose(
-        "contrastive_lse_weights",
-        arch(),
-        x.dtype,
-        _tile(arch(), x.dtype, clips, texts, D, precision),
-        clips=clips,
-        texts=texts,
-        dim=D,
-    )
-    tile = {"GROUP_M": 8} | tile
+    blocks = {"GROUP_M": 8} | _choose("weights", x.dtype, clips, texts, D, precision)
 
     # gradients, then lses: row (M,), pos (M,), col (T,) behind one another
     lines = torch.empty((2 if running else 1, 2 * M + T), dtype=torch.float32, device=x.device)
-    shares = [*lines[0].split((M, M, T)), *lines[-1].split((M, M, T))]
-    _share_kernel[(triton.cdiv(max(M, T), 128), 3)](
-        d_row, d_pos, d_col, row, pos, col, *shares, M, T, RUNNING=running, BLOCK=128, num_warps=4
+    prepared = [*lines[0].split((M, M, T)), *lines[-1].split((M, M, T))]
+    log_sums = (d_row, d_pos, d_col, row, pos, col)
+    _prepare_gradients_kernel[(triton.cdiv(max(M, T), 128), 3)](
+        *log_sums, *prepared, M, T, RUNNING=running, BLOCK=128, num_warps=4
     )
     weights = x.new_empty((clips, triton.cdiv(texts, _TEXT_ALIGNMENT) * _TEXT_ALIGNMENT))
+    strides = (x.stride(0), y.stride(0), weights.stride(0))
     d_scale = torch.zeros((), dtype=torch.float32, device=x.device)
     d_x, d_y = _Sum(x, parts=triton.cdiv(T, texts)), _Sum(y, parts=triton.cdiv(M, clips))
     for i in range(0, M, clips):
@@ -412,14 +433,17 @@ def backward(
             these, those = slice(i, min(i + clips, M)), slice(j, min(j + texts, T))
             x_part, y_part = x[these], y[those]
             m, t = x_part.shape[0], y_part.shape[0]
-            programs = triton.cdiv(m, tile["BLOCK_M"]) * triton.cdiv(t, tile["BLOCK_N"])
+            programs = triton.cdiv(m, blocks["BLOCK_M"]) * triton.cdiv(t, blocks["BLOCK_N"])
             d_scales = torch.empty(programs, dtype=torch.float32, device=x.device)
-            _weights_kernel[(programs,)](
-                x_part, y_part, scale, None if x_valid is None else x_valid[these], None if y_valid is None else y_valid[those],
-                *(share[where] for share, where in zip(shares, (these, these, those) * 2, strict=True)), weights, d_scales,
-                x.stride(0), y.stride(0), weights.stride(0), m, t, first + i, j, texts_per_clip,
-                D=D, RUNNING=running, PRECISION=precision, **tile,
-            )  # fmt: skip
+            inputs = (
+                *(x_part, y_part, scale),
+                None if x_valid is None else x_valid[these],
+                None if y_valid is None else y_valid[those],
+                *(x[at] for x, at in zip(prepared, (these, these, those) * 2, strict=True)),
+            )
+            sizes = (*strides, m, t, first + i, j, texts_per_clip)
+            constants = dict(D=D, RUNNING=running, PRECISION=precision)
+            _weights_kernel[(programs,)](*inputs, weights, d_scales, *sizes, **constants, **blocks)
             part = weights[:m, :t]
             d_scale += d_scales.sum()
             d_x.add(these, part, y_part)
@@ -428,7 +452,10 @@ def backward(
 
 
 class _Sum:
-    """Sums of matrix products into rows of a gradient like ``inputs``: in its dtype if there is one product a row, else in fp32."""
+    """Sums of matrix products into rows of a gradient like ``inputs``.
+
+    They are kept in the dtype of ``inputs`` if there is one product a row, else in fp32.
+    """
 
     def __init__(self, inputs, parts):
         self.once = parts == 1
@@ -440,7 +467,7 @@ class _Sum:
             torch.mm(a, b, out=self.total[rows])
         elif a.is_cuda and not torch.version.hip and a.dtype != torch.float32:
             self.total[rows] += torch.mm(a, b, out_dtype=torch.float32)
-        else:  # no 16-bit product with an fp32 result everywhere: ROCm before torch 2.10, CPU
+        else:  # ROCm before torch 2.10 and CPU have no 16-bit product with an fp32 result
             self.total[rows] += a @ b
 
 
@@ -449,22 +476,25 @@ def _rows(vectors):
     return vectors if vectors.stride(-1) == 1 else vectors.contiguous()
 
 
-def _running(bound) -> bool:
-    """A running maximum is needed: exp(S), or a sum of it over millions, might leave fp32."""
-    return bound is None or not bound <= _MAX_BOUND
-
-
 def _precision(x) -> str:
-    return (
-        "tf32"
-        if x.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 and not interpreted()
-        else "ieee"
-    )
+    return "ieee" if interpreted() else dot_precision(x.dtype)
 
 
-def _splits(M: int, T: int, tile: Tiles) -> tuple[int, int]:
-    """(R, C): how many programs share the row tiles, the column tiles. Many enough for any GPU, and scratch stays O(M + T)."""
-    tiles_m, tiles_n = triton.cdiv(M, tile["BLOCK_M"]), triton.cdiv(T, tile["BLOCK_N"])
+# -- tiles -------------------------------------------------------------------------------------
+
+
+def _choose(kernel: str, dtype: torch.dtype, clips: int, texts: int, dim: int, precision: str):
+    heuristic = _heuristic(arch(), dtype, clips, texts, dim, precision)
+    shape = dict(clips=clips, texts=texts, dim=dim)
+    return tiles.choose(f"contrastive_lse_{kernel}", arch(), dtype, heuristic, **shape)
+
+
+def _splits(M: int, T: int, blocks: Tiles) -> tuple[int, int]:
+    """(R, C): how many programs share the row tiles, the column tiles.
+
+    Enough programs for any GPU; scratch stays O(M + T).
+    """
+    tiles_m, tiles_n = triton.cdiv(M, blocks["BLOCK_M"]), triton.cdiv(T, blocks["BLOCK_N"])
     R, C = min(tiles_m, _MAX_SPLITS), min(tiles_n, _MAX_SPLITS)
     if R < _MAX_SPLITS:
         C = min(tiles_n, triton.cdiv(_PROGRAMS, R))
@@ -474,7 +504,10 @@ def _splits(M: int, T: int, tile: Tiles) -> tuple[int, int]:
 
 
 def _chunk(M: int, T: int, element_size: int) -> tuple[int, int]:
-    """(clips, texts) of a chunk of weights: all of both where that fits the budget, else clips few enough for many texts."""
+    """(clips, texts) of a chunk of weights.
+
+    All of both where that fits the budget, else few enough clips for many texts.
+    """
     budget = _WEIGHTS_BYTES // element_size
     aligned = triton.cdiv(T, _TEXT_ALIGNMENT) * _TEXT_ALIGNMENT
     if M * aligned <= budget:
@@ -483,16 +516,17 @@ def _chunk(M: int, T: int, element_size: int) -> tuple[int, int]:
     return clips, min(T, max(budget // clips // _TEXT_ALIGNMENT, 1) * _TEXT_ALIGNMENT)
 
 
-def _tile(arch: str, dtype: torch.dtype, clips: int, texts: int, dim: int, precision: str) -> Tiles:
-    """Tiles of both kernels: large ones for the matrix unit where they still give every core one, else smaller."""
+def _heuristic(
+    arch: str, dtype: torch.dtype, clips: int, texts: int, dim: int, precision: str
+) -> Tiles:
+    """Tiles of both kernels: large ones for the matrix unit, if every core still gets one."""
 
     def count(block_m, block_n):
         return triton.cdiv(clips, block_m) * triton.cdiv(texts, block_n)
 
     # one step of 64 is unrolled with all its loads ahead, and spills on sm_120 (triton 3.7.1): two of 32
-    block_d = min(
-        64 if dtype.itemsize == 2 and dim > 64 else 32, max(16, triton.next_power_of_2(dim))
-    )
+    largest = 64 if dtype.itemsize == 2 and dim > 64 else 32
+    block_d = min(largest, max(16, triton.next_power_of_2(dim)))
     stages = 2 if arch.startswith("gfx") else 3
     if dtype.itemsize == 4 and precision == "ieee":  # no matrix unit
         return dict(BLOCK_M=64, BLOCK_N=64, BLOCK_D=block_d, num_warps=4, num_stages=2)
@@ -503,21 +537,18 @@ def _tile(arch: str, dtype: torch.dtype, clips: int, texts: int, dim: int, preci
     return dict(BLOCK_M=64, BLOCK_N=64, BLOCK_D=block_d, num_warps=4, num_stages=stages)
 
 
+_SHAPES = ((64, 64, 4), (64, 128, 4), (128, 64, 4), (128, 128, 4), (128, 128, 8), (128, 256, 8))
 _CANDIDATES: list[Tiles] = [
-    dict(BLOCK_M=m, BLOCK_N=n, BLOCK_D=d, num_warps=warps, num_stages=stages)
-    for m, n, warps in (
-        (64, 64, 4),
-        (64, 128, 4),
-        (128, 64, 4),
-        (128, 128, 4),
-        (128, 128, 8),
-        (128, 256, 8),
-    )
-    for d, stages in ((64, 3), (64, 4), (32, 4))
-] + [  # registers held down, for two or three tiles on a core
-    dict(BLOCK_M=m, BLOCK_N=n, BLOCK_D=d, num_warps=warps, num_stages=3, maxnreg=most)
-    for m, n, warps, most in ((64, 128, 4, 168), (128, 128, 8, 128))
-    for d in (64, 32)
+    *(
+        dict(BLOCK_M=m, BLOCK_N=n, BLOCK_D=d, num_warps=warps, num_stages=stages)
+        for m, n, warps in _SHAPES
+        for d, stages in ((64, 3), (64, 4), (32, 4))
+    ),
+    *(  # few registers, for two or three tiles on a core
+        dict(BLOCK_M=m, BLOCK_N=n, BLOCK_D=d, num_warps=warps, num_stages=3, maxnreg=most)
+        for m, n, warps, most in ((64, 128, 4, 168), (128, 128, 8, 128))
+        for d in (64, 32)
+    ),
 ]
 TUNING: dict[str, list[Tiles]] = {
     "contrastive_lse_forward": _CANDIDATES,
@@ -528,7 +559,7 @@ TUNING: dict[str, list[Tiles]] = {
 def unsupported(
     x, y, *, scale, texts_per_clip=1, first=0, x_valid=None, y_valid=None, bound=None
 ) -> str | None:
-    if reason := objection(x, y, scale, x_valid, y_valid):
+    if reason := unsupported_operands(x, y, scale, x_valid, y_valid):
         return reason
     if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"{x.dtype} is for the reference"

@@ -1,7 +1,9 @@
-"""DropToken in Pallas: rows picked in VMEM, where a clip's tokens stream through at full bandwidth; its inverse writes the zeros itself.
+"""DropToken in Pallas: a clip's tokens stream through VMEM at full bandwidth; rows are picked there.
 
-Fetching single rows from HBM would need them laid out one by one: a copy of all tokens before and after. Streaming all of them costs less.
-A row moves as 32-bit words. Two bf16 rows share a word, the even row its low half, so bf16 rows are picked and packed two at a time.
+Backward picks likewise, and writes the zeros of dropped tokens itself. Fetching single rows from
+HBM would need them laid out one by one: a copy of all tokens before and after. Streaming all of
+them costs less. A row moves as 32-bit words. Two bf16 rows share a word, the even row its low
+half, so bf16 rows are picked and packed two at a time.
 """
 
 import jax
@@ -9,7 +11,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from ..pallas_common import LANES, call, objection, pad, round_up, sublanes
+from ..pallas_common import LANES, call, pad, round_up, sublanes, unsupported_operands
 
 # B batch, N tokens, K kept
 
@@ -21,8 +23,9 @@ _VMEM_BYTES = 12 << 20  # of blocks; the smallest chips give a kernel 16 MiB
 def _pick_kernel(index, source, picked, *words):
     """One program: some columns of some rows of one clip; picked[n] = source[index[n]], 0 where index[n] < 0.
 
-    index (1, 1, 1, rows) in SMEM, source (1, tokens, columns), picked (1, rows, columns). Of packed dtypes, words: both as 32-bit words. The
-    last axis of the grid walks a clip's rows; source stays where it is meanwhile.
+    index (1, 1, 1, rows) in SMEM, source (1, tokens, columns), picked (1, rows, columns). words,
+    for packed dtypes: both as 32-bit words. The last axis of the grid walks a clip's rows; source
+    stays where it is meanwhile.
     """
     packed = len(words) == 2
     source, picked = source.at[0], picked.at[0]
@@ -76,7 +79,11 @@ def _pick(source, index, name: str):
     parts = pl.cdiv(K, _MAX_ROWS)
     tokens, rows = round_up(N, tile), round_up(pl.cdiv(K, parts), tile)
     index = pad(index, -1, parts * rows, -1).reshape(-1, parts, 1, rows)
-    each = 0 if len(index) == 1 else 1
+    per_clip = 0 if len(index) == 1 else 1
+    index_spec = pl.BlockSpec(
+        (1, 1, 1, rows), lambda b, c, r: (b * per_clip, r, 0, 0), memory_space=pltpu.SMEM
+    )
+    words = [pltpu.VMEM((size // 2, columns), jnp.int32) for size in (tokens, rows)]
     return call(
         _pick_kernel,
         index,
@@ -85,16 +92,12 @@ def _pick(source, index, name: str):
         grid=(B, pl.cdiv(dim, columns), parts),
         semantics=("parallel", "parallel", "arbitrary"),
         in_specs=[
-            pl.BlockSpec(
-                (1, 1, 1, rows), lambda b, c, r: (b * each, r, 0, 0), memory_space=pltpu.SMEM
-            ),
+            index_spec,
             pl.BlockSpec((1, tokens, columns), lambda b, c, r: (b, 0, c)),
         ],
         out_specs=pl.BlockSpec((1, rows, columns), lambda b, c, r: (b, r, c)),
         out_shape=jax.ShapeDtypeStruct((B, K, dim), source.dtype),
-        scratch=[pltpu.VMEM((size // 2, columns), jnp.int32) for size in (tokens, rows)]
-        if packed
-        else [],
+        scratch=words if packed else [],
         flops=0,
     )
 
@@ -105,7 +108,8 @@ def forward(tokens, keep):
 
 def backward(d_kept, keep, num_tokens):
     keep, places = jnp.atleast_2d(keep), jnp.arange(keep.shape[-1], dtype=jnp.int32)
-    # every token looks itself up in the whole of keep: comparisons fused into a reduction, where a scatter goes one by one
+    # every token is looked up in the whole of keep: comparisons fused into a reduction, where a
+    # scatter would take the indices one by one
     hits = keep[:, None] == jnp.arange(num_tokens, dtype=keep.dtype)[:, None]
     return _pick(d_kept, jnp.max(jnp.where(hits, places, -1), -1), "vatt_drop_token_backward")
 
@@ -123,7 +127,7 @@ def _columns(source_rows: int, dim: int, dtype) -> int:
 
 
 def unsupported(tokens, keep) -> str | None:
-    if reason := objection(tokens):
+    if reason := unsupported_operands(tokens):
         return reason
     if tokens.dtype not in (jnp.float32, jnp.bfloat16):
         return f"tokens is {tokens.dtype}; it moves float32 and bfloat16"

@@ -1,6 +1,7 @@
-"""DropToken on tokens in Triton: a gather, and a scatter that writes the zeros of dropped tokens in the same pass.
+"""DropToken on tokens in Triton: a gather, and its scatter.
 
-Elements travel as integers of their size: exact in every dtype, NaN payloads included, and one kernel for all dtypes of a size.
+The scatter writes the zeros of dropped tokens in the same pass. Elements are moved as integers of
+their size: exact in every dtype, NaN payloads included, and one kernel for all dtypes of a size.
 """
 
 import torch
@@ -8,7 +9,8 @@ import triton
 import triton.language as tl
 
 from .. import tiles
-from ..triton_common import arch, objection
+from ..tiles import Tiles
+from ..triton_common import arch, unsupported_operands
 
 # B batch, N tokens, K kept
 
@@ -28,16 +30,18 @@ def _forward_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
 ):
-    """One program: BLOCK_ROWS kept rows of one clip, BLOCK_DIM columns. tokens (B, N, dim) strided, keep (K,) or (B, K), kept (B, K, dim)."""
+    """One program: BLOCK_ROWS kept rows of one clip by BLOCK_DIM columns.
+
+    tokens (B, N, dim) strided, keep (K,) or (B, K), kept (B, K, dim).
+    """
     b = tl.program_id(2).to(tl.int64)
     n = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     d = tl.program_id(1) * BLOCK_DIM + tl.arange(0, BLOCK_DIM)
     row = tl.load(keep + b * keep_stride + n, mask=n < K, other=0).to(tl.int64)
     inside = (n < K)[:, None] & (d < dim)[None, :]
-    values = tl.load(
-        tokens + b * stride_b + row[:, None] * stride_n + d.to(tl.int64)[None, :] * stride_d,
-        mask=inside,
-    )
+    columns = d.to(tl.int64)[None, :]
+    source = tokens + b * stride_b + row[:, None] * stride_n + columns * stride_d
+    values = tl.load(source, mask=inside)
     tl.store(kept + (b * K + n)[:, None] * dim + d[None, :], values, mask=inside)
 
 
@@ -46,11 +50,10 @@ def forward(tokens, keep):
     K, dtype = keep.shape[-1], tokens.dtype
     tokens, keep = _as_integers(tokens), keep.contiguous()
     kept = torch.empty((B, K, dim), dtype=tokens.dtype, device=tokens.device)
-    tile = _choose("forward", tokens.element_size(), K, dim)
-    grid = (triton.cdiv(K, tile["BLOCK_ROWS"]), triton.cdiv(dim, tile["BLOCK_DIM"]), B)
-    _forward_kernel[grid](
-        tokens, keep, kept, N, K, dim, K if keep.ndim == 2 else 0, *tokens.stride(), **tile
-    )
+    blocks = _choose("forward", tokens.element_size(), K, dim)
+    grid = (triton.cdiv(K, blocks["BLOCK_ROWS"]), triton.cdiv(dim, blocks["BLOCK_DIM"]), B)
+    keep_stride = K if keep.ndim == 2 else 0
+    _forward_kernel[grid](tokens, keep, kept, N, K, dim, keep_stride, *tokens.stride(), **blocks)
     return kept.view(dtype)
 
 
@@ -67,9 +70,11 @@ def _backward_kernel(
     BLOCK_DIM: tl.constexpr,
     BLOCK_KEEP: tl.constexpr,
 ):
-    """One program: BLOCK_ROWS tokens of one clip, all columns. d_kept (B, K, dim), keep (K,) or (B, K), d_tokens (B, N, dim).
+    """One program: BLOCK_ROWS tokens of one clip, all columns.
 
-    It looks its tokens up in the whole of keep: a few comparisons beside a row's traffic, no table, and keep need not be sorted.
+    d_kept (B, K, dim), keep (K,) or (B, K), d_tokens (B, N, dim). Each token is looked up in the
+    whole of keep: that costs little beside the traffic of a row, needs no table, and keep need not
+    be sorted.
     """
     b = tl.program_id(1).to(tl.int64)
     token = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
@@ -92,11 +97,10 @@ def backward(d_kept, keep, num_tokens):
     (B, K, dim), dtype = d_kept.shape, d_kept.dtype
     d_kept, keep = _as_integers(d_kept.contiguous()), keep.contiguous()
     d_tokens = torch.empty((B, num_tokens, dim), dtype=d_kept.dtype, device=d_kept.device)
-    tile = _choose("backward", d_kept.element_size(), num_tokens, dim)
-    grid = (triton.cdiv(num_tokens, tile["BLOCK_ROWS"]), B)
-    _backward_kernel[grid](
-        d_kept, keep, d_tokens, num_tokens, K, dim, K if keep.ndim == 2 else 0, **tile
-    )
+    blocks = _choose("backward", d_kept.element_size(), num_tokens, dim)
+    grid = (triton.cdiv(num_tokens, blocks["BLOCK_ROWS"]), B)
+    keep_stride = K if keep.ndim == 2 else 0
+    _backward_kernel[grid](d_kept, keep, d_tokens, num_tokens, K, dim, keep_stride, **blocks)
     return d_tokens.view(dtype)
 
 
@@ -107,22 +111,19 @@ def _as_integers(x):
     return x.view(_INTEGERS[x.element_size()])
 
 
-def _choose(kernel: str, itemsize: int, rows: int, dim: int) -> tiles.Tiles:
-    dtype = (
-        torch.bfloat16 if itemsize == 2 else torch.float32
-    )  # tables know the floats only; the shape tells the sizes apart
-    return tiles.choose(
-        f"drop_token_{kernel}",
-        arch(),
-        dtype,
-        _heuristic(kernel, itemsize, dim),
-        rows=rows,
-        row_bytes=dim * itemsize,
-    )
+def _choose(kernel: str, itemsize: int, rows: int, dim: int) -> Tiles:
+    # tables know only the floats; row_bytes tells the element sizes apart
+    dtype = torch.bfloat16 if itemsize == 2 else torch.float32
+    heuristic = _heuristic(kernel, itemsize, dim)
+    shape = dict(rows=rows, row_bytes=dim * itemsize)
+    return tiles.choose(f"drop_token_{kernel}", arch(), dtype, heuristic, **shape)
 
 
-def _heuristic(kernel: str, itemsize: int, dim: int) -> tiles.Tiles:
-    """Whole rows where they fit 2 KiB, and 8 KiB a tile: 4 warps with four 16-byte accesses a thread in flight."""
+def _heuristic(kernel: str, itemsize: int, dim: int) -> Tiles:
+    """Whole rows where they fit 2 KiB, and 8 KiB a tile.
+
+    So 4 warps have four 16-byte accesses a thread in flight.
+    """
     columns = min(triton.next_power_of_2(dim), 2048 // itemsize)
     rows = max(1, 8192 // (columns * itemsize))
     if kernel == "forward":
@@ -130,18 +131,12 @@ def _heuristic(kernel: str, itemsize: int, dim: int) -> tiles.Tiles:
     return {"BLOCK_ROWS": min(rows, 16), "BLOCK_DIM": columns, "BLOCK_KEEP": 128, "num_warps": 4}
 
 
-TUNING: dict[str, list[tiles.Tiles]] = {
+TUNING: dict[str, list[Tiles]] = {
     "drop_token_forward": [
         {"BLOCK_ROWS": rows, "BLOCK_DIM": columns, "num_warps": warps}
         for rows, columns in (
-            (1, 1024),
-            (2, 1024),
-            (4, 1024),
-            (8, 1024),
-            (4, 512),
-            (8, 512),
-            (16, 512),
-            (16, 256),
+            *((1, 1024), (2, 1024), (4, 1024), (8, 1024)),
+            *((4, 512), (8, 512), (16, 512), (16, 256)),
         )
         for warps in (2, 4, 8)
     ],
@@ -155,8 +150,11 @@ TUNING: dict[str, list[tiles.Tiles]] = {
 
 
 def unsupported(tokens, keep) -> str | None:
-    if tokens.element_size() not in _INTEGERS:
-        return f"tokens is {tokens.dtype}, {tokens.element_size()} bytes an element; it moves elements of up to 8 bytes"
+    size = tokens.element_size()
+    if size not in _INTEGERS:
+        return (
+            f"tokens is {tokens.dtype}, {size} bytes an element; it moves elements of up to 8 bytes"
+        )
     if tokens.shape[0] > 65535:
         return f"{tokens.shape[0]} clips; a grid has room for 65535"
-    return objection(_as_integers(tokens), keep)
+    return unsupported_operands(_as_integers(tokens), keep)

@@ -5,15 +5,15 @@ import torch
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def refused(patches, weight, bias, position, agg) -> str | None:
-    """Why a kernel of fp32, fp16 and bf16, with patches also raw bytes, does not take these tensors."""
-    for name, x in dict(
-        patches=patches, weight=weight, bias=bias, position=position, agg=agg
-    ).items():
-        if (
-            x is not None
-            and x.dtype not in FLOATS
-            and not (x is patches and x.dtype == torch.uint8)
-        ):
-            return f"{name} is {x.dtype}; it takes float32, float16 and bfloat16{', and uint8' if x is patches else ''}"
+def unsupported_dtypes(patches, weight, bias, position, agg) -> str | None:
+    """The reason why a kernel of fp32, fp16 and bf16 cannot take these tensors.
+
+    Patches may also be raw bytes.
+    """
+    operands = dict(patches=patches, weight=weight, bias=bias, position=position, agg=agg)
+    for name, x in operands.items():
+        taken = (*FLOATS, torch.uint8) if x is patches else FLOATS
+        if x is not None and x.dtype not in taken:
+            bytes_too = ", and uint8" if x is patches else ""
+            return f"{name} is {x.dtype}; it takes float32, float16 and bfloat16{bytes_too}"
     return None

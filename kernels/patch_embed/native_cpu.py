@@ -16,7 +16,7 @@ from .. import native
 from ..dispatch import native_bf16
 from ..native import address
 from ..numerics import put_rows
-from .dtypes import refused
+from .dtypes import unsupported_dtypes
 from .patchify import unpatchify
 
 # B batch, N patches, K kept, k values a patch; A 1 with AGG, else 0; R = B (A + K) rows of all clips, AGG's among them
@@ -253,4 +253,4 @@ def unsupported(
         return f"tensors are on {patches.device.type}; it runs on the CPU"
     if dtype not in (None, torch.float32, torch.bfloat16):
         return f"the compute dtype is {dtype}; it takes float32 and bfloat16"
-    return refused(patches, weight, bias, position, agg)
+    return unsupported_dtypes(patches, weight, bias, position, agg)

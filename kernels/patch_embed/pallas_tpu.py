@@ -1,11 +1,14 @@
-"""Raw patches to tokens in Pallas: kept rows are fetched by DMA as they lie in HBM, made exact in VMEM and projected there.
+"""Raw patches to tokens in Pallas: kept rows go to VMEM by DMA, become exact and are projected there.
 
-Two ways to the rows. Fetched: one DMA a kept row, the next tile's while this one is multiplied. A uint8 row shares its 32-bit words with
-three neighbours (bf16 with one), and a word is the least a DMA moves: four rows come, the right byte is shifted out for all rows at once.
-Rows laid out one by one would spare that, but to lay them out so is a copy of all patches, several times the product's time. Streamed:
-plain blocks, where all rows are wanted (no keep, or gathered by the loader). Narrow float rows are picked by drop_token's kernel, then streamed.
+There are two ways to the rows. Fetched: one DMA a kept row; those of the next tile run while this
+one is multiplied. A uint8 row shares its 32-bit words with three neighbours (bf16 with one), and a
+word is the least a DMA moves: four rows come, and the right byte is shifted out for all rows at
+once. Rows laid out one by one would spare that, but to lay them out so is a copy of all patches,
+several times the product's time. Streamed: plain blocks, where all rows are wanted (no keep, or
+gathered by the loader). Narrow float rows are picked by drop_token's kernel, then streamed.
 
-AGG moves every row by one. Fetched rows follow an index that has a row for AGG; streamed ones pass their last token on to the next tile.
+AGG moves every row by one. Fetched rows follow an index that has a row for AGG; a tile of streamed
+rows passes its last token on to the next tile.
 """
 
 import functools
@@ -18,7 +21,16 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from ..drop_token import pallas_tpu as drop_token
-from ..pallas_common import LANES, call, dot, interpreted, objection, pad, round_up, sublanes
+from ..pallas_common import (
+    LANES,
+    call,
+    dot,
+    interpreted,
+    pad,
+    round_up,
+    sublanes,
+    unsupported_operands,
+)
 from .flops import flops
 
 # B batch, N patches, K kept, k values a patch; A 1 with AGG, else 0; rows of a tile, columns of a tile of dim
@@ -27,12 +39,10 @@ _CENTRE = 128.0  # uint8 0 .. 255 enters the product as -128 .. 127, as exact in
 _VMEM_BYTES = 13 << 20  # of all blocks and buffers: the smallest chips have 16 MiB
 _MOST_ROWS = 512
 _PART = 256  # columns of a product at a time
-_NARROW = 512  # values: below, a DMA for every row costs more than the row
+_NARROW = 512  # values: below it, a DMA for every row costs more than the row
 _GROUP = 32  # rows made exact at a time: a register's worth of bytes
-_FETCHES = jax.__version_info__ >= (
-    0,
-    10,
-)  # torch_xla's libtpu, of the days of jax 0.7.1, compiles no DMA of one row
+# torch_xla's libtpu, as old as jax 0.7.1, compiles no DMA of one row
+_FETCHES = jax.__version_info__ >= (0, 10)
 
 
 class _Plan(NamedTuple):
@@ -47,39 +57,34 @@ class _Plan(NamedTuple):
 def _plan(
     tokens: int, k: int, dim: int, raw: Any, dtype: Any, *, fetched: bool, backward: bool
 ) -> _Plan | None:
-    """``tokens``: rows of a clip, AGG included. None where not even the smallest tile fits."""
+    """A plan for ``tokens`` rows a clip, AGG included; None if not even the smallest tile fits."""
     size, raw_size = jnp.dtype(dtype).itemsize, jnp.dtype(raw).itemsize
-    resident = k * (4 if backward else size)  # bytes a column
+    column_bytes = k * (4 if backward else size)  # that stay in VMEM
     split = 6 if size == 4 else 0  # an exact product takes fp32 apart, into three bf16
     spare = _VMEM_BYTES - split * k * _PART
     columns = dim
     if dim % LANES == 0:
-        columns = max(
-            (
-                c
-                for c in range(LANES, dim + 1, LANES)
-                if dim % c == 0 and c * resident <= (spare if split else _VMEM_BYTES) // 2
-            ),
-            default=LANES,
-        )
-    row_bytes = (
-        k * (4 if fetched else 2 * raw_size)
-        + k * (size + split)
-        + columns * (2 * size + (12 if backward else 16))
-    )
+        budget = (spare if split else _VMEM_BYTES) // 2
+        widths = (c for c in range(LANES, dim + 1, LANES) if dim % c == 0)
+        columns = max((c for c in widths if c * column_bytes <= budget), default=LANES)
+    row_bytes = k * (4 if fetched else 2 * raw_size) + k * (size + split)
+    row_bytes += columns * (2 * size + (12 if backward else 16))
     step = 16 if fetched else max(16, sublanes(raw))
-    most = min(_MOST_ROWS, (spare - columns * resident) // row_bytes // step * step)
+    most = min(_MOST_ROWS, (spare - columns * column_bytes) // row_bytes // step * step)
     if most <= 0:
         return None
     tiles = pl.cdiv(tokens, most)
     return _Plan(fetched, tiles, round_up(pl.cdiv(tokens, tiles), step), columns)
 
 
-# -- rows of a tile into VMEM ------------------------------------------------------------------------------------------
+# -- rows of a tile into VMEM ------------------------------------------------------------------
 
 
 def _start_fetch(plan: _Plan, raw: Any, b, tile, index, rows, words, arrived) -> None:
-    """Start a DMA for every row of a tile: the words of clip b's row index[n], shared with its neighbours in packed dtypes."""
+    """Start a DMA for every row of a tile: the words of clip b's row index[n].
+
+    In packed dtypes the row shares them with its neighbours.
+    """
     halvings = _shared(raw).bit_length() - 1
     if rows.dtype not in (jnp.int32, jnp.float32):
         rows = rows.bitcast(jnp.int32)
@@ -88,15 +93,17 @@ def _start_fetch(plan: _Plan, raw: Any, b, tile, index, rows, words, arrived) ->
         for n in range(8):
             at = group * 8 + n
             row = jax.lax.shift_right_logical(index[0, 0, tile * plan.rows + at], halvings)
-            pltpu.make_async_copy(
-                rows.at[b, pl.ds(row, 1)], words.at[pl.ds(at, 1)], arrived
-            ).start()
+            source, target = rows.at[b, pl.ds(row, 1)], words.at[pl.ds(at, 1)]
+            pltpu.make_async_copy(source, target, arrived).start()
 
     jax.lax.fori_loop(0, plan.rows // 8, start, None)
 
 
 def _fetch(plan: _Plan, raw: Any, index, turn, rows, exact, words, arrived) -> None:
-    """exact (rows, k) <- the tile's rows less their centre; the next tile's are on their way when this returns."""
+    """exact (rows, k) <- the tile's rows less their centre.
+
+    When this returns, those of the next tile are on their way.
+    """
     b, tile = pl.program_id(1), pl.program_id(2)
     pl.when(tile == 0)(lambda: _start_fetch(plan, raw, b, 0, index, rows, words, arrived))
     pltpu.make_async_copy(words, words, arrived).wait()  # as many bytes as all its rows
@@ -135,13 +142,18 @@ def _stream(plan: _Plan, rows, exact) -> None:
 def _in_groups(count: int, size: int, body: Callable) -> None:
     if count == size:
         return body(pl.ds(0, size))
-    jax.lax.fori_loop(
-        0, count // size, lambda n, _: body(pl.ds(pl.multiple_of(n * size, size), size)), None
-    )
+
+    def turn(n, _):
+        return body(pl.ds(pl.multiple_of(n * size, size), size))
+
+    jax.lax.fori_loop(0, count // size, turn, None)
 
 
 def _in_parts(size: int, body: Callable) -> None:
-    """body(slice) over an axis of registers, a part at a time: unrolled whole, a product would be a megabyte of code."""
+    """body(slice) over an axis of registers, a part at a time.
+
+    Unrolled as a whole, a product would be a megabyte of code.
+    """
     part = max((n for n in range(LANES, _PART + 1, LANES) if size % n == 0), default=size)
     _in_groups(size, part, body)
 
@@ -162,18 +174,20 @@ def _shared(dtype: Any) -> int:
     return 4 // jnp.dtype(dtype).itemsize
 
 
-# -- what both kernels are given ---------------------------------------------------------------------------------------
+# -- what both kernels are given ---------------------------------------------------------------
 
 
 class _Rows(NamedTuple):
-    """A call's rows as the kernels take them, and the index they are fetched by; ``values`` is k, filled up to whole registers."""
+    """A call's rows as the kernels take them, and the index they are fetched by.
+
+    ``values`` is k, filled up to whole registers.
+    """
 
     plan: _Plan
     raw: Any
     rows: jax.Array  # (B, N, values), or (B, K, values) when streamed
-    rows_at: (
-        jax.Array | None
-    )  # (1 or B, tiles * rows): the row of every token, a kept one for AGG and beyond the end
+    # (1 or B, tiles * rows): the row of every token, a kept one for AGG and beyond the end
+    rows_at: jax.Array | None
 
     @property
     def values(self) -> int:
@@ -188,23 +202,20 @@ class _Rows(NamedTuple):
                 (1, plan.rows, self.values), lambda d, b, t: (b, jnp.minimum(t, last), 0)
             )
             return {"rows": rows}, {"rows": spec}
-        if (
-            interpreted() and rows.dtype != jnp.float32
-        ):  # interpreters know no DMA from a bitcast ref
+        if interpreted() and rows.dtype != jnp.float32:
+            # interpreters know no DMA from a bitcast ref
             groups = rows.reshape(rows.shape[0], -1, _shared(self.raw), self.values).swapaxes(2, 3)
             rows = jax.lax.bitcast_convert_type(groups, jnp.int32)
         per_clip = len(self.rows_at) > 1
         turn = (self.rows_at & (_shared(self.raw) - 1)) * (32 // _shared(self.raw))
         length = self.rows_at.shape[1]
-        return {"index": self.rows_at[:, None], "turn": turn[..., None], "rows": rows}, {
-            "index": pl.BlockSpec(
-                (1, 1, length),
-                lambda d, b, t: (b if per_clip else 0, 0, 0),
-                memory_space=pltpu.SMEM,
-            ),
-            "turn": pl.BlockSpec((1, plan.rows, 1), lambda d, b, t: (b if per_clip else 0, t, 0)),
-            "rows": pl.BlockSpec(memory_space=pl.ANY),
-        }
+        operands = {"index": self.rows_at[:, None], "turn": turn[..., None], "rows": rows}
+        index_spec = pl.BlockSpec(
+            (1, 1, length), lambda d, b, t: (b if per_clip else 0, 0, 0), memory_space=pltpu.SMEM
+        )
+        turn_spec = pl.BlockSpec((1, plan.rows, 1), lambda d, b, t: (b if per_clip else 0, t, 0))
+        rows_spec = pl.BlockSpec(memory_space=pl.ANY)
+        return operands, {"index": index_spec, "turn": turn_spec, "rows": rows_spec}
 
     def scratch(self, dtype: Any) -> list:
         """exact, then words and their semaphore; empty where the product takes the block as it is."""
@@ -221,12 +232,9 @@ class _Rows(NamedTuple):
 
 
 def _is_fetched(patches, keep, gathered: bool) -> bool:
-    return (
-        _FETCHES
-        and keep is not None
-        and not gathered
-        and (patches.dtype == jnp.uint8 or patches.shape[2] >= _NARROW)
-    )
+    if not _FETCHES or keep is None or gathered:
+        return False
+    return patches.dtype == jnp.uint8 or patches.shape[2] >= _NARROW
 
 
 def _prepare(patches, weight, keep, agg, gathered: bool, dtype: Any, *, backward: bool) -> _Rows:
@@ -236,15 +244,8 @@ def _prepare(patches, weight, keep, agg, gathered: bool, dtype: Any, *, backward
     first = 0 if agg is None else 1
     tokens = first + (keep.shape[-1] if fetched else patches.shape[1])
     patches = pad(patches, 2, round_up(patches.shape[2], LANES))
-    plan = _plan(
-        tokens,
-        patches.shape[2],
-        weight.shape[0],
-        patches.dtype,
-        dtype,
-        fetched=fetched,
-        backward=backward,
-    )
+    k, dim, raw = patches.shape[2], weight.shape[0], patches.dtype
+    plan = _plan(tokens, k, dim, raw, dtype, fetched=fetched, backward=backward)
     assert plan is not None, "unsupported() has let it through"
     index = None
     if fetched:
@@ -262,19 +263,27 @@ def _take_rows(patches, keep):
 
 
 def _fold(weight, bias, scale: float, shift: float, raw: Any, dtype: Any):
-    """(row * scale + shift) @ weight.T + bias as (row - centre) @ folded + bias': folded (k, dim), the bias sums the weight as rounded."""
-    centre = _CENTRE if raw == jnp.uint8 else 0.0
+    """(row * scale + shift) @ weight.T + bias as (row - centre) @ folded + folded_bias.
+
+    folded (k, dim); folded_bias sums the folded weight after its rounding.
+    """
     folded = (scale * weight.astype(jnp.float32)).astype(dtype)
-    return folded.T, bias.astype(jnp.float32) + (shift / scale + centre) * folded.astype(
-        jnp.float32
-    ).sum(1)
+    factor = shift / scale + _centre(raw)
+    return folded.T, bias.astype(jnp.float32) + factor * folded.astype(jnp.float32).sum(1)
 
 
-# -- forward -----------------------------------------------------------------------------------------------------------
+def _centre(raw: Any) -> float:
+    return _CENTRE if raw == jnp.uint8 else 0.0
+
+
+# -- forward -----------------------------------------------------------------------------------
 
 
 def _forward_kernel(*refs, names, plan: _Plan, raw: Any):
-    """One program: a tile of rows of one clip by a tile of dim; gathers the rows, multiplies them by the resident weight, adds."""
+    """One program: a tile of rows of one clip by a tile of dim.
+
+    Gathers the rows, multiplies them by the weight, which stays in VMEM, and adds.
+    """
     given, (out, *scratch) = dict(zip(names, refs, strict=False)), refs[len(names) :]
     last = scratch.pop() if "agg" in given and not plan.fetched else None
     exact, *buffers = scratch or [None]
@@ -285,10 +294,8 @@ def _forward_kernel(*refs, names, plan: _Plan, raw: Any):
         if "position" in given:
             tokens = tokens + given["position"][0, :, at].astype(jnp.float32)
         if "agg" in given:
-            first, before = (
-                jax.lax.broadcasted_iota(jnp.int32, tokens.shape, 0) == 0,
-                given["agg"][:, at],
-            )
+            first = jax.lax.broadcasted_iota(jnp.int32, tokens.shape, 0) == 0
+            before = given["agg"][:, at]
             if last is None:
                 tokens = jnp.where(first & (t == 0), before, tokens)
             else:
@@ -319,21 +326,14 @@ def forward(
     folded, folded_bias = _fold(weight, bias, scale, shift, call_rows.raw, dtype)
     operands, specs = call_rows.operands()
     operands |= {"weight": pad(folded, 0, call_rows.values), "bias": folded_bias[None]}
-    specs |= {
-        "weight": pl.BlockSpec(
-            (call_rows.values, plan.columns), lambda d, b, t: (0, d), pipeline_mode=pl.Buffered(1)
-        ),
-        "bias": pl.BlockSpec((1, plan.columns), lambda d, b, t: (0, d)),
-    }
+    specs["weight"] = pl.BlockSpec(
+        (call_rows.values, plan.columns), lambda d, b, t: (0, d), pipeline_mode=pl.Buffered(1)
+    )
+    specs["bias"] = pl.BlockSpec((1, plan.columns), lambda d, b, t: (0, d))
     if position is not None:
         rows_at = call_rows.rows_at if plan.fetched else keep
         table = position[None] if rows_at is None else position[jnp.atleast_2d(rows_at)]
-        shared, last = len(table) == 1, pl.cdiv(table.shape[1], plan.rows) - 1
-        operands["position"] = table
-        specs["position"] = pl.BlockSpec(
-            (1, plan.rows, plan.columns),
-            lambda d, b, t: (0 if shared else b, jnp.minimum(t, last), d),
-        )
+        operands["position"], specs["position"] = table, _position_spec(table, plan)
     scratch = call_rows.scratch(dtype)
     if agg is not None:
         operands["agg"] = agg.astype(jnp.float32)[None]
@@ -358,24 +358,32 @@ def forward(
     )
 
 
-# -- backward ----------------------------------------------------------------------------------------------------------
+def _position_spec(table, plan: _Plan) -> pl.BlockSpec:
+    shared, last = len(table) == 1, pl.cdiv(table.shape[1], plan.rows) - 1
+    return pl.BlockSpec(
+        (1, plan.rows, plan.columns),
+        lambda d, b, t: (0 if shared else b, jnp.minimum(t, last), d),
+    )
+
+
+# -- backward ----------------------------------------------------------------------------------
 
 
 def _weight_kernel(*refs, names, plan: _Plan, raw: Any, first: int, count: int):
-    """One program: adds a tile's rows times their gradients to d_weight (columns, k), which stays in VMEM until the last clip is done.
+    """One program: adds a tile's rows times their gradients to acc (columns, k).
 
-    first: the token of the first row, 1 with AGG; count: rows of a clip.
+    acc stays in VMEM until the last clip is done, and is then copied to d_weight. first: the token
+    of the first row, 1 with AGG; count: rows of a clip.
     """
-    given, (d_weight, total, done, *scratch) = (
+    given, (d_weight, acc, done, *scratch) = (
         dict(zip(names, refs, strict=False)),
         refs[len(names) :],
     )
     d, b, t = (pl.program_id(axis) for axis in range(3))
     exact, *buffers = scratch or [None]
     rows = _rows_of_tile(plan, raw, given, exact, buffers)
-    place = (
-        jax.lax.broadcasted_iota(jnp.int32, (plan.rows, 1), 0) + t * plan.rows
-    )  # of each row among its clip's
+    # of each row among its clip's
+    place = jax.lax.broadcasted_iota(jnp.int32, (plan.rows, 1), 0) + t * plan.rows
     gradient = given["d_tokens"][0].astype(jnp.float32)
     if plan.fetched:
         inside = (place >= first) & (place < first + count)
@@ -390,20 +398,20 @@ def _weight_kernel(*refs, names, plan: _Plan, raw: Any, first: int, count: int):
 
     @pl.when((b == 0) & (t == 0))
     def _():
-        total[...] = jnp.zeros_like(total)
+        acc[...] = jnp.zeros_like(acc)
 
     def product(at):
         values = rows[:, at]
         if beyond:
             values = jnp.where(inside, values.astype(jnp.float32), 0.0).astype(values.dtype)
-        total[:, at] += dot(gradient, values, (0, 0))
+        acc[:, at] += dot(gradient, values, (0, 0))
 
-    _in_parts(total.shape[1], product)
+    _in_parts(acc.shape[1], product)
 
     @pl.when((b == pl.num_programs(1) - 1) & (t == plan.tiles - 1))
     def _():
         column = pl.multiple_of(d * plan.columns, plan.columns)
-        copy = pltpu.make_async_copy(total, d_weight.at[pl.ds(column, plan.columns)], done)
+        copy = pltpu.make_async_copy(acc, d_weight.at[pl.ds(column, plan.columns)], done)
         copy.start()
         copy.wait()
 
@@ -415,9 +423,8 @@ def _d_folded(d_tokens, patches, weight, keep, agg, gathered: bool, dtype: Any):
     call_rows = _prepare(patches, weight, keep, agg, gathered, dtype, backward=True)
     plan, first = call_rows.plan, 0 if agg is None else 1
     operands, specs = call_rows.operands()
-    tiles = (
-        plan.tiles if plan.fetched else pl.cdiv(tokens - first, plan.rows)
-    )  # AGG alone has no row
+    # AGG alone has no row
+    tiles = plan.tiles if plan.fetched else pl.cdiv(tokens - first, plan.rows)
     plan = plan._replace(tiles=tiles)
     last = pl.cdiv(tokens, plan.rows) - 1
     operands["d_tokens"] = d_tokens
@@ -431,15 +438,16 @@ def _d_folded(d_tokens, patches, weight, keep, agg, gathered: bool, dtype: Any):
             (1, 16, plan.columns), lambda d, b, t: (b, jnp.minimum((t + 1) * groups, end), d)
         )
     passes, size = dim // plan.columns, jnp.dtype(dtype).itemsize
+    kernel = functools.partial(
+        _weight_kernel,
+        names=tuple(operands),
+        plan=plan,
+        raw=call_rows.raw,
+        first=first,
+        count=tokens - first,
+    )
     d_folded = call(
-        functools.partial(
-            _weight_kernel,
-            names=tuple(operands),
-            plan=plan,
-            raw=call_rows.raw,
-            first=first,
-            count=tokens - first,
-        ),
+        kernel,
         *operands.values(),
         name="vatt_patch_embed_weight",
         grid=(passes, B, tiles),
@@ -461,17 +469,28 @@ def _d_folded(d_tokens, patches, weight, keep, agg, gathered: bool, dtype: Any):
 
 
 def backward(
-    d_tokens, patches, weight, bias, *, position=None, keep=None, agg=None, scale, shift, gathered=False, dtype, d_patches=False
-):  # fmt: skip
+    d_tokens,
+    patches,
+    weight,
+    bias,
+    *,
+    position=None,
+    keep=None,
+    agg=None,
+    scale,
+    shift,
+    gathered=False,
+    dtype,
+    d_patches=False,
+):
     """d_patches (None unless asked for), d_weight, d_bias, d_position, d_agg (None where absent)."""
-    centre = _CENTRE if patches.dtype == jnp.uint8 else 0.0
     d_folded = _d_folded(d_tokens, patches, weight, keep, agg, gathered, dtype)
     d_agg = None
     if agg is not None:
         d_agg, d_tokens = d_tokens[:, 0].astype(jnp.float32).sum(0), d_tokens[:, 1:]
     over_clips = d_tokens.astype(jnp.float32).sum(0)
     d_bias = over_clips.sum(0)
-    d_weight = scale * d_folded + (shift + centre * scale) * d_bias[:, None]
+    d_weight = scale * d_folded + (shift + _centre(patches.dtype) * scale) * d_bias[:, None]
     d_position = None
     if position is not None:
         d_position = over_clips
@@ -490,20 +509,15 @@ def backward(
 
 
 def _put_rows(rows, keep, count: int):
-    """Inverse of ``_take_rows``: zeros elsewhere; indices are distinct, so the same bits every time."""
-    if (
-        drop_token.unsupported(
-            jax.ShapeDtypeStruct((len(rows), count, rows.shape[2]), rows.dtype), keep
-        )
-        is None
-    ):
+    """Inverse of ``_take_rows``: zeros elsewhere.
+
+    Indices are distinct, so it gives the same bits every time.
+    """
+    shape = (len(rows), count, rows.shape[2])
+    if drop_token.unsupported(jax.ShapeDtypeStruct(shape, rows.dtype), keep) is None:
         return drop_token.backward(rows, keep, count)
-    clips = jnp.arange(len(rows))[:, None]
-    return (
-        jnp.zeros((len(rows), count, rows.shape[2]), rows.dtype)
-        .at[clips, jnp.atleast_2d(keep)]
-        .set(rows, unique_indices=True)
-    )
+    index = jnp.arange(len(rows))[:, None], jnp.atleast_2d(keep)
+    return jnp.zeros(shape, rows.dtype).at[index].set(rows, unique_indices=True)
 
 
 def unsupported(
@@ -520,22 +534,16 @@ def unsupported(
     dtype=None,
 ) -> str | None:
     dtype = weight.dtype if dtype is None else dtype
-    if reason := objection(patches, weight, bias, position, agg, jax.ShapeDtypeStruct((), dtype)):
+    if reason := unsupported_operands(
+        patches, weight, bias, position, agg, jax.ShapeDtypeStruct((), dtype)
+    ):
         return reason
     fetched = _is_fetched(patches, keep, gathered)
-    k = round_up(patches.shape[2], LANES)
+    k, dim, raw = round_up(patches.shape[2], LANES), weight.shape[0], patches.dtype
     for backward in (False, True):
-        if (
-            _plan(
-                _MOST_ROWS,
-                k,
-                weight.shape[0],
-                patches.dtype,
-                dtype,
-                fetched=fetched,
-                backward=backward,
+        if _plan(_MOST_ROWS, k, dim, raw, dtype, fetched=fetched, backward=backward) is None:
+            return (
+                f"a tile of {k} values a patch by {dim} dimensions does not fit a core's memory; "
+                "the reference accepts any"
             )
-            is None
-        ):
-            return f"a tile of {k} values a patch by {weight.shape[0]} dimensions does not fit a core's memory; the reference accepts any"
     return None

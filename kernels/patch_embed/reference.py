@@ -1,4 +1,7 @@
-"""Patch projection as one reads it: gather, one matmul with the folded weight, add; for torch and jax.numpy, any float type."""
+"""Patch projection as one reads it: gather, one matmul with the folded weight, add.
+
+For torch and jax.numpy, any float type.
+"""
 
 import torch
 
@@ -8,25 +11,11 @@ from .patchify import patchify, unpatchify
 # B batch, N patches, K kept, k values a patch
 
 
-def unsupported(
-    patches,
-    weight,
-    bias,
-    position=None,
-    keep=None,
-    *,
-    scale,
-    shift,
-    agg=None,
-    patch=None,
-    gathered=False,
-    dtype=None,
-) -> str | None:
-    return None
-
-
 def fold(xp, weight, bias, scale, shift, dtype, centre):
-    """(row * scale + shift) @ weight.T + bias as (row - centre) @ folded.T + bias'; the bias sums the weight as rounded."""
+    """(row * scale + shift) @ weight.T + bias as (row - centre) @ folded.T + folded_bias.
+
+    folded_bias sums the folded weight after its rounding.
+    """
     folded = cast(scale * wide(xp, weight), dtype)
     return folded, wide(xp, bias) + (shift / scale + centre) * wide(xp, folded).sum(1)
 
@@ -59,8 +48,22 @@ def forward(
 
 
 def backward(
-    d_tokens, patches, weight, bias, *, position=None, keep=None, agg=None, scale, shift, patch=None, gathered=False, dtype, d_patches=False, xp=torch
-):  # fmt: skip
+    d_tokens,
+    patches,
+    weight,
+    bias,
+    *,
+    position=None,
+    keep=None,
+    agg=None,
+    scale,
+    shift,
+    patch=None,
+    gathered=False,
+    dtype,
+    d_patches=False,
+    xp=torch,
+):
     """d_patches (None unless asked for), d_weight, d_bias, d_position, d_agg (None where absent)."""
     d_agg = None
     if agg is not None:
@@ -68,9 +71,8 @@ def backward(
     centre = _centre(xp, patches)
     rows = cast(_rows(xp, patches, keep, patch, gathered), dtype) - centre
     d_bias = wide(xp, d_tokens).sum((0, 1))
-    d_folded = xp.einsum(
-        "bkd,bkv->dv", wide(xp, d_tokens), wide(xp, rows)
-    )  # wide: sums of raw values overflow fp16
+    # wide: sums of raw values overflow fp16
+    d_folded = xp.einsum("bkd,bkv->dv", wide(xp, d_tokens), wide(xp, rows))
     d_weight = scale * d_folded + (shift + centre * scale) * d_bias[:, None]
     d_position = None if position is None else _d_position(xp, d_tokens, keep, position.shape[0])
     d_input = None
@@ -85,8 +87,11 @@ def backward(
 
 
 def _centre(xp, patches) -> float:
-    """Subtracted from raw values before the product: 0 .. 255 becomes -128 .. 127, as exact in bf16. Left uncentred, product and folded
-    shift nearly cancel on grey clips, and their roundings stay."""
+    """Subtracted from raw values before the product: 0 .. 255 becomes -128 .. 127, exact in bf16.
+
+    Without a centre, product and folded shift nearly cancel on grey clips, and their roundings
+    stay.
+    """
     return 128.0 if patches.dtype == xp.uint8 else 0.0
 
 
@@ -104,10 +109,27 @@ def _num_patches(clip, patch) -> int:
 
 
 def _d_position(xp, d_tokens, keep, count: int):
-    """One order of summation whatever the keep: over clips of the scattered rows."""
+    """Sums over clips, in the same order whatever keep is."""
     d_tokens = wide(xp, d_tokens)
     if keep is None:
         return d_tokens.sum(0)
     if keep.ndim == 1:
         return put_rows(xp, d_tokens.sum(0)[None], keep, count)[0]
     return put_rows(xp, d_tokens, keep, count).sum(0)
+
+
+def unsupported(
+    patches,
+    weight,
+    bias,
+    position=None,
+    keep=None,
+    *,
+    scale,
+    shift,
+    agg=None,
+    patch=None,
+    gathered=False,
+    dtype=None,
+) -> str | None:
+    return None

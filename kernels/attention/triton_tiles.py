@@ -1,0 +1,173 @@
+"""Tile sizes of the Triton attention kernels: pure functions of architecture, dtype and shape.
+
+``TUNING`` lists the candidates of every kernel for the offline tuner; a tuned table comes first.
+"""
+
+import torch
+import triton
+
+from ..tiles import Tiles
+
+# T queries, S keys, D head_dim
+
+_LARGE_SHARED = ("sm_80", "sm_90", "sm_100", "sm_103")  # 163 KiB a multiprocessor and more
+
+
+def dot_size(size: int) -> int:
+    """The smallest power of two that covers ``size`` and that tl.dot takes: at least 16."""
+    return max(16, triton.next_power_of_2(size))
+
+
+def tail(length: int, block: int) -> int:
+    """Width of a walk's last, masked step: 0, or the smallest power of two from 16 on."""
+    rest = length % block
+    return dot_size(rest) if rest else 0
+
+
+def last_tile(T: int, block: int, arch: str) -> int:
+    """Rows of the forward's last query tile.
+
+    Not 32: that is too few for Hopper's matrix unit, and the instructions used instead need more
+    registers than all other tiles (132 against 108 a thread). On sm_100 not 64 of 128 either,
+    which spills there (triton 3.7.1).
+    """
+    rows = tail(T, block)
+    if rows in (32, 64) and arch == "sm_100":
+        return block
+    return min(64, block) if rows == 32 else rows
+
+
+def walk(axis: str, length: int, blocks: Tiles) -> dict[str, int | bool]:
+    """Compile-time constants of a walk along an axis: any full block, and the width of the tail."""
+    block = blocks[f"BLOCK_{axis}"]
+    return {f"FULL_{axis}": block <= length, f"TAIL_{axis}": tail(length, block)}
+
+
+def _covering(length: int, largest: int) -> int:
+    """The smallest power of two from 16 on that covers ``length``, at most ``largest``."""
+    return min(dot_size(length), largest)
+
+
+# -- forward -----------------------------------------------------------------------------------
+
+
+def forward_tiles(arch: str, dtype: torch.dtype, T: int, S: int, D: int) -> Tiles:
+    """128 queries where there are many: 64 would read each key twice as often, and wait for L2.
+
+    64 keys need few registers. So several programs share a multiprocessor, and the exponentials
+    of one overlap with the products of another.
+    """
+    wide = dot_size(D) > 64
+    if dtype == torch.float32:
+        rows = _covering(T, 32 if wide else 64)
+        return dict(BLOCK_T=rows, BLOCK_S=_covering(S, 32), num_warps=4, num_stages=1)
+    columns = _covering(S, 64)
+    if T <= 32:  # little more than one read of the keys
+        warps = 4 if S > 64 else 2
+        stages = 4 if arch in _LARGE_SHARED else 2 if arch.startswith("gfx") else 3
+        return dict(BLOCK_T=_covering(T, 32), BLOCK_S=columns, num_warps=warps, num_stages=stages)
+    many = T >= 256 and not wide and not arch.startswith("gfx")
+    rows, warps = (128, 8) if many else (64, 4)
+    return dict(BLOCK_T=rows, BLOCK_S=columns, num_warps=warps, num_stages=2)
+
+
+# -- backward ----------------------------------------------------------------------------------
+
+
+def statistics_tiles(D: int) -> Tiles:
+    return dict(BLOCK_T=max(16, 4096 // dot_size(D)), num_warps=4)
+
+
+def backward_plan(T: int, S: int) -> Tiles:
+    """ONE_PASS adds to d_q with atomics: two of seven products fewer, for a pass over d_q in fp32.
+
+    Where one or two key tiles cover everything, that gains nothing.
+    """
+    return dict(ONE_PASS=int(T > 64 and S > 256))
+
+
+def backward_keys_tiles(arch: str, dtype: torch.dtype, T: int, S: int, D: int) -> Tiles:
+    rows, columns, warps, stages = _backward_block(arch, dtype, S, T, D)
+    return dict(BLOCK_S=rows, BLOCK_T=columns, num_warps=warps, num_stages=stages)
+
+
+def backward_queries_tiles(arch: str, dtype: torch.dtype, T: int, S: int, D: int) -> Tiles:
+    rows, columns, warps, stages = _backward_block(arch, dtype, T, S, D)
+    return dict(BLOCK_T=rows, BLOCK_S=columns, num_warps=warps, num_stages=stages)
+
+
+def _backward_block(
+    arch: str, dtype: torch.dtype, owned: int, walked: int, D: int
+) -> tuple[int, int, int, int]:
+    """Rows a program owns, columns a step takes, warps, stages.
+
+    Two tiles of scores live at once: the registers hold 64 by 64.
+    """
+    wide = dot_size(D) > 64
+    if dtype == torch.float32:
+        return _covering(owned, 32), _covering(walked, 16 if wide else 32), 4, 1
+    columns = 32 if wide else 64
+    return _covering(owned, 64), _covering(walked, columns), 4, 1 if arch.startswith("gfx") else 2
+
+
+def backward_bias_tiles(arch: str, dtype: torch.dtype, T: int, S: int, D: int) -> Tiles:
+    largest = 32 if dtype == torch.float32 or dot_size(D) > 64 else 64
+    rows, columns = _covering(T, largest), _covering(S, largest)
+    return dict(BLOCK_T=rows, BLOCK_S=columns, num_warps=4, num_stages=1)
+
+
+def backward_small_tiles(T: int, S: int) -> Tiles:
+    """The tile itself is given: all queries by all keys."""
+    return dict(num_warps=4 if dot_size(T) * dot_size(S) > 16 * 16 else 2, num_stages=1)
+
+
+# -- candidates of the tuner -------------------------------------------------------------------
+
+
+def _candidates(rows: str, columns: str, choices: list[tuple[int, int, int, int]]) -> list[Tiles]:
+    return [
+        {rows: r, columns: c, "num_warps": warps, "num_stages": stages}
+        for r, c, warps, stages in choices
+    ]
+
+
+_BACKWARD = [
+    *((64, columns, 4, stages) for columns in (32, 64, 128) for stages in (1, 2, 3)),
+    *((128, columns, 8, stages) for columns in (32, 64, 128) for stages in (1, 2, 3)),
+    (128, 64, 4, 2),
+]
+
+TUNING: dict[str, list[Tiles]] = {
+    "attention_forward": _candidates(
+        "BLOCK_T",
+        "BLOCK_S",
+        [
+            *((64, columns, 4, stages) for columns in (32, 64, 128) for stages in (1, 2, 3, 4)),
+            *(
+                (128, columns, warps, stages)
+                for columns in (64, 128)
+                for warps in (4, 8)
+                for stages in (2, 3)
+            ),
+            (16, 64, 4, 4),
+            (16, 128, 4, 3),
+            (32, 32, 1, 1),
+            (32, 32, 2, 1),
+        ],
+    ),
+    "attention_backward": [dict(ONE_PASS=0), dict(ONE_PASS=1)],
+    "attention_backward_keys": _candidates(
+        "BLOCK_S", "BLOCK_T", [*_BACKWARD, (32, 64, 4, 2), (64, 16, 4, 2)]
+    ),
+    "attention_backward_queries": _candidates(
+        "BLOCK_T", "BLOCK_S", [*_BACKWARD, (16, 64, 4, 3), (32, 64, 4, 2)]
+    ),
+    "attention_backward_bias": _candidates(
+        "BLOCK_T",
+        "BLOCK_S",
+        [(n, m, warps, 1) for n in (32, 64, 128) for m in (32, 64) for warps in (4, 8)],
+    ),
+    "attention_backward_small": [
+        dict(num_warps=warps, num_stages=stages) for warps in (1, 2, 4, 8) for stages in (1, 2)
+    ],
+}
