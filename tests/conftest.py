@@ -1,8 +1,8 @@
 """Tests import the installed package, never the checkout's folders.
 
-The root's ``kernels`` must not be found as a top-level name. ``bench`` is not installed; it alone is
-taken from the checkout. Without a GPU, Triton kernels run in Triton's interpreter, which has to be
-asked for before they are imported. Without a TPU, JAX runs on the CPU, and libtpu, where it is
+The root's ``kernels`` must not be found as a top-level name. ``bench`` is not installed; it alone
+is taken from the checkout. Without a GPU, Triton kernels run in Triton's interpreter, which has to
+be asked for before they are imported. Without a TPU, JAX runs on the CPU, and libtpu, where it is
 installed, only compiles.
 """
 
