@@ -20,8 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from vatt_fast.config import MEDIUM, PRESETS, TowerConfig, VATTConfig, preset
-from vatt_fast.flops import convention_flops, flops_table, true_flops
+from vatt_fast.flops import true_flops
 from vatt_fast.kernels import dispatch
+from vatt_fast.paper_tables import convention_flops, flops_table
 
 from . import results, towers
 from .floors import MODALITIES, Mode, step_flops

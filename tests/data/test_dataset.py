@@ -21,7 +21,8 @@ from vatt_fast.data.dataset import (
     folder_captions,
     loader,
 )
-from vatt_fast.data.media import MediaError, write_clip
+from vatt_fast.data.media import MediaError
+from vatt_fast.data.media_writer import write_clip
 from vatt_fast.data.text import Vocabulary
 
 SPEC = ClipSpec(

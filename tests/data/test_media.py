@@ -1,4 +1,4 @@
-"""Files written by real encoders come back at the right time, rate, size and place, and damaged ones say so."""
+"""Files of real encoders come back at the right time, rate and size; damaged ones say so."""
 
 import subprocess
 import sys
@@ -17,8 +17,8 @@ from vatt_fast.data.media import (  # noqa: E402
     read_audio,
     read_clip,
     read_video,
-    write_clip,
 )
+from vatt_fast.data.media_writer import write_clip  # noqa: E402
 
 SIDE = 64
 FRAMES = 32
@@ -34,7 +34,10 @@ WINDOW = dict(
 
 
 def numbered_frames(count=FRAMES, height=SIDE, width=SIDE):
-    """Pictures that carry their own number: bit b is a white or black bar in the b-th sixth of the width. Bit 5 is always white."""
+    """Pictures that carry their own number.
+
+    Bit b is a white or a black bar in the b-th sixth of the width. Bit 5 is always white.
+    """
     frames = np.zeros((count, height, width, 3), np.uint8)
     for number in range(count):
         for bit in range(6):
@@ -124,7 +127,7 @@ def test_whole_clip_comes_back(clip_file):
 
 @pytest.mark.parametrize("start", [0.0, 0.1, 0.3, 0.75, 0.95, 1.6])
 def test_window_is_in_sync(clip_file, start):
-    """The picture of the beep's beginning and the beep come from the same place of a window, to a frame and 10 ms."""
+    """The beep and the picture of its beginning lie at the same time, to a frame and 10 ms."""
     clip = read_clip(clip_file, start=start, **WINDOW)
     assert numbers(clip.video) == [
         int(number) for number in np.floor(start * 10 + 1e-6 + np.arange(16))
@@ -176,7 +179,10 @@ def test_sound_at_other_rates(clip_file, start, sample_rate_hz):
     [(44100, 16000), (48000, 16000), (8000, 48000), (11025, 44100), (44101, 16000)],
 )
 def test_resampling_keeps_every_sample_in_place(folder, rate, sample_rate_hz):
-    """Against the sine itself, from an uncompressed file: no delay, no edge, up to a half sample of rounding at the odd rate."""
+    """Beside the sine itself, from an uncompressed file: no delay and no edge.
+
+    At the odd rate rounding may shift it by up to half a sample.
+    """
     seconds = np.arange(2 * rate) / rate
     write_clip(
         folder / "tone.wav", None, 0.5 * np.sin(2 * np.pi * 440 * seconds), sample_rate_hz=rate
@@ -233,7 +239,10 @@ def test_past_the_end_is_black_and_silent(clip_file):
 @pytest.mark.parametrize("suffix", [".ts", ".mkv", ".mov", ".avi"])
 @pytest.mark.parametrize("start", [0.0, 1.4, 2.6])
 def test_other_containers(folder, clip_file, suffix, start):
-    """A transport stream begins at 1.4 s of its own clock, Matroska rounds to milliseconds, AVI has no priming mark."""
+    """Other clocks: a transport stream begins at 1.4 s, Matroska rounds to milliseconds.
+
+    AVI does not mark the priming of its sound.
+    """
     path = folder / f"other{suffix}"
     rewrite(clip_file, path)
     clip = read_clip(path, start=start, **WINDOW)
@@ -254,7 +263,7 @@ def test_other_containers(folder, clip_file, suffix, start):
 
 @pytest.mark.parametrize("num_samples", [2000, 2040, 4000])
 def test_the_codecs_last_frame_is_cut_where_the_sound_ends(folder, num_samples):
-    """1600 samples fill two AAC frames of 1024; the encoder's filling is not heard, wherever the window ends."""
+    """1600 samples take two AAC frames of 1024; what the encoder adds must never be heard."""
     write_clip(
         folder / "brief.m4a",
         None,
@@ -374,7 +383,7 @@ def test_a_still_image_is_one_repeated_frame(folder, name):
 
 
 def test_rotation_mark_is_applied(folder):
-    """A phone's portrait video is stored lying; a display matrix of 90 degrees clockwise sets it up."""
+    """A phone stores portrait video lying, with a display matrix of 90 degrees clockwise."""
     frames = np.zeros((4, 32, 64, 3), np.uint8)
     frames[:, :, :16] = (220, 30, 30)  # the left edge becomes the top
     write_clip(folder / "lying.mp4", frames, None)
@@ -420,7 +429,7 @@ def test_damaged_files_raise_and_name_the_file(folder, clip_file, how):
 
 
 def test_cut_short_behind_its_index(folder):
-    """With the index in front a cut file still opens; windows before the cut are whole, later ones raise."""
+    """With its index in front, a cut file still opens; only windows after the cut raise."""
     frames = np.concatenate([numbered_frames()] * 4)
     with av.open(str(folder / "front.mp4"), "w", options={"movflags": "+faststart"}) as container:
         stream = container.add_stream("mpeg4", rate=10)
@@ -482,7 +491,8 @@ def test_the_package_needs_pyav_only_for_media():
     """Without PyAV the modules import; the first file says what to install."""
     code = (
         "import sys; sys.modules['av'] = None\n"
-        "import vatt_fast.data, vatt_fast.data.text, vatt_fast.data.dataset, vatt_fast.data.media as media\n"
+        "import vatt_fast.data.text, vatt_fast.data.dataset, vatt_fast.data.media_writer\n"
+        "from vatt_fast.data import media\n"
         "try: media.probe(__file__ if '__file__' in globals() else sys.executable)\n"
         "except ImportError as error: assert 'pip install vatt_fast[data]' in str(error), error\n"
         "else: raise SystemExit('no error')"

@@ -1,4 +1,7 @@
-"""The main job in small, through the command: render, pre-train, embed, retrieve, report. Its quality at full size is in NOTES.md."""
+"""The demo in small, through the command: render, pre-train, embed, retrieve, report.
+
+Its quality at full size is in the notes.
+"""
 
 import json
 import subprocess
@@ -13,7 +16,10 @@ from vatt_fast.demo.run import DemoConfig, run_demo
 from vatt_fast.evaluation.retrieval import retrieval_metrics
 from vatt_fast.weights import create_model
 
-KEYS = "seconds steps t2v_r1 t2v_r10 t2v_median_rank a2v_r10 t2v_r10_before motion_probe motion_probe_before report"
+KEYS = (
+    "seconds steps t2v_r1 t2v_r10 t2v_median_rank a2v_r10 t2v_r10_before "
+    "motion_probe motion_probe_before report"
+)
 
 
 @pytest.fixture(scope="module")

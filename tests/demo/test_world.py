@@ -1,4 +1,7 @@
-"""The rendered world is what its factors say, in picture, sound and words, and the same whoever renders it."""
+"""The rendered world is what its factors say, in picture, sound and words.
+
+It is the same with any number of workers.
+"""
 
 import itertools
 import json
@@ -10,24 +13,37 @@ import pytest
 av = pytest.importorskip("av")
 
 from vatt_fast.data.media import read_clip  # noqa: E402
+from vatt_fast.data.media_writer import write_clip  # noqa: E402
 from vatt_fast.data.text import Vocabulary, load_captions, split_words  # noqa: E402
-from vatt_fast.demo import world as synth  # noqa: E402
-from vatt_fast.demo.world import (  # noqa: E402
+from vatt_fast.demo import world as rendering  # noqa: E402
+from vatt_fast.demo.captions import (  # noqa: E402
+    MOTION_WORDS,
+    NAMED,
+    caption_clip,
+    query_sentence,
+)
+from vatt_fast.demo.scene import (  # noqa: E402
     BACKGROUNDS,
     COLOURS,
     FACTORS,
+    GLIDE_SEMITONES,
     MOTIONS,
-    PITCH_HZ,
+    PERIOD_SECONDS,
     SHAPES,
+    SIDE,
     Course,
     Factors,
-    caption_clip,
+    contour,
+    position,
+)
+from vatt_fast.demo.sound import HARMONICS, PITCH_HZ, render_audio  # noqa: E402
+from vatt_fast.demo.world import (  # noqa: E402
     render_clip,
     render_world,
+    seeded,
     split_factors,
 )
 
-SIDE = synth.SIDE
 WHOLE = dict(
     num_frames=32,
     frames_per_second=10.0,
@@ -55,7 +71,7 @@ FACTOR_WORDS = {
 def world(tmp_path_factory):
     """24 training and 8 test clips, rendered by two processes."""
     return render_world(
-        tmp_path_factory.mktemp("synth") / "world",
+        tmp_path_factory.mktemp("world") / "world",
         num_train=24,
         num_test=8,
         seed=3,
@@ -84,7 +100,7 @@ def contents(folder):
     }
 
 
-# -- files -------------------------------------------------------------------------------------------------------------
+# -- files -----------------------------------------------------------------------------------------
 
 
 def test_files_are_real_media(world):
@@ -138,7 +154,7 @@ def test_another_seed_is_another_world(world, tmp_path):
 
 def test_a_complete_world_is_reused_and_an_interrupted_one_completed(tmp_path, monkeypatch):
     arguments = dict(num_train=5, num_test=2, seed=0, workers=1, progress=False)
-    original, done = synth._render_file, []
+    original, done = rendering._render_file, []
 
     def breaking(job):
         if len(done) == 4:
@@ -146,16 +162,16 @@ def test_a_complete_world_is_reused_and_an_interrupted_one_completed(tmp_path, m
         done.append(job[0].name)
         original(job)
 
-    monkeypatch.setattr(synth, "_render_file", breaking)
+    monkeypatch.setattr(rendering, "_render_file", breaking)
     with pytest.raises(KeyboardInterrupt):
         render_world(tmp_path / "world", **arguments)
     assert json.loads((tmp_path / "world" / "world.json").read_text())["complete"] is False
     monkeypatch.setattr(
-        synth, "_render_file", lambda job: (done.append(job[0].name), original(job))
+        rendering, "_render_file", lambda job: (done.append(job[0].name), original(job))
     )
     render_world(tmp_path / "world", **arguments)
     assert len(done) == 7  # none twice
-    monkeypatch.setattr(synth, "_render_file", None)
+    monkeypatch.setattr(rendering, "_render_file", None)
     assert render_world(tmp_path / "world", **arguments) == tmp_path / "world"
     monkeypatch.undo()
     assert contents(tmp_path / "world") == contents(render_world(tmp_path / "fresh", **arguments))
@@ -185,7 +201,7 @@ def test_refusals(world, tmp_path):
         Factors("circle", "pink", "left", "plain")
 
 
-# -- factors -----------------------------------------------------------------------------------------------------------
+# -- factors ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
@@ -199,7 +215,7 @@ def test_held_out_combinations_are_new_and_their_pairs_are_not(seed):
 
 
 def test_factors_are_independent(full_split):
-    """Chi-squared of every pair over the training clips stays where chance puts it, and every value is about as frequent."""
+    """Chi-squared of every pair stays where chance puts it; all values are about as frequent."""
     train, _ = full_split
     for a, b in itertools.combinations(FACTORS, 2):
         table = np.zeros((len(FACTORS[a]), len(FACTORS[b])))
@@ -212,13 +228,16 @@ def test_factors_are_independent(full_split):
             assert counts.min() > 0.8 * counts.mean() and counts.max() < 1.2 * counts.mean()
 
 
-# -- picture -----------------------------------------------------------------------------------------------------------
+# -- picture ---------------------------------------------------------------------------------------
 
 
 def tracked(factors, seed, tmp_path):
-    """Per frame of the decoded file: the shape's middle as angles on the torus, and its area; the shape is found by its colour."""
+    """Per frame of the decoded file: the shape's middle, in pixels around the torus, and its area.
+
+    The colour tells which pixels are the shape's.
+    """
     frames, audio = render_clip(factors, seed)
-    synth.write_clip(tmp_path / "clip.mp4", frames, audio)
+    write_clip(tmp_path / "clip.mp4", frames, audio)
     video = read_clip(tmp_path / "clip.mp4", start=0.0, **WHOLE).video.astype(float)
     saturation = video.max(-1) - video.min(-1)
     cover = saturation > 70
@@ -266,31 +285,37 @@ def test_decoded_motion_is_the_one_named(motion, shape, tmp_path):
 
 
 def test_one_frame_does_not_give_the_motion_away():
-    """Middle, size and area of single pictures have the same spread whatever steady motion they come from."""
+    """In single pictures, the middle of the shape spreads alike whatever the motion."""
     for name in ("x", "y"):
         for motion in MOTIONS:
             places = []
             for seed in range(60):
                 generator = np.random.default_rng(seed)
                 course = Course.draw(motion, generator)
-                x, y, _ = synth._position(motion, course, np.arange(32) / 10)
+                x, y, _ = position(motion, course, np.arange(32) / 10)
                 places.append({"x": x, "y": y}[name][generator.integers(32)] % SIDE)
             quarters = np.histogram(places, 4, (0, SIDE))[0]
             assert quarters.min() >= 5, (motion, name, quarters)
 
 
 def test_periods_show_the_motion_within_a_window():
-    """A window of 1.6 s holds at least 0.8 of a round, so every motion shows, and no step is half of space or a round."""
-    for motion, (shortest, longest) in synth.PERIOD_SECONDS.items():
+    """A window of 1.6 s holds at least 0.8 of a round, so every motion shows.
+
+    No step is half of space or of a round.
+    """
+    for motion, (shortest, longest) in PERIOD_SECONDS.items():
         assert 1.6 / longest >= 0.8 and 0.1 / shortest < 0.2, motion
 
 
 @pytest.mark.parametrize("background", BACKGROUNDS)
 def test_colours_and_shapes_survive_coding(background, tmp_path):
-    """Decoded, each shape has its colour (chroma at half resolution) and its area stands out of the background."""
+    """Decoded, each shape keeps its colour, though chroma has half the resolution.
+
+    It stands out of the background.
+    """
     for shape, (colour, rgb) in zip(SHAPES, COLOURS.items(), strict=True):
         frames, audio = render_clip(Factors(shape, colour, "right", background), 5)
-        synth.write_clip(tmp_path / "clip.mp4", frames, audio)
+        write_clip(tmp_path / "clip.mp4", frames, audio)
         video = read_clip(tmp_path / "clip.mp4", start=0.0, **WHOLE).video[8].astype(float)
         cover = video.max(-1) - video.min(-1) > 70
         assert 120 < cover.sum() < 0.3 * SIDE**2
@@ -304,17 +329,20 @@ def test_colours_and_shapes_survive_coding(background, tmp_path):
         assert video[~cover].mean() < video[cover].mean() - 40  # and darker than any shape
 
 
-# -- sound -------------------------------------------------------------------------------------------------------------
+# -- sound -----------------------------------------------------------------------------------------
 
 
 def heard(factors, seed, tmp_path):
     _, audio = render_clip(factors, seed)
-    synth.write_clip(tmp_path / "clip.mp4", None, audio)
+    write_clip(tmp_path / "clip.mp4", None, audio)
     return read_clip(tmp_path / "clip.mp4", start=0.0, **WHOLE).audio
 
 
 def pitch_track(audio, seconds=0.064):
-    """Base pitch and loudness over time: the shortest lag at which a piece of sound repeats itself, on a grid of 1/8 sample."""
+    """Base pitch and loudness over time.
+
+    The pitch is the shortest lag at which a piece of sound repeats itself, on a grid of 1/8 sample.
+    """
     size, finer = round(seconds * 16000), 8
     lowest, highest = min(PITCH_HZ.values()) * 0.7, max(PITCH_HZ.values()) * 1.4
     lags = np.arange(int(finer * 16000 / highest), int(finer * 16000 / lowest))
@@ -350,7 +378,7 @@ def test_waveforms_differ():
     """Shapes differ in more than pitch: the strengths of their harmonics."""
     timbres = {
         tuple(strength / sum(abs(s) for _, s in partials) for _, strength in partials)
-        for partials in synth._HARMONICS.values()
+        for partials in HARMONICS.values()
     }
     assert len(timbres) == len(SHAPES)
 
@@ -369,13 +397,13 @@ def test_waveforms_differ():
 def test_contour_follows_the_motion(motion, pitch_slope, loudness_slope, tmp_path):
     """Between two starts of a round pitch and loudness run the way that belongs to the motion."""
     pitches, loudness = pitch_track(heard(Factors("circle", "red", motion, "plain"), 2, tmp_path))
-    course = Course.draw(motion, synth._generator(2))
+    course = Course.draw(motion, seeded(2))
     times = (np.arange(len(pitches)) + 0.5) * 0.064
     part = course.at(times)
     inside = (part > 0.1) & (part < 0.9)
     semitones = 12 * np.log2(pitches / PITCH_HZ["circle"])
     for values, slope, size in (
-        (semitones, pitch_slope, 2 * synth.GLIDE_SEMITONES),
+        (semitones, pitch_slope, 2 * GLIDE_SEMITONES),
         (loudness / loudness.max(), loudness_slope, 0.8),
     ):
         fitted = np.polyfit(part[inside], values[inside], 1)[0]
@@ -384,10 +412,10 @@ def test_contour_follows_the_motion(motion, pitch_slope, loudness_slope, tmp_pat
 
 def test_bounce_thumps_when_the_picture_is_at_its_lowest():
     factors = Factors("circle", "red", "bounce", "plain")
-    course = Course.draw("bounce", synth._generator(4))
+    course = Course.draw("bounce", seeded(4))
     times = np.arange(3200) / 1000
-    _, y, _ = synth._position("bounce", course, times)
-    _, loudness = synth._contour("bounce", course, times)
+    _, y, _ = position("bounce", course, times)
+    _, loudness = contour("bounce", course, times)
     loudest = times[np.flatnonzero(np.diff(loudness) > 0.5)]
     lowest = times[1:-1][(y[1:-1] >= y[:-2]) & (y[1:-1] >= y[2:])]  # y points down
     assert len(loudest) >= 2
@@ -398,21 +426,19 @@ def test_bounce_thumps_when_the_picture_is_at_its_lowest():
 def test_colour_and_background_are_inaudible_and_noise_is_20_db_below():
     generators = [np.random.default_rng(0) for _ in range(2)]
     course = Course.draw("orbit", np.random.default_rng(1))
-    one = synth.render_audio(Factors("ring", "red", "orbit", "plain"), course, generators[0])
-    other = synth.render_audio(Factors("ring", "cyan", "orbit", "striped"), course, generators[1])
+    one = render_audio(Factors("ring", "red", "orbit", "plain"), course, generators[0])
+    other = render_audio(Factors("ring", "cyan", "orbit", "striped"), course, generators[1])
     np.testing.assert_array_equal(one, other)
     # a sine's noise is what lies away from it
     still = Course(1.0, 0.0, 0, 0, 10, 0, 1)
-    audio = synth.render_audio(
-        Factors("circle", "red", "left", "plain"), still, np.random.default_rng(2)
-    )
+    audio = render_audio(Factors("circle", "red", "left", "plain"), still, np.random.default_rng(2))
     power = np.abs(np.fft.rfft(audio)) ** 2
     hertz = np.fft.rfftfreq(len(audio), 1 / 16000)
     noise = power[hertz > 1000].sum() * 8000 / 7000
     assert 10 * np.log10(power.sum() / noise) == pytest.approx(20, abs=0.7)
 
 
-# -- words -------------------------------------------------------------------------------------------------------------
+# -- words -----------------------------------------------------------------------------------------
 
 
 def test_captions_are_five_to_eight_spread_over_the_clip(full_captions):
@@ -430,7 +456,7 @@ def test_shares_of_telling_unrelated_and_foreign_captions(full_split, full_capti
     kinds = Counter()
     words_of_motion = {
         motion: set(" ".join(phrases).split()) & FACTOR_WORDS
-        for motion, phrases in synth._MOTION_WORDS.items()
+        for motion, phrases in MOTION_WORDS.items()
     }
     for factors, captions in zip(train, full_captions, strict=True):
         own = {factors.shape, factors.colour, factors.background, *words_of_motion[factors.motion]}
@@ -456,9 +482,7 @@ def test_telling_captions_name_each_part_as_often_as_they_should(full_split, ful
                 if getattr(factors, name) in words
             )
     for name, count in named.items():
-        assert count / named["colour"] == pytest.approx(
-            synth.NAMED[name] / synth.NAMED["colour"], rel=0.1
-        )
+        assert count / named["colour"] == pytest.approx(NAMED[name] / NAMED["colour"], rel=0.1)
 
 
 def test_queries_use_words_of_the_captions(full_split, full_captions):
@@ -467,6 +491,6 @@ def test_queries_use_words_of_the_captions(full_split, full_captions):
     )
     assert len(vocabulary) < 512
     _, test = full_split
-    queries = [synth.query_sentence(factors) for factors in test]
+    queries = [query_sentence(factors) for factors in test]
     assert len(set(queries)) == 200
     assert all(word in vocabulary for sentence in queries for word in split_words(sentence))

@@ -23,7 +23,7 @@ def test_linear_probe_reads_what_is_linear_and_only_that():
 
 
 def test_scores_held_out_features_and_not_those_it_was_fitted_to():
-    """Labels without any relation to 128 features: near chance on new clips of 8 classes, however well the fit went."""
+    """Labels unrelated to the 128 features: near chance on new clips, however good the fit."""
     rng = np.random.default_rng(1)
     x, labels = rng.normal(size=(1400, 128)), rng.integers(0, 8, 1400)
     assert linear_probe(x[:1200], labels[:1200], x[1200:], labels[1200:]) < 25
@@ -56,7 +56,10 @@ def test_without_scikit_learn_the_error_says_what_to_install(monkeypatch):
 
 
 def test_the_training_folds_choose_the_penalty():
-    """A strong penalty hides a weak feature among loud ones; a weak one fits noise: the folds find which of the two costs less."""
+    """A strong penalty hides a weak feature among loud ones; a weak penalty fits noise.
+
+    The folds find which of the two costs less.
+    """
     rng = np.random.default_rng(2)
     labels = rng.integers(0, 8, 1400)
     x = np.concatenate(

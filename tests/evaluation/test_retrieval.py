@@ -75,7 +75,7 @@ def test_measures_equal_a_brute_force(queries, targets, seed, coarse):
 
 @pytest.mark.parametrize("elements", [1, 700, 10**6])
 def test_size_of_the_pieces_changes_nothing(elements, monkeypatch):
-    """One query at a time, three (the last piece smaller), or all at once; coarse values tie often."""
+    """One query at a time, three (then the last piece is smaller), or all; coarse values tie."""
     rng = np.random.default_rng(0)
     q, t = rng.integers(-2, 3, (100, 4)).astype(float), rng.integers(-2, 3, (200, 4)).astype(float)
     truth = rng.integers(0, 200, 100)
@@ -92,11 +92,12 @@ def test_size_of_the_pieces_changes_nothing(elements, monkeypatch):
 
 
 def test_constant_embeddings_score_nothing():
-    """A collapsed model must not look perfect: every target ties with the right one and counts before it."""
+    """A collapsed model must not look perfect: every target ties with the right one."""
     ones = np.ones((50, 4))
     nothing = {"r1": 0.0, "r5": 0.0, "r10": 0.0, "median_rank": 50.0}
     assert retrieval_metrics(ones, ones, np.arange(50)) == nothing
-    # products of equal rows may differ in their last bit with the row's place in the matrix; that must help no more than chance does
+    # Products of equal rows may differ in their last bit, depending on the row's place in the
+    # matrix. That must help no more than chance does.
     same = np.tile(unit(np.random.default_rng(0).normal(size=(1, 67))), (203, 1)).astype(np.float32)
     found = retrieval_metrics(same, same, np.arange(203))
     assert (

@@ -14,7 +14,7 @@ import torch
 from oracle import recording
 
 from vatt_fast.config import PRESETS
-from vatt_fast.data.media import write_clip
+from vatt_fast.data.media_writer import write_clip
 from vatt_fast.model import VATT
 from vatt_fast.training import loop
 from vatt_fast.training.loop import CHECKPOINT, METRICS, PretrainConfig, pretrain

@@ -1,7 +1,8 @@
 """Sentences to word numbers, and which sentences belong to a clip.
 
-The rules are the release's: punctuation is removed, letters are lower-cased, words are what white space separates. Number 0 is
-padding and 1 an unknown word; nothing marks the beginning or the end of a sentence.
+The rules are those of the released code: punctuation is removed, letters are lower-cased, and white
+space separates words. Number 0 is padding and 1 an unknown word. Nothing marks the beginning or the
+end of a sentence.
 """
 
 import json
@@ -22,7 +23,7 @@ PADDING_ID, UNKNOWN_ID = 0, 1
 
 
 def split_words(sentence: str) -> list[str]:
-    """The words of a sentence: ``"It's a dog, barking."`` gives ``["its", "a", "dog", "barking"]``."""
+    """The words of a sentence: "It's a dog, barking." gives ["its", "a", "dog", "barking"]."""
     if sentence.isascii():
         return sentence.translate(_NO_PUNCTUATION).lower().split()
     kept = (
@@ -37,14 +38,21 @@ _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 class Vocabulary:
-    """Words and their numbers. ``len()`` counts padding and the unknown word too: it is the size of a model's word table."""
+    """Words and their numbers.
 
-    def __init__(self, words: Sequence[str]):
-        """``words`` in the order of their numbers; the first two are ``<pad>`` and ``<unk>``. Raises ValueError otherwise."""
+    ``len()`` is the size of a model's word table: it counts padding and the unknown word too.
+    """
+
+    def __init__(self, words: Sequence[str]) -> None:
+        """``words`` in the order of their numbers.
+
+        Raises ValueError where the first two are not ``<pad>`` and ``<unk>``.
+        """
         self.words = tuple(words)
         if self.words[:2] != (PADDING, UNKNOWN):
             raise ValueError(
-                f"a vocabulary begins {self.words[:2]}; its first two words must be {PADDING} and {UNKNOWN}"
+                f"a vocabulary begins {self.words[:2]}; its first two words must be {PADDING} and "
+                f"{UNKNOWN}"
             )
         self.number_of = {word: number for number, word in enumerate(self.words)}
         if len(self.number_of) < len(self.words):
@@ -58,9 +66,13 @@ class Vocabulary:
 
     @classmethod
     def build(cls, sentences: Iterable[str], max_size: int | None = None) -> "Vocabulary":
-        """The most frequent words of ``sentences``, at most ``max_size`` with the two special ones; ties in alphabetical order.
+        """The most frequent words of ``sentences``; ties in alphabetical order.
 
-        Raises ValueError where ``max_size`` has no room for a word or no sentence holds one.
+        Args:
+            max_size: the most words, the two special ones included.
+
+        Raises:
+            ValueError: ``max_size`` has no room for a word, or no sentence holds one.
         """
         if max_size is not None and max_size < 3:
             raise ValueError(
@@ -69,16 +81,23 @@ class Vocabulary:
         counts = Counter(word for sentence in sentences for word in split_words(sentence))
         if not counts:
             raise ValueError(
-                "no sentence holds a word, so there is no vocabulary to build; give captions with words"
+                "no sentence holds a word, so there is no vocabulary to build; "
+                "give captions with words"
             )
         ranked = sorted(counts, key=lambda word: (-counts[word], word))
         return cls([PADDING, UNKNOWN, *ranked[: None if max_size is None else max_size - 2]])
 
     def encode(self, sentences: Sequence[str], words: int) -> np.ndarray:
-        """(n, words) int32: each sentence's word numbers, cut or padded with 0. Raises TypeError for one string instead of several."""
+        """(n, words) int32: each sentence's word numbers, cut or padded with 0.
+
+        Raises:
+            TypeError: one string instead of a list of them.
+            ValueError: no room for a word.
+        """
         if isinstance(sentences, str):
             raise TypeError(
-                f"encode takes a list of sentences, not one string: encode([{sentences[:40]!r}], {words})"
+                "encode takes a list of sentences, not one string: "
+                f"encode([{sentences[:40]!r}], {words})"
             )
         if words < 1:
             raise ValueError(f"words is {words}; a text has room for at least 1 word")
@@ -93,32 +112,31 @@ class Vocabulary:
         return " ".join(self.words[number] for number in numbers if number != PADDING_ID)
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write a JSON list into a .json file, one word a line into any other; whole or not at all."""
+        """Write a JSON list into a .json file, one word a line into any other.
+
+        The file is written whole or not at all.
+        """
         path = Path(path)
-        text = (
-            json.dumps(self.words, ensure_ascii=False, indent=0)
-            if path.suffix == ".json"
-            else "\n".join(self.words)
-        )
+        text = "\n".join(self.words)
+        if path.suffix == ".json":
+            text = json.dumps(self.words, ensure_ascii=False, indent=0)
         part = path.with_name(path.name + ".part")
         part.write_text(text + "\n", encoding="utf-8")
         part.replace(path)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Vocabulary":
-        """Read what ``save`` wrote. Raises ValueError naming the file where it holds something else."""
+        """Read what ``save`` wrote. Raises ValueError where the file holds something else."""
         path = Path(path)
         try:
             text = path.read_text(encoding="utf-8")
-            words = (
-                json.loads(text) if path.suffix == ".json" else text.removesuffix("\n").split("\n")
-            )
+            as_json = path.suffix == ".json"
+            words = json.loads(text) if as_json else text.removesuffix("\n").split("\n")
             if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
                 raise ValueError("it is not a list of words")
             return cls(words)
-        except (
-            ValueError
-        ) as error:  # bytes that are no text and text that is no JSON are ValueErrors too
+        # bytes that are no text and text that is no JSON are ValueErrors too
+        except ValueError as error:
             raise ValueError(
                 f"{path} is no vocabulary ({error}); write one with Vocabulary.save"
             ) from error
@@ -151,10 +169,16 @@ class Caption:
 def nearest_sentences(
     captions: Sequence[Caption], window: tuple[float, float], count: int
 ) -> list[int]:
-    """Positions in ``captions`` of the ``count`` sentences nearest in time to the centre of ``window`` (start, end), nearest first.
+    """Which sentences are nearest in time to the centre of a window.
 
-    A sentence that the centre falls into is at distance 0; ties go to the nearer middle, then to the earlier place in the list.
-    There are fewer where ``captions`` has fewer.
+    A sentence that the centre falls into is at distance 0. Ties go to the sentence whose middle is
+    nearer, then to the one that is earlier in the list.
+
+    Args:
+        window: start and end in seconds.
+
+    Returns:
+        positions in ``captions``, nearest first; fewer than ``count`` where there are fewer.
     """
     start, end = window
     if not (math.isfinite(start) and math.isfinite(end) and start <= end):
@@ -172,8 +196,9 @@ def nearest_sentences(
 def load_captions(path: str | os.PathLike) -> dict[str, tuple[Caption, ...]]:
     """Read ``{"clip.mp4": [{"start": 0.2, "end": 1.1, "text": "..."}, ...], ...}``.
 
-    Raises ValueError naming the file, the caption, the value, the rule and the remedy for anything else; FileNotFoundError for a
-    missing file.
+    Raises:
+        ValueError: anything else, with file, caption, value, rule and remedy.
+        FileNotFoundError: no such file.
     """
     path = Path(path)
     try:
@@ -184,13 +209,15 @@ def load_captions(path: str | os.PathLike) -> dict[str, tuple[Caption, ...]]:
         ) from error
     if not isinstance(content, dict):
         raise ValueError(
-            f"{path} holds a JSON {_kind(content)}; it must be an object of media names, each with its list of captions"
+            f"{path} holds a JSON {_kind(content)}; it must be an object of media names, each with "
+            "its list of captions"
         )
     captions = {}
     for name, entries in content.items():
         if not isinstance(entries, list):
             raise ValueError(
-                f"{path}: {name!r} has a JSON {_kind(entries)}; it must have a list of captions, which may be empty"
+                f"{path}: {name!r} has a JSON {_kind(entries)}; it must have a list of captions, "
+                "which may be empty"
             )
         captions[name] = tuple(
             _caption(entry, f"{path}: {name!r} caption {place}")
@@ -202,18 +229,21 @@ def load_captions(path: str | os.PathLike) -> dict[str, tuple[Caption, ...]]:
 def _caption(entry: Any, where: str) -> Caption:
     if not isinstance(entry, Mapping):
         raise ValueError(
-            f'{where} is a JSON {_kind(entry)}; write {{"start": seconds, "end": seconds, "text": "..."}}'
+            f"{where} is a JSON {_kind(entry)}; "
+            'write {"start": seconds, "end": seconds, "text": "..."}'
         )
     for key in ("start", "end", "text"):
         if key not in entry:
             raise ValueError(
-                f"{where} has no {key!r}, only {sorted(entry)}; each caption has start, end and text"
+                f"{where} has no {key!r}, only {sorted(entry)}; "
+                "each caption has start, end and text"
             )
     for key in ("start", "end"):
         value = entry[key]
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise ValueError(
-                f"{where} has {key} {value!r}, a JSON {_kind(value)}; give it as a number of seconds"
+                f"{where} has {key} {value!r}, a JSON {_kind(value)}; "
+                "give it as a number of seconds"
             )
         if not math.isfinite(value):
             raise ValueError(
@@ -221,17 +251,19 @@ def _caption(entry: Any, where: str) -> Caption:
             )
     if not isinstance(entry["text"], str):
         raise ValueError(
-            f"{where} has text {entry['text']!r}, a JSON {_kind(entry['text'])}; give it as a string"
+            f"{where} has text {entry['text']!r}, a JSON {_kind(entry['text'])}; "
+            "give it as a string"
         )
     if entry["end"] < entry["start"]:
         raise ValueError(
-            f"{where} has end {entry['end']} before start {entry['start']}; a caption ends at or after its start: swap or correct them"
+            f"{where} has end {entry['end']} before start {entry['start']}; "
+            "a caption ends at or after its start: swap or correct them"
         )
     return Caption(float(entry["start"]), float(entry["end"]), entry["text"])
 
 
 def _refuse_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """JSON lets a later entry of the same name win in silence; captions would vanish."""
+    """JSON silently keeps the last of several entries of one name; captions would vanish."""
     counts = Counter(key for key, _ in pairs)
     if repeated := [key for key, count in counts.items() if count > 1]:
         raise ValueError(f"{repeated[0]!r} is there {counts[repeated[0]]} times")

@@ -5,6 +5,7 @@ import os
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -13,10 +14,12 @@ _BLUE, _ORANGE, _GREEN = "#0072B2", "#D55E00", "#009E73"
 
 
 def plot_curves(metrics: str | os.PathLike, png: str | os.PathLike) -> None:
-    """Loss, learning rate and speed against the step, from a run's metrics.jsonl. Raises ValueError for a file without steps."""
-    whole_lines = (
-        Path(metrics).read_text().rpartition("\n")[0].splitlines()
-    )  # a run killed or still writing may leave half a line
+    """Loss, learning rate and speed against the step, from a run's metrics.jsonl.
+
+    Raises ValueError for a file without steps.
+    """
+    # a run that was killed or still writes may leave half a line
+    whole_lines = Path(metrics).read_text().rpartition("\n")[0].splitlines()
     lines = [json.loads(line) for line in whole_lines]
     if not lines:
         raise ValueError(
@@ -54,7 +57,7 @@ def contact_sheet(
     correct: Sequence[Sequence[bool]],
     png: str | os.PathLike,
 ) -> None:
-    """One row a query, its best clips side by side, best first, the right one in a thick frame.
+    """One row a query: its best clips side by side, best first, the right one in a thick frame.
 
     Args:
         clips: for each query, its hits as frames (T, H, W, 3) uint8, a few each.
@@ -62,7 +65,8 @@ def contact_sheet(
     """
     if not queries or not len(queries) == len(clips) == len(correct):
         raise ValueError(
-            f"{len(queries)} queries, {len(clips)} rows of clips, {len(correct)} of marks; there must be one of each"
+            f"{len(queries)} queries, {len(clips)} rows of clips, {len(correct)} of marks; "
+            "there must be one of each"
         )
     plt = _pyplot()
     columns = max(len(row) for row in clips)
@@ -111,7 +115,7 @@ def _strip(frames: np.ndarray) -> np.ndarray:
     return np.concatenate(parts[:-1], axis=1)
 
 
-def _pyplot():
+def _pyplot() -> Any:
     try:
         import matplotlib
     except ImportError as error:

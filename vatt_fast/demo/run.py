@@ -1,4 +1,8 @@
-"""The whole of VATT in minutes: render a small world of real mp4 files, pre-train tiny on it, retrieve held-out clips by text and sound."""
+"""The whole of VATT in minutes.
+
+Render a small world of real mp4 files, pre-train tiny on it, retrieve held-out clips by text and
+sound.
+"""
 
 import dataclasses
 import json
@@ -24,6 +28,7 @@ from ..training.loop import (
     vocabulary_of,
 )
 from .report import contact_sheet, plot_curves, retrieval_table
+from .scene import FACTORS
 from .world import render_world
 
 SUMMARY, REPORT = "summary.json", "report.md"
@@ -42,25 +47,26 @@ class DemoConfig:
     train_clips: int = 1200
     test_clips: int = 200
     seed: int = 0
-    shuffle_captions: bool = (
-        False  # train on captions of other clips: retrieval must then stay near chance
-    )
+    # train on captions of other clips: retrieval must then stay near chance
+    shuffle_captions: bool = False
     learning_rate: float = 1.5e-3
-    precision: str = "auto"
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
     framework: Literal["torch", "jax"] = "torch"
     workers: int = 1
 
 
 def run_demo(demo: DemoConfig, *, progress: bool = True) -> dict[str, Any]:
-    """Render, measure before, pre-train, measure after, report. A finished run starts anew, an unfinished one continues.
+    """Render, measure, pre-train, measure again, report.
 
-    Returns the summary that the command prints as its last line: rates in percent, ``before`` for the same model untrained.
+    A finished run starts anew, an unfinished one continues.
+
+    Returns:
+        the summary that the command prints as its last line: rates in percent, those that end in
+        "_before" of the same model untrained.
     """
     began = time.perf_counter()
-    out, world = (
-        Path(demo.out),
-        Path(demo.world) / f"seed{demo.seed}_{demo.train_clips}_{demo.test_clips}",
-    )
+    out = Path(demo.out)
+    world = Path(demo.world) / f"seed{demo.seed}_{demo.train_clips}_{demo.test_clips}"
     out.mkdir(parents=True, exist_ok=True)
     if (out / SUMMARY).exists():
         for name in (CHECKPOINT, METRICS, SUMMARY):
@@ -75,11 +81,24 @@ def run_demo(demo: DemoConfig, *, progress: bool = True) -> dict[str, Any]:
     )
 
     run = PretrainConfig(
-        data=str(world / "train"), out=str(out), preset="tiny", steps=demo.steps, batch_size=demo.batch_size, drop_rate=demo.drop_rate,
-        learning_rate=demo.learning_rate, final_learning_rate=demo.learning_rate / 20, warmup_steps=min(100, demo.steps // 10),
-        schedule="half_cosine", max_words=512, seed=demo.seed, shuffle_captions=demo.shuffle_captions, precision=demo.precision,  # type: ignore[arg-type]
-        framework=demo.framework, workers=demo.workers, cache=str(world / "decoded"),
-    )  # fmt: skip
+        data=str(world / "train"),
+        out=str(out),
+        preset="tiny",
+        steps=demo.steps,
+        batch_size=demo.batch_size,
+        drop_rate=demo.drop_rate,
+        learning_rate=demo.learning_rate,
+        final_learning_rate=demo.learning_rate / 20,
+        warmup_steps=min(100, demo.steps // 10),
+        schedule="half_cosine",
+        max_words=512,
+        seed=demo.seed,
+        shuffle_captions=demo.shuffle_captions,
+        precision=demo.precision,
+        framework=demo.framework,
+        workers=demo.workers,
+        cache=str(world / "decoded"),
+    )
     vocabulary = vocabulary_of(run.data, run.max_words)
     config = dataclasses.replace(preset("tiny"), vocab_size=len(vocabulary))
     before = evaluate_world(initial_model(config, vocabulary, run.seed), world)
@@ -102,7 +121,13 @@ def run_demo(demo: DemoConfig, *, progress: bool = True) -> dict[str, Any]:
 
 
 def evaluate_world(model: VATT, world: Path) -> dict[str, Any]:
-    """Retrieval of the held-out clips by a sentence and by their sound, agreement of the top hit's factors, linear probe of the motion."""
+    """How well a model retrieves the held-out clips.
+
+    Returns:
+        t2v and a2v: ``retrieval_metrics`` of a sentence and of the clip's own sound; factors: how
+        often the best hit shares each factor; motion_probe: accuracy of a linear probe of the
+        motion; files, queries and top5: the clips, their sentences and the five best hits.
+    """
     config, vocabulary = model.config, model.vocabulary
     assert vocabulary is not None
     spec, found, names = ClipSpec.from_config(config), {}, {}
@@ -113,7 +138,7 @@ def evaluate_world(model: VATT, world: Path) -> dict[str, Any]:
         found[part], names[part] = embed_batches(model, batches, modalities=modalities, pooled=True)
     factors = {part: json.loads((world / part / "factors.json").read_text()) for part in found}
     columns = {
-        part: {f: [factors[part][n][f] for n in names[part]] for f in factors[part][names[part][0]]}
+        part: {factor: [factors[part][name][factor] for name in names[part]] for factor in FACTORS}
         for part in found
     }
     sentences = json.loads((world / "test" / "queries.json").read_text())
@@ -160,13 +185,15 @@ def write_report(out: Path, world: Path, summary: dict, before: dict, after: dic
         for name in after["factors"]
     )
     (out / REPORT).write_text(
-        f"# Demo run\n\n{summary['steps']} steps, {summary['seconds']} s on this machine, rendering included. {count} held-out clips.\n\n"
+        f"# Demo run\n\n{summary['steps']} steps, {summary['seconds']} s on this machine, "
+        f"rendering included. {count} held-out clips.\n\n"
         f"## Text to video\n\n{retrieval_table(before['t2v'], after['t2v'], chance)}\n\n"
         f"## Audio to video\n\n{retrieval_table(before['a2v'], after['a2v'], chance)}\n\n"
         "Sound tells shape and motion only, so clips that share both are alike to it.\n\n"
         "## Factors of the best clip that agree with the query, percent\n\n"
         f"| factor | before | after |\n|---|---|---|\n{agreement}\n\n"
-        f"## Motion, linear probe on frozen video features\n\n{summary['motion_probe_before']:.1f} % untrained, "
+        "## Motion, linear probe on frozen video features\n\n"
+        f"{summary['motion_probe_before']:.1f} % untrained, "
         f"{summary['motion_probe']:.1f} % trained.\n\n"
         "![Curves](curves.png)\n\n![Queries and their five best clips](contact_sheet.png)\n"
     )

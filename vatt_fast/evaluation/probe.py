@@ -1,4 +1,4 @@
-"""Linear probe: what a linear classifier reads off frozen features (paper section 4.5)."""
+"""Linear probe: what a linear classifier learns from frozen features (paper section 4.5)."""
 
 import warnings
 from collections import Counter
@@ -18,12 +18,14 @@ def linear_probe(
     *,
     strengths: Sequence[float] = (0.01, 0.1, 1.0, 10.0),
 ) -> float:
-    """Accuracy in percent on the test features of a logistic regression fitted to the training features.
+    """Test accuracy in percent of a logistic regression fitted to the training features.
 
     Args:
-        train_features, test_features: (n, D) float; standardised with the training features' mean and deviation.
+        train_features, test_features: (n, D) float; both are standardised with the mean and the
+            deviation of the training features.
         train_labels, test_labels: n labels, any hashable values.
-        strengths: inverses of the L2 penalty (scikit-learn's C); the training folds choose among them, the test set never does.
+        strengths: inverses of the L2 penalty (scikit-learn's C). Cross-validation on the training
+            features chooses among them, the test set never does.
 
     Raises:
         ValueError: shapes that do not match, features that are not finite, fewer than two classes.
@@ -44,7 +46,8 @@ def linear_probe(
     ):
         if np.ndim(features) != 2 or len(features) == 0 or len(features) != len(labels):
             raise ValueError(
-                f"{name}_features is {np.shape(features)} for {len(labels)} labels; it takes (n, D) and n labels, n > 0"
+                f"{name}_features is {np.shape(features)} for {len(labels)} labels; "
+                "it takes (n, D) and n labels, n > 0"
             )
         if not np.isfinite(features).all():
             raise ValueError(
@@ -52,14 +55,16 @@ def linear_probe(
             )
     if np.shape(train_features)[1] != np.shape(test_features)[1]:
         raise ValueError(
-            f"features are {np.shape(train_features)[1]} wide in training, {np.shape(test_features)[1]} in the test"
+            f"features are {np.shape(train_features)[1]} wide in training, "
+            f"{np.shape(test_features)[1]} in the test"
         )
     if len(set(train_labels)) < 2:
         raise ValueError("the training labels are all alike; a probe needs at least two classes")
     folds = min(_FOLDS, max(Counter(train_labels).values()))
     if folds < 2:
         raise ValueError(
-            "every training label occurs once; choosing the penalty takes a class with at least two clips"
+            "every training label occurs once; "
+            "choosing the penalty takes a class with at least two clips"
         )
     classifier = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
     chosen = GridSearchCV(
@@ -68,12 +73,8 @@ def linear_probe(
         cv=StratifiedKFold(folds, shuffle=True, random_state=0),
     )
     with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", "The least populated class", UserWarning
-        )  # rare classes miss some folds
+        # rare classes miss some folds
+        warnings.filterwarnings("ignore", "The least populated class", UserWarning)
         chosen.fit(train_features, train_labels)
-    return (
-        100
-        * np.count_nonzero(chosen.predict(test_features) == np.asarray(test_labels))
-        / len(test_labels)
-    )
+    right = chosen.predict(test_features) == np.asarray(test_labels)
+    return 100 * np.count_nonzero(right) / len(test_labels)

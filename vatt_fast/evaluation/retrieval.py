@@ -1,13 +1,12 @@
-"""Retrieval measures: recall at 1, 5 and 10 and the median rank (paper section 4.4), and what a query's best hits are."""
+"""Recall at 1, 5 and 10, the median rank (paper section 4.4), and the best hits of a query."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-_CHUNK_ELEMENTS = (
-    2**24
-)  # similarities held at once, 64 MB in fp32; the whole (Q, N) of 100k clips would take 40 GB
+# similarities held at once, 64 MB in fp32; the whole (Q, N) of 100k clips would take 40 GB
+_CHUNK_ELEMENTS = 2**24
 
 
 def retrieval_metrics(
@@ -15,11 +14,13 @@ def retrieval_metrics(
 ) -> dict[str, float]:
     """How far up each query finds its one right target, by dot product (cosine for unit vectors).
 
-    A rank counts every target at least as similar as the right one: ties go against the model, so that constant embeddings score 0
-    and not 100.
+    A rank counts every target that is at least as similar as the right one. Ties go against the
+    model, so that constant embeddings score 0 and not 100.
 
     Args:
-        queries: (Q, D) float; targets: (N, D) float; truth: (Q,) integer index of each query's target.
+        queries: (Q, D) float.
+        targets: (N, D) float.
+        truth: (Q,) integer index of each query's target.
 
     Returns:
         r1, r5, r10 in percent of queries, median_rank (1 is best).
@@ -27,15 +28,13 @@ def retrieval_metrics(
     Raises:
         ValueError: empty, of different widths, not finite, or truth out of range.
     """
-    queries, targets, truth = (
-        _matrix("queries", queries),
-        _matrix("targets", targets),
-        np.asarray(truth),
-    )
+    queries, targets = _matrix("queries", queries), _matrix("targets", targets)
+    truth = np.asarray(truth)
     _same_width(queries, targets)
     if truth.shape != (len(queries),) or truth.dtype.kind not in "iu":
         raise ValueError(
-            f"truth is {truth.shape} {truth.dtype}; it must hold one integer for each of {len(queries)} queries"
+            f"truth is {truth.shape} {truth.dtype}; "
+            f"it must hold one integer for each of {len(queries)} queries"
         )
     if truth.min() < 0 or truth.max() >= len(targets):
         raise ValueError(
@@ -44,9 +43,8 @@ def retrieval_metrics(
     ranks = np.concatenate(
         [_ranks(similarity, truth[rows]) for rows, similarity in _chunks(queries, targets)]
     )
-    return {f"r{k}": 100 * np.count_nonzero(ranks <= k) / len(ranks) for k in (1, 5, 10)} | {
-        "median_rank": float(np.median(ranks))
-    }
+    recall = {f"r{k}": 100 * np.count_nonzero(ranks <= k) / len(ranks) for k in (1, 5, 10)}
+    return recall | {"median_rank": float(np.median(ranks))}
 
 
 def _chunks(queries: np.ndarray, targets: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
@@ -63,11 +61,19 @@ def _ranks(similarity: np.ndarray, truth: np.ndarray) -> np.ndarray:
 
 
 def mean_of_windows(embeddings: np.ndarray, windows: int) -> np.ndarray:
-    """(clips * windows, D), clip-major, to (clips, D): the mean of a clip's windows, normalised (released evaluation)."""
+    """The normalised mean of each clip's windows, as the released evaluation takes it.
+
+    Args:
+        embeddings: (clips * windows, D), clip-major.
+
+    Returns:
+        (clips, D).
+    """
     embeddings = _matrix("embeddings", embeddings)
     if windows < 1 or len(embeddings) % windows:
         raise ValueError(
-            f"{len(embeddings)} embeddings are not {windows} windows of every clip; they must divide evenly"
+            f"{len(embeddings)} embeddings are not {windows} windows of every clip; "
+            "they must divide evenly"
         )
     mean = embeddings.reshape(-1, windows, embeddings.shape[1]).mean(1)
     return mean / np.maximum(np.linalg.norm(mean, axis=1, keepdims=True), np.finfo(mean.dtype).tiny)
@@ -81,9 +87,8 @@ def top_k(queries: np.ndarray, targets: np.ndarray, k: int) -> np.ndarray:
         raise ValueError(f"k is {k}; it lies in 1 .. {len(targets)}, the number of targets")
     best = np.empty((len(queries), k), np.int64)
     for rows, similarity in _chunks(queries, targets):
-        least = -np.partition(-similarity, k - 1, axis=1)[
-            :, k - 1
-        ]  # the k-th best: only what reaches it is sorted
+        # the k-th best: only what reaches it is sorted
+        least = -np.partition(-similarity, k - 1, axis=1)[:, k - 1]
         for row, (values, threshold) in enumerate(
             zip(similarity, least, strict=True), start=rows.start
         ):
@@ -97,42 +102,45 @@ def factor_agreement(
     query_factors: Mapping[str, Sequence[Any]],
     target_factors: Mapping[str, Sequence[Any]],
 ) -> dict[str, float]:
-    """Percent of queries whose best hit shares each factor; tells a colour matcher from a model that understands.
+    """Percent of queries whose best hit shares each factor.
+
+    It tells a model that matches colours alone from one that understands all factors.
 
     Args:
         top: (Q,) index of each query's best target.
         query_factors, target_factors: {factor: a value for each query, or target}.
 
     Raises:
-        ValueError: no queries, other factors on the two sides, a missing value, or ``top`` out of range.
+        ValueError: no queries, other factors on the two sides, a missing value, or ``top`` out of
+            range.
     """
     top = np.asarray(top)
     if top.ndim != 1 or not len(top) or top.dtype.kind not in "iu":
         raise ValueError(
-            f"top is {top.shape} {top.dtype}; it must hold one target index a query, as top_k(...)[:, 0] does"
+            f"top is {top.shape} {top.dtype}; "
+            "it must hold one target index a query, as top_k(...)[:, 0] does"
         )
     if set(query_factors) != set(target_factors):
         raise ValueError(
-            f"queries have factors {sorted(query_factors)}, targets {sorted(target_factors)}; they must be the same"
+            f"queries have factors {sorted(query_factors)}, targets {sorted(target_factors)}; "
+            "they must be the same"
         )
     agreement = {}
     for name, wanted in query_factors.items():
         if len(wanted) != len(top):
             raise ValueError(
-                f"factor {name!r} has {len(wanted)} values for {len(top)} queries; it takes one each"
+                f"factor {name!r} has {len(wanted)} values for {len(top)} queries; "
+                "it takes one each"
             )
         if top.min() < 0 or top.max() >= len(target_factors[name]):
             last = len(target_factors[name]) - 1
             raise ValueError(
-                f"top spans {top.min()} .. {top.max()}; factor {name!r} is given for targets 0 .. {last}"
+                f"top spans {top.min()} .. {top.max()}; "
+                f"factor {name!r} is given for targets 0 .. {last}"
             )
-        agreement[name] = (
-            100
-            * sum(
-                target_factors[name][hit] == value for hit, value in zip(top, wanted, strict=True)
-            )
-            / len(wanted)
-        )
+        hits = [target_factors[name][hit] for hit in top]
+        shared = sum(hit == value for hit, value in zip(hits, wanted, strict=True))
+        agreement[name] = 100 * shared / len(wanted)
     return agreement
 
 
@@ -140,19 +148,21 @@ def _matrix(name: str, x: np.ndarray) -> np.ndarray:
     x = np.asarray(x)
     if x.ndim != 2 or 0 in x.shape or x.dtype.kind != "f":
         raise ValueError(
-            f"{name} is {x.shape} {x.dtype}; it must be a float matrix (rows, D) with at least one row"
+            f"{name} is {x.shape} {x.dtype}; "
+            "it must be a float matrix (rows, D) with at least one row"
         )
     if not np.isfinite(x).all():
         raise ValueError(
-            f"{name} holds {(~np.isfinite(x)).any(1).sum()} rows that are not finite; leave clips without this modality out"
+            f"{name} holds {(~np.isfinite(x)).any(1).sum()} rows that are not finite; "
+            "leave clips without this modality out"
         )
-    return (
-        x.astype(np.float32) if x.dtype == np.float16 else x
-    )  # products in half precision would tie far too often
+    # products in half precision would tie far too often
+    return x.astype(np.float32) if x.dtype == np.float16 else x
 
 
 def _same_width(queries: np.ndarray, targets: np.ndarray) -> None:
     if queries.shape[1] != targets.shape[1]:
         raise ValueError(
-            f"queries are {queries.shape[1]} wide, targets {targets.shape[1]}; compare embeddings of one common space"
+            f"queries are {queries.shape[1]} wide, targets {targets.shape[1]}; "
+            "compare embeddings of one common space"
         )
