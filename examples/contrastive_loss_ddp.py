@@ -44,8 +44,8 @@ def gradients(model: nn.Module, rows: slice) -> list[Tensor]:
 def process(rank: int, folder: str) -> None:
     rendezvous = f"file://{folder}/rendezvous"
     torch.distributed.init_process_group("gloo", rendezvous, rank=rank, world_size=WORLD)
-    model = DistributedDataParallel(TwoTowers())
-    found = gradients(model, slice(rank * CLIPS, (rank + 1) * CLIPS))
+    mine = slice(rank * CLIPS, (rank + 1) * CLIPS)
+    found = gradients(DistributedDataParallel(TwoTowers()), mine)
     if rank == 0:
         torch.save(found, Path(folder) / "gradients.pt")
     torch.distributed.destroy_process_group()

@@ -44,7 +44,7 @@ def main() -> None:
         optimizer.zero_grad()
         loss.total.backward()
         optimizer.step()
-        print(f"step {step}  loss {float(loss.total):.3f}", flush=True)
+        print(f"step {step}  loss {loss.total.item():.3f}", flush=True)
     model.save_pretrained(given.out)
     print(f"saved {given.out}; load it with vatt_fast.create_model({given.out!r})")
 

@@ -1,0 +1,162 @@
+"""The pages are true: links lead somewhere, commands exist, snippets run, README and lines are short."""
+
+import contextlib
+import io
+import os
+import re
+import runpy
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from vatt_fast.cli import main
+from vatt_fast.demo.world import render_world
+from vatt_fast.training.loop import PretrainConfig, pretrain
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = sorted(
+    [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "tests/examples").glob("*.md")]
+)
+NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
+README_WORDS, COLUMNS = 900, 100
+
+on_every_page = pytest.mark.parametrize("page", PAGES, ids=NAMES)
+
+
+def prose_and_code(page: Path) -> list[tuple[bool, str]]:
+    """(whether it is a line of code, the line)."""
+    lines, fenced = [], False
+    for line in page.read_text().splitlines():
+        if line.startswith("```"):
+            fenced = not fenced
+        lines.append((fenced or line.startswith("    "), line))
+    return lines
+
+
+def anchor(heading: str) -> str:
+    """What GitHub makes of a heading."""
+    kept = re.sub(r"[^\w\- ]", "", heading.strip("# ").replace("`", "").lower())
+    return kept.replace(" ", "-")
+
+
+def test_the_readme_is_a_page():
+    assert len((ROOT / "README.md").read_text().split()) <= README_WORDS
+
+
+@on_every_page
+def test_lines_are_short(page):
+    long = [
+        f"{number}: {line[:60]}"
+        for number, (_, line) in enumerate(prose_and_code(page), 1)
+        if len(line) > COLUMNS and not line.startswith("|") and " " in line.strip()
+    ]
+    assert not long
+
+
+@on_every_page
+def test_links_lead_somewhere(page):
+    broken = []
+    text = "\n".join(line for is_code, line in prose_and_code(page) if not is_code)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        path, _, part = target.partition("#")
+        if "://" in target:
+            continue
+        found = (page.parent / path).resolve() if path else page
+        if not found.exists():
+            broken.append(target)
+        elif part:
+            headings = [line for line in found.read_text().splitlines() if line.startswith("#")]
+            if part not in map(anchor, headings):
+                broken.append(target)
+    assert not broken
+
+
+@on_every_page
+def test_paths_in_prose_exist(page):
+    if page.name == "CHANGELOG.md" or "notes" in page.parts:
+        pytest.skip("history names files that may be gone")
+    folders = "bench/results|csrc|docs|examples|kernels|tests|vatt_fast"
+    named = re.findall(rf"`((?:{folders})/[\w./-]+\w)`", page.read_text())
+    assert not [path for path in named if not (ROOT / path).exists()]
+
+
+# -- commands ----------------------------------------------------------------------------------
+
+
+def commands() -> dict[tuple[str, ...], set[str]]:
+    """Every documented command with its verb -> the options that some page gives it."""
+    found: dict[tuple[str, ...], set[str]] = {}
+    for page in PAGES:
+        if page.name == "CHANGELOG.md":
+            continue
+        text = page.read_text().replace("\\\n", " ")
+        for line in re.findall(r"(?:^ {4}|`)((?:\w+=\S+ )*(?:python -m bench|vatt-fast)\b[^`\n]*)",
+                               text, re.MULTILINE):  # fmt: skip
+            for part in re.split(r"&&|  +#|#|\|", line.replace("...", "")):
+                words = [word for word in shlex.split(part) if "=" not in word.partition("-")[0]]
+                program = 3 if words[:2] == ["python", "-m"] else 1
+                if words[:program] not in (["python", "-m", "bench"], ["vatt-fast"]):
+                    continue
+                verb = words[program : program + 1]
+                verb = () if not verb or verb[0].startswith("-") else tuple(verb)
+                options = {word for word in words if word.startswith("--") and word != "--help"}
+                found.setdefault((*words[:program], *verb), set()).update(options)
+    return found
+
+
+COMMANDS = commands()
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_commands_exist_and_have_their_options(command):
+    if command[0] == "vatt-fast":
+        out = io.StringIO()
+        with contextlib.redirect_stdout(out), pytest.raises(SystemExit) as stop:
+            main([*command[1:], "--help"])
+        assert not stop.value.code
+        text = out.getvalue()
+    else:
+        arguments = [sys.executable, *command[1:], "--help"]
+        done = subprocess.run(arguments, capture_output=True, text=True, cwd=ROOT)
+        assert done.returncode == 0, done.stderr
+        text = done.stdout
+    assert not [option for option in COMMANDS[command] if option not in text]
+
+
+def test_enough_commands_are_found():
+    assert {("vatt-fast", "pretrain"), ("python", "-m", "bench", "ops")} <= set(COMMANDS)
+    assert "--learning-rate" in COMMANDS["vatt-fast", "pretrain"]
+
+
+# -- snippets ----------------------------------------------------------------------------------
+
+WITH_SNIPPETS = [page for page in PAGES if "```python" in page.read_text()]
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """A folder with what the pages speak of: clips/, clip.mp4 and a run in runs/demo."""
+    root = tmp_path_factory.mktemp("reader")
+    world = root / "world"
+    render_world(world, num_train=4, num_test=1, seed=0, workers=1, progress=False)
+    (world / "train").rename(root / "clips")
+    os.link(root / "clips" / "clip_00001.mp4", root / "clip.mp4")
+    run = PretrainConfig(
+        data=str(root / "clips"), out=str(root / "runs" / "demo"), steps=1, batch_size=2,
+        warmup_steps=0, workers=0, device="cpu",
+    )  # fmt: skip
+    pretrain(run, progress=False)
+    return root
+
+
+@pytest.mark.parametrize("page", WITH_SNIPPETS, ids=lambda page: str(page.relative_to(ROOT)))
+def test_snippets_run(page, prepared, monkeypatch, tmp_path):
+    """The snippets of a page, one after the other in one program."""
+    monkeypatch.chdir(prepared)
+    blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+    script = tmp_path / "snippets.py"
+    script.write_text("\n".join(blocks))
+    runpy.run_path(str(script))
