@@ -1,4 +1,4 @@
-"""The pages are true: links lead somewhere, commands exist, snippets run, README and lines are short."""
+"""The pages are true: links lead somewhere, commands exist, snippets run, lines are short."""
 
 import contextlib
 import io
@@ -83,6 +83,9 @@ def test_paths_in_prose_exist(page):
     assert not [path for path in named if not (ROOT / path).exists()]
 
 
+# in an indented block or in backquotes, behind environment variables or not
+COMMAND = r"(?:^ {4}|`)((?:\w+=\S+ )*(?:python -m bench|vatt-fast)\b[^`\n]*)"
+
 # -- commands ----------------------------------------------------------------------------------
 
 
@@ -93,8 +96,7 @@ def commands() -> dict[tuple[str, ...], set[str]]:
         if page.name == "CHANGELOG.md":
             continue
         text = page.read_text().replace("\\\n", " ")
-        for line in re.findall(r"(?:^ {4}|`)((?:\w+=\S+ )*(?:python -m bench|vatt-fast)\b[^`\n]*)",
-                               text, re.MULTILINE):  # fmt: skip
+        for line in re.findall(COMMAND, text, re.MULTILINE):
             for part in re.split(r"&&|  +#|#|\|", line.replace("...", "")):
                 words = [word for word in shlex.split(part) if "=" not in word.partition("-")[0]]
                 program = 3 if words[:2] == ["python", "-m"] else 1
@@ -144,10 +146,8 @@ def prepared(tmp_path_factory):
     render_world(world, num_train=4, num_test=1, seed=0, workers=1, progress=False)
     (world / "train").rename(root / "clips")
     os.link(root / "clips" / "clip_00001.mp4", root / "clip.mp4")
-    run = PretrainConfig(
-        data=str(root / "clips"), out=str(root / "runs" / "demo"), steps=1, batch_size=2,
-        warmup_steps=0, workers=0, device="cpu",
-    )  # fmt: skip
+    steps = dict(steps=1, batch_size=2, warmup_steps=0, workers=0)
+    run = PretrainConfig(str(root / "clips"), str(root / "runs/demo"), device="cpu", **steps)
     pretrain(run, progress=False)
     return root
 
