@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from vatt_fast import create_model
 from vatt_fast.demo.world import render_world
-from vatt_fast.weights import create_model
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
