@@ -45,6 +45,7 @@ def process(rank: int, folder: str) -> None:
     rendezvous = f"file://{folder}/rendezvous"
     torch.distributed.init_process_group("gloo", rendezvous, rank=rank, world_size=WORLD)
     mine = slice(rank * CLIPS, (rank + 1) * CLIPS)
+    # no variable holds the DDP module: one that outlives the process group may hang at the exit
     found = gradients(DistributedDataParallel(TwoTowers()), mine)
     if rank == 0:
         torch.save(found, Path(folder) / "gradients.pt")
