@@ -1,4 +1,4 @@
-"""vatt_fast: VATT on replaceable kernels. Importing it touches no accelerator, no Triton, no JAX."""
+"""VATT on replaceable kernels. Importing it touches no accelerator, no Triton and no JAX."""
 
 from pathlib import Path
 

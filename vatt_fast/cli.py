@@ -1,36 +1,59 @@
 """The ``vatt-fast`` command, one function a verb."""
 
+import importlib.metadata
+import importlib.util
 import platform
 import sys
+import textwrap
+from collections.abc import Callable, Iterator
 from json import dumps, loads  # ``json`` is an option of the verbs
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 
+from . import VATT, __version__, create_model
+from .kernels import explain, native
+from .kernels.cases import make
+from .kernels.dispatch import native_bf16
+from .kernels.ops import OPS
+from .kernels.settings import requested
 
-def _tyro():
-    try:
-        import tyro
-    except ImportError as error:
-        raise SystemExit("the command line needs tyro: pip install 'vatt_fast[train]'") from error
-    return tyro
+try:
+    import tyro
+except ImportError as error:
+    raise SystemExit("the command line needs tyro: pip install 'vatt_fast[train]'") from error
+
+# These need parts of the same extra, so they come after the message above. Every verb's options
+# need most of them; all of them take 0.2 s of the 4 s to import torch.
+from .data.dataset import Batch, ClipSpec, evaluation_clips, folder_captions
+from .demo.run import DemoConfig, run_demo
+from .encoding import embed_batches, embed_sentences, encode
+from .evaluation.retrieval import retrieval_metrics, top_k
+from .on_jax.compile_tpu import CompileTPUConfig, compile_step, write_report
+from .paper_tables import flops_table, format_tables, parameter_table
+from .training.loop import PretrainConfig, pick_device, pretrain
+
+_WIDTH = 100
+# what ``doctor`` asks about: a training step of base_base_small
+_DOCTOR_CASES = {
+    "attention": "video_bbs_drop50",
+    "drop_token": "video_bbs_drop50",
+    "contrastive_lse": "va_bbs",
+    "patch_embed": "video_bbs_drop50",
+}
 
 
-def demo(config) -> None:
+def demo(config: DemoConfig) -> None:
     """Render a small world of clips, pre-train tiny on it, and print retrieval before and after."""
-    from .demo.run import run_demo
-
     summary = run_demo(config)
     print(f"report: {summary['report']}")
     print(dumps(summary))
 
 
-def run_pretrain(config) -> None:
-    """Pre-train on a folder of media with captions.json; continues an interrupted run of the same settings."""
-    from .training.loop import pretrain
-
+def run_pretrain(config: PretrainConfig) -> None:
+    """Pre-train on a folder of media with captions.json; continue an interrupted run."""
     pretrain(config)
     print(f"trained model: {config.out}")
 
@@ -41,16 +64,19 @@ def embed(model: str, data: str, out: str, batch_size: int = 32) -> None:
     Args:
         model: saved model or run folder.
         data: folder of media files; captions.json adds text embeddings.
-        out: .npz to write: files (N,), z_video_va, z_audio_va (N, d_va) and z_video_vt (N, d_vt), unit norm, nan rows for missing streams, of
-            the window in a file's middle; z_text_vt (N, P, d_vt), its P nearest sentences, nan where there are fewer.
+        out: .npz to write: files (N,), z_video_va and z_audio_va (N, d_va), z_video_vt (N, d_vt),
+            z_text_vt (N, P, d_vt), of unit norm. They belong to the window in a file's middle and
+            its P nearest sentences; rows of a missing stream or sentence are nan.
         batch_size: clips at a time.
     """
     embeddings, files, skipped = _embed_folder(model, data, batch_size)
     np.savez(out, allow_pickle=False, files=np.array(files), **embeddings)
-    print(
-        f"{len(files)} clips embedded into {out}"
-        + (f"; skipped {len(skipped)} unreadable: {', '.join(skipped[:5])}" if skipped else "")
-    )
+    print(f"{len(files)} clips embedded into {out}{_skipped(skipped)}")
+
+
+def _skipped(files: list[str]) -> str:
+    listed = ", ".join(files[:5])
+    return f"; skipped {len(files)} unreadable: {listed}" if files else ""
 
 
 def retrieve(
@@ -62,21 +88,20 @@ def retrieve(
     batch_size: int = 32,
     json: bool = False,
 ) -> None:
-    """Find clips of a folder by sentences or by a sound; without either, measure text-to-video and audio-to-video retrieval on it.
+    """Find clips of a folder by sentences or by a sound.
+
+    Without either, measure text-to-video and audio-to-video retrieval on the folder.
 
     Args:
         model: saved model or run folder.
-        data: folder of media files, with captions.json for the measurement (queries.json, {file: sentence}, takes precedence).
+        data: folder of media files. The measurement needs captions.json, or takes queries.json,
+            {file: sentence}, where that is there.
         text: sentences to look for.
         audio: media file whose sound to look for.
         top: clips to list for each query.
         batch_size: clips at a time.
         json: print JSON.
     """
-    from .encoding import embed_sentences, encode
-    from .evaluation.retrieval import top_k
-    from .weights import create_model
-
     net = create_model(model)
     embeddings, files, _ = _embed_folder(net, data, batch_size)
     if not text and audio is None:
@@ -96,12 +121,9 @@ def retrieve(
 
 
 def _measure(
-    net, data: str, embeddings: dict[str, np.ndarray], files: list[str]
-) -> dict[str, dict]:
-    from .data.dataset import folder_captions
-    from .encoding import embed_sentences
-    from .evaluation.retrieval import retrieval_metrics
-
+    net: VATT, data: str, embeddings: dict[str, np.ndarray], files: list[str]
+) -> dict[str, dict[str, float]]:
+    """Retrieval by the folder's own sentences and sounds, as far as it has them."""
     given = Path(data) / "queries.json"
     if given.is_file():
         sentences = [
@@ -139,12 +161,9 @@ def _measure(
 
 
 def _embed_folder(
-    model, data: str, batch_size: int
+    model: VATT | str, data: str, batch_size: int
 ) -> tuple[dict[str, np.ndarray], list[str], list[str]]:
-    from .data.dataset import ClipSpec, evaluation_clips
-    from .encoding import embed_batches
-    from .weights import create_model
-
+    """Embeddings by name, the files they belong to, and the files that could not be read."""
     net = create_model(model) if isinstance(model, str) else model
     if net.vocabulary is None:
         raise ValueError(
@@ -152,79 +171,50 @@ def _embed_folder(
         )
     skipped: list[str] = []
 
-    def watched():
-        for batch in evaluation_clips(
-            data, ClipSpec.from_config(net.config), vocabulary=net.vocabulary, batch_size=batch_size
-        ):
+    spec = ClipSpec.from_config(net.config)
+
+    def watched() -> Iterator[Batch]:
+        for batch in evaluation_clips(data, spec, vocabulary=net.vocabulary, batch_size=batch_size):
             skipped.extend(one.file for one in batch.skipped)
             yield batch
 
     return *embed_batches(net, watched()), skipped
 
 
-def compile_tpu(config) -> None:
-    """Compile the sharded training step for a TPU slice, on this machine without one: memory, kernels, layout copies.
+def compile_tpu(config: CompileTPUConfig) -> None:
+    """Compile the sharded training step for a TPU slice, on this machine without one.
 
-    Exit status 1 if it does not fit.
+    It reports memory, kernels and layout copies. Exit status 1 if the step does not fit.
     """
-    from .on_jax.compile_tpu import compile_step, write_report
-
     report = compile_step(config)
     if config.out:
         write_report(config, report, Path(config.out))
-    _print(
-        {
-            name: f"{value:.3g}" if isinstance(value, float) and not config.json else value
+    if not config.json:
+        report = {
+            name: f"{value:.3g}" if isinstance(value, float) else value
             for name, value in report.items()
-        },
-        config.json,
-    )
+        }
+    _print(report, config.json)
     if not report["fits"]:
         raise SystemExit(1)
 
 
 def doctor(json: bool = False) -> None:
-    """Say what this machine offers: versions, device, codecs, and which backend runs each op, and why.
+    """Say what this machine offers: versions, device, codecs, and which backend runs each op.
 
     Args:
         json: print JSON.
     """
-    import importlib.metadata
-    import importlib.util
-
-    from . import __version__
-    from .kernels import explain, native
-    from .kernels.dispatch import native_bf16
-    from .kernels.ops import OPS
-    from .kernels.settings import requested
-    from .training.loop import pick_device
-
     device = pick_device("auto")
-    report: dict = {
+    report: dict[str, Any] = {
         "vatt_fast": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
-    for name in (
-        "triton",
-        "jax",
-        "optax",
-        "libtpu",
-        "av",
-        "tyro",
-        "tensorboard",
-        "scikit-learn",
-        "matplotlib",
-    ):
-        try:
-            report[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            report[name] = "not installed"
-    report["device"] = (
-        torch.cuda.get_device_name()
-        if device.type == "cuda"
-        else f"cpu, {torch.get_num_threads()} threads"
-    )
+    names = "triton jax optax libtpu av tyro tensorboard scikit-learn matplotlib"
+    report |= {name: _version(name) for name in names.split()}
+    threads = f"cpu, {torch.get_num_threads()} threads"
+    report["device"] = torch.cuda.get_device_name() if device.type == "cuda" else threads
     report["native bf16"] = native_bf16(device)
     if importlib.util.find_spec("av"):
         import av
@@ -233,45 +223,57 @@ def doctor(json: bool = False) -> None:
         report["encoders"] = ", ".join(encoders)
     report["C++ kernels"] = native.explain()
     dtype = torch.bfloat16 if native_bf16(device) else torch.float32
-    q = torch.zeros(1, 785, 12, 64, dtype=dtype, device=device)
-    rows, weight = (
-        torch.zeros(1, 8, 16, dtype=torch.uint8, device=device),
-        torch.zeros(4, 16, device=device),
-    )
-    z = torch.zeros(8, 16, device=device)
-    calls: dict[str, tuple] = {
-        "attention": ((q, q, q), dict(scale=0.125, bias=None, key_mask=None, deterministic=False)),
-        "drop_token": ((q[0], torch.zeros(1, dtype=torch.int32)), {}),
-        "contrastive_lse": ((z, z), dict(scale=1.0, texts_per_clip=1, first=0)),
-        "patch_embed": (
-            (rows, weight, weight[:, 0]),
-            dict(scale=1.0, shift=0.0, dtype=torch.float32),
-        ),
-    }
-    report["backends"] = {op: (explain(op, *calls[op][0], **calls[op][1])) for op in OPS}
+    report["backends"] = {op: _verdicts(op, dtype, device) for op in OPS}
     report["requested"] = {op: requested(op) for op in OPS if requested(op)} or "automatic"
     report["note"] = (
-        "recipe 'released' trains with attention dropout, which is torch's own attention whatever the backend"
+        "recipe 'released' trains with attention dropout, which is torch's own attention whatever "
+        "the backend"
     )
-    _print(report, json)
+    if json:
+        print(dumps(report))
+        return
+    verdicts = report.pop("backends")
+    for name, value in report.items():
+        print(textwrap.fill(f"{name}: {value}", _WIDTH, subsequent_indent="    "))
+    for op, by_backend in verdicts.items():
+        print(f"\n{op} on the case {_DOCTOR_CASES[op]} in {str(dtype).removeprefix('torch.')}:")
+        for backend, verdict in by_backend.items():
+            print(_row(backend, verdict))
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _verdicts(op: str, dtype: torch.dtype, device: torch.device) -> dict[str, str]:
+    """What each backend says to a call of real size."""
+    options = make(OPS[op].cases[_DOCTOR_CASES[op]], dtype, device)
+    tensors = [options.pop(name) for name in OPS[op].tensors]
+    return explain(op, *tensors, **options)
+
+
+def _row(name: str, text: str) -> str:
+    """``name`` and ``text`` in two columns, the text wrapped."""
+    first, following = f"  {name:<14}", " " * 16
+    return textwrap.fill(text, _WIDTH, initial_indent=first, subsequent_indent=following)
 
 
 def flops(json: bool = False) -> None:
-    """Print the paper's GFLOPs tables beside its convention and the true counts, and the parameter counts.
+    """Print the paper's GFLOPs beside its convention and the true counts, and parameter counts.
 
     Args:
         json: print JSON.
     """
-    from .paper_tables import flops_table, format_tables, parameter_table
-
-    print(
-        dumps({"flops": flops_table(), "parameters": parameter_table()}, indent=2)
-        if json
-        else format_tables()
-    )
+    if json:
+        print(dumps({"flops": flops_table(), "parameters": parameter_table()}, indent=2))
+    else:
+        print(format_tables())
 
 
-def _print(values: dict, as_json: bool) -> None:
+def _print(values: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print(dumps(values))
         return
@@ -286,12 +288,7 @@ def _print(values: dict, as_json: bool) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the verb; errors a user can mend are one line on stderr and exit status 2."""
-    tyro = _tyro()
-    from .demo.run import DemoConfig
-    from .on_jax.compile_tpu import CompileTPUConfig
-    from .training.loop import PretrainConfig
-
-    verbs = {
+    verbs: dict[str, Callable[..., None]] = {
         "demo": _with_config(demo, DemoConfig),
         "pretrain": _with_config(run_pretrain, PretrainConfig),
         "compile-tpu": _with_config(compile_tpu, CompileTPUConfig),
@@ -312,11 +309,10 @@ def main(arguments: list[str] | None = None) -> None:
         raise SystemExit(130) from stop
 
 
-def _with_config(verb, config_class):
+def _with_config(verb: Callable[[Any], None], config_class: type) -> Callable[[Any], None]:
     """``verb`` with its config's fields as flat options."""
-    tyro = _tyro()
 
-    def run(config) -> None:
+    def run(config: Any) -> None:
         verb(config)
 
     run.__doc__ = verb.__doc__

@@ -1,4 +1,4 @@
-"""Sizes and choices of a VATT model: one frozen record, derived numbers as properties, the paper's presets as one table."""
+"""Sizes and choices of a VATT model: one frozen record, and the paper's presets as one table."""
 
 import dataclasses
 import json
@@ -10,6 +10,10 @@ Recipe = Literal["paper", "released"]
 Kind = Literal["modality_specific", "modality_agnostic"]
 NCEForm = Literal["paper", "released", "symmetric"]
 
+MODALITIES = ("video", "audio", "text")
+NORM_EPS = 1e-6  # of every LayerNorm and RMS norm
+MAX_SCALE = 100.0  # 1 / temperature never exceeds it
+
 
 def video_grid(
     frames: int, height: int, width: int, patch: tuple[int, int, int]
@@ -18,13 +22,13 @@ def video_grid(
     return -(-frames // patch[0]), -(-height // patch[1]), -(-width // patch[2])
 
 
-def _require_positive(config, *names: str) -> None:
+def _require_positive(config: Any, *names: str) -> None:
     for name in names:
         if not getattr(config, name) > 0:
             raise ValueError(f"{name} is {getattr(config, name)}; it must be positive")
 
 
-def _refuse_unknown_keys(cls, values: dict[str, Any]) -> None:
+def _refuse_unknown_keys(cls: type, values: dict[str, Any]) -> None:
     known = [f.name for f in dataclasses.fields(cls)]
     if unknown := sorted(set(values) - set(known)):
         raise ValueError(
@@ -42,7 +46,7 @@ class TowerConfig:
     num_heads: int
     head_dim: int = 64
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _require_positive(self, "depth", "dim", "mlp_dim", "num_heads", "head_dim")
 
 
@@ -52,12 +56,30 @@ MEDIUM = TowerConfig(depth=12, dim=1024, mlp_dim=4096, num_heads=16)
 LARGE = TowerConfig(depth=24, dim=1024, mlp_dim=4096, num_heads=16)
 
 
+_POSITIVE = (
+    "frames",
+    "height",
+    "width",
+    "samples",
+    "audio_patch",
+    "words",
+    "texts_per_clip",
+    "vocab_size",
+    "d_va",
+    "d_vt",
+    "relative_buckets",
+    "relative_max_distance",
+    "frames_per_second",
+    "sample_rate_hz",
+)
+
+
 @dataclass(frozen=True)
 class VATTConfig:
     """Everything that shapes a model and its loss (paper sections 3.1-3.4; sizes from its Table 7).
 
-    A ``modality_agnostic`` model has one trunk: ``video``, ``audio`` and ``text`` are then the same tower.
-    ``with_recipe`` switches between the two published bundles of choices.
+    A ``modality_agnostic`` model has one trunk: ``video``, ``audio`` and ``text`` are then the same
+    tower. ``with_recipe`` switches between the two published sets of choices.
     """
 
     kind: Kind = "modality_specific"
@@ -78,9 +100,8 @@ class VATTConfig:
     words: int = 16
     texts_per_clip: int = 5
     vocab_size: int = 65536
-    word_dim: int | None = (
-        None  # None: a learned table straight to dim (paper); 300: word2vec and a projection (release)
-    )
+    # None: a learned table straight to dim (paper); 300: word2vec and a projection (release)
+    word_dim: int | None = None
     train_words: bool = True
     relative_buckets: int = 32
     relative_max_distance: int = 64
@@ -99,45 +120,29 @@ class VATTConfig:
     va_weight: float = 1.0  # loss = va_weight * L_va + vt_weight * L_vt
     vt_weight: float = 1.0  # the paper's lambda
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name, kind in (("kind", Kind), ("heads", Recipe), ("nce_form", NCEForm)):
             if getattr(self, name) not in get_args(kind):
                 raise ValueError(
                     f"{name} is {getattr(self, name)!r}; it is one of {', '.join(get_args(kind))}"
                 )
-        sizes = [
-            "frames",
-            "height",
-            "width",
-            "samples",
-            "audio_patch",
-            "words",
-            "texts_per_clip",
-            "vocab_size",
-            "d_va",
-            "d_vt",
-        ]
-        _require_positive(
-            self,
-            *sizes,
-            "relative_buckets",
-            "relative_max_distance",
-            "frames_per_second",
-            "sample_rate_hz",
-        )
+        _require_positive(self, *_POSITIVE)
         if len(self.video_patch) != 3 or min(self.video_patch) < 1:
             raise ValueError(
-                f"video_patch is {self.video_patch}; it takes three positive sizes (frames, rows, columns)"
+                f"video_patch is {self.video_patch}; "
+                "it takes three positive sizes (frames, rows, columns)"
             )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}; it lies in [0, 1)")
         if not self.temperature >= 0.01:
             raise ValueError(
-                f"temperature is {self.temperature}; it is at least 0.01, where the logits' factor is capped at 100"
+                f"temperature is {self.temperature}; "
+                "it is at least 0.01, where the logits' factor is capped at 100"
             )
         if self.kind == "modality_agnostic" and not self.video == self.audio == self.text:
             raise ValueError(
-                "a modality_agnostic model shares one trunk: video, audio and text must be the same tower"
+                "a modality_agnostic model shares one trunk: "
+                "video, audio and text must be the same tower"
             )
         if self.kind == "modality_specific" and self.post_proj_dim is not None:
             raise ValueError("post_proj_dim belongs to modality_agnostic models; leave it None")
@@ -148,7 +153,10 @@ class VATTConfig:
 
     @property
     def video_grid(self) -> tuple[int, int, int]:
-        """Patches along time, height and width; a clip that is no multiple of the patch is padded at its far end."""
+        """Patches along time, height and width.
+
+        A clip that is no multiple of the patch is padded at its far end.
+        """
         return video_grid(self.frames, self.height, self.width, self.video_patch)
 
     @property
@@ -173,7 +181,7 @@ class VATTConfig:
         return (self.post_proj_dim or tower.dim) if self.agnostic else tower.dim
 
     def with_recipe(self, recipe: Recipe) -> "VATTConfig":
-        """The same sizes with one of the two published bundles: the paper's text, or what the released code does."""
+        """The same sizes with the choices of the paper's text, or those of the released code."""
         if recipe not in RECIPES:
             raise ValueError(f"recipe is {recipe!r}; it is one of {', '.join(RECIPES)}")
         return dataclasses.replace(self, **RECIPES[recipe])
@@ -183,14 +191,15 @@ class VATTConfig:
 
     @classmethod
     def from_json(cls, text: str) -> "VATTConfig":
-        """Inverse of ``to_json``. Raises ValueError for text that is not JSON and for unknown keys."""
+        """Inverse of ``to_json``. Raises ValueError for no JSON and for unknown keys."""
         try:
             values = json.loads(text)
         except json.JSONDecodeError as error:
             raise ValueError(f"the config is not JSON ({error})") from error
         if not isinstance(values, dict):
             raise ValueError(
-                f"the config is a JSON {type(values).__name__}; it must be an object of VATTConfig's fields"
+                f"the config is a JSON {type(values).__name__}; "
+                "it must be an object of VATTConfig's fields"
             )
         return cls.from_dict(values)
 
@@ -230,7 +239,8 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 _TINY = TowerConfig(depth=3, dim=128, mlp_dim=512, num_heads=4, head_dim=32)
 
-# The first four are the paper's (Table 7 and section 4); tiny is ours, for the demo and tests: seconds on a laptop.
+# The first four are the paper's (Table 7 and section 4). tiny is ours, for the demo and for tests:
+# seconds on a laptop.
 PRESETS: dict[str, VATTConfig] = {
     "base_base_small": VATTConfig(video=BASE, audio=BASE, text=SMALL),
     "medium_base_small": VATTConfig(video=MEDIUM, audio=BASE, text=SMALL),
@@ -262,10 +272,14 @@ SHORT_NAMES = {
 
 
 def preset(name: str, recipe: Recipe = "paper") -> VATTConfig:
-    """The preset of that name (short names bbs, mbs, lbs, ma accepted). Raises ValueError for an unknown one."""
+    """The preset of that name; short names are bbs, mbs, lbs, ma.
+
+    Raises ValueError for an unknown one.
+    """
     full = SHORT_NAMES.get(name.lower(), name)
     if full not in PRESETS:
         raise ValueError(
-            f"unknown preset {name!r}; there are {', '.join(PRESETS)} (short: {', '.join(SHORT_NAMES)})"
+            f"unknown preset {name!r}; "
+            f"there are {', '.join(PRESETS)} (short: {', '.join(SHORT_NAMES)})"
         )
     return PRESETS[full].with_recipe(recipe)

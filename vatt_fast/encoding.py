@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .data.media import probe, read_audio, read_video
 from .model import VATT
 
 EMBEDDINGS = ("z_video_va", "z_audio_va", "z_video_vt", "z_text_vt")
@@ -25,17 +26,22 @@ def encode(
     """Unit-norm embeddings of any subset of modalities, without DropToken.
 
     Args:
-        video: a media file or a list of them, or frames (T, H, W, 3) or (B, T, H, W, 3), uint8 or float in [-1, 1], at the config's rate.
-        audio: likewise, or a mono waveform (S,) or (B, S) float in [-1, 1] at the config's sample rate.
+        video: a media file or a list of them; or frames (T, H, W, 3) or (B, T, H, W, 3), uint8 or
+            float in [-1, 1], at the config's rate.
+        audio: a media file or a list of them; or a mono waveform (S,) or (B, S), float in [-1, 1],
+            at the config's sample rate.
         text: a sentence or a list of sentences.
-        windows: of files, how many evenly spaced windows of the model's length are embedded and averaged; 1 takes the middle.
+        windows: how many windows of the model's length are embedded and averaged. They are spaced
+            evenly over a file; 1 takes its middle.
 
     Returns:
-        z_video_va, z_video_vt, z_audio_va, z_text_vt as far as their modality was given, each (B, d) fp32 on the CPU. A clip is compared
-        with sound in S_va (z_video_va, z_audio_va) and with text in S_vt (z_video_vt, z_text_vt), by a dot product.
+        z_video_va, z_video_vt, z_audio_va, z_text_vt of the modalities that were given, each (B, d)
+        fp32 on the CPU. A dot product compares a clip with sound in the space S_va (z_video_va,
+        z_audio_va) and with text in the space S_vt (z_video_vt, z_text_vt).
 
     Raises:
-        ValueError: nothing given, a file without the stream asked for, sentences for a model without a vocabulary.
+        ValueError: nothing given, a file without the stream asked for, or sentences for a model
+            without a vocabulary.
     """
     if video is None and audio is None and text is None:
         raise ValueError("nothing to encode; give at least one of video, audio, text")
@@ -62,9 +68,14 @@ def embed_batches(
     modalities: Sequence[str] = ("video", "audio", "text"),
     pooled: bool = False,
 ) -> tuple[dict[str, np.ndarray], list[str]]:
-    """Embed a folder's batches (``data.dataset.evaluation_clips``): arrays (clips, ...) by output name, and the clips' files.
+    """Embed the batches of a folder, as ``evaluation_clips`` reads them.
 
-    Embeddings are of unit norm, z_text_vt (clips, P, d_vt); rows of a missing stream are nan. ``pooled`` adds video_pooled and so on.
+    Args:
+        pooled: return the towers' pooled outputs too: video_pooled and so on.
+
+    Returns:
+        arrays (clips, ...) by output name, and the clips' files. Embeddings are of unit norm,
+        z_text_vt is (clips, P, d_vt); rows of a missing stream are nan.
     """
     columns: dict[str, list[np.ndarray]] = {}
     files: list[str] = []
@@ -73,30 +84,22 @@ def embed_batches(
         files += batch.files
         for modality in modalities:
             missing = ~getattr(batch, f"{modality}_valid")[..., None]
-            for name in (
-                f"z_{modality}_va",
-                f"z_{modality}_vt",
-                *([f"{modality}_pooled"] if pooled else []),
-            ):
+            names = [f"z_{modality}_va", f"z_{modality}_vt"]
+            for name in names + [f"{modality}_pooled"] * pooled:
                 value = getattr(out, name, None)
                 if value is not None:
                     value = value.float().cpu()
                     value = F.normalize(value, dim=-1) if name.startswith("z_") else value
-                    columns.setdefault(name, []).append(
-                        value.masked_fill(missing, torch.nan).numpy()
-                    )
+                    value = value.masked_fill(missing, torch.nan).numpy()
+                    columns.setdefault(name, []).append(value)
     return {name: np.concatenate(parts) for name, parts in columns.items()}, files
 
 
 def embed_sentences(model: VATT, sentences: Sequence[str], batch_size: int = 256) -> np.ndarray:
     """(n, d_vt) unit-norm z_text_vt of sentences."""
     ids = _word_ids(model, list(sentences))
-    return torch.cat(
-        [
-            F.normalize(_embed(model, text=part)["z_text_vt"], dim=-1)
-            for part in ids.split(batch_size)
-        ]
-    ).numpy()
+    parts = [_embed(model, text=part)["z_text_vt"] for part in ids.split(batch_size)]
+    return F.normalize(torch.cat(parts), dim=-1).numpy()
 
 
 def _embed(model: VATT, **inputs: Tensor) -> dict[str, Tensor]:
@@ -122,7 +125,8 @@ def _forward(model: VATT, **inputs: Tensor):
 def _word_ids(model: VATT, sentences: list[str]) -> Tensor:
     if model.vocabulary is None:
         raise ValueError(
-            "this model has no vocabulary, so it cannot read sentences; load a trained folder, or set model.vocabulary"
+            "this model has no vocabulary, so it cannot read sentences; "
+            "load a trained folder, or set model.vocabulary"
         )
     if not sentences:
         raise ValueError("text is an empty list; give at least one sentence")
@@ -133,14 +137,10 @@ def _clips(model: VATT, modality: str, value: Any, windows: int) -> tuple[list[T
     """Clips one by one, and how many belong to each row of the result."""
     if isinstance(value, str | os.PathLike):
         value = [value]
-    if (
-        isinstance(value, list | tuple)
-        and value
-        and all(isinstance(v, str | os.PathLike) for v in value)
-    ):
-        return [
-            clip for path in value for clip in _file_windows(model, modality, path, windows)
-        ], windows
+    listed = isinstance(value, list | tuple) and len(value) > 0
+    if listed and all(isinstance(path, str | os.PathLike) for path in value):
+        clips = [clip for path in value for clip in _file_windows(model, modality, path, windows)]
+        return clips, windows
     array = torch.as_tensor(np.asarray(value) if not isinstance(value, Tensor) else value)
     axes = {"video": 4, "audio": 1}[modality]
     if array.ndim not in (axes, axes + 1) or 0 in array.shape:
@@ -156,8 +156,6 @@ def _clips(model: VATT, modality: str, value: Any, windows: int) -> tuple[list[T
 def _file_windows(
     model: VATT, modality: str, path: str | os.PathLike, windows: int
 ) -> list[Tensor]:
-    from .data.media import probe, read_audio, read_video
-
     if windows < 1:
         raise ValueError(f"windows is {windows}; it must be at least 1")
     c, info = model.config, probe(path)
@@ -165,24 +163,13 @@ def _file_windows(
         raise ValueError(f"{path} has no {modality} stream; leave {modality} out")
     spare = max(0.0, info.duration_seconds - c.clip_seconds)
     starts = [spare / 2] if windows == 1 else [spare * i / (windows - 1) for i in range(windows)]
-    if modality == "audio":
-        return [
-            torch.from_numpy(
-                read_audio(path, start=s, num_samples=c.samples, sample_rate_hz=c.sample_rate_hz)
-            )
-            for s in starts
-        ]
-    rate, height, width = c.frames_per_second, c.height, c.width
+    sound = dict(num_samples=c.samples, sample_rate_hz=c.sample_rate_hz)
+    frames = dict(num_frames=c.frames, height=c.height, width=c.width)
     return [
         torch.from_numpy(
-            read_video(
-                path,
-                start=s,
-                num_frames=c.frames,
-                frames_per_second=rate,
-                height=height,
-                width=width,
-            )
+            read_audio(path, start=start, **sound)
+            if modality == "audio"
+            else read_video(path, start=start, frames_per_second=c.frames_per_second, **frames)
         )
-        for s in starts
+        for start in starts
     ]

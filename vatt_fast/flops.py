@@ -9,10 +9,9 @@ Symbols: N tokens with AGG, d dim, f mlp_dim, H heads, L layers, k values a patc
 
 from typing import Literal
 
-from .config import TowerConfig, VATTConfig
+from .config import MODALITIES, TowerConfig, VATTConfig
 from .kernels.drop_token import num_kept
 
-MODALITIES = ("video", "audio", "text")
 # the backward pass has two products for each one of the forward pass
 _PASSES = {"fwd": 1, "bwd": 2, "fwd+bwd": 3}
 

@@ -10,8 +10,8 @@ Symbols: N tokens with AGG, d dim, f mlp_dim, H heads, L layers, k values a patc
 from dataclasses import dataclass
 from typing import Any
 
-from .config import BASE, LARGE, MEDIUM, TowerConfig, VATTConfig, preset
-from .flops import MODALITIES, heads_flops, patches_of, true_flops
+from .config import BASE, LARGE, MEDIUM, MODALITIES, TowerConfig, VATTConfig, preset
+from .flops import heads_flops, patches_of, true_flops
 from .kernels.drop_token import num_kept
 from .parameters import model_parameters, tower_parameters
 

@@ -1,7 +1,7 @@
 """Parameters of a model by formula; tests compare them with the modules."""
 
-from .config import TowerConfig, VATTConfig
-from .flops import MODALITIES, patches_of
+from .config import MODALITIES, TowerConfig, VATTConfig
+from .flops import patches_of
 
 
 def tower_parameters(config: VATTConfig, modality: str) -> dict[str, int]:

@@ -1,4 +1,7 @@
-"""Models on disk: config.json, model.safetensors and vocabulary.txt in one folder. Loading never unpickles."""
+"""Models on disk: config.json, model.safetensors and vocabulary.txt in one folder.
+
+Loading never unpickles.
+"""
 
 import json
 import struct
@@ -53,7 +56,8 @@ def load_model(folder: str | Path) -> VATT:
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             raise ValueError(
-                f"{folder} has no {name}; it must be a folder written by save_pretrained or pretrain"
+                f"{folder} has no {name}; "
+                "it must be a folder written by save_pretrained or pretrain"
             )
     try:
         config = VATTConfig.from_json((folder / CONFIG).read_text())
@@ -69,7 +73,10 @@ def load_model(folder: str | Path) -> VATT:
 
 
 def load_weights(model: torch.nn.Module, tensors: dict[str, Tensor], *, source: str) -> None:
-    """Copy ``tensors`` into ``model``. Raises ValueError, before anything is copied, where names or shapes differ."""
+    """Copy ``tensors`` into ``model``.
+
+    Raises ValueError where names or shapes differ; then nothing is copied.
+    """
     expected = model.state_dict()
     problems = [f"missing {name}" for name in expected if name not in tensors]
     problems += [f"unexpected {name}" for name in tensors if name not in expected]
@@ -81,7 +88,8 @@ def load_weights(model: torch.nn.Module, tensors: dict[str, Tensor], *, source: 
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise ValueError(
-            f"{source} does not fit the config: {'; '.join(problems[:3])}{more}; use the config.json it was saved with"
+            f"{source} does not fit the config: {'; '.join(problems[:3])}{more}; "
+            "use the config.json it was saved with"
         )
     model.load_state_dict(tensors)
 
@@ -89,7 +97,10 @@ def load_weights(model: torch.nn.Module, tensors: dict[str, Tensor], *, source: 
 def save_tensors(
     tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None
 ) -> None:
-    """Write safetensors so that ``path`` is either the old file or the whole new one, whenever the process dies."""
+    """Write safetensors.
+
+    ``path`` is either the old file or the whole new one, whenever the process dies.
+    """
     part = path.with_name(path.name + ".part")
     save_file(
         {name: value.detach().contiguous() for name, value in tensors.items()},
@@ -105,7 +116,8 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except SafetensorError as error:
         raise ValueError(
-            f"{path} is not a whole safetensors file ({error}); it was cut short or damaged: save it again"
+            f"{path} is not a whole safetensors file ({error}); "
+            "it was cut short or damaged: save it again"
         ) from error
 
 

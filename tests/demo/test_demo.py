@@ -156,6 +156,16 @@ def test_doctor_names_device_and_backends(capsys):
     )
 
 
+def test_doctor_prints_a_line_a_backend(capsys):
+    main(["doctor"])
+    printed = capsys.readouterr().out.splitlines()
+    assert all(len(line) <= 100 for line in printed)
+    heading = next(i for i, line in enumerate(printed) if line.startswith("attention on the case"))
+    backends = [line.split()[0] for line in printed[heading + 1 :] if line[:3] == f"  {line[2:3]}"]
+    assert {"reference", "torch_sdpa", "native_cpu"} <= set(backends)
+    assert any("  preferred (" in line for line in printed[heading:])
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from vatt_fast.config import PRESETS, preset
-from vatt_fast.flops import MODALITIES, heads_flops, true_flops
+from vatt_fast.config import MODALITIES, PRESETS, preset
+from vatt_fast.flops import heads_flops, true_flops
 from vatt_fast.model import VATT
 from vatt_fast.paper_tables import flops_table, format_tables, parameter_table, published_rows
 from vatt_fast.parameters import model_parameters

@@ -80,25 +80,7 @@ def run_demo(demo: DemoConfig, *, progress: bool = True) -> dict[str, Any]:
         progress=progress,
     )
 
-    run = PretrainConfig(
-        data=str(world / "train"),
-        out=str(out),
-        preset="tiny",
-        steps=demo.steps,
-        batch_size=demo.batch_size,
-        drop_rate=demo.drop_rate,
-        learning_rate=demo.learning_rate,
-        final_learning_rate=demo.learning_rate / 20,
-        warmup_steps=min(100, demo.steps // 10),
-        schedule="half_cosine",
-        max_words=512,
-        seed=demo.seed,
-        shuffle_captions=demo.shuffle_captions,
-        precision=demo.precision,
-        framework=demo.framework,
-        workers=demo.workers,
-        cache=str(world / "decoded"),
-    )
+    run = _settings(demo, out, world)
     vocabulary = vocabulary_of(run.data, run.max_words)
     config = dataclasses.replace(preset("tiny"), vocab_size=len(vocabulary))
     before = evaluate_world(initial_model(config, vocabulary, run.seed), world)
@@ -118,6 +100,28 @@ def run_demo(demo: DemoConfig, *, progress: bool = True) -> dict[str, Any]:
     write_report(out, world, summary, before, after)
     (out / SUMMARY).write_text(json.dumps(summary) + "\n")
     return summary
+
+
+def _settings(demo: DemoConfig, out: Path, world: Path) -> PretrainConfig:
+    return PretrainConfig(
+        data=str(world / "train"),
+        out=str(out),
+        preset="tiny",
+        steps=demo.steps,
+        batch_size=demo.batch_size,
+        drop_rate=demo.drop_rate,
+        learning_rate=demo.learning_rate,
+        final_learning_rate=demo.learning_rate / 20,
+        warmup_steps=min(100, demo.steps // 10),
+        schedule="half_cosine",
+        max_words=512,
+        seed=demo.seed,
+        shuffle_captions=demo.shuffle_captions,
+        precision=demo.precision,
+        framework=demo.framework,
+        workers=demo.workers,
+        cache=str(world / "decoded"),
+    )
 
 
 def evaluate_world(model: VATT, world: Path) -> dict[str, Any]:

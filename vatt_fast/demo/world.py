@@ -125,16 +125,7 @@ def render_world(
             name: caption_clip(place, everyone, seeded(seed, _CAPTIONS, number, place))
             for place, name in enumerate(names)
         }
-        _write_json(folder / split / "captions.json", captions)
-        _write_json(
-            folder / split / "factors.json",
-            {name: asdict(factors) for name, factors in zip(names, everyone, strict=True)},
-        )
-        if split == "test":
-            queries = {
-                name: query_sentence(factors) for name, factors in zip(names, everyone, strict=True)
-            }
-            _write_json(folder / split / "queries.json", queries)
+        _write_labels(folder / split, dict(zip(names, everyone, strict=True)), captions)
         for place, (name, factors) in enumerate(zip(names, everyone, strict=True)):
             if not (folder / split / name).exists():  # clips appear whole, so those there are done
                 jobs.append((folder / split / name, factors, (seed, _RENDERING, number, place)))
@@ -142,6 +133,17 @@ def render_world(
     _render_all(jobs, workers or _cores(), progress)
     _write_json(folder / "world.json", {**recipe, "complete": True})
     return folder
+
+
+def _write_labels(
+    folder: Path, factors: dict[str, Factors], captions: dict[str, list[dict[str, Any]]]
+) -> None:
+    """What is known of the clips of one split, beside them."""
+    _write_json(folder / "captions.json", captions)
+    _write_json(folder / "factors.json", {name: asdict(each) for name, each in factors.items()})
+    if folder.name == "test":
+        queries = {name: query_sentence(each) for name, each in factors.items()}
+        _write_json(folder / "queries.json", queries)
 
 
 def _check_folder(folder: Path, recipe: dict[str, Any]) -> bool:

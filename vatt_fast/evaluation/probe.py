@@ -40,19 +40,8 @@ def linear_probe(
         raise ImportError(
             "linear_probe needs scikit-learn: pip install 'vatt_fast[eval]'"
         ) from error
-    for name, features, labels in (
-        ("train", train_features, train_labels),
-        ("test", test_features, test_labels),
-    ):
-        if np.ndim(features) != 2 or len(features) == 0 or len(features) != len(labels):
-            raise ValueError(
-                f"{name}_features is {np.shape(features)} for {len(labels)} labels; "
-                "it takes (n, D) and n labels, n > 0"
-            )
-        if not np.isfinite(features).all():
-            raise ValueError(
-                f"{name}_features holds values that are not finite; leave those clips out"
-            )
+    _check("train", train_features, train_labels)
+    _check("test", test_features, test_labels)
     if np.shape(train_features)[1] != np.shape(test_features)[1]:
         raise ValueError(
             f"features are {np.shape(train_features)[1]} wide in training, "
@@ -78,3 +67,13 @@ def linear_probe(
         chosen.fit(train_features, train_labels)
     right = chosen.predict(test_features) == np.asarray(test_labels)
     return 100 * np.count_nonzero(right) / len(test_labels)
+
+
+def _check(name: str, features: np.ndarray, labels: Sequence[Any]) -> None:
+    if np.ndim(features) != 2 or len(features) == 0 or len(features) != len(labels):
+        raise ValueError(
+            f"{name}_features is {np.shape(features)} for {len(labels)} labels; "
+            "it takes (n, D) and n labels, n > 0"
+        )
+    if not np.isfinite(features).all():
+        raise ValueError(f"{name}_features holds values that are not finite; leave those clips out")

@@ -21,8 +21,8 @@ from ..config import VATTConfig
 from ..data.dataset import Batch
 from ..data.text import Vocabulary
 from ..kernels import sample_keep
-from ..kernels.settings import lowering_for
 from ..kernels.patch_embed import patchify
+from ..kernels.settings import lowering_for
 from ..model import VATT
 from ..training.checkpoint import read_state, write_state
 from ..training.loop import BETAS, PretrainConfig, initial_model
