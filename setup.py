@@ -1,6 +1,7 @@
 """The package map and the C++ extension; everything static stands in pyproject.toml.
 
-``kernels`` is installed as ``vatt_fast.kernels``: another published package owns the top-level name.
+``kernels`` is installed as ``vatt_fast.kernels``: another published package owns the top-level
+name.
 """
 
 import os
@@ -20,13 +21,15 @@ REQUIRED = os.environ.get("VATT_FAST_NATIVE") == "required"
 
 
 class BuildNative(build_ext):
-    """Builds the extension if it can be built; VATT_FAST_NATIVE=required turns a failure into an error."""
+    """Builds the extension if it can be built; VATT_FAST_NATIVE=required turns a failure into an
+    error."""
 
     def build_extension(self, extension):
         try:
-            compile_native.build(
-                Path(self.get_ext_fullpath(NATIVE)), Path(self.build_temp).resolve()
-            )
+            target = Path(self.get_ext_fullpath(NATIVE))
+            compile_native.build(target, Path(self.build_temp).resolve())
+            # beside an installed extension, where no sources tell (kernels/native_interface.py)
+            target.with_name("native_interface.txt").write_text(compile_native.interface())
         except RuntimeError as error:
             instead = (
                 ""
