@@ -42,6 +42,8 @@ class BuildNative(build_ext):
         target, objects = Path(self.get_ext_fullpath(NATIVE)), Path(self.build_temp).resolve()
         try:
             compile_native.build(target, objects)
+            # beside an installed extension, where no sources tell (kernels/native_interface.py)
+            target.with_name("native_interface.txt").write_text(compile_native.interface())
         except RuntimeError as error:
             said = str(error)
             if not REQUIRED:

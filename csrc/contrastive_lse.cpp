@@ -1,237 +1,256 @@
-// The contrastive log-sums: what is done with a chunk of products x @ y^T. Forward, one pass sums exp(S) by rows, columns and own texts;
-// backward, one pass turns products into weights. Compiled once for each instruction set (VF_LEVEL): vectors are the compiler's own, as
-// wide as the set has them, and those that multiply bf16 compute the products of bf16 vectors too.
+// levels: base avx2 avx512 avx512_bf16 amx_bf16
+// The contrastive log-sums: what is done with a chunk of products x @ y^T. Forward, one pass sums
+// exp(S) by rows, columns and own texts; backward, one pass turns products into weights. Vectors
+// are the compiler's own, as wide as the instruction set has them. The sets that multiply bf16
+// compute the products of bf16 vectors too.
 //
-// R clips (rows), C texts (columns) of a chunk, D dimensions; tiles of TILE_ROWS x TILE_COLUMNS scores are the tasks, whatever the number
-// of threads: each leaves its sums apart, and they are joined in the tiles' order, so the bits do not depend on who did what.
+// R clips (rows), C texts (columns) of a chunk, D dimensions. A task is a tile of TILE_ROWS x
+// TILE_COLUMNS scores, whatever the number of threads. Each leaves its sums apart, and they are
+// joined in the tiles' order, so the bits do not depend on which thread did what.
 #include "contrastive_lse.h"
 
 #include <omp.h>
 
-#include "products.h"
+#include "common/bf16_panels.h"
+#include "common/sizes.h"
+#include "common/vectors.h"
 
 namespace vatt_fast {
 namespace VF_LEVEL {
 
-#include "vectors.h"
+// 256 KiB of products: they stay in a core's L2 from one pass to the next
+constexpr int64_t TILE_ROWS = 128, TILE_COLUMNS = 512;
 
-constexpr int64_t TILE_ROWS = 128, TILE_COLUMNS = 512;  // 256 KiB of products: they stay in a core's L2 from one pass to the next
+int64_t contrastive_lse_tile_floats() { return TILE_ROWS * TILE_COLUMNS; }
 
-int64_t nce_tile_floats() { return TILE_ROWS * TILE_COLUMNS; }
-
-// -- own texts ---------------------------------------------------------------------------------------------------------
+// -- own texts -----------------------------------------------------------------------------------
 
 struct Span {
   int64_t begin, end;
 };
 
-static inline int64_t clamp(int64_t value, int64_t low, int64_t high) { return value < low ? low : value > high ? high : value; }
-
 // Columns of a row's own texts among begin .. end - 1.
-static inline Span own_texts(const NceChunk& c, int64_t row, int64_t begin, int64_t end) {
-  const int64_t first = c.first_own + row * c.texts_per_clip;
-  return {clamp(first, begin, end), clamp(first + c.texts_per_clip, begin, end)};
+static inline Span own_texts(const LseChunk& chunk, int64_t row, int64_t begin, int64_t end) {
+  const int64_t first = chunk.first_own + row * chunk.texts_per_clip;
+  return {clamp(first, begin, end), clamp(first + chunk.texts_per_clip, begin, end)};
 }
 
-// -- tiles -------------------------------------------------------------------------------------------------------------
+// -- tiles ---------------------------------------------------------------------------------------
 
 struct Tile {
-  int64_t row, rows, column, columns;  // columns rounded up to 32: those beyond the chunk do not count
-  int64_t strip, block;                // place among the chunk's tiles, across and down
-  float* products;                     // of its first row and column
+  int64_t row, rows, column,
+      columns;           // columns rounded up to 32: those beyond the chunk do not count
+  int64_t strip, block;  // place among the chunk's tiles, across and down
+  float* products;       // of its first row and column
   int64_t stride;
 };
 
-static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-static inline int64_t padded(int64_t columns) { return ceil_div(columns, 32) * 32; }
-static inline int64_t strips_of(const NceChunk& c) { return ceil_div(c.columns, TILE_COLUMNS); }
-static inline int64_t blocks_of(const NceChunk& c) { return ceil_div(c.rows, TILE_ROWS); }
+static inline int64_t padded(int64_t columns) { return round_up(columns, 32); }
+static inline int64_t strips_of(const LseChunk& chunk) {
+  return ceil_div(chunk.columns, TILE_COLUMNS);
+}
+static inline int64_t blocks_of(const LseChunk& chunk) { return ceil_div(chunk.rows, TILE_ROWS); }
 
 // Tile ``number``, one below the other first: they share the texts, which are the larger part.
-static inline Tile tile_of(const NceChunk& c, int64_t number) {
-  const int64_t block = number % blocks_of(c), strip = number / blocks_of(c);
+static inline Tile tile_of(const LseChunk& chunk, int64_t number) {
+  const int64_t block = number % blocks_of(chunk), strip = number / blocks_of(chunk);
   const int64_t row = block * TILE_ROWS, column = strip * TILE_COLUMNS;
-  const int64_t rows = clamp(c.rows - row, 0, TILE_ROWS), columns = clamp(padded(c.columns) - column, 0, TILE_COLUMNS);
-  if (c.x) return {row, rows, column, columns, strip, block, c.products + omp_get_thread_num() * nce_tile_floats(), TILE_COLUMNS};
-  return {row, rows, column, columns, strip, block, c.products + row * c.stride + column, c.stride};
+  const int64_t rows = clamp(chunk.rows - row, 0, TILE_ROWS),
+                columns = clamp(padded(chunk.columns) - column, 0, TILE_COLUMNS);
+  const int64_t memory = omp_get_thread_num() * contrastive_lse_tile_floats();
+  return {.row = row,
+          .rows = rows,
+          .column = column,
+          .columns = columns,
+          .strip = strip,
+          .block = block,
+          .products = chunk.products + (chunk.x ? memory : row * chunk.stride + column),
+          .stride = chunk.x ? TILE_COLUMNS : chunk.stride};
 }
 
-static inline bool counts(const NceChunk& c, int64_t row) { return !c.x_counts || c.x_counts[row]; }
+static inline bool counts(const LseChunk& chunk, int64_t row) {
+  return !chunk.x_counts || chunk.x_counts[row];
+}
 
-// -- products of bf16 vectors ------------------------------------------------------------------------------------------
+// -- products of bf16 vectors --------------------------------------------------------------------
 
 #if VF_PRODUCTS
 
-// Computes the tile's products, 32 x 32 at a time. 32 texts stay in the first cache while all clips of the tile pass by.
-static void multiply(const NceChunk& c, const Tile& t) {
-  if (!c.x) return;
-  const int64_t panel = 16 * c.dim;
-  for (int64_t j = 0; j < t.columns; j += UNIT)
-    for (int64_t i = 0; i < t.rows; i += UNIT) {
-      const Factors factors = {c.x + (t.row + i) * c.dim, c.dim, 32, c.y_panels + (t.column + j) / 16 * panel, panel, TILE};
-      multiply({factors, c.dim / 32, t.products + i * t.stride + j, t.stride, true});
+// Computes the tile's products, 32 x 32 at a time. 32 texts stay in the first cache while all clips
+// of the tile pass by.
+static void multiply(const LseChunk& chunk, const Tile& tile) {
+  if (!chunk.x) return;
+  const int64_t panel = 16 * chunk.dim;
+  for (int64_t j = 0; j < tile.columns; j += UNIT)
+    for (int64_t i = 0; i < tile.rows; i += UNIT) {
+      multiply({.factors = {.left = chunk.x + (tile.row + i) * chunk.dim,
+                            .left_stride = chunk.dim,
+                            .left_next = 32,
+                            .right = chunk.y_panels + (tile.column + j) / 16 * panel,
+                            .right_column = panel,
+                            .right_next = TILE},
+                .depth = chunk.dim / 32,
+                .sums = tile.products + i * tile.stride + j,
+                .stride = tile.stride,
+                .fresh = true});
     }
 }
 
-// Transposes 16 x 16 pairs of bf16.
-static void transpose_pairs(const uint16_t* from, int64_t stride, uint16_t* to) {
-  __m512i r[16], s[16];
-  for (int i = 0; i < 16; i++) r[i] = _mm512_loadu_si512(from + i * stride);
-  for (int i = 0; i < 8; i++) {
-    s[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
-    s[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
-  }
-  for (int i = 0; i < 4; i++) {
-    r[4 * i] = _mm512_unpacklo_epi64(s[4 * i], s[4 * i + 2]);
-    r[4 * i + 1] = _mm512_unpackhi_epi64(s[4 * i], s[4 * i + 2]);
-    r[4 * i + 2] = _mm512_unpacklo_epi64(s[4 * i + 1], s[4 * i + 3]);
-    r[4 * i + 3] = _mm512_unpackhi_epi64(s[4 * i + 1], s[4 * i + 3]);
-  }
-  for (int i = 0; i < 4; i++) {
-    s[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
-    s[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
-    s[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
-    s[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
-  }
-  for (int i = 0; i < 4; i++) {
-    r[i] = _mm512_shuffle_i32x4(s[i], s[i + 8], 0x88);
-    r[i + 8] = _mm512_shuffle_i32x4(s[i], s[i + 8], 0xdd);
-    r[i + 4] = _mm512_shuffle_i32x4(s[i + 4], s[i + 12], 0x88);
-    r[i + 12] = _mm512_shuffle_i32x4(s[i + 4], s[i + 12], 0xdd);
-  }
-  for (int i = 0; i < 16; i++) _mm512_storeu_si512(to + 32 * i, r[i]);
-}
-
-void nce_pack(const uint16_t* y, int64_t texts, int64_t dim, uint16_t* panels, int threads) {
+bool contrastive_lse_pack(const uint16_t* y, int64_t texts, int64_t dim, uint16_t* panels,
+                          int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t text = 0; text < texts; text += 16)
-    for (int64_t d = 0; d < dim; d += 32) transpose_pairs(y + text * dim + d, dim, panels + text * dim + 16 * d);
+    for (int64_t d = 0; d < dim; d += 32) {
+      __m512i r[16];
+      load_transposed(y + text * dim + d, dim, r);
+      for (int i = 0; i < 16; i++) _mm512_storeu_si512(panels + text * dim + 16 * d + 32 * i, r[i]);
+    }
+  return true;
 }
 
 // A row of weights, rounded to bf16.
-static void keep_weights(const NceChunk& c, const Tile& t, int64_t i) {
-  if (!c.x) return;
-  const float* weights = t.products + i * t.stride;
-  uint16_t* to = c.weights + (t.row + i) * c.stride + t.column;
-  for (int64_t j = 0; j < t.columns; j += 32)
-    _mm512_storeu_si512(to + j, (__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(weights + j + 16), _mm512_loadu_ps(weights + j)));
+static void keep_weights(const LseChunk& chunk, const Tile& tile, int64_t i) {
+  if (!chunk.x) return;
+  const float* weights = tile.products + i * tile.stride;
+  uint16_t* to = chunk.weights + (tile.row + i) * chunk.stride + tile.column;
+  for (int64_t j = 0; j < tile.columns; j += 32)
+    _mm512_storeu_si512(to + j,
+                        to_bf16(_mm512_loadu_ps(weights + j + 16), _mm512_loadu_ps(weights + j)));
 }
 
 #else
 
 static inline void begin_products() {}
 static inline void end_products() {}
-static inline void multiply(const NceChunk&, const Tile&) {}
-static inline void keep_weights(const NceChunk&, const Tile&, int64_t) {}
+static inline void multiply(const LseChunk&, const Tile&) {}
+static inline void keep_weights(const LseChunk&, const Tile&, int64_t) {}
+
+bool contrastive_lse_pack(const uint16_t*, int64_t, int64_t, uint16_t*, int) { return false; }
 
 #endif
 
-// -- forward -----------------------------------------------------------------------------------------------------------
+// -- forward -------------------------------------------------------------------------------------
 
-// The tiles' sums: of rows and own texts (strips, R), of columns (blocks, C padded); peaks likewise, if running.
+// The tiles' sums: of rows and own texts (strips, R), of columns (blocks, C padded); peaks
+// likewise, if running.
 struct Parts {
   float *row, *own, *col, *row_peak, *own_peak, *col_peak;
 };
 
-static Parts parts_in(const NceChunk& c, float* scratch) {
-  const int64_t of_rows = strips_of(c) * c.rows, all_sums = 2 * of_rows + blocks_of(c) * padded(c.columns);
+static Parts parts_in(const LseChunk& chunk, float* scratch) {
+  const int64_t of_rows = strips_of(chunk) * chunk.rows,
+                all_sums = 2 * of_rows + blocks_of(chunk) * padded(chunk.columns);
   float* peaks = scratch + all_sums;
-  return {scratch, scratch + of_rows, scratch + 2 * of_rows, peaks, peaks + of_rows, peaks + 2 * of_rows};
+  return {.row = scratch,
+          .own = scratch + of_rows,
+          .col = scratch + 2 * of_rows,
+          .row_peak = peaks,
+          .own_peak = peaks + of_rows,
+          .col_peak = peaks + 2 * of_rows};
 }
 
 // One task: a tile of products. Leaves the sums of exp(S) over its rows and over its columns.
-static void sum_tile(const NceChunk& c, const Tile& t, const Parts& parts) {
-  const int32_t* y_counts = c.y_counts + t.column;
-  float* columns = parts.col + t.block * padded(c.columns) + t.column;
-  for (int64_t j = 0; j < t.columns; j++) columns[j] = 0;
-  for (int64_t i = 0; i < t.rows; i++) {
-    const float* products = t.products + i * t.stride;
+static void sum_tile(const LseChunk& chunk, const Tile& tile, const Parts& parts) {
+  const int32_t* y_counts = chunk.y_counts + tile.column;
+  float* columns = parts.col + tile.block * padded(chunk.columns) + tile.column;
+  for (int64_t j = 0; j < tile.columns; j++) columns[j] = 0;
+  for (int64_t i = 0; i < tile.rows; i++) {
+    const float* products = tile.products + i * tile.stride;
     Floats total = {};
-    if (counts(c, t.row + i)) {
-      for (int64_t j = 0; j < t.columns; j += WIDTH) {
-        const Floats terms = where(load(y_counts + j), exp_of(load(products + j) * c.scale));
+    if (counts(chunk, tile.row + i)) {
+      for (int64_t j = 0; j < tile.columns; j += WIDTH) {
+        const Floats terms = where(load(y_counts + j), exp_of(load(products + j) * chunk.scale));
         total += terms;
         store(columns + j, load(columns + j) + terms);
       }
     } else {
-      for (int64_t j = 0; j < t.columns; j += WIDTH) total += where(load(y_counts + j), exp_of(load(products + j) * c.scale));
+      for (int64_t j = 0; j < tile.columns; j += WIDTH)
+        total += where(load(y_counts + j), exp_of(load(products + j) * chunk.scale));
     }
-    parts.row[t.strip * c.rows + t.row + i] = sum_of(total);
+    parts.row[tile.strip * chunk.rows + tile.row + i] = sum_of(total);
   }
 }
 
-static inline Floats scores_or_hole(const float* products, Ints y_counts, float scale) {
+static inline Floats scores_or_absent(const float* products, Ints y_counts, float scale) {
   return y_counts ? load(products) * scale : all(-__builtin_inff());
 }
 
-static inline Floats without_hole(Floats peak) { return peak == -__builtin_inff() ? Floats{} : peak; }
+static inline Floats zero_if_absent(Floats peak) {
+  return peak == -__builtin_inff() ? Floats{} : peak;
+}
 
-// The same where exp(S) might leave fp32: a first pass finds the peaks of rows and columns, a second sums exp(S - peak).
-static void sum_tile_running(const NceChunk& c, const Tile& t, const Parts& parts) {
-  const float hole = -__builtin_inff();
-  const int32_t* y_counts = c.y_counts + t.column;
-  float* columns = parts.col + t.block * padded(c.columns) + t.column;
-  float* peaks = parts.col_peak + t.block * padded(c.columns) + t.column;
-  for (int64_t j = 0; j < t.columns; j++) columns[j] = 0, peaks[j] = hole;
-  for (int64_t i = 0; i < t.rows; i++) {
-    const float* products = t.products + i * t.stride;
-    const bool in_columns = counts(c, t.row + i);
-    Floats top = all(hole);
-    for (int64_t j = 0; j < t.columns; j += WIDTH) {
-      const Floats scores = scores_or_hole(products + j, load(y_counts + j), c.scale);
+// The same where exp(S) might leave fp32: a first pass finds the peaks of rows and columns, a
+// second sums exp(S - peak).
+static void sum_tile_running(const LseChunk& chunk, const Tile& tile, const Parts& parts) {
+  const float absent = -__builtin_inff();
+  const int32_t* y_counts = chunk.y_counts + tile.column;
+  float* columns = parts.col + tile.block * padded(chunk.columns) + tile.column;
+  float* peaks = parts.col_peak + tile.block * padded(chunk.columns) + tile.column;
+  for (int64_t j = 0; j < tile.columns; j++) columns[j] = 0, peaks[j] = absent;
+  for (int64_t i = 0; i < tile.rows; i++) {
+    const float* products = tile.products + i * tile.stride;
+    const bool in_columns = counts(chunk, tile.row + i);
+    Floats top = all(absent);
+    for (int64_t j = 0; j < tile.columns; j += WIDTH) {
+      const Floats scores = scores_or_absent(products + j, load(y_counts + j), chunk.scale);
       top = larger(scores, top);
       if (in_columns) store(peaks + j, larger(scores, load(peaks + j)));
     }
-    parts.row_peak[t.strip * c.rows + t.row + i] = largest_of(top);
+    parts.row_peak[tile.strip * chunk.rows + tile.row + i] = largest_of(top);
   }
-  for (int64_t i = 0; i < t.rows; i++) {
-    const float* products = t.products + i * t.stride;
-    const bool in_columns = counts(c, t.row + i);
-    const Floats top = without_hole(all(parts.row_peak[t.strip * c.rows + t.row + i]));
+  for (int64_t i = 0; i < tile.rows; i++) {
+    const float* products = tile.products + i * tile.stride;
+    const bool in_columns = counts(chunk, tile.row + i);
+    const Floats top = zero_if_absent(all(parts.row_peak[tile.strip * chunk.rows + tile.row + i]));
     Floats total = {};
-    for (int64_t j = 0; j < t.columns; j += WIDTH) {
-      const Floats scores = scores_or_hole(products + j, load(y_counts + j), c.scale);
+    for (int64_t j = 0; j < tile.columns; j += WIDTH) {
+      const Floats scores = scores_or_absent(products + j, load(y_counts + j), chunk.scale);
       total += exp_of(scores - top);
-      if (in_columns) store(columns + j, load(columns + j) + exp_of(scores - without_hole(load(peaks + j))));
+      if (in_columns)
+        store(columns + j, load(columns + j) + exp_of(scores - zero_if_absent(load(peaks + j))));
     }
-    parts.row[t.strip * c.rows + t.row + i] = sum_of(total);
+    parts.row[tile.strip * chunk.rows + tile.row + i] = sum_of(total);
   }
 }
 
 // A log-sum (peak, total) takes in another.
 static inline void fold(double& total, float& peak, double more, float more_peak) {
   const float higher = more_peak > peak ? more_peak : peak;
-  const float top = higher == -__builtin_inff() ? 0 : higher;  // nothing seen yet: -inf less -inf would be nan
+  const float top =
+      higher == -__builtin_inff() ? 0 : higher;  // nothing seen yet: -inf less -inf would be nan
   total = total * __builtin_exp((double)peak - top) + more * __builtin_exp((double)more_peak - top);
   peak = higher;
 }
 
 // Own texts of the tile's rows: few, one by one.
-static void sum_own(const NceChunk& c, const Tile& t, const Parts& parts) {
-  for (int64_t i = 0; i < t.rows; i++) {
+static void sum_own(const LseChunk& chunk, const Tile& tile, const Parts& parts) {
+  for (int64_t i = 0; i < tile.rows; i++) {
     double total = 0;
     float peak = -__builtin_inff();
-    const Span own = own_texts(c, t.row + i, t.column, clamp(t.column + t.columns, 0, c.columns));
+    const Span own = own_texts(chunk, tile.row + i, tile.column,
+                               clamp(tile.column + tile.columns, 0, chunk.columns));
     for (int64_t j = own.begin; j < own.end; j++) {
-      if (!c.y_counts[j]) continue;
-      const float score = t.products[i * t.stride + j - t.column] * c.scale;
-      if (c.running)
+      if (!chunk.y_counts[j]) continue;
+      const float score = tile.products[i * tile.stride + j - tile.column] * chunk.scale;
+      if (chunk.running)
         fold(total, peak, 1, score);
       else
         total += __builtin_exp((double)score);
     }
-    parts.own[t.strip * c.rows + t.row + i] = (float)total;
-    if (c.running) parts.own_peak[t.strip * c.rows + t.row + i] = peak;
+    parts.own[tile.strip * chunk.rows + tile.row + i] = (float)total;
+    if (chunk.running) parts.own_peak[tile.strip * chunk.rows + tile.row + i] = peak;
   }
 }
 
 // A thread without a tile would only be waited for.
-static int threads_for(const NceChunk& c, int64_t tiles) { return tiles < c.threads ? (int)tiles : c.threads; }
+static int threads_for(const LseChunk& chunk, int64_t tiles) {
+  return tiles < chunk.threads ? (int)tiles : chunk.threads;
+}
 
-static void join_row(const NceChunk& c, const NceSums& sums, const Parts& parts, int64_t i) {
-  for (int64_t strip = 0; strip < strips_of(c); strip++) {
-    const int64_t at = strip * c.rows + i;
-    if (c.running) {
+static void join_row(const LseChunk& chunk, const LseSums& sums, const Parts& parts, int64_t i) {
+  for (int64_t strip = 0; strip < strips_of(chunk); strip++) {
+    const int64_t at = strip * chunk.rows + i;
+    if (chunk.running) {
       fold(sums.row[i], sums.row_peak[i], parts.row[at], parts.row_peak[at]);
       fold(sums.pos[i], sums.pos_peak[i], parts.own[at], parts.own_peak[at]);
     } else {
@@ -241,102 +260,116 @@ static void join_row(const NceChunk& c, const NceSums& sums, const Parts& parts,
   }
 }
 
-static void join_column(const NceChunk& c, const NceSums& sums, const Parts& parts, int64_t j) {
-  for (int64_t block = 0; block < blocks_of(c); block++) {
-    const int64_t at = block * padded(c.columns) + j;
-    if (c.running)
+static void join_column(const LseChunk& chunk, const LseSums& sums, const Parts& parts, int64_t j) {
+  for (int64_t block = 0; block < blocks_of(chunk); block++) {
+    const int64_t at = block * padded(chunk.columns) + j;
+    if (chunk.running)
       fold(sums.col[j], sums.col_peak[j], parts.col[at], parts.col_peak[at]);
     else
       sums.col[j] += parts.col[at];
   }
 }
 
-void nce_forward(const NceChunk& c, const NceSums& sums) {
-  const Parts parts = parts_in(c, sums.scratch);
-  const int64_t tiles = strips_of(c) * blocks_of(c);
-#pragma omp parallel num_threads(threads_for(c, tiles))
+void contrastive_lse_forward(const LseChunk& chunk, const LseSums& sums) {
+  const Parts parts = parts_in(chunk, sums.scratch);
+  const int64_t tiles = strips_of(chunk) * blocks_of(chunk);
+#pragma omp parallel num_threads(threads_for(chunk, tiles))
   {
-    if (c.x) begin_products();
+    if (chunk.x) begin_products();
 #pragma omp for schedule(dynamic, 1)
     for (int64_t number = 0; number < tiles; number++) {
-      const Tile t = tile_of(c, number);
-      multiply(c, t);
-      sum_own(c, t, parts);
-      if (c.running)
-        sum_tile_running(c, t, parts);
+      const Tile tile = tile_of(chunk, number);
+      multiply(chunk, tile);
+      sum_own(chunk, tile, parts);
+      if (chunk.running)
+        sum_tile_running(chunk, tile, parts);
       else
-        sum_tile(c, t, parts);
+        sum_tile(chunk, tile, parts);
     }
-    if (c.x) end_products();
+    if (chunk.x) end_products();
 #pragma omp for schedule(static) nowait
-    for (int64_t i = 0; i < c.rows; i++) join_row(c, sums, parts, i);
+    for (int64_t i = 0; i < chunk.rows; i++) join_row(chunk, sums, parts, i);
 #pragma omp for schedule(static)
-    for (int64_t j = 0; j < c.columns; j++) join_column(c, sums, parts, j);
+    for (int64_t j = 0; j < chunk.columns; j++) join_column(chunk, sums, parts, j);
   }
 }
 
-// -- backward ----------------------------------------------------------------------------------------------------------
+// -- backward ------------------------------------------------------------------------------------
 
-static inline Floats weights_of(const NceChunk& c, const NceGradients& g, int64_t i, int64_t j, bool in_columns, Floats scores) {
-  if (!c.running) return exp_of(scores) * (in_columns ? load(g.col + j) + g.row[i] : all(g.row[i]));
-  const Floats of_row = exp_of(scores - g.row_lse[i]) * g.row[i];
-  return in_columns ? of_row + exp_of(scores - load(g.col_lse + j)) * load(g.col + j) : of_row;
+static inline Floats weights_of(const LseChunk& chunk, const LseGradients& gradients, int64_t i,
+                                int64_t j, bool in_columns, Floats scores) {
+  if (!chunk.running)
+    return exp_of(scores) *
+           (in_columns ? load(gradients.col + j) + gradients.row[i] : all(gradients.row[i]));
+  const Floats of_row = exp_of(scores - gradients.row_lse[i]) * gradients.row[i];
+  return in_columns
+             ? of_row + exp_of(scores - load(gradients.col_lse + j)) * load(gradients.col + j)
+             : of_row;
 }
 
-// Adds the gradient of pos to the weights of a row's own texts, whose products were kept aside, and their part of d_scale.
-static double weigh_own(const NceChunk& c, const NceGradients& g, int64_t i, Span own, const float* products, float* weights) {
+// Adds the gradient of pos to the weights of a row's own texts, whose products were kept aside, and
+// their part of d_scale.
+static double weigh_own(const LseChunk& chunk, const LseGradients& gradients, int64_t i, Span own,
+                        const float* products, float* weights) {
   double d_scale = 0;
   for (int64_t j = own.begin; j < own.end; j++) {
-    if (!c.y_counts[j]) continue;
-    const float product = products[j - own.begin], score = product * c.scale;
-    const float weight = g.pos[i] * (float)__builtin_exp((double)(c.running ? score - g.pos_lse[i] : score));
-    weights[j] += weight * c.scale;
+    if (!chunk.y_counts[j]) continue;
+    const float product = products[j - own.begin], score = product * chunk.scale;
+    const float weight =
+        gradients.pos[i] *
+        (float)__builtin_exp((double)(chunk.running ? score - gradients.pos_lse[i] : score));
+    weights[j] += weight * chunk.scale;
     d_scale += (double)weight * product;
   }
   return d_scale;
 }
 
 // One task: a tile of products becomes weights. Returns its part of d_scale.
-static double weigh_tile(const NceChunk& c, const Tile& t, const NceGradients& g) {
+static double weigh_tile(const LseChunk& chunk, const Tile& tile, const LseGradients& gradients) {
   double d_scale = 0;
   float own_products[TILE_COLUMNS];
-  for (int64_t i = 0; i < t.rows; i++) {
-    float* row = t.products + i * t.stride;
-    const Span own = own_texts(c, t.row + i, t.column, clamp(t.column + t.columns, 0, c.columns));
-    for (int64_t j = own.begin; j < own.end; j++) own_products[j - own.begin] = row[j - t.column];
-    const bool in_columns = counts(c, t.row + i);
+  for (int64_t i = 0; i < tile.rows; i++) {
+    float* row = tile.products + i * tile.stride;
+    const Span own = own_texts(chunk, tile.row + i, tile.column,
+                               clamp(tile.column + tile.columns, 0, chunk.columns));
+    for (int64_t j = own.begin; j < own.end; j++)
+      own_products[j - own.begin] = row[j - tile.column];
+    const bool in_columns = counts(chunk, tile.row + i);
     Floats total = {};
-    for (int64_t j = 0; j < t.columns; j += WIDTH) {
-      const Ints y_counts = load(c.y_counts + t.column + j);
+    for (int64_t j = 0; j < tile.columns; j += WIDTH) {
+      const Ints y_counts = load(chunk.y_counts + tile.column + j);
       const Floats products = where(y_counts, load(row + j));
-      const Floats weights = where(y_counts, weights_of(c, g, t.row + i, t.column + j, in_columns, products * c.scale));
+      const Floats weights =
+          where(y_counts, weights_of(chunk, gradients, tile.row + i, tile.column + j, in_columns,
+                                     products * chunk.scale));
       total += weights * products;
-      store(row + j, weights * c.scale);
+      store(row + j, weights * chunk.scale);
     }
-    d_scale += sum_of(total) + weigh_own(c, g, t.row + i, own, own_products, row - t.column);
-    keep_weights(c, t, i);
+    d_scale += sum_of(total) +
+               weigh_own(chunk, gradients, tile.row + i, own, own_products, row - tile.column);
+    keep_weights(chunk, tile, i);
   }
   return d_scale;
 }
 
-void nce_backward(const NceChunk& c, const NceGradients& g) {
-  const int64_t tiles = strips_of(c) * blocks_of(c);
-  double* d_scales = reinterpret_cast<double*>(g.scratch);
-#pragma omp parallel num_threads(threads_for(c, tiles))
+void contrastive_lse_backward(const LseChunk& chunk, const LseGradients& gradients) {
+  const int64_t tiles = strips_of(chunk) * blocks_of(chunk);
+  double* d_scales = reinterpret_cast<double*>(gradients.scratch);
+#pragma omp parallel num_threads(threads_for(chunk, tiles))
   {
-    if (c.x) begin_products();
+    if (chunk.x) begin_products();
 #pragma omp for schedule(dynamic, 1)
     for (int64_t number = 0; number < tiles; number++) {
-      const Tile t = tile_of(c, number);
-      multiply(c, t);
-      d_scales[number] = weigh_tile(c, t, g);
+      const Tile tile = tile_of(chunk, number);
+      multiply(chunk, tile);
+      d_scales[number] = weigh_tile(chunk, tile, gradients);
     }
-    if (c.x) end_products();
+    if (chunk.x) end_products();
   }
-  for (int64_t number = 0; number < tiles; number++) *g.d_scale += d_scales[number];
+  for (int64_t number = 0; number < tiles; number++) *gradients.d_scale += d_scales[number];
 }
 
-int64_t nce_scratch_floats(int64_t rows, int64_t columns) {
+int64_t contrastive_lse_scratch_floats(int64_t rows, int64_t columns) {
   const int64_t strips = ceil_div(columns, TILE_COLUMNS), blocks = ceil_div(rows, TILE_ROWS);
   return 2 * (2 * strips * rows + blocks * padded(columns)) + 2 * strips * blocks;
 }

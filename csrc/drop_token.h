@@ -1,4 +1,5 @@
-// DropToken's gather and its inverse, rows of bytes. Nothing is computed: one version serves every machine.
+// DropToken's gather and its inverse, rows of bytes. Nothing is computed: one version serves every
+// machine.
 #pragma once
 
 #include <cstdint>
@@ -15,7 +16,8 @@ struct KeptRows {       // B clips of N tokens, K of them kept, a token's values
 // kept (B, K) = the kept rows of tokens, whose strides count bytes
 void take_rows(const KeptRows&, const char* tokens, int64_t stride_b, int64_t stride_n, char* kept);
 
-// tokens (B, N) = the rows of kept in their places, zeros elsewhere; every row is written once. inverse: (1 or B, N), scratch
+// tokens (B, N) = the rows of kept in their places, zeros elsewhere; every row is written once.
+// inverse: (1 or B, N), scratch
 void put_rows(const KeptRows&, const char* kept, char* tokens, int32_t* inverse);
 
 }  // namespace vatt_fast

@@ -1,8 +1,12 @@
-// The passes declared in patch_embed.h, compiled once for each instruction set. All are bound by memory: plain loops that the compiler
-// vectorises, and intrinsics for the conversions it does badly. Whatever is summed is summed in one order for any number of threads.
+// levels: base avx2 avx512
+// The passes declared in patch_embed.h. All are bound by memory: plain loops that the compiler
+// vectorises, and intrinsics for the conversions it does badly. Whatever is summed is summed in one
+// order for any number of threads.
 #include "patch_embed.h"
 
-#include <cstddef>
+#include <stddef.h>
+
+#include "common/sizes.h"
 
 #if defined(__AVX2__)
 #include <immintrin.h>
@@ -27,7 +31,7 @@ int threads_for(int64_t values, int threads) {
   return useful < 1 ? 1 : useful < threads ? static_cast<int>(useful) : threads;
 }
 
-// -- one value ---------------------------------------------------------------------------------------------------------
+// -- one value -----------------------------------------------------------------------------------
 
 inline uint32_t bits_of(float x) {
   uint32_t bits;
@@ -41,11 +45,15 @@ inline float float_of(uint32_t bits) {
   return x;
 }
 
-inline float load(uint8_t x) { return static_cast<float>(static_cast<int8_t>(x ^ 128)); }  // x - 128
+inline float load(uint8_t x) {
+  return static_cast<float>(static_cast<int8_t>(x ^ 128));
+}  // x - 128
 inline float load(float x) { return x; }
 inline float load(Bf16 x) { return float_of(static_cast<uint32_t>(x.bits) << 16); }
-inline float load(Half x) {  // the exponent is rebased by a product, which is right for subnormal numbers too
-  const uint32_t magnitude = static_cast<uint32_t>(x.bits & 0x7fff) << 13, sign = static_cast<uint32_t>(x.bits & 0x8000) << 16;
+inline float load(
+    Half x) {  // the exponent is rebased by a product, which is right for subnormal numbers too
+  const uint32_t magnitude = static_cast<uint32_t>(x.bits & 0x7fff) << 13,
+                 sign = static_cast<uint32_t>(x.bits & 0x8000) << 16;
   const uint32_t rebased = bits_of(float_of(magnitude) * 0x1p112f);
   return float_of(sign | rebased | (magnitude >= 0x0f800000 ? 0x7f800000 : 0));
 }
@@ -59,7 +67,7 @@ inline uint16_t nearest_bf16(float x) {
 inline void store(float x, float* out) { *out = x; }
 inline void store(float x, Bf16* out) { out->bits = nearest_bf16(x); }
 
-// -- runs of values ----------------------------------------------------------------------------------------------------
+// -- runs of values ------------------------------------------------------------------------------
 
 template <typename In, typename Out>
 inline void convert(const In* __restrict in, Out* __restrict out, int64_t count) {
@@ -68,17 +76,20 @@ inline void convert(const In* __restrict in, Out* __restrict out, int64_t count)
 
 #if defined(__AVX512F__)
 inline __m512 centred(const uint8_t* in) {
-  const __m128i values = _mm_xor_si128(_mm_loadu_si128(reinterpret_cast<const __m128i*>(in)), _mm_set1_epi8(-128));
+  const __m128i values =
+      _mm_xor_si128(_mm_loadu_si128(reinterpret_cast<const __m128i*>(in)), _mm_set1_epi8(-128));
   return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(values));
 }
 
-inline __m256i to_bf16(const uint8_t* in) {  // -128 .. 127 is exact in bf16: the upper half of the float is all of it
+inline __m256i to_bf16(
+    const uint8_t* in) {  // -128 .. 127 is exact in bf16: the upper half of the float is all of it
   return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_castps_si512(centred(in)), 16));
 }
 
 inline void convert(const uint8_t* __restrict in, Bf16* __restrict out, int64_t count) {
   int64_t i = 0;
-  for (; i + 16 <= count; i += 16) _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i), to_bf16(in + i));
+  for (; i + 16 <= count; i += 16)
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i), to_bf16(in + i));
   for (; i < count; ++i) store(load(in[i]), out + i);
 }
 
@@ -89,7 +100,8 @@ inline void convert(const uint8_t* __restrict in, float* __restrict out, int64_t
 }
 #elif defined(__AVX2__)
 inline __m256 centred(const uint8_t* in) {
-  const __m128i values = _mm_xor_si128(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(in)), _mm_set1_epi8(-128));
+  const __m128i values =
+      _mm_xor_si128(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(in)), _mm_set1_epi8(-128));
   return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(values));
 }
 
@@ -112,11 +124,11 @@ inline void convert(const uint8_t* __restrict in, float* __restrict out, int64_t
 #endif
 
 inline void convert(const Bf16* __restrict in, Bf16* __restrict out, int64_t count) {
-  __builtin_memcpy(out, in, static_cast<std::size_t>(count) * sizeof(Bf16));
+  __builtin_memcpy(out, in, static_cast<size_t>(count) * sizeof(Bf16));
 }
 
 inline void convert(const float* __restrict in, float* __restrict out, int64_t count) {
-  __builtin_memcpy(out, in, static_cast<std::size_t>(count) * sizeof(float));
+  __builtin_memcpy(out, in, static_cast<size_t>(count) * sizeof(float));
 }
 
 template <typename In, typename Out>
@@ -126,57 +138,65 @@ inline void fill_with_raw_zero(Out* out, int64_t count) {
 
 template <typename Out>
 inline void fill_with_zero(Out* out, int64_t count) {
-  __builtin_memset(out, 0, static_cast<std::size_t>(count) * sizeof(Out));
+  __builtin_memset(out, 0, static_cast<size_t>(count) * sizeof(Out));
 }
 
-inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// -- pack --------------------------------------------------------------------------------------------------------------
+// -- pack ----------------------------------------------------------------------------------------
 
 // Line (t, y) of a patch, from where it lies in the clip.
 template <typename In, typename Out>
-inline void pack_line(const Patches& p, const In* in, int64_t pixels, Out* out) {
-  if (p.stride_c == 1 && (p.stride_w == p.channels || p.columns == 1)) {
-    convert(in, out, pixels * p.channels);
+inline void pack_line(const Patches& patches, const In* in, int64_t pixels, Out* out) {
+  if (patches.stride_c == 1 && (patches.stride_w == patches.channels || patches.columns == 1)) {
+    convert(in, out, pixels * patches.channels);
     return;
   }
   for (int64_t x = 0; x < pixels; ++x)
-    for (int64_t c = 0; c < p.channels; ++c) store(load(in[x * p.stride_w + c * p.stride_c]), out + x * p.channels + c);
+    for (int64_t c = 0; c < patches.channels; ++c)
+      store(load(in[x * patches.stride_w + c * patches.stride_c]), out + x * patches.channels + c);
 }
 
 template <typename In, typename Out>
-void pack_patch(const Patches& p, int64_t b, int64_t patch, Out* out) {
-  const int64_t across = ceil_div(p.W, p.columns), down = ceil_div(p.H, p.lines);
-  const int64_t t0 = patch / (across * down) * p.frames, y0 = patch / across % down * p.lines, x0 = patch % across * p.columns;
-  const int64_t pixels = least(p.columns, p.W - x0), run = p.columns * p.channels;
-  const In* corner = static_cast<const In*>(p.data) + b * p.stride_b + t0 * p.stride_t + y0 * p.stride_h + x0 * p.stride_w;
-  for (int64_t t = 0; t < p.frames; ++t) {
-    const int64_t lines = t0 + t < p.T ? least(p.lines, p.H - y0) : 0;
-    const In* line = corner + t * p.stride_t;
-    for (int64_t y = 0; y < lines; ++y, line += p.stride_h, out += run) {
-      if (y + 4 < lines) __builtin_prefetch(line + 4 * p.stride_h);  // short runs far apart: the processor foresees none of them
-      pack_line(p, line, pixels, out);
-      if (pixels < p.columns) fill_with_raw_zero<In>(out + pixels * p.channels, (p.columns - pixels) * p.channels);
+void pack_patch(const Patches& patches, int64_t b, int64_t patch, Out* out) {
+  const int64_t across = ceil_div(patches.W, patches.columns),
+                down = ceil_div(patches.H, patches.lines);
+  const int64_t t0 = patch / (across * down) * patches.frames,
+                y0 = patch / across % down * patches.lines, x0 = patch % across * patches.columns;
+  const int64_t pixels = minimum(patches.columns, patches.W - x0),
+                run = patches.columns * patches.channels;
+  const In* corner = static_cast<const In*>(patches.data) + b * patches.stride_b +
+                     t0 * patches.stride_t + y0 * patches.stride_h + x0 * patches.stride_w;
+  for (int64_t t = 0; t < patches.frames; ++t) {
+    const int64_t lines = t0 + t < patches.T ? minimum(patches.lines, patches.H - y0) : 0;
+    const In* line = corner + t * patches.stride_t;
+    for (int64_t y = 0; y < lines; ++y, line += patches.stride_h, out += run) {
+      if (y + 4 < lines)
+        __builtin_prefetch(
+            line +
+            4 * patches.stride_h);  // short runs far apart: the processor foresees none of them
+      pack_line(patches, line, pixels, out);
+      if (pixels < patches.columns)
+        fill_with_raw_zero<In>(out + pixels * patches.channels,
+                               (patches.columns - pixels) * patches.channels);
     }
-    fill_with_raw_zero<In>(out, (p.lines - lines) * run);
-    out += (p.lines - lines) * run;
+    fill_with_raw_zero<In>(out, (patches.lines - lines) * run);
+    out += (patches.lines - lines) * run;
   }
 }
 
 template <typename In, typename Out>
 void pack(const PackPatches& call) {
   const Rows rows = call.rows;
-  const Patches& p = call.patches;
+  const Patches& patches = call.patches;
   // one task: a row
-#pragma omp parallel for schedule(static) num_threads(threads_for(rows.count * call.k, call.threads))
+#pragma omp parallel for schedule(static) num_threads(threads_for(rows.count* call.k, call.threads))
   for (int64_t i = 0; i < rows.count; ++i) {
-    const int64_t b = (rows.first + i) / (rows.A + rows.K), n = (rows.first + i) % (rows.A + rows.K) - rows.A;
+    const int64_t b = (rows.first + i) / (rows.A + rows.K),
+                  n = (rows.first + i) % (rows.A + rows.K) - rows.A;
     Out* out = static_cast<Out*>(call.packed) + i * call.k;
     if (n < 0)
       fill_with_zero(out, call.k);
     else
-      pack_patch<In>(p, b, p.keep ? p.keep[b * p.keep_stride + n] : n, out);
+      pack_patch<In>(patches, b, patches.keep ? patches.keep[b * patches.keep_stride + n] : n, out);
   }
 }
 
@@ -188,13 +208,13 @@ void pack_as(const PackPatches& call) {
     pack<In, float>(call);
 }
 
-// -- weight ------------------------------------------------------------------------------------------------------------
+// -- weight --------------------------------------------------------------------------------------
 
 template <typename In, typename Out>
 void read(const ReadWeight& call) {
   constexpr int64_t lanes = 32;  // running sums side by side, so that they vectorise
   // one task: a row of the weight
-#pragma omp parallel for schedule(static) num_threads(threads_for(call.dim * call.k, call.threads))
+#pragma omp parallel for schedule(static) num_threads(threads_for(call.dim* call.k, call.threads))
   for (int64_t d = 0; d < call.dim; ++d) {
     const In* in = static_cast<const In*>(call.weight) + d * call.weight_stride;
     Out* out = call.copy ? static_cast<Out*>(call.copy) + d * call.k : nullptr;
@@ -218,14 +238,16 @@ void read(const ReadWeight& call) {
   }
 }
 
-// -- finish ------------------------------------------------------------------------------------------------------------
+// -- finish --------------------------------------------------------------------------------------
 
 // in and out may be the same row.
 template <typename In, typename Out, typename Position>
-inline void add_row(const In* in, float scale, const float* bias, const Position* position, Out* out, int64_t dim) {
+inline void add_row(const In* in, float scale, const float* bias, const Position* position,
+                    Out* out, int64_t dim) {
   if (position) {
 #pragma omp simd
-    for (int64_t d = 0; d < dim; ++d) store(scale * load(in[d]) + (bias[d] + load(position[d])), out + d);
+    for (int64_t d = 0; d < dim; ++d)
+      store(scale * load(in[d]) + (bias[d] + load(position[d])), out + d);
   } else {
 #pragma omp simd
     for (int64_t d = 0; d < dim; ++d) store(scale * load(in[d]) + bias[d], out + d);
@@ -237,9 +259,11 @@ void finish(const FinishTokens& call) {
   const Rows rows = call.rows;
   const Position* position = static_cast<const Position*>(call.position);
   // one task: a row of tokens
-#pragma omp parallel for schedule(static) num_threads(threads_for(rows.count * call.dim, call.threads))
+#pragma omp parallel for schedule(static) \
+    num_threads(threads_for(rows.count* call.dim, call.threads))
   for (int64_t i = 0; i < rows.count; ++i) {
-    const int64_t b = (rows.first + i) / (rows.A + rows.K), n = (rows.first + i) % (rows.A + rows.K) - rows.A;
+    const int64_t b = (rows.first + i) / (rows.A + rows.K),
+                  n = (rows.first + i) % (rows.A + rows.K) - rows.A;
     Out* out = static_cast<Out*>(call.tokens) + i * call.dim;
     if (n < 0) {
       convert(call.agg, out, call.dim);
@@ -247,7 +271,8 @@ void finish(const FinishTokens& call) {
     }
     const int64_t patch = call.keep ? call.keep[b * call.keep_stride + n] : n;
     const Position* added = position ? position + patch * call.position_stride : nullptr;
-    add_row(static_cast<const In*>(call.product) + i * call.dim, call.scale, call.bias, added, out, call.dim);
+    add_row(static_cast<const In*>(call.product) + i * call.dim, call.scale, call.bias, added, out,
+            call.dim);
   }
 }
 
@@ -259,7 +284,7 @@ void finish_as(const FinishTokens& call) {
     finish<In, Out, float>(call);
 }
 
-// -- sums --------------------------------------------------------------------------------------------------------------
+// -- sums ----------------------------------------------------------------------------------------
 
 template <typename In>
 inline void accumulate(const In* __restrict in, float* __restrict sum, int64_t count, bool first) {
@@ -272,8 +297,10 @@ inline void accumulate(const In* __restrict in, float* __restrict sum, int64_t c
 
 template <typename In>
 void sum(const SumGradients& call) {
-  const int64_t rows_a_clip = call.A + call.K, dim = call.dim, parts = ceil_div(call.rows, rows_a_part);
-  const int64_t lines = call.keep_stride ? call.B : 1, inverse_stride = call.keep_stride ? call.rows : 0;
+  const int64_t rows_a_clip = call.A + call.K, dim = call.dim,
+                parts = ceil_div(call.rows, rows_a_part);
+  const int64_t lines = call.keep_stride ? call.B : 1,
+                inverse_stride = call.keep_stride ? call.rows : 0;
   const In* d_tokens = static_cast<const In*>(call.d_tokens);
   constexpr int64_t columns_a_task = 64;
 #pragma omp parallel num_threads(threads_for(call.B * rows_a_clip * dim, call.threads))
@@ -284,7 +311,8 @@ void sum(const SumGradients& call) {
       for (int64_t line = 0; line < lines; ++line) {
         int32_t* inverse = call.inverse + line * call.rows;
         for (int64_t p = 0; p < call.rows; ++p) inverse[p] = -1;
-        for (int64_t n = 0; n < call.K; ++n) inverse[call.keep[line * call.keep_stride + n]] = static_cast<int32_t>(n);
+        for (int64_t n = 0; n < call.K; ++n)
+          inverse[call.keep[line * call.keep_stride + n]] = static_cast<int32_t>(n);
       }
     }
     // one task: the sums over clips of rows_a_part positions, and the sum of those
@@ -292,7 +320,7 @@ void sum(const SumGradients& call) {
     for (int64_t part = 0; part < parts; ++part) {
       float *total = call.parts + part * 2 * dim, *spare = total + dim;
       fill_with_zero(total, dim);
-      for (int64_t p = part * rows_a_part; p < least(call.rows, (part + 1) * rows_a_part); ++p) {
+      for (int64_t p = part * rows_a_part; p < minimum(call.rows, (part + 1) * rows_a_part); ++p) {
         float* row = call.d_position ? call.d_position + p * dim : spare;
         bool first = true;
         for (int64_t b = 0; b < call.B; ++b) {
@@ -310,10 +338,12 @@ void sum(const SumGradients& call) {
     // one task: columns of the sum over parts, and of AGG's over clips
 #pragma omp for schedule(static)
     for (int64_t d = 0; d < dim; d += columns_a_task) {
-      const int64_t count = least(columns_a_task, dim - d);
-      for (int64_t part = 0; part < parts; ++part) accumulate(call.parts + part * 2 * dim + d, call.d_bias + d, count, part == 0);
+      const int64_t count = minimum(columns_a_task, dim - d);
+      for (int64_t part = 0; part < parts; ++part)
+        accumulate(call.parts + part * 2 * dim + d, call.d_bias + d, count, part == 0);
       if (call.d_agg)
-        for (int64_t b = 0; b < call.B; ++b) accumulate(d_tokens + b * rows_a_clip * dim + d, call.d_agg + d, count, b == 0);
+        for (int64_t b = 0; b < call.B; ++b)
+          accumulate(d_tokens + b * rows_a_clip * dim + d, call.d_agg + d, count, b == 0);
     }
   }
 }
@@ -321,7 +351,7 @@ void sum(const SumGradients& call) {
 template <typename In>
 void scale_rows(const FinishWeight& call) {
   // one task: a row of the weight
-#pragma omp parallel for schedule(static) num_threads(threads_for(call.dim * call.k, call.threads))
+#pragma omp parallel for schedule(static) num_threads(threads_for(call.dim* call.k, call.threads))
   for (int64_t d = 0; d < call.dim; ++d) {
     const In* in = static_cast<const In*>(call.product) + d * call.k;
     float* out = call.d_weight + d * call.k;
@@ -338,14 +368,18 @@ void scale_rows(const FinishWeight& call) {
 
 }  // namespace
 
-// -- entry points ------------------------------------------------------------------------------------------------------
+// -- entry points --------------------------------------------------------------------------------
 
 void pack_patches(const PackPatches& call) {
   switch (call.patches.element) {
-    case Element::uint8: return pack_as<uint8_t>(call);
-    case Element::bf16: return pack_as<Bf16>(call);
-    case Element::fp16: return pack_as<Half>(call);
-    case Element::fp32: return pack_as<float>(call);
+    case Element::uint8:
+      return pack_as<uint8_t>(call);
+    case Element::bf16:
+      return pack_as<Bf16>(call);
+    case Element::fp16:
+      return pack_as<Half>(call);
+    case Element::fp32:
+      return pack_as<float>(call);
   }
 }
 

@@ -2,18 +2,22 @@
 // Forward: read_weight, then for every chunk of rows pack_patches, product, finish_tokens.
 // Backward: sum_gradients, then for every chunk pack_patches, product, finish_weight.
 //
-// B clips, N patches, K kept, k values a patch; A 1 with AGG, else 0. tokens, their product and packed rows have R = B (A + K) rows: AGG
-// first in every clip. Matrices are dense with dim or k columns unless a stride is given; strides count elements.
+// B clips, N patches, K kept, k values a patch; A 1 with AGG, else 0. tokens, their product and
+// packed rows have R = B (A + K) rows: AGG first in every clip. Matrices are dense with dim or k
+// columns unless a stride is given; strides count elements.
 #pragma once
 
-#include <cstdint>
+#include <stdint.h>
+
+#include "levels.h"
 
 namespace vatt_fast {
 
 enum class Element { uint8, bf16, fp16, fp32 };
 
-// Where patch n of clip b lies. Its values run over frames, lines, columns and channels of a clip (T, H, W, channels); beyond the clip's
-// far end raw values are 0. A waveform is one line of one frame; a row of values is a frame of one pixel.
+// Where patch n of clip b lies. Its values run over frames, lines, columns and channels of a clip
+// (T, H, W, channels); beyond the clip's far end raw values are 0. A waveform is one line of one
+// frame; a row of values is a frame of one pixel.
 struct Patches {
   const void* data;
   Element element;
@@ -36,7 +40,8 @@ struct PackPatches {  // packed = kept rows, uint8 less 128; zeros in AGG's plac
   int threads;
 };
 
-struct ReadWeight {  // copy = weight as the product takes it; whole_bias = bias + factor * its row sums
+struct ReadWeight {  // copy = weight as the product takes it; whole_bias = bias + factor * its row
+                     // sums
   const void* weight;
   Element weight_element;  // bf16 or fp32
   int64_t weight_stride;
@@ -48,7 +53,8 @@ struct ReadWeight {  // copy = weight as the product takes it; whole_bias = bias
   int threads;
 };
 
-struct FinishTokens {  // tokens = scale * product + bias + position[keep], and AGG; they may share the product's memory
+struct FinishTokens {  // tokens = scale * product + bias + position[keep], and AGG; they may share
+                       // the product's memory
   const void* product;
   Element product_element;
   void* tokens;
@@ -68,7 +74,8 @@ struct FinishTokens {  // tokens = scale * product + bias + position[keep], and 
 
 constexpr int64_t rows_a_part = 32;  // of the sums: fixed, so that the order of summation is
 
-struct SumGradients {  // d_position[p] = sum of d_tokens over the clips that keep p, in order; d_bias = sum over p; d_agg
+struct SumGradients {  // d_position[p] = sum of d_tokens over the clips that keep p, in order;
+                       // d_bias = sum over p; d_agg
   const void* d_tokens;
   Element element;
   const int64_t* keep;  // as in Patches, and null where there is no position: then p counts tokens
@@ -82,7 +89,8 @@ struct SumGradients {  // d_position[p] = sum of d_tokens over the clips that ke
   int threads;
 };
 
-struct FinishWeight {  // d_weight = scale * product + factor * d_bias of its row, or grows by scale * product; they may share memory
+struct FinishWeight {  // d_weight = scale * product + factor * d_bias of its row, or grows by scale
+                       // * product; they may share memory
   const void* product;
   Element element;
   float* d_weight;
@@ -93,7 +101,7 @@ struct FinishWeight {  // d_weight = scale * product + factor * d_bias of its ro
   int threads;
 };
 
-#define VF_DECLARE_PATCH_EMBED(level)      \
+#define VF_DECLARE(level)                  \
   namespace level {                        \
   void pack_patches(const PackPatches&);   \
   void read_weight(const ReadWeight&);     \
@@ -101,11 +109,7 @@ struct FinishWeight {  // d_weight = scale * product + factor * d_bias of its ro
   void sum_gradients(const SumGradients&); \
   void finish_weight(const FinishWeight&); \
   }
-
-VF_DECLARE_PATCH_EMBED(base)
-#if defined(VF_X86)
-VF_DECLARE_PATCH_EMBED(avx2)
-VF_DECLARE_PATCH_EMBED(avx512)
-#endif
+VF_LEVELS_PATCH_EMBED(VF_DECLARE)
+#undef VF_DECLARE
 
 }  // namespace vatt_fast

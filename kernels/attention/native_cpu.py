@@ -1,5 +1,7 @@
-"""Attention in C++: bf16 by AVX-512 BF16 or AMX (csrc/attention.cpp), fp32 sums and statistics, scores never stored; fp32 of few tokens
-with AVX2 or AVX-512 (native_short.py)."""
+"""Attention in C++: bf16 by AVX-512 BF16 or AMX (csrc/attention/forward.cpp, backward.cpp), with
+fp32 sums and statistics, scores never stored; fp32 of few tokens with AVX2 or AVX-512
+(native_short.py).
+"""
 
 import torch
 
@@ -23,9 +25,18 @@ def forward(q, k, v, *, scale, bias=None, key_mask=None, deterministic=False):
     out = torch.empty((B, T, H, D), dtype=q.dtype)
     lse = torch.empty((B, H, T), dtype=torch.float32)
     native.extension.attention_forward(
-        shape, scale, threads, strided(q), strided(k), strided(v),
-        address(key_mask), address(bias), out.data_ptr(), lse.data_ptr(), scratch.data_ptr(),
-    )  # fmt: skip
+        shape=shape,
+        scale=scale,
+        threads=threads,
+        q=strided(q),
+        k=strided(k),
+        v=strided(v),
+        key_mask=address(key_mask),
+        bias=address(bias),
+        out=address(out),
+        lse=address(lse),
+        scratch=address(scratch),
+    )
     return out, lse
 
 
@@ -61,31 +72,42 @@ def backward(
     d_out, out = (x if x.stride(-1) == 1 else x.contiguous() for x in (d_out, out))
     shape, threads, scratch = _prepare(q, k, backward=True)
     key_mask = None if key_mask is None else key_mask.contiguous()
-    bias = (
-        None if bias is None else bias.to(torch.float32).transpose(1, 2).contiguous()
-    )  # the backward takes scores transposed
+    # the backward takes scores transposed
+    bias = None if bias is None else bias.to(torch.float32).transpose(1, 2).contiguous()
     lse = lse.contiguous()
     d_lse = None if d_lse is None else d_lse.to(torch.float32).contiguous()
     d_q, d_k, d_v = (torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
     d_bias = torch.zeros((H, k.shape[1], T), dtype=torch.float32) if bias_grad else None
     native.extension.attention_backward(
-        shape, scale, threads, strided(q), strided(k), strided(v), strided(out), strided(d_out),
-        address(key_mask), address(bias), lse.data_ptr(), address(d_lse),
-        d_q.data_ptr(), d_k.data_ptr(), d_v.data_ptr(), address(d_bias), scratch.data_ptr(),
-    )  # fmt: skip
+        shape=shape,
+        scale=scale,
+        threads=threads,
+        q=strided(q),
+        k=strided(k),
+        v=strided(v),
+        out=strided(out),
+        d_out=strided(d_out),
+        key_mask=address(key_mask),
+        bias=address(bias),
+        lse=address(lse),
+        d_lse=address(d_lse),
+        d_q=address(d_q),
+        d_k=address(d_k),
+        d_v=address(d_v),
+        d_bias=address(d_bias),
+        scratch=address(scratch),
+    )
     return d_q, d_k, d_v, None if d_bias is None else d_bias.transpose(1, 2)
 
 
 def _prepare(q, k, *, backward: bool):
-    """The sizes, the number of threads and working memory for each of them, on a cache line's border."""
+    """The sizes, the number of threads and working memory for each of them, on a cache line's
+    border."""
     B, T, H, D = q.shape
-    shape, threads = (
-        (B, T, k.shape[1], H, D),
-        min(torch.get_num_threads(), B * H if backward else B * H * -(-T // 32)),
-    )
-    scratch = torch.empty(
-        native.extension.attention_scratch(shape, threads, backward) + 64, dtype=torch.uint8
-    )
+    shape = (B, T, k.shape[1], H, D)
+    threads = min(torch.get_num_threads(), B * H if backward else B * H * -(-T // 32))
+    size = native.extension.attention_scratch(shape=shape, threads=threads, backward=backward)
+    scratch = torch.empty(size + 64, dtype=torch.uint8)
     return shape, threads, scratch[-scratch.data_ptr() % 64 :]
 
 

@@ -1,4 +1,5 @@
-"""Attention of few tokens in C++ with AVX2 or AVX-512 (csrc/short_attention.cpp): fp32, the scores of a head in a core's cache."""
+"""Attention of few tokens in C++ with AVX2 or AVX-512 (csrc/attention/short.cpp): fp32, the scores
+of a head in a core's cache."""
 
 import torch
 import torch.nn.functional as F
@@ -9,15 +10,18 @@ from ..native import address
 # B batch, T queries, S keys, H heads, D head_dim
 
 _MOST_TOKENS = 512  # beyond, a head's scores leave any core's cache
-_GROUPS = 16  # of clips, each with a d_bias of its own: as many for any number of threads, so that the bits are the same
-_LANES = 16  # floats of the widest vector: the kernel takes biases by key, queries filled up to whole vectors
+# of clips, each with a d_bias of its own: as many for any number of threads, so that the bits are
+# the same
+_GROUPS = 16
+# floats of the widest vector: the kernel takes biases by key, queries filled up to whole vectors
+_LANES = 16
 
 
 def forward(q, k, v, *, scale, bias, key_mask):
     B, T, H, _ = q.shape
     arguments, _kept = _arguments(q, k, v, scale, bias, key_mask)
     out, lse = torch.empty(q.shape, dtype=q.dtype), torch.empty((B, H, T), dtype=q.dtype)
-    native.extension.short_attention_forward(*arguments, out.data_ptr(), lse.data_ptr())
+    native.extension.short_attention_forward(**arguments, out=address(out), lse=address(lse))
     return out, lse
 
 
@@ -28,42 +32,44 @@ def backward(d_out, d_lse, q, k, v, lse, *, scale, bias, key_mask, bias_grad):
     lse, d_lse = lse.contiguous(), None if d_lse is None else d_lse.contiguous()
     groups = min(B, _GROUPS) if bias_grad else B
     d_q, d_k, d_v = (torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
-    d_bias = (
-        torch.empty((groups, H, k.shape[1], T + -T % _LANES), dtype=q.dtype) if bias_grad else None
-    )
+    d_bias = None
+    if bias_grad:
+        d_bias = torch.empty((groups, H, k.shape[1], T + -T % _LANES), dtype=q.dtype)
     native.extension.short_attention_backward(
-        *arguments, strided(d_out), lse.data_ptr(), address(d_lse),
-        d_q.data_ptr(), d_k.data_ptr(), d_v.data_ptr(), address(d_bias), groups,
-    )  # fmt: skip
+        **arguments,
+        d_out=strided(d_out),
+        lse=address(lse),
+        d_lse=address(d_lse),
+        d_q=address(d_q),
+        d_k=address(d_k),
+        d_v=address(d_v),
+        d_bias=address(d_bias),
+        groups=groups,
+    )
     return d_q, d_k, d_v, None if d_bias is None else d_bias.sum(0)[..., :T].transpose(1, 2)
 
 
 def _arguments(q, k, v, scale, bias, key_mask):
-    """What both calls begin with, and the tensors whose addresses are in it."""
+    """What both calls have in common, and the tensors whose addresses are in it."""
     B, T, H, D = q.shape
-    shape, threads, row = (
-        (B, T, k.shape[1], H, D),
-        min(torch.get_num_threads(), B * H),
-        T + -T % _LANES,
-    )
+    shape, threads = (B, T, k.shape[1], H, D), min(torch.get_num_threads(), B * H)
+    padding = -T % _LANES
     key_mask = None if key_mask is None else key_mask.contiguous()
-    bias = (
-        None
-        if bias is None
-        else F.pad(bias.to(torch.float32).transpose(1, 2), (0, row - T)).contiguous()
-    )
-    scratch = torch.empty(threads * native.extension.short_attention_floats(shape), dtype=q.dtype)
-    arguments = (
-        shape,
-        scale,
-        threads,
-        strided(q),
-        strided(k),
-        strided(v),
-        address(key_mask),
-        address(bias),
-        row,
-        scratch.data_ptr(),
+    if bias is not None:
+        bias = F.pad(bias.to(torch.float32).transpose(1, 2), (0, padding)).contiguous()
+    floats = threads * native.extension.short_attention_floats(shape=shape)
+    scratch = torch.empty(floats, dtype=q.dtype)
+    arguments = dict(
+        shape=shape,
+        scale=scale,
+        threads=threads,
+        q=strided(q),
+        k=strided(k),
+        v=strided(v),
+        key_mask=address(key_mask),
+        bias=address(bias),
+        bias_row=T + padding,
+        scratch=address(scratch),
     )
     return arguments, (key_mask, bias, scratch)
 
@@ -75,6 +81,7 @@ def strided(x) -> tuple[int, ...]:
 def unsupported(q, k) -> str | None:
     if native.level() == "base":
         return f"in fp32 it needs AVX2, and the instruction set is {native.explain()}"
-    if max(q.shape[1], k.shape[1]) > _MOST_TOKENS:
-        return f"{max(q.shape[1], k.shape[1])} tokens are more than the {_MOST_TOKENS} that its fp32 kernel takes"
+    tokens = max(q.shape[1], k.shape[1])
+    if tokens > _MOST_TOKENS:
+        return f"{tokens} tokens are more than the {_MOST_TOKENS} that its fp32 kernel takes"
     return None

@@ -1,14 +1,24 @@
-"""The contrastive log-sums on a CPU: a chunk of clips is multiplied by a chunk of texts, one C++ pass (csrc/contrastive_lse.cpp) does the rest.
+"""The contrastive log-sums on a CPU: a chunk of clips is multiplied by a chunk of texts, one C++
+pass (csrc/contrastive_lse.cpp) does the rest.
 
-Forward: the pass sums exp(S) by rows, columns and own texts; where |S| is known to be small no maximum is subtracted and a score costs one
-exp. Backward: the products once more, the pass turns them in place into weights d loss / d S and sums d_scale, two products with the
-weights follow, torch's. The products are fp32 whatever the inputs (rounded to bf16, a cosine near 1 would shift its score by 0.03 at a
-scale of 14): torch's fp32 ones, or, of bf16 vectors where the processor multiplies them (AVX-512 BF16, AMX), computed by the pass itself, a tile at a time.
+Forward: the pass sums exp(S) by rows, columns and own texts; where |S| is known to be small no
+maximum is subtracted and a score costs one exp. Backward: the products once more; the pass turns
+them in place into weights d loss / d S and sums d_scale; two products with the weights follow,
+torch's.
+
+The products are fp32 whatever the inputs (rounded to bf16, a cosine near 1 would shift its score by
+0.03 at a scale of 14): torch's fp32 ones, or, of bf16 vectors where the processor multiplies them
+(AVX-512 BF16, AMX), computed by the pass itself, a tile at a time.
+
+Bits do not depend on the number of threads: those of row, col, pos, d_scale and the weights, nor
+those of d_x and d_y where the weights are fp32. Where they are bf16, d_x and d_y are the library's
+bf16 products, and the promise holds as far as the library keeps it: oneDNN on AMX does not for
+every shape.
 """
 
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -17,11 +27,11 @@ from ..native import address
 
 # M clips of x, N clips in all, P texts a clip, T = N * P texts, D dimensions
 
-_MAX_BOUND = 48.0  # exp(-48) / a million clips keeps all its bits in fp32, as does exp(48) * a million; temperatures from 1/48 up
-_CHUNK = (
-    1024,
-    2048,
-)  # clips, texts: 8 MiB of products; they come back from the cache, and torch is near its full speed
+# exp(-48) / a million clips keeps all its bits in fp32, as does exp(48) * a million; temperatures
+# from 1/48 up
+_MAX_BOUND = 48.0
+# clips, texts: 8 MiB of products; they come back from the cache, and torch is near its full speed
+_CHUNK = (1024, 2048)
 _CHUNK_OF_TILES = (2048, 4096)  # 16 MiB of bf16 weights
 _ALIGNMENT = 32  # of clips, texts and dimensions, as tiles are read
 _FEW_SCORES = 1 << 18
@@ -33,15 +43,17 @@ def forward(x, y, *, scale, texts_per_clip, first, x_valid=None, y_valid=None, b
     totals = [torch.zeros(size, dtype=torch.float64) for size in (M, T, M)]  # row, col, pos
     peaks = [torch.full((size,), -math.inf) for size in (M, T, M)] if scores.running else None
     for chunk in scores.chunks():
-        places = (chunk.clips, chunk.texts, chunk.clips)
-        at = [
-            address(vector[place])
-            for vectors in (totals, peaks)
-            if vectors
-            for vector, place in zip(vectors, places, strict=True)
-        ]
-        native.extension.nce_forward(
-            *chunk.native, *at, *[0] * (6 - len(at)), address(scores.scratch)
+        row, col, pos = chunk.addresses(totals)
+        row_peak, col_peak, pos_peak = chunk.addresses(peaks) if peaks else (0, 0, 0)
+        native.extension.contrastive_lse_forward(
+            chunk=chunk.native,
+            row=row,
+            col=col,
+            pos=pos,
+            row_peak=row_peak,
+            col_peak=col_peak,
+            pos_peak=pos_peak,
+            scratch=address(scores.scratch),
         )
     lses = [total.log_() for total in totals]  # of an empty set -inf
     if peaks:
@@ -80,13 +92,19 @@ def backward(
     in_place = dtype == y.dtype and (scores.clips == x.shape[0] or dtype == torch.float32)
     d_y_part = None if in_place else torch.empty((scores.texts, y.shape[1]), dtype=torch.float32)
     for chunk in scores.chunks():
-        places = (chunk.clips, chunk.texts, chunk.clips)
-        at = [
-            address(vector[place])
-            for vectors in (gradients, lses)
-            for vector, place in zip(vectors, places, strict=True)
-        ]
-        native.extension.nce_backward(*chunk.native, *at, address(d_scale), address(scores.scratch))
+        row_g, col_g, pos_g = chunk.addresses(gradients)
+        row_lse, col_lse, pos_lse = chunk.addresses(lses)
+        native.extension.contrastive_lse_backward(
+            chunk=chunk.native,
+            row=row_g,
+            col=col_g,
+            pos=pos_g,
+            row_lse=row_lse,
+            col_lse=col_lse,
+            pos_lse=pos_lse,
+            d_scale=address(d_scale),
+            scratch=address(scores.scratch),
+        )
         weights = scores.weights[: chunk.x.shape[0], : chunk.y.shape[0]]
         _multiply(d_x[chunk.clips], weights, chunk.y, chunk.texts.start == 0)
         sums = d_y[chunk.texts] if d_y_part is None else d_y_part[: chunk.y.shape[0]]
@@ -98,9 +116,9 @@ def backward(
 
 def _multiply(sums, a, b, begin: bool):
     """sums = a @ b to begin with, later sums += a @ b."""
-    if (
-        a.dtype == torch.float32
-    ):  # of long sums into few results the library gives its threads a part each: bits would depend on their number
+    if a.dtype == torch.float32:
+        # of long sums into few results the library gives its threads a part each: bits would depend
+        # on their number
         step = 512 if sums.numel() >= 1 << 16 else 256
         for d in range(0, a.shape[1], step):
             part = slice(d, d + step)
@@ -118,7 +136,12 @@ class _Chunk(NamedTuple):
     texts: slice
     x: torch.Tensor  # in the dtype of the weights
     y: torch.Tensor
-    native: tuple  # NceChunk in csrc/contrastive_lse.h
+    native: Any  # LseChunk in csrc/contrastive_lse.h
+
+    def addresses(self, vectors) -> tuple[int, int, int]:
+        """Where this chunk's parts of (row, col, pos) begin."""
+        row, col, pos = vectors
+        return address(row[self.clips]), address(col[self.texts]), address(pos[self.clips])
 
 
 class _Scores:
@@ -134,12 +157,14 @@ class _Scores:
         self.tiles = x.dtype == torch.bfloat16 and native.multiplies_bf16()
         most = _CHUNK_OF_TILES if self.tiles else _CHUNK
         self.clips, self.texts = min(x.shape[0], most[0]), min(y.shape[0], most[1])
-        self.scratch = torch.empty(native.extension.nce_scratch_floats(self.clips, self.texts))
+        floats = native.extension.contrastive_lse_scratch_floats(
+            rows=self.clips, columns=self.texts
+        )
+        self.scratch = torch.empty(floats)
         shape = self.clips, _padded(self.texts)
         if self.tiles:
-            self.products = torch.empty(
-                (torch.get_num_threads(), native.extension.nce_tile_floats())
-            )
+            tile = native.extension.contrastive_lse_tile_floats()
+            self.products = torch.empty((torch.get_num_threads(), tile))
             self.weights = torch.empty(shape if backward else (0, shape[1]), dtype=torch.bfloat16)
         else:
             self.products = self.weights = torch.empty(shape)  # the one becomes the other
@@ -156,37 +181,39 @@ class _Scores:
                 if panels is None:
                     _multiply(self.products[: x.shape[0], : y.shape[0]], x, y.t(), True)
                 rows = _aligned(x) if panels is not None else None
-                chunk = (
-                    address(self.products),
-                    self.weights.stride(0),
-                    x.shape[0],
-                    y.shape[0],
-                    0 if self.x_valid is None else address(self.x_valid[clips]),
-                    address(self.y_counts[texts]),
-                    (self.first + i) * self.texts_per_clip - j,
-                    self.texts_per_clip,
-                    self.scale,
-                    self.running,
-                    torch.get_num_threads(),
-                    *(
-                        (0, 0, 0, 0)
-                        if panels is None
-                        else (
-                            address(rows),
-                            address(panels),
-                            panels.shape[1],
-                            address(self.weights),
-                        )
-                    ),
+                x_counts = None if self.x_valid is None else self.x_valid[clips]
+                chunk = native.extension.ContrastiveLseChunk(
+                    products=address(self.products),
+                    stride=self.weights.stride(0),
+                    rows=x.shape[0],
+                    columns=y.shape[0],
+                    x_counts=address(x_counts),
+                    y_counts=address(self.y_counts[texts]),
+                    first_own=(self.first + i) * self.texts_per_clip - j,
+                    texts_per_clip=self.texts_per_clip,
+                    scale=self.scale,
+                    running=self.running,
+                    threads=torch.get_num_threads(),
+                    x=address(rows),
+                    y_panels=address(panels),
+                    dim=0 if panels is None else panels.shape[1],
+                    weights=0 if panels is None else address(self.weights),
                 )
                 yield _Chunk(clips, texts, x, y, chunk)
 
 
 def _panels(y) -> torch.Tensor:
-    """Texts in the order in which products read them (csrc/products.h)."""
+    """Texts in the order in which products read them (csrc/common/bf16_panels.h)."""
     rows = _aligned(y)
     panels = torch.empty_like(rows)
-    native.extension.nce_pack(address(rows), *rows.shape, address(panels), torch.get_num_threads())
+    texts, dim = rows.shape
+    native.extension.contrastive_lse_pack(
+        y=address(rows),
+        texts=texts,
+        dim=dim,
+        panels=address(panels),
+        threads=torch.get_num_threads(),
+    )
     return panels
 
 
@@ -199,8 +226,11 @@ def _aligned(vectors) -> torch.Tensor:
 
 
 def _running(x, y, scale: float, y_valid, bound: float | None) -> bool:
-    """A running maximum is needed: exp(S), or a sum of it over millions, might leave fp32. Where nothing helpful is promised, the longest
-    vectors tell, and to look for them takes less time than the maxima of many scores."""
+    """Whether a running maximum is needed: exp(S), or a sum of it over millions, might leave fp32.
+
+    Where no helpful bound is given, the longest vectors tell, and to look for them takes less time
+    than the maxima of many scores.
+    """
     if bound is not None and bound <= _MAX_BOUND:
         return False
     if x.shape[0] * y.shape[0] < _FEW_SCORES:
@@ -212,7 +242,8 @@ def _running(x, y, scale: float, y_valid, bound: float | None) -> bool:
 
 
 def _gradient(d_lse, lse, running: bool):
-    """g and l such that a score's weight is g exp(S - l), or g exp(S) unless running; g is 0 for an empty set, whatever comes in."""
+    """g and l such that a score's weight is g exp(S - l), or g exp(S) unless running; g is 0 for an
+    empty set, whatever comes in."""
     empty = lse == -math.inf
     g = torch.where(
         empty, 0.0, d_lse.double() if running else d_lse.double() * torch.exp(-lse.double())

@@ -6,6 +6,7 @@ Backward writes every row of the gradient once, a kept token's or zeros.
 import torch
 
 from .. import native
+from ..native import address
 
 # B batch, N tokens, K kept
 
@@ -16,7 +17,11 @@ def forward(tokens, keep):
     keep = keep.long().contiguous()
     stride_b, stride_n = (stride * tokens.element_size() for stride in tokens.stride()[:2])
     native.extension.drop_token_take(
-        tokens.data_ptr(), stride_b, stride_n, kept.data_ptr(), *_rows(kept, keep, tokens.shape[1])
+        tokens=address(tokens),
+        stride_b=stride_b,
+        stride_n=stride_n,
+        kept=address(kept),
+        **_rows(kept, keep, tokens.shape[1]),
     )
     return kept
 
@@ -24,27 +29,28 @@ def forward(tokens, keep):
 def backward(d_kept, keep, num_tokens):
     d_kept, keep = d_kept.contiguous(), keep.long().contiguous()
     d_tokens = d_kept.new_empty((d_kept.shape[0], num_tokens, d_kept.shape[2]))
-    inverse = keep.new_empty(
-        (d_kept.shape[0] if keep.ndim == 2 else 1, num_tokens), dtype=torch.int32
-    )
+    lines = d_kept.shape[0] if keep.ndim == 2 else 1
+    inverse = keep.new_empty((lines, num_tokens), dtype=torch.int32)
     native.extension.drop_token_put(
-        d_kept.data_ptr(), d_tokens.data_ptr(), inverse.data_ptr(), *_rows(d_kept, keep, num_tokens)
+        kept=address(d_kept),
+        tokens=address(d_tokens),
+        inverse=address(inverse),
+        **_rows(d_kept, keep, num_tokens),
     )
     return d_tokens
 
 
-def _rows(kept, keep, num_tokens: int) -> tuple[int, ...]:
+def _rows(kept, keep, num_tokens: int) -> dict[str, int]:
     """KeptRows in csrc/drop_token.h."""
     B, K, dim = kept.shape
-    keep_stride = K if keep.ndim == 2 else 0
-    return (
-        keep.data_ptr(),
-        keep_stride,
-        B,
-        num_tokens,
-        K,
-        dim * kept.element_size(),
-        torch.get_num_threads(),
+    return dict(
+        keep=address(keep),
+        keep_stride=K if keep.ndim == 2 else 0,
+        B=B,
+        N=num_tokens,
+        K=K,
+        row_bytes=dim * kept.element_size(),
+        threads=torch.get_num_threads(),
     )
 
 

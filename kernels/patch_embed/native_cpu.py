@@ -1,11 +1,17 @@
-"""Raw patches to tokens on the CPU: C++ passes around torch's product.
+"""Raw patches to tokens on the CPU: C++ passes (csrc/patch_embed.cpp) around torch's product.
 
-Kept rows are written out in the product's dtype, straight from where they lie; one pass reads the weight, one adds bias, position and AGG as the
-tokens are written, and applies the scale there. The backward packs the rows again and sums d_tokens once for d_bias, d_position and d_agg. Rows
-are packed a chunk at a time: memory that is used again costs no page faults, which on some machines cost more than the product.
+Kept rows are written out in the product's dtype, straight from where they lie. One pass reads the
+weight; one adds bias, position and AGG as the tokens are written, and applies the scale there. The
+backward packs the rows again and sums d_tokens once for d_bias, d_position and d_agg. Rows are
+packed a chunk at a time: memory that is used again costs no page faults, which on some machines
+cost more than the product.
 
-The product is in the compute dtype where the processor multiplies it. bf16 on others is multiplied in fp32, which is several times faster there
-than torch's emulation, and is rounded once, at the end.
+The product is in the compute dtype where the processor multiplies it. bf16 on others is multiplied
+in fp32, which is several times faster there than torch's emulation, and is rounded once, at the
+end.
+
+The passes give the same bits for any number of threads; the product, and what is made of it, as far
+as the library's product does.
 """
 
 from collections.abc import Iterator
@@ -19,7 +25,8 @@ from ..numerics import put_rows
 from .dtypes import unsupported_dtypes
 from .patchify import unpatchify
 
-# B batch, N patches, K kept, k values a patch; A 1 with AGG, else 0; R = B (A + K) rows of all clips, AGG's among them
+# B batch, N patches, K kept, k values a patch; A 1 with AGG, else 0;
+# R = B (A + K) rows of all clips, AGG's among them
 
 _ELEMENTS = {
     torch.uint8: "uint8",
@@ -27,7 +34,8 @@ _ELEMENTS = {
     torch.float16: "fp16",
     torch.float32: "fp32",
 }
-# of packed rows: a product reads all of the weight for every chunk; glibc gives blocks of 32 MiB and more back at once
+# of packed rows: a product reads all of the weight for every chunk; glibc gives blocks of 32 MiB
+# and more back at once
 _CHUNK_BYTES = 24 * 2**20
 _LONG_CHUNK_BYTES = 31 * 2**20  # where a chunk costs a pass over d_weight
 
@@ -52,11 +60,14 @@ def forward(
         weight, bias, shift / scale + rows.centre, scale, rows.product_dtype
     )
     position, agg = _readable(position), _vector(agg)
-    place = (
-        (0, "fp32", 0, 0)
-        if position is None
-        else (position.data_ptr(), _ELEMENTS[position.dtype], position.stride(0), position.shape[0])
-    )
+    place = dict(position=0, position_element="fp32", position_stride=0, positions=0)
+    if position is not None:
+        place = dict(
+            position=address(position),
+            position_element=_ELEMENTS[position.dtype],
+            position_stride=position.stride(0),
+            positions=position.shape[0],
+        )
     tokens = torch.empty((B * (rows.A + rows.K), dim), dtype=dtype)
     product = None
     for first, packed in rows.chunks(_CHUNK_BYTES):
@@ -67,10 +78,23 @@ def forward(
         elif product is None or product.shape[0] != count:
             product = torch.empty((count, dim), dtype=packed.dtype)
         torch.mm(packed, weight.T, out=product)
-        native.extension.patch_finish(
-            product.data_ptr(), _ELEMENTS[product.dtype], part.data_ptr(), _ELEMENTS[dtype], scale, whole_bias.data_ptr(), *place,
-            address(agg), address(rows.keep), rows.keep_stride, first, count, rows.K, dim, torch.get_num_threads(),
-        )  # fmt: skip
+        native.extension.patch_embed_finish(
+            product=address(product),
+            product_element=_ELEMENTS[product.dtype],
+            tokens=address(part),
+            element=_ELEMENTS[dtype],
+            scale=scale,
+            bias=address(whole_bias),
+            **place,
+            agg=address(agg),
+            keep=address(rows.keep),
+            keep_stride=rows.keep_stride,
+            first=first,
+            count=count,
+            K=rows.K,
+            dim=dim,
+            threads=torch.get_num_threads(),
+        )
     return tokens.view(B, rows.A + rows.K, dim)
 
 
@@ -90,7 +114,8 @@ def backward(
     dtype,
     d_patches=False,
 ):
-    """d_patches (None unless asked for), d_weight, d_bias, d_position, d_agg (None where absent)."""
+    """d_patches (None unless asked for), d_weight, d_bias, d_position, d_agg (None where
+    absent)."""
     dim, k = weight.shape
     rows = _Rows(patches, keep, agg, patch, gathered, dtype)
     d_tokens = d_tokens.contiguous()
@@ -125,100 +150,147 @@ def backward(
 class _Rows:
     """What the products multiply: kept rows less the centre, (R, k), zeros where tokens have AGG.
 
-    So tokens and rows match as matrices, without a copy of either; only an infinite gradient of AGG would be felt in d_weight, as nan.
+    So tokens and rows match as matrices, without a copy of either; only an infinite gradient of AGG
+    would be felt in d_weight, as nan.
     """
 
     def __init__(self, patches, keep, agg, patch, gathered, dtype):
-        self.patches, self.place, self.N = _place(patches, patch)
+        self.patches, layout = _layout(patches, patch)
+        self.k = layout["frames"] * layout["lines"] * layout["columns"] * layout["channels"]
+        self.N = _num_patches(layout)
         self.K, self.A = self.N if keep is None else keep.shape[-1], int(agg is not None)
         # the step from a clip's indices to the next clip's: 0 where all clips share one line
         self.keep, self.keep_stride = None, 0
         if keep is not None:
-            self.keep, self.keep_stride = (
-                keep.to(torch.int64).contiguous(),
-                self.K if keep.ndim == 2 else 0,
-            )
-        self.gathered = gathered
+            self.keep = keep.to(torch.int64).contiguous()
+            self.keep_stride = self.K if keep.ndim == 2 else 0
+        self.native = native.extension.Patches(
+            data=address(self.patches),
+            element=_ELEMENTS[self.patches.dtype],
+            **layout,
+            keep=0 if gathered else address(self.keep),
+            keep_stride=self.keep_stride,
+        )
         self.centre = 128.0 if patches.dtype == torch.uint8 else 0.0
-        multiplied = (
-            native_bf16(patches.device) or native.multiplies_bf16()
-        )  # which tests also emulate
+        # the second is what tests also emulate
+        multiplied = native_bf16(patches.device) or native.multiplies_bf16()
         self.product_dtype = dtype if multiplied else torch.float32
 
     def chunks(self, most_bytes: int) -> Iterator[tuple[int, torch.Tensor]]:
         """The first row of each chunk, and its rows; the next one lies in the same memory."""
-        *_, frames, lines, columns, channels = self.place
-        k, R = frames * lines * columns * channels, self.patches.shape[0] * (self.A + self.K)
-        chunks = -(-R * k * self.product_dtype.itemsize // most_bytes)
+        R = self.patches.shape[0] * (self.A + self.K)
+        chunks = -(-R * self.k * self.product_dtype.itemsize // most_bytes)
         count = -(-R // chunks)
-        memory = torch.empty((count, k), dtype=self.product_dtype)
+        memory = torch.empty((count, self.k), dtype=self.product_dtype)
         for first in range(0, R, count):
             packed = memory[: R - first]
-            native.extension.patch_pack(
-                self.patches.data_ptr(), _ELEMENTS[self.patches.dtype], self.place, 0 if self.gathered else address(self.keep), self.keep_stride,
-                packed.data_ptr(), _ELEMENTS[packed.dtype], first, packed.shape[0], self.K, self.A, torch.get_num_threads(),
-            )  # fmt: skip
+            native.extension.patch_embed_pack(
+                patches=self.native,
+                packed=address(packed),
+                element=_ELEMENTS[packed.dtype],
+                first=first,
+                count=packed.shape[0],
+                K=self.K,
+                A=self.A,
+                threads=torch.get_num_threads(),
+            )
             yield first, packed
 
 
 def _weight(weight, bias, factor, scale, product_dtype):
-    """The weight as the product takes it, and the bias with the shift: (row * scale + shift) @ weight.T + bias is
-    scale * (row - centre) @ weight.T + whole bias."""
+    """The weight as the product takes it, and the bias with the shift:
+    (row * scale + shift) @ weight.T + bias is scale * (row - centre) @ weight.T + whole bias."""
     weight, bias = _readable(weight), _vector(bias)
     dim, k = weight.shape
     whole_bias = torch.empty(dim)
     copy = None if weight.dtype == product_dtype else torch.empty((dim, k), dtype=product_dtype)
-    native.extension.patch_weight(
-        weight.data_ptr(), _ELEMENTS[weight.dtype], weight.stride(0), bias.data_ptr(), address(copy), whole_bias.data_ptr(),
-        scale * factor, dim, k, torch.get_num_threads(),
-    )  # fmt: skip
+    native.extension.patch_embed_weight(
+        weight=address(weight),
+        weight_element=_ELEMENTS[weight.dtype],
+        weight_stride=weight.stride(0),
+        bias=address(bias),
+        copy=address(copy),
+        whole_bias=address(whole_bias),
+        factor=scale * factor,
+        dim=dim,
+        k=k,
+        threads=torch.get_num_threads(),
+    )
     return weight if copy is None else copy, whole_bias
 
 
 def _sums(d_tokens, position, rows: _Rows):
     """d_bias, d_position and d_agg in fp32, from one pass over d_tokens."""
     B, _, dim = d_tokens.shape
-    keep, keep_stride = (
-        (None, 0) if position is None else (rows.keep, rows.keep_stride)
-    )  # without one only which token it is counts
+    # without a position only which token it is counts
+    keep, keep_stride = (None, 0) if position is None else (rows.keep, rows.keep_stride)
     count = rows.K if position is None else position.shape[0]
-    inverse = (
-        None if keep is None else torch.empty((B if keep_stride else 1, count), dtype=torch.int32)
-    )
+    inverse = None
+    if keep is not None:
+        inverse = torch.empty((B if keep_stride else 1, count), dtype=torch.int32)
     d_bias, d_agg = torch.empty(dim), torch.empty(dim) if rows.A else None
     d_position = None if position is None else torch.empty((count, dim))
-    parts = torch.empty((-(-count // native.extension.patch_rows_a_part), 2, dim))
-    native.extension.patch_sums(
-        d_tokens.data_ptr(), _ELEMENTS[d_tokens.dtype], address(keep), keep_stride, address(inverse), address(d_position),
-        parts.data_ptr(), d_bias.data_ptr(), address(d_agg), B, rows.K, dim, count, torch.get_num_threads(),
-    )  # fmt: skip
+    parts = torch.empty((-(-count // native.extension.patch_embed_rows_a_part), 2, dim))
+    native.extension.patch_embed_sums(
+        d_tokens=address(d_tokens),
+        element=_ELEMENTS[d_tokens.dtype],
+        keep=address(keep),
+        keep_stride=keep_stride,
+        inverse=address(inverse),
+        d_position=address(d_position),
+        parts=address(parts),
+        d_bias=address(d_bias),
+        d_agg=address(d_agg),
+        B=B,
+        K=rows.K,
+        dim=dim,
+        rows=count,
+        threads=torch.get_num_threads(),
+    )
     return d_bias, d_position, d_agg
 
 
 def _finish_weight(product, d_weight, d_bias, scale, factor, grows=False):
     """d_weight = scale * product + factor * d_bias of its row, or grows by scale * product."""
-    native.extension.patch_finish_weight(
-        product.data_ptr(), _ELEMENTS[product.dtype], d_weight.data_ptr(), d_bias.data_ptr(), scale, factor, grows, *product.shape,
-        torch.get_num_threads(),
-    )  # fmt: skip
+    dim, k = product.shape
+    native.extension.patch_embed_finish_weight(
+        product=address(product),
+        element=_ELEMENTS[product.dtype],
+        d_weight=address(d_weight),
+        d_bias=address(d_bias),
+        scale=scale,
+        factor=factor,
+        grows=grows,
+        dim=dim,
+        k=k,
+        threads=torch.get_num_threads(),
+    )
 
 
-def _place(patches, patch):
-    """Patches as the kernels take them, the numbers that say where values lie (csrc/patch_embed.h), and how many patches there are."""
+def _layout(patches, patch):
+    """Patches as the kernels take them, and where their values lie: of Patches in
+    csrc/patch_embed.h."""
     if patch is None:  # every row a frame of one pixel
         if patches.stride(-1) != 1:
             patches = patches.contiguous()
         N, k = patches.shape[1:]
-        return patches, (patches.stride(0), patches.stride(1), 0, k, 1, N, 1, 1, 1, 1, 1, k), N
-    clip = (
-        patches[:, None, None, :, None] if len(patch) == 1 else patches
-    )  # a waveform is one line of one frame
-    frames, lines, columns = (1, 1, patch[0]) if len(patch) == 1 else patch
-    T, H, W, channels = clip.shape[1:]
-    *strides, stride_c = clip.stride()
-    stride_c = 1 if channels == 1 else stride_c
-    N = -(-T // frames) * -(-H // lines) * -(-W // columns)
-    return patches, (*strides, stride_c, T, H, W, frames, lines, columns, channels), N
+        strides, sizes, block = (*patches.stride()[:2], 0, k, 1), (N, 1, 1), (1, 1, 1, k)
+    else:
+        # a waveform is one line of one frame
+        clip = patches[:, None, None, :, None] if len(patch) == 1 else patches
+        *strides, stride_c = clip.stride()
+        *sizes, channels = clip.shape[1:]
+        strides.append(1 if channels == 1 else stride_c)
+        block = (*(1,) * (3 - len(patch)), *patch, channels)
+    names = ("stride_b", "stride_t", "stride_h", "stride_w", "stride_c", "T", "H", "W")
+    names += ("frames", "lines", "columns", "channels")
+    layout = dict(zip(names, (*strides, *sizes, *block), strict=True))
+    return patches, layout
+
+
+def _num_patches(layout: dict[str, int]) -> int:
+    across, down = -(-layout["W"] // layout["columns"]), -(-layout["H"] // layout["lines"])
+    return -(-layout["T"] // layout["frames"]) * down * across
 
 
 def _readable(matrix):

@@ -1,4 +1,5 @@
-"""csrc/attention.cpp (bf16) beyond the battery: every short length, strides, guard pages, threads, the matrix unit shared with torch."""
+"""csrc/attention.cpp (bf16) beyond the battery: every short length, strides, guard pages, threads,
+the matrix unit shared with torch."""
 
 import functools
 import math
@@ -30,7 +31,8 @@ every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
 @pytest.fixture(params=["avx512_bf16", "amx_bf16"])
 def level(request):
-    """The kernels in each form that they have: this machine's, or what it lacks written out in AVX-512."""
+    """The kernels in each form that they have: this machine's, or what it lacks written out in
+    AVX-512."""
     with held_to(request.param, request):
         yield request.param
 
@@ -54,7 +56,8 @@ def test_what_it_refuses(emulated_extension, request):
 
 
 def test_automatic_takes_it(level):
-    """On AMX not for a query or two, for which the packing of all keys would be most of the work."""
+    """On AMX not for a query or two, for which the packing of all keys would be most of the
+    work."""
     for queries in (1, 15, 16, 300):
         q, k = (torch.zeros(1, tokens, 1, 16, dtype=torch.bfloat16) for tokens in (queries, 300))
         verdict = dispatch.explain("attention", q, k, k, scale=1.0)["native_cpu"]
@@ -100,7 +103,8 @@ def test_what_is_not_attended_may_be_anything(level, value):
 
 
 def test_large_scores(level):
-    """Far beyond what the powers' range holds: the largest score is subtracted, and far smaller ones are 0."""
+    """Far beyond what the powers' range holds: the largest score is subtracted, and far smaller
+    ones are 0."""
     for size in (30.0, 1e3, 1e5):
         tensors, options = draw(CASES[1])
         q, k, v, d_out, d_lse = tensors

@@ -1,4 +1,5 @@
-"""The C++ log-sums beyond the battery: edges of chunks and tiles, any thread count, memory, large scores; on every instruction set."""
+"""The C++ log-sums beyond the battery: edges of chunks and tiles, any thread count, memory, large
+scores; on every instruction set."""
 
 import gc
 import math
@@ -107,7 +108,8 @@ def test_many_texts_of_a_clip_lie_in_several_chunks(level, small_chunks, dtype, 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("shape", [(700, 1100, 80), (32, 64, 512), (100, 2048, 256)], ids=str)
 def test_bits_do_not_depend_on_threads(level, shape, dtype, promised):
-    """At dims that are multiples of 16: at others MKL's products on AMD processors are cut differently for another number of threads."""
+    """At dims that are multiples of 16: at others MKL's products on AMD processors are cut
+    differently for another number of threads."""
     M, N, D = shape
     x, y, options = draw(M, N, D=D, dtype=dtype, bound=promised, masked=True)
     before = torch.get_num_threads()
@@ -152,7 +154,8 @@ def test_a_bound_is_found_where_none_is_promised(level, monkeypatch):
 
 @pytest.mark.parametrize("promised", [14.5, None], ids=["bounded", "running"])
 def test_nan_is_seen(level, promised):
-    """A nan among the vectors reaches what depends on it, and nothing else; a text taken out may hold anything."""
+    """A nan among the vectors reaches what depends on it, and nothing else; a text taken out may
+    hold anything."""
     x, y, options = draw(40, 40, bound=promised)
     clean = native_cpu.forward(x, y, **options)
     x[3], y[9] = math.nan, math.nan

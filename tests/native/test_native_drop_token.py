@@ -1,4 +1,5 @@
-"""DropToken's C++ rows: any dtype and strides, nothing beyond the tensors, the same for any number of threads."""
+"""DropToken's C++ rows: any dtype and strides, nothing beyond the tensors, the same for any number
+of threads."""
 
 import pytest
 import torch
@@ -112,7 +113,8 @@ def test_any_number_of_threads_copies_the_same(per):
 
 @pytest.mark.parametrize("lazy", [torch.conj, torch._neg_view])
 def test_values_that_memory_does_not_hold_are_copied_all_the_same(lazy):
-    """torch marks a conjugate or a negative instead of computing it, and computes it before it calls an op of somebody else's."""
+    """torch marks a conjugate or a negative instead of computing it, and computes it before it
+    calls an op of somebody else's."""
     tokens = torch.complex(tokens_of(), tokens_of()).requires_grad_()
     keep = KEEPS["clip"]
     with use_backend(drop_token="native_cpu"):

@@ -1,4 +1,5 @@
-"""What the battery does not show of patch_embed's C++ passes: memory, threads, chunks, layouts, and indices that are wrong."""
+"""What the battery does not show of patch_embed's C++ passes: memory, threads, chunks, layouts, and
+indices that are wrong."""
 
 import pytest
 import torch
@@ -73,7 +74,8 @@ def test_chunks_leave_no_seam(level, monkeypatch, name, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_threads_share_the_work_and_change_nothing(level, monkeypatch, dtype):
-    """The passes give the same bits for any number of threads; torch's product stays on one here."""
+    """The passes give the same bits for any number of threads; torch's product stays on one
+    here."""
     inputs = make(CASES["patch_embed"]["kept_per_clip"])
     inputs["patches"] = torch.randint(
         0, 256, (3, 37, 5000), dtype=torch.uint8
@@ -96,7 +98,8 @@ def test_threads_share_the_work_and_change_nothing(level, monkeypatch, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("source", [torch.uint8, torch.float16, torch.bfloat16, torch.float32])
 def test_every_kind_of_value(level, source, dtype):
-    """All values of uint8 and fp16, infinities aside; others at random; lengths that are no multiple of a vector."""
+    """All values of uint8 and fp16, infinities aside; others at random; lengths that are no
+    multiple of a vector."""
     if source == torch.uint8:
         values = torch.arange(256, dtype=torch.int32).to(torch.uint8).repeat(5)[: 3 * 401]
     elif source == torch.float16:
@@ -140,7 +143,8 @@ def _packed(patches, patch, keep, dtype):
 
 @pytest.mark.parametrize("kind", [torch.uint8, torch.float32])
 def test_clips_of_any_layout(level, kind):
-    """Channels first, every second pixel, reversed axes: strides say where values lie; the far end is padded with raw zeros."""
+    """Channels first, every second pixel, reversed axes: strides say where values lie; the far end
+    is padded with raw zeros."""
     base = torch.randint(0, 256, (2, 3, 10, 22, 70), dtype=torch.uint8).to(kind)
     clips = {
         "channels first": base.permute(0, 2, 3, 4, 1),

@@ -1,4 +1,5 @@
-"""csrc/short_attention.cpp beyond the battery: every short length, strides, guard pages, threads, what is not attended."""
+"""csrc/short_attention.cpp beyond the battery: every short length, strides, guard pages, threads,
+what is not attended."""
 
 import functools
 

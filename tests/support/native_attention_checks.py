@@ -1,4 +1,5 @@
-"""What every C++ attention must do beyond the battery, whatever its dtype: its test files bring cases, levels and bounds."""
+"""What every C++ attention must do beyond the battery, whatever its dtype: its test files bring
+cases, levels and bounds."""
 
 import math
 
@@ -93,7 +94,8 @@ def assert_threads_and_memory_do_not_matter(tensors, options, counts=(2, 3, 4)):
 
 
 def assert_hidden_values_do_not_matter(tensors, options, value):
-    """Neither a masked key, nor the gradients of a query without any, reach a result, whatever they hold."""
+    """Neither a masked key, nor the gradients of a query without any, reach a result, whatever they
+    hold."""
     expected = run(native_cpu, *tensors, options)
     hidden = ~options["key_mask"][..., None, None]
     empty = ~options["key_mask"].any(1)
@@ -107,7 +109,8 @@ def assert_hidden_values_do_not_matter(tensors, options, value):
 
 
 def assert_nothing_is_touched_beyond(tensors, options, monkeypatch, at_end):
-    """Inputs, outputs and working memory lie flush against pages that end the process when touched."""
+    """Inputs, outputs and working memory lie flush against pages that end the process when
+    touched."""
     expected = run(native_cpu, *tensors, options)
 
     def moved(x):

@@ -1,6 +1,8 @@
-"""The C++ extension in other builds than the installed one: instructions of larger machines written out in AVX-512, sanitizers.
+"""The C++ extension in other builds than the installed one: instructions of larger machines written
+out in AVX-512, sanitizers.
 
-VATT_FAST_TEST_EXTENSION names the file of a build that a whole test run uses, VATT_FAST_TEST_ISA the instruction set it is held to.
+VATT_FAST_TEST_EXTENSION names the file of a build that a whole test run uses, VATT_FAST_TEST_ISA
+the instruction set it is held to.
 """
 
 import contextlib
@@ -31,7 +33,8 @@ def recipe() -> ModuleType:
 
 
 def build(folder: Path, **options) -> ModuleType:
-    """Compile the extension into ``folder`` with the recipe's options and load it, beside the installed one."""
+    """Compile the extension into ``folder`` with the recipe's options and load it, beside the
+    installed one."""
     target = folder / f"_native{sysconfig.get_config_var('EXT_SUFFIX')}"
     recipe().build(target, folder, **options)
     return _load("_native", target)
@@ -62,7 +65,8 @@ def using(extension) -> Iterator[None]:
 
 @contextlib.contextmanager
 def held_to(level: str, request) -> Iterator[None]:
-    """Kernels run at an instruction set: from the installed extension where the machine has it, else from the emulated one."""
+    """Kernels run at an instruction set: from the installed extension where the machine has it,
+    else from the emulated one."""
     if native.extension is None:
         pytest.skip(f"the extension is {native.explain()}")
     extension = native.extension
@@ -81,7 +85,8 @@ needs_guard_pages = pytest.mark.skipif(
 
 
 def guarded(shape, dtype: torch.dtype, at_end: bool) -> torch.Tensor:
-    """Uninitialised memory, bits all set, between two pages that end the process when touched: flush against the second, or the first."""
+    """Uninitialised memory, bits all set, between two pages that end the process when touched:
+    flush against the second, or the first."""
     page = mmap.PAGESIZE
     size = math.prod(shape) * dtype.itemsize
     pages = max(1, -(-size // page))
@@ -98,7 +103,8 @@ def guarded(shape, dtype: torch.dtype, at_end: bool) -> torch.Tensor:
 
 
 def cpu_flags() -> set[str]:
-    """What Linux says of the processor, empty elsewhere: asked here for what the extension does not report."""
+    """What Linux says of the processor, empty elsewhere: asked here for what the extension does not
+    report."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -120,6 +126,7 @@ def skip_without_avx512() -> None:
 
 @pytest.fixture(scope="session")
 def emulated_extension(tmp_path_factory) -> ModuleType:
-    """The extension with bf16 instructions and the matrix unit written out in AVX-512: it reports amx_bf16, and runs avx512_bf16 too."""
+    """The extension with bf16 instructions and the matrix unit written out in AVX-512: it reports
+    amx_bf16, and runs avx512_bf16 too."""
     skip_without_avx512()
     return build(tmp_path_factory.mktemp("emulated"), emulated=True)

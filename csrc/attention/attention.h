@@ -1,8 +1,10 @@
-// The entry points of attention.cpp, one set for each instruction set, and what they take. bf16 tensors, fp32 statistics.
-// B batch, T queries, S keys, H heads, D head_dim
+// The entry points of forward.cpp and backward.cpp, one set for each instruction set, and what they
+// take. bf16 tensors, fp32 statistics. B batch, T queries, S keys, H heads, D head_dim
 #pragma once
 
 #include <stdint.h>
+
+#include "levels.h"
 
 namespace vatt_fast {
 
@@ -39,17 +41,20 @@ struct AttentionBackward {
   uint8_t* scratch;           // attention_backward_scratch(shape) bytes on a multiple of 64
 };
 
-#define VF_DECLARE_ATTENTION(level)                          \
+#define VF_DECLARE(level)                                   \
+  namespace level {                                         \
+  int64_t attention_forward_scratch(const AttentionShape&); \
+  void attention_forward(const AttentionForward&);          \
+  }
+VF_LEVELS_ATTENTION_FORWARD(VF_DECLARE)
+#undef VF_DECLARE
+
+#define VF_DECLARE(level)                                    \
   namespace level {                                          \
-  int64_t attention_forward_scratch(const AttentionShape&);  \
-  void attention_forward(const AttentionForward&);           \
   int64_t attention_backward_scratch(const AttentionShape&); \
   void attention_backward(const AttentionBackward&);         \
   }
-
-#if defined(VF_X86)
-VF_DECLARE_ATTENTION(avx512_bf16)
-VF_DECLARE_ATTENTION(amx_bf16)
-#endif
+VF_LEVELS_ATTENTION_BACKWARD(VF_DECLARE)
+#undef VF_DECLARE
 
 }  // namespace vatt_fast

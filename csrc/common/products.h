@@ -1,5 +1,6 @@
-// Products of bf16 panels with fp32 sums, 32 x 32 at a time: on AMX's tiles, or in AVX-512 BF16's registers. Compiled in namespace VF_LEVEL;
-// VF_PRODUCTS tells what the level multiplies bf16 with: nothing (0), registers (1), tiles (2).
+// Products of bf16 panels with fp32 sums, 32 x 32 at a time: on AMX's tiles, or in AVX-512 BF16's
+// registers. Compiled in namespace VF_LEVEL; VF_PRODUCTS tells what the level multiplies bf16 with:
+// nothing (0), registers (1), tiles (2).
 #pragma once
 
 #define VF_PRODUCTS_base 0
@@ -26,7 +27,8 @@ constexpr bool TILES = VF_PRODUCTS == 2;  // they multiply while the vector unit
 constexpr int TILE = 512;                 // bf16 values of a tile: 16 rows of 32
 constexpr int UNIT = 32;                  // rows and columns of a product's 2 by 2 tiles
 
-// Where a product's operands lie. Left: 32 rows, row-major. Right: tiles of 16 pairs of the depth by 16 columns, two side by side.
+// Where a product's operands lie. Left: 32 rows, row-major. Right: tiles of 16 pairs of the depth
+// by 16 columns, two side by side.
 struct Factors {
   const uint16_t* left;
   int64_t left_stride;  // values to the next row
@@ -35,7 +37,8 @@ struct Factors {
   int64_t right_column, right_next;  // values to the second 16 columns, to the next 32 of the depth
 };
 
-// One product: sums (32, 32) of row stride `stride` += left @ right over `depth` times 32; fresh: = instead.
+// One product: sums (32, 32) of row stride `stride` += left @ right over `depth` times 32; fresh: =
+// instead.
 struct Product {
   Factors factors;
   int64_t depth;
@@ -57,7 +60,9 @@ inline void begin_products() {
   alignas(64) TileShapes shapes = {};
   shapes.palette = 1;
   for (int t = 0; t < 8; t++) shapes.row_bytes[t] = 64, shapes.rows[t] = 16;
-  __asm__ volatile("" ::"r"(&shapes) : "memory");  // gcc believes that only the first bytes are read, and drops the others
+  __asm__ volatile(
+      "" ::"r"(&shapes)
+      : "memory");  // gcc believes that only the first bytes are read, and drops the others
   _tile_loadconfig(&shapes);
 }
 
@@ -66,48 +71,49 @@ inline void end_products() { _tile_release(); }
 // The compiler does not know that tile loads read memory: what was written must be there before.
 inline void before_tile_loads() { __asm__ volatile("" ::: "memory"); }
 
-inline void load_sums(const Product& p) {
-  if (p.fresh) {
+inline void load_sums(const Product& product) {
+  if (product.fresh) {
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
     return;
   }
-  const int64_t bytes = p.stride * 4;
-  const float *upper = p.sums, *lower = upper + 16 * p.stride;
+  const int64_t bytes = product.stride * 4;
+  const float *upper = product.sums, *lower = upper + 16 * product.stride;
   _tile_loadd(0, upper, bytes);
   _tile_loadd(1, upper + 16, bytes);
   _tile_loadd(2, lower, bytes);
   _tile_loadd(3, lower + 16, bytes);
 }
 
-inline void store_sums(const Product& p) {
-  const int64_t bytes = p.stride * 4;
-  float *upper = p.sums, *lower = upper + 16 * p.stride;
+inline void store_sums(const Product& product) {
+  const int64_t bytes = product.stride * 4;
+  float *upper = product.sums, *lower = upper + 16 * product.stride;
   _tile_stored(0, upper, bytes);
   _tile_stored(1, upper + 16, bytes);
   _tile_stored(2, lower, bytes);
   _tile_stored(3, lower + 16, bytes);
 }
 
-__attribute__((noinline)) void multiply(const Product& p) {
-  const Factors f = p.factors;
-  const int64_t left_bytes = f.left_stride * 2;
+__attribute__((noinline)) void multiply(const Product& product) {
+  const Factors factors = product.factors;
+  const int64_t left_bytes = factors.left_stride * 2;
   before_tile_loads();
-  load_sums(p);
-  for (int64_t k = 0; k < p.depth; k++) {
-    const uint16_t *left = f.left + k * f.left_next, *right = f.right + k * f.right_next;
+  load_sums(product);
+  for (int64_t k = 0; k < product.depth; k++) {
+    const uint16_t *left = factors.left + k * factors.left_next,
+                   *right = factors.right + k * factors.right_next;
     _tile_loadd(4, left, left_bytes);
     _tile_loadd(6, right, 64);
     _tile_dpbf16ps(0, 4, 6);
-    _tile_loadd(7, right + f.right_column, 64);
+    _tile_loadd(7, right + factors.right_column, 64);
     _tile_dpbf16ps(1, 4, 7);
-    _tile_loadd(5, left + 16 * f.left_stride, left_bytes);
+    _tile_loadd(5, left + 16 * factors.left_stride, left_bytes);
     _tile_dpbf16ps(2, 5, 6);
     _tile_dpbf16ps(3, 5, 7);
   }
-  store_sums(p);
+  store_sums(product);
 }
 
 #else
@@ -116,26 +122,31 @@ inline void begin_products() {}
 inline void end_products() {}
 inline void before_tile_loads() {}
 
-// Eight rows by 32 columns of sums stay in registers; a pair of the left factor is broadcast to all columns.
-__attribute__((noinline)) void multiply(const Product& p) {
+// Eight rows by 32 columns of sums stay in registers; a pair of the left factor is broadcast to all
+// columns.
+__attribute__((noinline)) void multiply(const Product& product) {
   constexpr int ROWS = 8;
-  const Factors f = p.factors;
+  const Factors factors = product.factors;
   for (int first = 0; first < UNIT; first += ROWS) {
     __m512 sums[ROWS][2];
-    float* to = p.sums + first * p.stride;
+    float* to = product.sums + first * product.stride;
 #pragma GCC unroll 8
     for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 2
-      for (int c = 0; c < 2; c++) sums[r][c] = p.fresh ? _mm512_setzero_ps() : _mm512_loadu_ps(to + r * p.stride + 16 * c);
-    for (int64_t k = 0; k < p.depth; k++) {
-      const uint16_t *left = f.left + first * f.left_stride + k * f.left_next, *right = f.right + k * f.right_next;
+      for (int c = 0; c < 2; c++)
+        sums[r][c] =
+            product.fresh ? _mm512_setzero_ps() : _mm512_loadu_ps(to + r * product.stride + 16 * c);
+    for (int64_t k = 0; k < product.depth; k++) {
+      const uint16_t *left = factors.left + first * factors.left_stride + k * factors.left_next,
+                     *right = factors.right + k * factors.right_next;
       for (int pair = 0; pair < 16; pair++) {
-        const __m512bh columns[2] = {(__m512bh)_mm512_loadu_si512(right + 32 * pair),
-                                     (__m512bh)_mm512_loadu_si512(right + f.right_column + 32 * pair)};
+        const __m512bh columns[2] = {
+            (__m512bh)_mm512_loadu_si512(right + 32 * pair),
+            (__m512bh)_mm512_loadu_si512(right + factors.right_column + 32 * pair)};
 #pragma GCC unroll 8
         for (int r = 0; r < ROWS; r++) {
           int32_t values;
-          memcpy(&values, left + r * f.left_stride + 2 * pair, 4);
+          memcpy(&values, left + r * factors.left_stride + 2 * pair, 4);
           const __m512bh row = (__m512bh)_mm512_set1_epi32(values);
 #pragma GCC unroll 2
           for (int c = 0; c < 2; c++) sums[r][c] = _mm512_dpbf16_ps(sums[r][c], row, columns[c]);
@@ -145,7 +156,7 @@ __attribute__((noinline)) void multiply(const Product& p) {
 #pragma GCC unroll 8
     for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 2
-      for (int c = 0; c < 2; c++) _mm512_storeu_ps(to + r * p.stride + 16 * c, sums[r][c]);
+      for (int c = 0; c < 2; c++) _mm512_storeu_ps(to + r * product.stride + 16 * c, sums[r][c]);
   }
 }
 
