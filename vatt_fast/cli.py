@@ -141,7 +141,8 @@ def _measure(
 def _embed_folder(
     model, data: str, batch_size: int
 ) -> tuple[dict[str, np.ndarray], list[str], list[str]]:
-    from .data.dataset import ClipSpec, evaluation_clips
+    from .data.clips import ClipSpec
+    from .data.loader import evaluation_clips
     from .encoding import embed_batches
     from .model import create_model
 
@@ -195,7 +196,7 @@ def doctor(json: bool = False) -> None:
     from . import __version__
     from .kernels import explain, native
     from .kernels.dispatch import OPS, native_bf16, requested
-    from .training.loop import pick_device
+    from .devices import pick_device
 
     device = pick_device("auto")
     report: dict = {
