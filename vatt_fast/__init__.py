@@ -1,4 +1,7 @@
-"""vatt_fast: VATT on replaceable kernels. Importing it touches no accelerator, no Triton and no JAX."""
+"""vatt_fast: VATT on replaceable kernels.
+
+Importing it touches no accelerator, no Triton and no JAX.
+"""
 
 from .config import PRESETS, TowerConfig, VATTConfig, preset
 from .losses import VATTLoss, contrastive_terms, vatt_loss

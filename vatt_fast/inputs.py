@@ -1,6 +1,6 @@
-"""What a model is given: clips, patch rows, kept patches, word ids. One set of checks for torch and JAX.
+"""What a model is given: clips, patch rows, kept patches, word ids.
 
-The functions read shapes, dtypes and, of host arrays, indices; so they take torch, NumPy and JAX arrays.
+One set of checks for torch and JAX: the functions read shapes, dtypes and, of host arrays, indices.
 
 Shapes: B clips, N patches, K kept patches, k values a patch, P texts a clip, W words.
 """
@@ -53,7 +53,8 @@ def video_input(
     scale, shift = (2 / 255, -1.0) if uint8 else (1.0, 0.0)
     if video.ndim == 5 and video.shape[-1] == 3:
         _refuse_empty("video", video)
-        grid = video_grid(*video.shape[1:4], config.video_patch)
+        _, frames, height, width, _ = video.shape
+        grid = video_grid(frames, height, width, config.video_patch)
         _check_keep("video", keep, math.prod(grid), video.shape[0])
         pad_value = 0.0 if uint8 else -1.0
         return PatchInput(grid, config.video_patch, False, scale, shift, pad_value)

@@ -3,7 +3,7 @@ number of devices.
 
 The bodies serve torch and JAX: ``Devices`` holds what differs, ``on_jax.losses`` has JAX's.
 
-Shapes: M clips on this device, N over all W devices, P texts a clip, D dimensions of a common space.
+Shapes: M clips on this device, N over all W devices, P texts a clip, D dimensions of a space.
 """
 
 import dataclasses
@@ -19,16 +19,16 @@ from . import collectives
 from .config import MAX_SCALE, NCEForm, VATTConfig
 from .kernels import contrastive_lse
 
-# bf16 unit vectors may exceed unit length by their rounding; the bound given to the op allows for it
+# bf16 unit vectors may exceed unit length by their rounding; the op's bound allows for it
 BOUND_SLACK = 1.02
 
 
 def nce_terms(row: Any, col: Any, pos: Any, form: NCEForm, *, xp: Any = torch) -> Any:
     """Loss of each clip from its row, column and positive log-sums, all (M,).
 
-    paper      log(e^row + e^col - e^pos) - pos    positives counted once (eq. 4-5; Miech et al. 2020)
-    released   logaddexp(row, col) - pos           positives twice: never below ln 2
-    symmetric  (row - pos) + (col - pos)           two softmax cross-entropies
+    paper      log(e^row + e^col - e^pos) - pos   positives once (eq. 4-5; Miech et al. 2020)
+    released   logaddexp(row, col) - pos          positives twice: never below ln 2
+    symmetric  (row - pos) + (col - pos)          two softmax cross-entropies
 
     ``xp`` is torch, or jax.numpy for JAX arrays. Raises ValueError for an unknown form.
     """
@@ -127,13 +127,15 @@ def vatt_loss(
     return sum_of_pairs(output, config, scale, audio_valid, text_valid, pair_loss)
 
 
-# -- for torch and JAX ---------------------------------------------------------------------------
+# -- for torch and JAX -----------------------------------------------------------------------------
 
 
 class Devices(Protocol):
     """What the devices of one framework compute and exchange for a contrastive loss."""
 
-    xp: Any  # torch or jax.numpy
+    @property
+    def xp(self) -> Any:
+        """torch or jax.numpy."""
 
     def unit(self, z: Any) -> Any:
         """z / max(norm, 1e-12) along the last axis, in fp32 at least."""

@@ -138,7 +138,7 @@ class PatchTokens(nn.Module):
 
 
 def _fill_patches(clip: Tensor, patch: tuple[int, ...], pad_value: float) -> Tensor:
-    """What the op does not do itself: an image fills one temporal patch, and padding that is not 0."""
+    """What the op does not do: an image fills one temporal patch, and padding that is not 0."""
     if clip.ndim == 5 and clip.shape[1] == 1:
         clip = clip.expand(-1, patch[0], -1, -1, -1)
     if pad_value:
@@ -210,7 +210,10 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, bias: Tensor | None, key_mask: Tensor | None, agg_only: bool
     ) -> Tensor:
-        """x (B, T, dim) -> (B, T, dim); with ``agg_only`` the same function's (B, 1, dim) at index 0."""
+        """x (B, T, dim) -> (B, T, dim).
+
+        ``agg_only``: the same function's (B, 1, dim) at index 0.
+        """
         attended = self._attend(self.attention_norm(x), bias, key_mask, agg_only)
         if agg_only:
             x = x[:, :1]

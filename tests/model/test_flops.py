@@ -1,4 +1,4 @@
-"""The paper's tables by its convention, and true counts against what torch counts in the real modules."""
+"""The paper's tables by its convention, and true counts against what torch counts."""
 
 import json
 import math
@@ -28,14 +28,14 @@ from vatt_fast.model import VATT
     ids=lambda row: f"{row['table']}-{row['configuration']}-{row['drop_rate']}",
 )
 def test_convention_meets_the_published_figure(row):
-    """Table 1 lies lower than twelve times the single view of Table 6; the others agree to the digits they print."""
+    """Table 1 lies below twelve times the single view of Table 6; the others agree as printed."""
     assert row["convention_gflops"] == pytest.approx(
         row["published_gflops"], rel=1e-3 if row["table"] == 1 else 1.5e-4
     )
 
 
 def test_convention_to_the_last_digit():
-    """A neighbouring constant would pass the published digits; these two decimals fix all of them."""
+    """Neighbouring constants would pass the published digits; these two decimals fix them all."""
     convention = {
         (row["table"], row["configuration"], row["drop_rate"]): row["convention_gflops"]
         for row in flops_table()
@@ -61,12 +61,20 @@ def test_the_table_has_every_row_and_its_true_counts():
     """True figures as the project's facts give them, to their last digit."""
     true = {(row["configuration"], row["drop_rate"]): row["true_gflops"] for row in flops_table()}
     expected = {
-        ("medium 32x224x224", 0.0): 604.7, ("medium 64x224x224", 0.0): 1450.8,
-        ("medium 32x320x320", 0.75): 293.6, ("medium 32x320x320", 0.5): 629.6, ("medium 32x320x320", 0.25): 1028.6, ("medium 32x320x320", 0.0): 1490.4,
-        ("medium_base_small 32x224x224", 0.75): 192.2, ("medium_base_small 32x224x224", 0.5): 394.2,
-        ("medium_base_small 32x224x224", 0.25): 617.9, ("medium_base_small 32x224x224", 0.0): 863.4,
-        ("base 32x320x320, 12 views", 0.0): 11240, ("medium 32x320x320, 12 views", 0.0): 17890, ("large 32x320x320, 12 views", 0.0): 35530,
-    }  # fmt: skip
+        ("medium 32x224x224", 0.0): 604.7,
+        ("medium 64x224x224", 0.0): 1450.8,
+        ("medium 32x320x320", 0.75): 293.6,
+        ("medium 32x320x320", 0.5): 629.6,
+        ("medium 32x320x320", 0.25): 1028.6,
+        ("medium 32x320x320", 0.0): 1490.4,
+        ("medium_base_small 32x224x224", 0.75): 192.2,
+        ("medium_base_small 32x224x224", 0.5): 394.2,
+        ("medium_base_small 32x224x224", 0.25): 617.9,
+        ("medium_base_small 32x224x224", 0.0): 863.4,
+        ("base 32x320x320, 12 views", 0.0): 11240,
+        ("medium 32x320x320, 12 views", 0.0): 17890,
+        ("large 32x320x320, 12 views", 0.0): 35530,
+    }
     assert set(true) == set(expected)
     for key, value in expected.items():
         assert true[key] == pytest.approx(value, abs=6 if value > 2000 else 0.06), key
@@ -100,7 +108,7 @@ def count(config, drop_rate, texts, modalities) -> int:
     "row", _published(), ids=lambda row: f"{row.table}-{row.configuration}-{row.drop_rate}"
 )
 def test_true_counts_are_those_of_the_real_modules(row):
-    """The model projects what is kept; the paper's way adds the products of the dropped patches with the projection."""
+    """The model projects what is kept; the paper's way adds the dropped patches' products."""
     counted = count(row.config, row.drop_rate, 2, row.modalities)
     if (
         len(row.modalities) == 1

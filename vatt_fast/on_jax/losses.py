@@ -4,7 +4,7 @@ Across devices the functions run inside ``shard_map``, and ``axis`` names the me
 the batch. What a device returns is its share: the sum over devices is the loss of the global batch,
 and gradients summed over devices are its gradients.
 
-Shapes: M clips on this device, N over all W devices, P texts a clip, D dimensions of a common space.
+Shapes: M clips on this device, N over all W devices, P texts a clip, D dimensions of a space.
 """
 
 from dataclasses import dataclass
