@@ -29,7 +29,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vatt_fast.on_jax.compile_tpu import without_a_tpu
+from vatt_fast.devices import without_a_tpu
 
 if "jax" not in sys.modules:
     without_a_tpu()

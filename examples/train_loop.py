@@ -11,7 +11,9 @@ import dataclasses
 import torch
 
 import vatt_fast as vf
-from vatt_fast.data.dataset import ClipDataset, ClipSpec, loader
+from vatt_fast.data.clips import ClipSpec, DropToken
+from vatt_fast.data.dataset import ClipDataset
+from vatt_fast.data.loader import loader
 from vatt_fast.training.loop import vocabulary_of
 
 
@@ -32,11 +34,14 @@ def main() -> None:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.Adam(trained, lr=1e-3)
     spec = ClipSpec.from_config(config)
-    dataset = ClipDataset(given.data, spec, vocabulary=vocabulary, batch_size=given.batch_size)
+    half = DropToken(config, 0.5)  # batches hold the kept half of the patches
+    dataset = ClipDataset(
+        given.data, spec, vocabulary=vocabulary, batch_size=given.batch_size, drop_token=half
+    )
 
     for step, batch in enumerate(loader(dataset, 0, given.steps, workers=0)):
         batch = batch.to(device)
-        keep = model.sample_keep(0.5, seed=0, step=step)  # DropToken: half the patches
+        keep = dict(video_keep=batch.video_keep, audio_keep=batch.audio_keep)
         # a file without sound, picture or captions is no error: it is marked, and left out
         valid = {key: getattr(batch, key) for key in ("video_valid", "audio_valid", "text_valid")}
         output = model(batch.video, batch.audio, batch.text, **keep, **valid)

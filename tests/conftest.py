@@ -25,7 +25,7 @@ if not torch.cuda.is_available():
 _root = Path(__file__).resolve().parent.parent
 sys.path[:] = [entry for entry in sys.path if entry not in ("", str(_root))]
 
-from vatt_fast.on_jax.compile_tpu import has_a_tpu, without_a_tpu  # noqa: E402
+from vatt_fast.devices import has_a_tpu, without_a_tpu  # noqa: E402
 
 if not has_a_tpu():
     without_a_tpu()

@@ -27,13 +27,16 @@ except ImportError as error:
 
 # These need parts of the same extra, so they come after the message above. Every verb's options
 # need most of them; all of them take 0.2 s of the 4 s to import torch.
-from .data.dataset import Batch, ClipSpec, evaluation_clips, folder_captions
+from .data.clips import Batch, ClipSpec
+from .data.dataset import folder_captions
+from .data.loader import evaluation_clips
 from .demo.run import DemoConfig, run_demo
+from .devices import pick_device
 from .encoding import embed_batches, embed_sentences, encode
 from .evaluation.retrieval import retrieval_metrics, top_k
 from .on_jax.compile_tpu import CompileTPUConfig, compile_step, write_report
 from .paper_tables import flops_table, format_tables, parameter_table
-from .training.loop import PretrainConfig, pick_device, pretrain
+from .training.loop import PretrainConfig, pretrain
 
 _WIDTH = 100
 # what ``doctor`` asks about: a training step of base_base_small

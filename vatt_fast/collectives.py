@@ -1,4 +1,7 @@
-"""The two exchanges between devices that a contrastive batch needs, both differentiable; identities on a single device."""
+"""The two exchanges between devices that a contrastive batch needs.
+
+Both are differentiable, and identities on a single device.
+"""
 
 import torch
 import torch.distributed as dist
@@ -15,7 +18,10 @@ def rank() -> int:
 
 
 def gather(x: Tensor) -> Tensor:
-    """(W, *x.shape): every device's x, which must have one shape everywhere. Gradients of all devices return to the owner, summed."""
+    """(W, *x.shape): every device's x, which must have one shape everywhere.
+
+    Gradients of all devices return to the owner, summed.
+    """
     if world_size() == 1:
         return x[None]
     if not x.is_floating_point():

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -10,13 +10,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .data.media import probe, read_audio, read_video
-from .model import VATT
+
+if TYPE_CHECKING:
+    from .model import VATT
 
 EMBEDDINGS = ("z_video_va", "z_audio_va", "z_video_vt", "z_text_vt")
 
 
 def encode(
-    model: VATT,
+    model: "VATT",
     *,
     video: Any = None,
     audio: Any = None,
@@ -62,7 +64,7 @@ def encode(
 
 
 def embed_batches(
-    model: VATT,
+    model: "VATT",
     batches: Iterable,
     *,
     modalities: Sequence[str] = ("video", "audio", "text"),
@@ -95,14 +97,14 @@ def embed_batches(
     return {name: np.concatenate(parts) for name, parts in columns.items()}, files
 
 
-def embed_sentences(model: VATT, sentences: Sequence[str], batch_size: int = 256) -> np.ndarray:
+def embed_sentences(model: "VATT", sentences: Sequence[str], batch_size: int = 256) -> np.ndarray:
     """(n, d_vt) unit-norm z_text_vt of sentences."""
     ids = _word_ids(model, list(sentences))
     parts = [_embed(model, text=part)["z_text_vt"] for part in ids.split(batch_size)]
     return F.normalize(torch.cat(parts), dim=-1).numpy()
 
 
-def _embed(model: VATT, **inputs: Tensor) -> dict[str, Tensor]:
+def _embed(model: "VATT", **inputs: Tensor) -> dict[str, Tensor]:
     out = _forward(model, **inputs)
     return {
         name: getattr(out, name).float().cpu()
@@ -112,7 +114,7 @@ def _embed(model: VATT, **inputs: Tensor) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def _forward(model: VATT, **inputs: Tensor):
+def _forward(model: "VATT", **inputs: Tensor):
     device = model.log_scale.device
     training = model.training
     model.eval()
@@ -122,7 +124,7 @@ def _forward(model: VATT, **inputs: Tensor):
         model.train(training)
 
 
-def _word_ids(model: VATT, sentences: list[str]) -> Tensor:
+def _word_ids(model: "VATT", sentences: list[str]) -> Tensor:
     if model.vocabulary is None:
         raise ValueError(
             "this model has no vocabulary, so it cannot read sentences; "
@@ -133,7 +135,7 @@ def _word_ids(model: VATT, sentences: list[str]) -> Tensor:
     return torch.as_tensor(model.vocabulary.encode(sentences, model.config.words))
 
 
-def _clips(model: VATT, modality: str, value: Any, windows: int) -> tuple[list[Tensor], int]:
+def _clips(model: "VATT", modality: str, value: Any, windows: int) -> tuple[list[Tensor], int]:
     """Clips one by one, and how many belong to each row of the result."""
     if isinstance(value, str | os.PathLike):
         value = [value]
@@ -154,7 +156,7 @@ def _clips(model: VATT, modality: str, value: Any, windows: int) -> tuple[list[T
 
 
 def _file_windows(
-    model: VATT, modality: str, path: str | os.PathLike, windows: int
+    model: "VATT", modality: str, path: str | os.PathLike, windows: int
 ) -> list[Tensor]:
     if windows < 1:
         raise ValueError(f"windows is {windows}; it must be at least 1")

@@ -1,6 +1,10 @@
-"""Batches are a pure function of seed, step, rank and world; what a file lacks or hides is said, never guessed."""
+"""Batches are a pure function of seed, step, rank and world.
+
+What a file lacks or hides is said, never guessed.
+"""
 
 import dataclasses
+import functools
 import json
 import os
 
@@ -11,19 +15,15 @@ import torch
 pytest.importorskip("av")
 
 from vatt_fast.config import PRESETS
+from vatt_fast.data import cache as cache_module
 from vatt_fast.data import dataset as dataset_module
-from vatt_fast.data.dataset import (
-    Batch,
-    ClipDataset,
-    ClipFolder,
-    ClipSpec,
-    evaluation_clips,
-    folder_captions,
-    loader,
-)
+from vatt_fast.data.clips import Batch, ClipSpec, DropToken
+from vatt_fast.data.dataset import ClipDataset, ClipFolder, folder_captions
+from vatt_fast.data.loader import evaluation_clips, loader
 from vatt_fast.data.media import MediaError
 from vatt_fast.data.media_writer import write_clip
 from vatt_fast.data.text import Vocabulary
+from vatt_fast.kernels import patchify, sample_keep
 
 SPEC = ClipSpec(
     frames=4,
@@ -36,13 +36,15 @@ SPEC = ClipSpec(
     texts_per_clip=3,
 )
 COUNT = 10
-TENSORS = [
-    field.name for field in dataclasses.fields(Batch) if field.name not in ("files", "skipped")
-]
+OTHERS = ("files", "skipped", "video_keep", "audio_keep")
+TENSORS = [field.name for field in dataclasses.fields(Batch) if field.name not in OTHERS]
 
 
 def make_folder(folder, count=COUNT, frames=12):
-    """Clip i: grey level 20 * i + 2 * frame, a tone of amplitude 0.05 * (i + 1), captions naming i at every tenth of a second."""
+    """Clip i: grey level 20 * i + 2 * frame, a tone of amplitude 0.05 * (i + 1).
+
+    Captions name i at every tenth of a second.
+    """
     folder.mkdir(exist_ok=True)
     captions = {}
     for i in range(count):
@@ -111,7 +113,7 @@ def test_shapes_types_and_contents(make, vocabulary):
         expected = 20 * number + 2 * (first + np.arange(4))
         assert np.abs(batch.video[row].float().mean((1, 2, 3)).numpy() - expected).max() < 3
         assert batch.audio[row].abs().max() == pytest.approx(0.05 * (number + 1), rel=0.3)
-        # the window's middle lies between two sentences' places; its nearest sentences are the ones around
+        # the window's middle lies between two sentences' places; the nearest are the ones around
         times = {int(vocabulary.decode(text.tolist()).split("at")[1]) for text in batch.text[row]}
         assert times <= {first, first + 1, first + 2, first + 3}
         assert all(
@@ -140,17 +142,15 @@ def test_an_epoch_visits_every_file_once_in_a_new_order(make):
     ]
     assert all(sorted(names) == sorted(dataset.files) for names in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
-    assert not set(make()[0].files) & set(
-        make()[1].files
-    )  # 10 files, batches of 4: two steps an epoch, two files sit out
+    # 10 files, batches of 4: two steps an epoch, two files sit out
+    assert not set(make()[0].files) & set(make()[1].files)
 
 
 def test_windows_begin_everywhere_on_the_grid(make):
     dataset = make()
     starts = np.concatenate([dataset[step].start_seconds.numpy() for step in range(40)])
-    assert sorted({round(start * 10, 6) for start in starts}) == list(
-        range(9)
-    )  # 12 frames, windows of 4
+    # 12 frames, windows of 4
+    assert sorted({round(start * 10, 6) for start in starts}) == list(range(9))
 
 
 def test_same_arguments_same_batch(make):
@@ -162,7 +162,7 @@ def test_same_arguments_same_batch(make):
 
 
 def test_stream_of_random_numbers_is_pinned(make):
-    """A run must resume with another NumPy or on another machine: these are the numbers of the keyed generators."""
+    """A run must resume with another NumPy or on another machine: the keyed generators' numbers."""
     batch = make()[0]
     assert batch.files == ("clip_0.mp4", "clip_8.mp4", "clip_9.mp4", "clip_3.mp4")
     assert [round(start * 10) for start in batch.start_seconds.tolist()] == [5, 4, 3, 2]
@@ -203,12 +203,14 @@ def test_cache_gives_the_same_clips_and_decodes_once(make, tmp_path, monkeypatch
         torch.testing.assert_close(one.audio, other.audio, rtol=0, atol=1e-6)
     assert len(list((tmp_path / "cache").iterdir())) == COUNT
     monkeypatch.setattr(dataset_module, "MediaReader", None)
+    monkeypatch.setattr(cache_module, "MediaReader", None)
     assert same(make(cache_dir=tmp_path / "cache")[5], cached[5])
 
 
 def test_cache_is_shared_renewed_and_repaired(tmp_path, vocabulary):
     media, cache = make_folder(tmp_path / "media", count=3), tmp_path / "cache"
-    make = lambda: ClipDataset(media, SPEC, vocabulary=vocabulary, batch_size=3, cache_dir=cache)  # noqa: E731
+    options = dict(vocabulary=vocabulary, batch_size=3, cache_dir=cache)
+    make = functools.partial(ClipDataset, media, SPEC, **options)
     # two processes fill it at once
     batches = list(loader(make(), 0, 6, workers=2))
     assert len(list(cache.glob("*.clip"))) == 3 and not list(cache.glob(".*"))
@@ -231,7 +233,10 @@ def test_cache_is_shared_renewed_and_repaired(tmp_path, vocabulary):
 
 @pytest.fixture
 def mixed(tmp_path):
-    """A silent clip, a sound, a picture, a short clip, one without captions and one whose captions are not words."""
+    """A silent clip, a sound, a picture, a short clip.
+
+    One has no captions, one captions that are not words.
+    """
     av = pytest.importorskip("av")
     folder = make_folder(tmp_path / "mixed", count=2)
     grey = np.full((12, 16, 16, 3), 100, np.uint8)
@@ -351,9 +356,8 @@ def test_evaluation_visits_every_file_once_in_order(folder, vocabulary, workers)
         f"clip_{i}.mp4" for i in range(COUNT)
     ]
     assert batches[2].video.shape == (2, 4, 16, 16, 3) and batches[2].text_valid.all()
-    assert {start for batch in batches for start in batch.start_seconds.tolist()} == {
-        0.4
-    }  # 12 frames: 0.4 to 0.8 is the middle
+    # 12 frames: 0.4 to 0.8 is the middle
+    assert {start for batch in batches for start in batch.start_seconds.tolist()} == {0.4}
 
 
 def test_evaluation_windows_and_skips(tmp_path, vocabulary):
@@ -425,3 +429,76 @@ def test_bad_arguments(make, folder, tmp_path):
     write_clip(tmp_path / "a.wav", None, np.zeros(100, np.float32))
     with pytest.raises(ValueError, match="shuffle_captions needs"):
         ClipDataset(tmp_path, SPEC, vocabulary=None, batch_size=1, shuffle_captions=True)
+
+
+# -- batches of kept patch rows --------------------------------------------------------------------
+
+
+def drop_config(**sizes):
+    """SPEC's sizes; in 3 x 7 x 16 patches neither frames nor lines divide, nor do 96 samples."""
+    odd = dict(video_patch=(3, 7, 16), audio_patch=96)
+    names = [field.name for field in dataclasses.fields(ClipSpec)]
+    return dataclasses.replace(
+        PRESETS["tiny"], **{name: getattr(SPEC, name) for name in names}, **odd | sizes
+    )
+
+
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize(
+    ("per", "devices", "rate"),
+    [("batch", 1, 0.5), ("clip", 1, 0.5), ("batch", 3, 0.3), ("clip", 2, 0.7), ("batch", 1, 0.0)],
+)
+def test_rows_are_the_kept_patches_of_the_same_clips(
+    mixed, vocabulary, tmp_path, cached, per, devices, rate
+):
+    """Whatever is missing, odd or cached; each device and clip has the draw that it had."""
+    config, rank = drop_config(), 1
+    options = dict(
+        vocabulary=vocabulary,
+        batch_size=6,
+        seed=5,
+        rank=rank,
+        world=2,
+        cache_dir=tmp_path / "cache" if cached else None,
+    )
+    whole = ClipDataset(mixed, SPEC, **options)
+    rows = ClipDataset(
+        mixed, SPEC, **options, drop_token=DropToken(config, rate, per=per, devices=devices)
+    )
+    for step in (0, 3):
+        one, other = rows[step], whole[step]
+        assert same(one, other, [name for name in TENSORS if name not in ("video", "audio")])
+        for name, patch in (("video", (3, 7, 16)), ("audio", (96,))):
+            patches = patchify(getattr(other, name), patch)
+            draws = [
+                sample_keep(
+                    patches.shape[1],
+                    rate,
+                    seed=5,
+                    step=step,
+                    stream=f"{name}/{rank * devices + device}",
+                    per=per,
+                    batch=6 // devices,
+                )
+                for device in range(devices)
+            ]
+            keep = np.concatenate([np.atleast_2d(draw) for draw in draws])
+            drawn = getattr(one, f"{name}_keep")
+            assert np.array_equal(np.atleast_2d(drawn.numpy()), keep)
+            assert drawn.ndim == (1 if per == "batch" and devices == 1 else 2)
+            each = np.repeat(keep, 6 // len(keep), 0)
+            expected = np.take_along_axis(patches.numpy(), each[..., None], 1)
+            assert np.array_equal(getattr(one, name).numpy(), expected), name
+
+
+def test_rows_and_keeps_travel_through_workers(folder, vocabulary):
+    config = drop_config(video_patch=(2, 8, 8), audio_patch=64)
+    dataset = ClipDataset(
+        folder, SPEC, vocabulary=vocabulary, batch_size=4, drop_token=DropToken(config, 0.5)
+    )
+    batches = list(loader(dataset, 0, 3, workers=1))
+    for step, batch in enumerate(batches):
+        assert batch.video.shape == (4, 4, 384) and batch.audio.shape == (4, 25, 64)
+        assert same(batch, dataset[step], [*TENSORS, "video_keep", "audio_keep"])
+    moved = batches[0].to("meta")
+    assert moved.video_keep.device.type == "meta"

@@ -1,4 +1,7 @@
-"""Two devices (real processes, gloo) equal one: embeddings' statistics, loss and every gradient, invalid clips included."""
+"""Two devices (real processes, gloo) equal one: statistics, loss and every gradient.
+
+Invalid clips included.
+"""
 
 import dataclasses
 

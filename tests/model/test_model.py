@@ -1,4 +1,4 @@
-"""What the model promises beside exactness: subsets, masks, DropToken, other sizes, saving, clear errors."""
+"""What the model does beside exactness: subsets, masks, DropToken, sizes, saving, errors."""
 
 import dataclasses
 
@@ -7,11 +7,12 @@ import pytest
 import torch
 
 import vatt_fast as vf
+from vatt_fast import model as model_module
 from vatt_fast.config import PRESETS, VATTConfig, preset
-from vatt_fast.kernels import patchify, use_backend
+from vatt_fast.kernels import patch_embed, patchify, use_backend
 from vatt_fast.losses import contrastive_terms, global_mean, vatt_loss
-from vatt_fast.model import VATT, BatchNorm
-from vatt_fast.weights import create_model, load_tensors
+from vatt_fast.model import VATT, BatchNorm, create_model
+from vatt_fast.weights import load_tensors
 
 SMALL = dataclasses.replace(
     PRESETS["tiny"], frames=8, height=32, width=40, samples=2560, vocab_size=30, texts_per_clip=2
@@ -91,6 +92,34 @@ def test_drop_token_takes_the_tokens_away(model, inputs, per):
         assert (keep["video_keep"][0] != keep["video_keep"][1]).any()
 
 
+def test_clips_are_read_in_place(model, inputs, monkeypatch):
+    """The op gets the clip itself, with the patch's sizes, and cuts nothing out beforehand."""
+    seen = []
+
+    def looking(patches, *args, **options):
+        seen.append((patches.data_ptr(), tuple(patches.shape), options["patch"]))
+        return patch_embed(patches, *args, **options)
+
+    monkeypatch.setattr(model_module, "patch_embed", looking)
+    model(**inputs, **model.sample_keep(0.5, seed=0, step=0))
+    expected = [("video", (4, 8, 8)), ("audio", (128,))]
+    assert seen == [
+        (inputs[name].data_ptr(), tuple(inputs[name].shape), patch) for name, patch in expected
+    ]
+
+
+def test_frames_have_the_gradients_of_their_rows(model):
+    """Odd float frames too, which are padded with black."""
+    torch.manual_seed(3)
+    frames = (torch.rand(2, 7, 27, 44, 3) * 2 - 1).requires_grad_()
+    rows = patchify(frames, (4, 8, 8), pad_value=-1)
+    grads = [
+        torch.autograd.grad(out.video_pooled.square().sum(), frames)[0]
+        for out in (model(video=frames), model(video=rows, video_grid=(2, 4, 6)))
+    ]
+    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-6)
+
+
 def test_drop_rate_zero_changes_nothing(model, inputs):
     same(model(**inputs, **model.sample_keep(0.0, seed=0, step=0)), model(**inputs))
 
@@ -139,6 +168,48 @@ def test_batch_norm_ignores_invalid_rows():
     before = norm.running_mean.clone()
     assert norm(x, torch.zeros(9, dtype=torch.bool)).isfinite().all()
     assert torch.equal(norm.running_mean, before)
+
+
+@pytest.mark.parametrize("buffers", [torch.float32, torch.bfloat16])
+def test_batch_norm_of_bf16_weights_computes_in_fp32(buffers):
+    """FSDP2's mixed precision gives it bf16 weights and fp32 buffers; ``model.bfloat16()`` both."""
+    torch.manual_seed(0)
+    ours, exact = (BatchNorm(6, momentum=0.1, eps=1e-5).train() for _ in range(2))
+    with torch.no_grad():
+        for weight, other in zip(ours.parameters(), exact.parameters(), strict=True):
+            weight.copy_((torch.randn(6) * 0.5 + 1).bfloat16())
+            other.copy_(weight)
+            weight.data = weight.data.bfloat16()
+    for name, value in ours.named_buffers():
+        setattr(ours, name, value.to(buffers))
+    exact.double()
+    inputs = torch.randn(64, 6).add(3).bfloat16()  # statistics in bf16 would be 1e-2 off
+    results = []
+    for norm in (ours, exact):
+        x = inputs.clone().to(norm.weight.dtype).requires_grad_()
+        out = norm(x)
+        (out * torch.linspace(-1, 1, 64, dtype=out.dtype)[:, None]).square().sum().backward()
+        results.append((out, x.grad, norm.weight.grad, norm.bias.grad, *norm.buffers()))
+    out, d_x, *_, mean, _ = results[0]
+    assert out.dtype == torch.float32 and mean.dtype == buffers and d_x.dtype == torch.bfloat16
+    statistics = 1e-6 if buffers == torch.float32 else 2**-8
+    tolerances = (1e-6, 2**-7, 2**-8, 2**-8, statistics, statistics)
+    for found, expected, tolerance in zip(results[0], results[1], tolerances, strict=True):
+        error = (found.double() - expected).norm() / expected.norm()
+        assert error <= tolerance, (tuple(found.shape), error)
+    norm = ours.eval()
+    torch.testing.assert_close(norm(inputs), exact.eval()(inputs).float(), rtol=1e-2, atol=1e-2)
+
+
+def test_a_bf16_model_trains(model, inputs):
+    model.bfloat16().train()
+    out = model(**inputs)
+    assert out.z_video_va.dtype == torch.float32 and out.video_pooled.dtype == torch.bfloat16
+    loss = vatt_loss(out, model.config).total
+    loss.backward()
+    assert loss.isfinite() and all(
+        p.grad.isfinite().all() for p in model.parameters() if p.requires_grad
+    )
 
 
 def test_zero_valid_pairs_give_zero_with_a_connected_graph(inputs):
@@ -226,6 +297,29 @@ def test_compiles_as_one_graph(inputs):
         torch.testing.assert_close(ours, eager)
 
 
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [("specific", "text"), ("agnostic", "text"), ("specific", "audio"), ("specific", "video")],
+)
+def test_compiles_with_dynamic_shapes(kind, name):
+    """Lengths become symbols; position tables are resampled to them."""
+    torch.manual_seed(0)
+    towers: dict = {
+        m: dataclasses.replace(SMALL.video, depth=1) for m in ("video", "audio", "text")
+    }
+    model = VATT(dataclasses.replace(CONFIGS[kind], **towers)).eval()
+    clips = {
+        "text": [torch.randint(1, 30, (2, 2, words)) for words in (9, 7, 12)],
+        "audio": [torch.rand(2, samples) for samples in (900, 1500, 700)],
+        "video": [torch.rand(2, frames, 24, 48, 3) * 2 - 1 for frames in (8, 12, 10)],
+    }[name]
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
+    with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=True):
+        for clip in clips:
+            same(compiled(**{name: clip}), model(**{name: clip}))
+
+
 def test_saving_and_loading(model, inputs, tmp_path):
     model.save_pretrained(tmp_path / "m")
     again = vf.create_model(tmp_path / "m")
@@ -251,7 +345,10 @@ def test_create_model_takes_presets_and_short_names():
         (lambda m, i: m(audio=i["audio"][:, None, None]), r"takes a waveform \(B, S\)"),
         (lambda m, i: m(text=i["text"].float()), "integer word ids"),
         (lambda m, i: m(video=torch.zeros(1, 9, 768)), r"a grid of \(2, 4, 5\) takes"),
-        (lambda m, i: m(video=i["video"], video_keep=torch.tensor([0, 40])), r"indices lie in 0 \.\. 39"),
+        (
+            lambda m, i: m(video=i["video"], video_keep=torch.tensor([0, 40])),
+            r"indices lie in 0 \.\. 39",
+        ),
         (lambda m, i: m(video=i["video"], video_keep=np.array([3, 3])), "repeats an index"),
         (lambda m, i: m(video=i["video"], video_keep=torch.tensor([[1], [2]])), "for a batch of 3"),
         (lambda m, i: m.sample_keep(1.0, seed=0, step=0), r"lies in \[0, 1\)"),

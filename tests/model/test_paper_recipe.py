@@ -1,4 +1,7 @@
-"""The ``paper`` recipe has no recording: it is held against plain double loops in fp64, and its gradients against finite differences."""
+"""The ``paper`` recipe has no recording: it is held against plain double loops in fp64.
+
+And its gradients against finite differences.
+"""
 
 import dataclasses
 
@@ -13,9 +16,21 @@ from vatt_fast.model import VATT
 
 TOWER = TowerConfig(depth=2, dim=12, mlp_dim=16, num_heads=2, head_dim=4)
 CONFIG = VATTConfig(
-    video=TOWER, audio=TOWER, text=dataclasses.replace(TOWER, dim=8), frames=4, height=4, width=8, video_patch=(2, 2, 4),
-    samples=40, audio_patch=8, words=12, texts_per_clip=3, vocab_size=20, d_va=6, d_vt=5,
-)  # fmt: skip
+    video=TOWER,
+    audio=TOWER,
+    text=dataclasses.replace(TOWER, dim=8),
+    frames=4,
+    height=4,
+    width=8,
+    video_patch=(2, 2, 4),
+    samples=40,
+    audio_patch=8,
+    words=12,
+    texts_per_clip=3,
+    vocab_size=20,
+    d_va=6,
+    d_vt=5,
+)
 CLIPS = 5
 
 

@@ -16,17 +16,19 @@ ENTRY %main (a: f32[8,128], b: f32[8,128]) -> f32[8,128] {
   %copy.1 = f32[8,128]{1,0:T(8,128)S(1)} copy(%a)
   %fusion.1 = f32[8,128]{0,1:T(8,128)} fusion(%copy.1), kind=kLoop, calls=%fused
   %transpose.1 = f32[128,8]{0,1:T(8,128)} transpose(%b), dimensions={1,0}
-  %jvp_vatt_attention_forward_.3 = (f32[8,128]{1,0:T(8,128)}, f32[8]{0}) custom-call(%fusion.1, %b), custom_call_target="tpu_custom_call"
+  %jvp_vatt_attention_forward_.3 = (f32[8,128]{1,0:T(8,128)}, f32[8]{0}) custom-call(%fusion.1, %b), \
+custom_call_target="tpu_custom_call"
   %gte = f32[8,128]{1,0:T(8,128)} get-tuple-element(%jvp_vatt_attention_forward_.3), index=0
   %all-gather-start.1 = f32[8,128]{1,0} all-gather-start(%gte), dimensions={0}
-  %all-reduce.1 = (f32[8]{0}, f32[8]{0}, f32[8]{0}, f32[8]{0}, f32[8]{0}, /*index=5*/f32[8]{0}) all-reduce(%a, %a, %a, %a, %a, %a), to_apply=%add
+  %all-reduce.1 = (f32[8]{0}, f32[8]{0}, f32[8]{0}, f32[8]{0}, f32[8]{0}, /*index=5*/f32[8]{0}) \
+all-reduce(%a, %a, %a, %a, %a, %a), to_apply=%add
   ROOT %copy.2 = f32[8,128]{0,1:T(8,128)} copy(%gte)
 }
 """
 
 
 def test_layout_changes_kernels_and_collectives():
-    """Moves to VMEM and transposes that move nothing are no layout changes; a fusion that is one is."""
+    """Moves to VMEM and transposes that move nothing are no layout changes; some fusions are."""
     program = Program(PROGRAM)
     assert program.kernels() == {"vatt_attention_forward": 1} and program.collectives() == {
         "all-reduce": 1,
@@ -48,7 +50,8 @@ ENTRY %main (x.1: bf16[2,4,64,8], l.1: f32[2,4,64]) -> bf16[2,4,64,8] {
   %copy.1 = bf16[2,4,64,8]{3,2,1,0:T(8,128)S(1)} copy(%x.1)
   %copy.2 = f32[2,4,64]{2,1,0} copy(%l.1)
   %bitcast.1 = f32[2,4,1,64]{3,2,1,0} bitcast(%copy.2)
-  %vatt_attention_forward.1 = bf16[2,4,64,8]{3,2,1,0:T(8,128)} custom-call(%copy.1, %bitcast.1), custom_call_target="tpu_custom_call"
+  %vatt_attention_forward.1 = bf16[2,4,64,8]{3,2,1,0:T(8,128)} custom-call(%copy.1, %bitcast.1), \
+custom_call_target="tpu_custom_call"
   ROOT %AFTER.1 = bf16[2,4,64,8]{2,3,1,0:T(8,128)} AFTER(%vatt_attention_forward.1)CALLEE
 }
 """

@@ -1,12 +1,12 @@
-"""The JAX model against the torch one from the same weights, and against the recording of the released layers."""
+"""The JAX model against the torch one from the same weights, and against the recorded layers."""
 
 import dataclasses
 import functools
 from types import SimpleNamespace
 
 import numpy as np
+import oracle
 import pytest
-import test_oracle
 import torch
 from oracle import agnostic_config, array, our_tensors, specific_config
 
@@ -25,10 +25,24 @@ from vatt_fast.on_jax import weights as jax_weights  # noqa: E402
 
 TOWER = TowerConfig(depth=3, dim=32, mlp_dim=48, num_heads=2, head_dim=8)
 SIZES = VATTConfig(
-    video=TOWER, audio=dataclasses.replace(TOWER, depth=1, dim=16), text=dataclasses.replace(TOWER, depth=1, num_heads=3),
-    frames=4, height=16, width=24, video_patch=(2, 8, 8), samples=600, audio_patch=64, words=6, texts_per_clip=3, vocab_size=40,
-    relative_buckets=8, relative_max_distance=16, d_va=24, d_vt=16, learn_temperature=True,
-)  # fmt: skip
+    video=TOWER,
+    audio=dataclasses.replace(TOWER, depth=1, dim=16),
+    text=dataclasses.replace(TOWER, depth=1, num_heads=3),
+    frames=4,
+    height=16,
+    width=24,
+    video_patch=(2, 8, 8),
+    samples=600,
+    audio_patch=64,
+    words=6,
+    texts_per_clip=3,
+    vocab_size=40,
+    relative_buckets=8,
+    relative_max_distance=16,
+    d_va=24,
+    d_vt=16,
+    learn_temperature=True,
+)
 AGNOSTIC = dict(kind="modality_agnostic", video=TOWER, audio=TOWER, text=TOWER, post_proj_dim=20)
 CLIPS = 6
 OUTPUTS, GRADIENTS = 1e-5, 1e-4
@@ -45,9 +59,8 @@ def model_of(config: VATTConfig) -> VATT:
     model = VATT(config)
     with torch.no_grad():
         for name, value in model.named_parameters():
-            if name.endswith(
-                (".bias", "norm.weight")
-            ):  # at their initial 0 and 1 they would hide mistakes
+            # at their initial 0 and 1 they would hide mistakes
+            if name.endswith((".bias", "norm.weight")):
                 value.add_(torch.randn_like(value) * 0.1)
     return model
 
@@ -78,11 +91,11 @@ def tensors(arrays: dict) -> dict:
 
 
 def as_namespace(out) -> SimpleNamespace:
-    """A JAX output with torch tensors, for the checks of tests/test_oracle.py."""
+    """A JAX output with torch tensors, for the checks of tests/support/oracle.py."""
     return SimpleNamespace(
         **{
             name: None if value is None else torch.tensor(np.asarray(value))
-            for name, value in out._asdict().items()
+            for name, value in vars(out).items()
         }
     )
 
@@ -99,7 +112,7 @@ def jitted(config: VATTConfig, **options):
 def assert_close(
     ours, theirs: torch.Tensor, tolerance: float, name: str, floor: float = 0.0
 ) -> None:
-    """Largest difference over the largest value, or over ``floor`` where the values themselves are rounding noise."""
+    """Largest difference over the largest value, or over ``floor`` where values are noise."""
     ours, theirs = np.asarray(ours), theirs.detach().numpy()
     assert ours.shape == theirs.shape, name
     error = np.abs(ours - theirs).max() / max(np.abs(theirs).max(), floor)
@@ -116,7 +129,7 @@ def test_outputs_loss_and_gradients_are_those_of_torch(kind, recipe):
     keep = model.sample_keep(
         0.5, seed=0, step=0, per="clip" if recipe == "paper" else "batch", batch=CLIPS
     )
-    # six clips behind batch norms raise a kernel's last bits to 1e-4; tests/test_ops.py judges kernels
+    # six clips behind batch norms raise a kernel's last bits to 1e-4; tests/kernels judges kernels
     with use_backend(attention="reference"):
         expected = model(**tensors(inputs), **keep, **tensors(valid))
         loss = vatt_loss(expected, config, scale=model.scale(), **tensors(valid))
@@ -125,9 +138,8 @@ def test_outputs_loss_and_gradients_are_those_of_torch(kind, recipe):
     options = {name: value.numpy() for name, value in keep.items()} | valid
     rows = patchify(inputs["video"], config.video_patch)
     kept = np.broadcast_to(options["video_keep"], (CLIPS, options["video_keep"].shape[-1]))
-    given = inputs | {
-        "video": np.take_along_axis(rows, kept[..., None], 1)
-    }  # only the kept rows; torch drops them itself
+    # only the kept rows; torch drops them itself
+    given = inputs | {"video": np.take_along_axis(rows, kept[..., None], 1)}
 
     def loss_of(params):
         out, after = jax_model.forward(
@@ -137,15 +149,14 @@ def test_outputs_loss_and_gradients_are_those_of_torch(kind, recipe):
         return found.total, (found, out, after)
 
     gradients, (found, out, after) = jax.jit(jax.grad(loss_of, has_aux=True))(params)
-    for name, value in out._asdict().items():
+    for name, value in vars(out).items():
         theirs = getattr(expected, name)
         assert (value is None) == (theirs is None), name
         if value is not None:
-            # behind batch norms over so few clips the rounding of fp32 grows; what it grows to is in tests/test_oracle.py
+            # behind batch norms over so few clips the rounding of fp32 grows, to what
+            # tests/support/oracle.py says
             slack = (
-                0.0
-                if name.endswith("pooled")
-                else test_oracle.amplified_noise(model, expected, name)
+                0.0 if name.endswith("pooled") else oracle.amplified_noise(model, expected, name)
             )
             assert_close(value, theirs, OUTPUTS + slack, name)
     for name in ("total", "va", "vt"):
@@ -167,7 +178,7 @@ def specific():
 
 
 def test_any_subset_any_size_frames_or_rows(specific):
-    """Other sizes than the config's resample positions; features do not change the pooled vector."""
+    """Other sizes than the config's resample positions; features leave the pooled vector alone."""
     model, *weights = specific
     draw = np.random.default_rng(1)
     video = draw.uniform(-1, 1, (2, 3, 17, 33, 3)).astype(np.float32)
@@ -182,7 +193,7 @@ def test_any_subset_any_size_frames_or_rows(specific):
         out = jitted(model.config, features=features)(*weights, inputs)
         with torch.no_grad():
             expected = model(**tensors(inputs), features=features)
-        for name, value in out._asdict().items():
+        for name, value in vars(out).items():
             theirs = getattr(expected, name)
             assert (value is None) == (theirs is None), name
             if value is not None:
@@ -257,7 +268,7 @@ def test_bad_inputs_are_named(specific, inputs, message):
         jax_model.forward(params, statistics, **inputs, config=model.config)
 
 
-# -- the recording -----------------------------------------------------------------------------------------------------
+# -- the recording ---------------------------------------------------------------------------------
 
 
 def run_recorded(model: VATT, inputs: dict[str, torch.Tensor], **options):
@@ -266,23 +277,21 @@ def run_recorded(model: VATT, inputs: dict[str, torch.Tensor], **options):
 
 
 def test_recorded_towers_at_other_sizes():
-    video = test_oracle.model_with(specific_config(), "video")
+    video = oracle.model_with(specific_config(), "video")
     for key, recorded in (("x_image", "pooled_image"), ("x_interp", "pooled_interp")):
         pooled = run_recorded(video, {"video": array(f"video/{key}")}).video_pooled
-        test_oracle.assert_agrees(pooled, f"video/{recorded}", test_oracle.RESAMPLED)
-    audio = test_oracle.model_with(specific_config(), "audio")
+        oracle.assert_agrees(pooled, f"video/{recorded}", oracle.RESAMPLED)
+    audio = oracle.model_with(specific_config(), "audio")
     recorded = array("audio/pooled_interp")
     longer = run_recorded(audio, {"audio": array("audio/x_interp").squeeze(-1)}).audio_pooled
-    assert (
-        longer - recorded[: len(longer)]
-    ).abs().max() <= test_oracle.RESAMPLED * recorded.abs().max()
+    assert (longer - recorded[: len(longer)]).abs().max() <= oracle.RESAMPLED * recorded.abs().max()
 
 
 def test_recorded_features():
-    model = test_oracle.model_with(specific_config(), "text")
+    model = oracle.model_with(specific_config(), "text")
     out = run_recorded(model, {"text": array("text/ids")}, features=True)
-    test_oracle.assert_agrees(out.text_features[:, 1:], "text/words", test_oracle.TOWERS)
-    model = test_oracle.model_with(agnostic_config(), "uvatt")
+    oracle.assert_agrees(out.text_features[:, 1:], "text/words", oracle.TOWERS)
+    model = oracle.model_with(agnostic_config(), "uvatt")
     inputs = dict(
         video=array("uvatt/video_x"),
         audio=array("uvatt/audio_x").squeeze(-1),
@@ -290,19 +299,19 @@ def test_recorded_features():
     )
     out = run_recorded(model, inputs, features=True)
     for modality in inputs:
-        test_oracle.assert_agrees(
-            getattr(out, f"{modality}_pooled"), f"uvatt/{modality}_pooled", test_oracle.TOWERS
+        oracle.assert_agrees(
+            getattr(out, f"{modality}_pooled"), f"uvatt/{modality}_pooled", oracle.TOWERS
         )
-        test_oracle.assert_agrees(
+        oracle.assert_agrees(
             getattr(out, f"{modality}_features")[:, 1:],
             f"uvatt/{modality}_features",
-            test_oracle.TOWERS,
+            oracle.TOWERS,
         )
 
 
 @pytest.mark.parametrize("mode", ["eval", "train"])
 def test_recorded_common_space(mode):
-    model = test_oracle.model_with(specific_config(), "head")
+    model = oracle.model_with(specific_config(), "head")
     params, statistics = (
         jax_model.part(arrays, "common_space") for arrays in jax_weights.from_torch(model)
     )
@@ -314,23 +323,19 @@ def test_recorded_common_space(mode):
         "t_tovid": space.text(array("head/t").numpy()),
     }
     for name, value in found.items():
-        test_oracle.assert_agrees(
-            torch.tensor(np.asarray(value)), f"head/{mode}/{name}", test_oracle.EMBEDDINGS
+        oracle.assert_agrees(
+            torch.tensor(np.asarray(value)), f"head/{mode}/{name}", oracle.EMBEDDINGS
         )
     if mode == "train":
         for name, value in our_tensors("head/after_train").items():
             ours = np.asarray(space.statistics[name.removeprefix("common_space.")])
-            np.testing.assert_allclose(
-                ours, value, rtol=test_oracle.EMBEDDINGS, atol=1e-6, err_msg=name
-            )
+            np.testing.assert_allclose(ours, value, rtol=oracle.EMBEDDINGS, atol=1e-6, err_msg=name)
 
 
 def test_recorded_losses():
     per_device, texts, devices, temperature = array("loss/B_L_R_tau").tolist()
     clips = int(per_device * devices)
-    x = {
-        name: array(f"loss/{name}").unflatten(0, (clips, -1)).numpy() for name in test_oracle.INPUTS
-    }
+    x = {name: array(f"loss/{name}").unflatten(0, (clips, -1)).numpy() for name in oracle.INPUTS}
     assert x["t_vt"].shape[1] == texts
 
     @functools.partial(jax.jit, static_argnums=1)
@@ -348,7 +353,7 @@ def test_recorded_losses():
         return loss, {"vidaud": vidaud, "vidtxt": vidtxt, "per_replica": loss}
 
     results = []
-    for _, form, masked in test_oracle.loss_cases():
+    for _, form, masked in oracle.loss_cases():
         valid = {
             m: array(f"loss/{m}_mask").numpy() > 0 if masked else None for m in ("audio", "text")
         }
@@ -357,19 +362,19 @@ def test_recorded_losses():
             f"grad_{name}": value.reshape(-1, value.shape[-1]) for name, value in gradients.items()
         }
         results.append([{name: torch.tensor(np.asarray(value)) for name, value in found.items()}])
-    test_oracle.check_losses(1, results)
+    oracle.check_losses(1, results)
 
 
-@pytest.mark.parametrize("name", test_oracle.CONFIGS)
+@pytest.mark.parametrize("name", oracle.CONFIGS)
 def test_recorded_end_to_end(name):
-    model = test_oracle.model_with(test_oracle.CONFIGS[name](), name)
+    model = oracle.model_with(oracle.CONFIGS[name](), name)
     model.common_space.train()
     video, audio = array(f"{name}/in_video"), array(f"{name}/in_audio").squeeze(-1)
     text = array(f"{name}/in_text").unflatten(0, (video.shape[0], -1))
     out = run_recorded(model, dict(video=video, audio=audio, text=text), training=True)
     for modality in ("video", "audio", "text"):
-        test_oracle.assert_agrees(
-            getattr(out, f"{modality}_pooled"), f"{name}/pooled_{modality}", test_oracle.TOWERS
+        oracle.assert_agrees(
+            getattr(out, f"{modality}_pooled"), f"{name}/pooled_{modality}", oracle.TOWERS
         )
     recorded = {
         "z_video_va": "v_toaud",
@@ -378,5 +383,5 @@ def test_recorded_end_to_end(name):
         "z_text_vt": "t_tovid",
     }
     for ours, theirs in recorded.items():
-        tolerance = test_oracle.EMBEDDINGS + test_oracle.amplified_noise(model, out, ours)
-        test_oracle.assert_agrees(getattr(out, ours), f"head/{name}/{theirs}", tolerance)
+        tolerance = oracle.EMBEDDINGS + oracle.amplified_noise(model, out, ours)
+        oracle.assert_agrees(getattr(out, ours), f"head/{name}/{theirs}", tolerance)

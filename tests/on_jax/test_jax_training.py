@@ -1,4 +1,7 @@
-"""Pre-training in JAX: the same run as torch's, continued by either; 8 devices as one; the step compiled for a TPU by libtpu."""
+"""Pre-training in JAX: the same run as torch's, continued by either; 8 devices as one.
+
+And the step compiled for a TPU by libtpu.
+"""
 
 import dataclasses
 import json
@@ -9,24 +12,42 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_training import folder, metrics, settings  # noqa: F401
+from training_runs import metrics, settings, write_media
 
 jax = pytest.importorskip("jax", reason="the JAX model needs jax")
 pytest.importorskip("optax", reason="training in JAX needs optax")
 
 from vatt_fast.cli import main  # noqa: E402
 from vatt_fast.config import PRESETS, TowerConfig  # noqa: E402
+from vatt_fast.model import create_model  # noqa: E402
 from vatt_fast.on_jax import training as jax_loop  # noqa: E402
 from vatt_fast.on_jax.compile_tpu import CompileTPUConfig, compile_step  # noqa: E402
-from vatt_fast.training.loop import CHECKPOINT, TorchTrainer, pretrain  # noqa: E402
-from vatt_fast.weights import create_model, load_tensors  # noqa: E402
+from vatt_fast.training.loop import CHECKPOINT, pretrain  # noqa: E402
+from vatt_fast.training.step import TorchTrainer  # noqa: E402
+from vatt_fast.weights import load_tensors  # noqa: E402
 
 TOWER = TowerConfig(depth=3, dim=32, mlp_dim=64, num_heads=2, head_dim=16)
 ONE_BLOCK = dataclasses.replace(TOWER, depth=1)
 MODEL = dataclasses.replace(
-    PRESETS["tiny"], video=TOWER, audio=ONE_BLOCK, text=ONE_BLOCK, frames=4, height=16, width=16, samples=1280, sample_rate_hz=8000, texts_per_clip=2,
-    d_va=16, d_vt=16, learn_temperature=True,
-)  # fmt: skip
+    PRESETS["tiny"],
+    video=TOWER,
+    audio=ONE_BLOCK,
+    text=ONE_BLOCK,
+    frames=4,
+    height=16,
+    width=16,
+    samples=1280,
+    sample_rate_hz=8000,
+    texts_per_clip=2,
+    d_va=16,
+    d_vt=16,
+    learn_temperature=True,
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_media(tmp_path_factory.mktemp("media"))
 
 
 def run(config, **options):
@@ -49,12 +70,15 @@ def compiled_once(tmp_path):
 
 
 def test_a_run_in_jax_is_the_run_in_torch_and_may_change_sides(
-    folder,  # noqa: F811
+    folder,
     tmp_path,
     monkeypatch,
     compiled_once,
 ):
-    """Same batches, same DropToken, same weights to start from: the losses agree; so they do after a stop, whoever continues."""
+    """Same batches, same DropToken, same weights to start from: the losses agree.
+
+    So they do after a stop, whoever continues.
+    """
     config = settings(folder, tmp_path / "torch", steps=4, checkpoint_every=2, drop_per="clip")
     halfway = tmp_path / "from_torch"
     save = TorchTrainer.save
@@ -113,14 +137,14 @@ def test_a_run_in_jax_is_the_run_in_torch_and_may_change_sides(
         run(dataclasses.replace(ours, learning_rate=1e-2))
 
 
-def test_the_step_runs_where_it_was_asked_to(folder, tmp_path, monkeypatch):  # noqa: F811
+def test_the_step_runs_where_it_was_asked_to(folder, tmp_path, monkeypatch):
     """Asked for the CPU of a machine whose JAX prefers a TPU."""
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
     run(settings(folder, tmp_path / "out", steps=1, framework="jax", device="cpu"))
     assert len(metrics(tmp_path / "out")) == 1
 
 
-def test_bad_settings_are_named(folder, tmp_path):  # noqa: F811
+def test_bad_settings_are_named(folder, tmp_path):
     for changes, message in (
         (dict(device="quantum"), "this JAX sees none"),
         (dict(framework="tensorflow"), "torch or jax"),
@@ -135,8 +159,14 @@ def test_bad_settings_are_named(folder, tmp_path):  # noqa: F811
 
 
 def test_eight_devices_equal_one():
-    """Loss, gradients and statistics, weights everywhere or in shards, with clips that lack a part; in a process with 8 virtual devices."""
-    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    """Loss, gradients and statistics, weights everywhere or in shards, with clips that lack a part.
+
+    In a process with 8 virtual devices.
+    """
+    flags = (
+        "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
+        "--xla_llvm_disable_expensive_passes=true"
+    )
     environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": "1"}
     program = Path(__file__).parents[1] / "support" / "jax_sharded.py"
     done = subprocess.run(
@@ -152,12 +182,15 @@ def test_eight_devices_equal_one():
         assert (found["split"] > 20) == (name == "shards"), (name, found)
 
 
-# -- compiled for a TPU ------------------------------------------------------------------------------------------------
+# -- compiled for a TPU ----------------------------------------------------------------------------
 
 
 def test_the_step_compiles_for_a_tpu():
-    """Two video layers of tiny, one of audio and of text, on four v5e chips, weights in shards: kernels in their places, memory and layout
-    copies in budget. A whole medium_base_small is `vatt-fast compile-tpu`, minutes on two cores."""
+    """Two video layers of tiny, one of audio and of text, on four v5e chips, weights in shards.
+
+    Kernels are in their places, memory and layout copies in budget. A whole medium_base_small is
+    `vatt-fast compile-tpu`, minutes on two cores.
+    """
     pytest.importorskip("libtpu", reason="compiling for a TPU needs libtpu")
     tiny = PRESETS["tiny"]
     depths: dict = {

@@ -1,6 +1,8 @@
-"""A program for a process with 8 virtual CPU devices: the step on all of them against the same step on one. Prints one JSON line.
+"""A program for a process with 8 virtual CPU devices: the step on all of them against one.
 
-XLA_FLAGS=--xla_force_host_platform_device_count=8 python tests/jax_sharded.py
+Prints one JSON line.
+
+XLA_FLAGS=--xla_force_host_platform_device_count=8 python tests/support/jax_sharded.py
 """
 
 import dataclasses
@@ -12,7 +14,7 @@ import torch
 from jax.sharding import NamedSharding, PartitionSpec
 
 from vatt_fast.config import TowerConfig, VATTConfig
-from vatt_fast.data.dataset import Batch
+from vatt_fast.data.clips import Batch, DropToken, copy_kept_rows
 from vatt_fast.model import VATT
 from vatt_fast.on_jax import weights as jax_weights
 from vatt_fast.on_jax.training import (
@@ -25,18 +27,31 @@ from vatt_fast.on_jax.training import (
     place,
     state_specs,
 )
-from vatt_fast.training.loop import BETAS
+from vatt_fast.training.settings import BETAS
 
 TOWER = TowerConfig(depth=3, dim=16, mlp_dim=32, num_heads=2, head_dim=8)
 ONE_BLOCK = dataclasses.replace(TOWER, depth=1)
 CONFIG = VATTConfig(
-    video=TOWER, audio=ONE_BLOCK, text=ONE_BLOCK, frames=4, height=16, width=16, video_patch=(2, 8, 8), samples=512, audio_patch=64, words=5,
-    texts_per_clip=3, vocab_size=32, d_va=16, d_vt=8, learn_temperature=True,
-)  # fmt: skip
+    video=TOWER,
+    audio=ONE_BLOCK,
+    text=ONE_BLOCK,
+    frames=4,
+    height=16,
+    width=16,
+    video_patch=(2, 8, 8),
+    samples=512,
+    audio_patch=64,
+    words=5,
+    texts_per_clip=3,
+    vocab_size=32,
+    d_va=16,
+    d_vt=8,
+    learn_temperature=True,
+)
 CLIPS = 16
 
 
-def batch_of(config: VATTConfig, clips: int) -> Batch:
+def batch_of(config: VATTConfig, clips: int, drop: DropToken) -> Batch:
     """Random clips, some of them lacking a part; the first device's have no text at all."""
     draw = np.random.default_rng(0)
     text_valid = draw.random((clips, config.texts_per_clip)) > 0.3
@@ -54,21 +69,29 @@ def batch_of(config: VATTConfig, clips: int) -> Batch:
         text_valid=text_valid,
         start_seconds=np.zeros(clips),
     )
-    return Batch(
-        **{name: torch.from_numpy(value) for name, value in arrays.items()}, files=("",) * clips
-    )
+    keeps = drop.draw(clips, seed=0, step=0)
+    for name, patch in drop.patches.items():
+        keep = np.broadcast_to(keeps[f"{name}_keep"], (clips, keeps[f"{name}_keep"].shape[-1]))
+        rows = np.empty((*keep.shape, k_of(config, name)), arrays[name].dtype)
+        for i in range(clips):
+            copy_kept_rows(arrays[name][i], patch, keep[i], rows[i])
+        arrays[name] = rows
+    tensors = {name: torch.from_numpy(value) for name, value in (arrays | keeps).items()}
+    return Batch(**tensors, files=("",) * clips)
+
+
+def k_of(config: VATTConfig, modality: str) -> int:
+    return config.video_patch_values if modality == "video" else config.audio_patch
 
 
 def run(devices: int, drop_per: str, **changes) -> dict[str, np.ndarray]:
-    """Loss, gradients and statistics of one step, and the loss of a second one on the same batch."""
+    """Loss, gradients and statistics of one step, and the loss of a second on the same batch."""
     options = StepOptions(smallest_shard=1, **changes)
     torch.manual_seed(0)
     state = initial_state(*jax_weights.from_torch(VATT(CONFIG)), CONFIG)
     mesh, specs = make_mesh(jax.devices()[:devices]), state_specs(state, devices, options)
     # one draw for all, whatever the number of devices
-    arrays = host_batch(
-        batch_of(CONFIG, CLIPS), CONFIG, 0.5, seed=0, step=0, devices=1, drop_per=drop_per
-    )
+    arrays = host_batch(batch_of(CONFIG, CLIPS, DropToken(CONFIG, 0.5, drop_per)))
     if drop_per == "batch":
         arrays |= {
             name: np.repeat(arrays[name], devices, 0) for name in ("video_keep", "audio_keep")
@@ -80,7 +103,7 @@ def run(devices: int, drop_per: str, **changes) -> dict[str, np.ndarray]:
     step, key = make_step(CONFIG, mesh, state, options, drop_per), jax.random.key(0)
     state, loss = step(place(mesh, specs, state), arrays, 1e-3, key)
     split = sum(not value.sharding.is_fully_replicated for value in state.params.values())
-    found = {f"loss/{name}": value for name, value in loss._asdict().items()}
+    found = {f"loss/{name}": value for name, value in vars(loss).items()}
     found |= {f"statistics/{name}": value for name, value in state.statistics.items()}
     # Adam's first moment after one step
     found |= {
@@ -92,7 +115,10 @@ def run(devices: int, drop_per: str, **changes) -> dict[str, np.ndarray]:
 
 
 def errors(found: dict, expected: dict) -> dict[str, float]:
-    """Greatest difference by kind, relative to the tensor's largest value, or where that is rounding noise to the largest gradient."""
+    """Greatest difference by kind, relative to the tensor's largest value.
+
+    Where that is rounding noise: relative to the largest gradient.
+    """
     largest = max(
         abs(value).max() for name, value in expected.items() if name.startswith("gradient")
     )

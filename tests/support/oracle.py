@@ -1,8 +1,10 @@
-"""The recording of the released layers: its sizes as configs, its weights under our names.
+"""The recording of the released layers: its sizes as configs, its weights under our names, checks.
 
-``VATT_ORACLE`` points at another recording of the same form; every size comes from its ``config_json``.
+``VATT_ORACLE`` points at another recording of the same form; every size comes from its
+``config_json``.
 """
 
+import copy
 import json
 import os
 import re
@@ -13,6 +15,7 @@ import numpy as np
 import torch
 
 from vatt_fast.config import TowerConfig, VATTConfig
+from vatt_fast.model import VATT
 
 # released name (after the module's own) -> ours; {i} is the layer
 _ENCODER = {
@@ -58,8 +61,12 @@ _NAMES = {
     r"unified_vat_transformer/voxel_to_patch/(kernel|bias)": r"video_tokens.project.\1",
     r"unified_vat_transformer/waveform_to_patch/(kernel|bias)": r"audio_tokens.project.\1",
     r"unified_vat_transformer/text_embedding\w*/embeddings": "text_tokens.table.weight",
-    r"unified_vat_transformer/(video|audio|text)_pre_tx_projection/(kernel|bias)": r"\1_tokens.pre_proj.\2",
-    r"unified_vat_transformer/(video|audio|text)_post_tx_projection/(kernel|bias)": r"post_proj.\1.\2",
+    r"unified_vat_transformer/(video|audio|text)_pre_tx_projection/(kernel|bias)": (
+        r"\1_tokens.pre_proj.\2"
+    ),
+    r"unified_vat_transformer/(video|audio|text)_post_tx_projection/(kernel|bias)": (
+        r"post_proj.\1.\2"
+    ),
     **_under(
         "unified_vat_transformer/video_spatio_temporal_embeddings/", "video_tokens.", _POSITION
     ),
@@ -96,7 +103,10 @@ def array(key: str) -> torch.Tensor:
 
 
 def our_tensors(prefix: str) -> dict[str, torch.Tensor]:
-    """Recorded weights, gradients or statistics ``{prefix}/{index}|{name}`` under the names of our state dict."""
+    """Recorded weights, gradients or statistics under the names of our state dict.
+
+    In the recording they are ``{prefix}/{index}|{name}``.
+    """
     ours: dict[str, torch.Tensor] = {}
     packed: dict[str, dict[str, torch.Tensor]] = {}
     seen: dict[str, int] = {}
@@ -145,9 +155,16 @@ def _tower(sizes: dict) -> TowerConfig:
 def _common(sizes: dict) -> dict:
     head = sizes["H"]
     return dict(
-        d_va=head["va"], d_vt=head["vt"], batch_norm_momentum=1 - head["bn_momentum"], batch_norm_eps=head["bn_eps"],
-        heads="released", nce_form="released", va_weight=0.5, vt_weight=0.5, train_words=False,
-    )  # fmt: skip
+        d_va=head["va"],
+        d_vt=head["vt"],
+        batch_norm_momentum=1 - head["bn_momentum"],
+        batch_norm_eps=head["bn_eps"],
+        heads="released",
+        nce_form="released",
+        va_weight=0.5,
+        vt_weight=0.5,
+        train_words=False,
+    )
 
 
 @lru_cache(1)
@@ -156,13 +173,23 @@ def specific_config() -> VATTConfig:
     v, a, t = sizes["V"], sizes["A"], sizes["T"]
     patch, spatial = v["temporal_patch_size"], v["spatial_patch_size"]
     return VATTConfig(
-        video=_tower(v), audio=_tower(a), text=_tower(t),
-        frames=patch * v["max_temporal_buckets"], height=spatial * v["max_vertical_buckets"], width=spatial * v["max_horizontal_buckets"],
-        video_patch=(patch, spatial, spatial), samples=a["temporal_patch_size"] * a["max_temporal_buckets"],
-        audio_patch=a["temporal_patch_size"], words=recording()["text/ids"].shape[1], texts_per_clip=1,
-        vocab_size=t["vocab_size"], word_dim=t["d_embedding"],
-        relative_buckets=t["num_relative_buckets"], relative_max_distance=t["max_relative_distance"], **_common(sizes),
-    )  # fmt: skip
+        video=_tower(v),
+        audio=_tower(a),
+        text=_tower(t),
+        frames=patch * v["max_temporal_buckets"],
+        height=spatial * v["max_vertical_buckets"],
+        width=spatial * v["max_horizontal_buckets"],
+        video_patch=(patch, spatial, spatial),
+        samples=a["temporal_patch_size"] * a["max_temporal_buckets"],
+        audio_patch=a["temporal_patch_size"],
+        words=recording()["text/ids"].shape[1],
+        texts_per_clip=1,
+        vocab_size=t["vocab_size"],
+        word_dim=t["d_embedding"],
+        relative_buckets=t["num_relative_buckets"],
+        relative_max_distance=t["max_relative_distance"],
+        **_common(sizes),
+    )
 
 
 @lru_cache(1)
@@ -172,9 +199,94 @@ def agnostic_config() -> VATTConfig:
     patch, spatial = u["vid_temporal_patch_size"], u["vid_spatial_patch_size"]
     side = spatial * u["max_vid_spatial_buckets"]
     return VATTConfig(
-        kind="modality_agnostic", video=_tower(u), audio=_tower(u), text=_tower(u),
-        frames=patch * u["max_vid_temporal_buckets"], height=side, width=side, video_patch=(patch, spatial, spatial),
-        samples=u["aud_temporal_patch_size"] * u["max_aud_temporal_buckets"], audio_patch=u["aud_temporal_patch_size"],
-        words=u["max_txt_temporal_buckets"], texts_per_clip=1, vocab_size=u["txt_vocab_size"], word_dim=u["txt_embedding_dim"],
-        post_proj_dim=u["d_post_proj"], **_common(sizes),
-    )  # fmt: skip
+        kind="modality_agnostic",
+        video=_tower(u),
+        audio=_tower(u),
+        text=_tower(u),
+        frames=patch * u["max_vid_temporal_buckets"],
+        height=side,
+        width=side,
+        video_patch=(patch, spatial, spatial),
+        samples=u["aud_temporal_patch_size"] * u["max_aud_temporal_buckets"],
+        audio_patch=u["aud_temporal_patch_size"],
+        words=u["max_txt_temporal_buckets"],
+        texts_per_clip=1,
+        vocab_size=u["txt_vocab_size"],
+        word_dim=u["txt_embedding_dim"],
+        post_proj_dim=u["d_post_proj"],
+        **_common(sizes),
+    )
+
+
+# -- checks ----------------------------------------------------------------------------------------
+
+# max error / max value to expect in fp32
+TOWERS, RESAMPLED, EMBEDDINGS, GRADIENTS = 5e-6, 4e-3, 1e-5, 1e-4
+CONFIGS = {"tx_fac": specific_config, "ut_fac": agnostic_config}
+INPUTS = ("v_va", "v_vt", "a_va", "t_vt")
+
+
+def assert_agrees(ours: torch.Tensor, key: str, tolerance: float) -> None:
+    recorded = array(key)
+    ours = ours.detach().reshape(recorded.shape)
+    error = (ours - recorded).abs().max() / recorded.abs().max()
+    assert error <= tolerance, f"{key}: max error / max value {error:.1e} > {tolerance:.0e}"
+
+
+def model_with(config, prefix: str) -> VATT:
+    """A model whose recorded module holds the recording's weights; the rest stays random."""
+    model = VATT(config).eval()
+    result = model.load_state_dict(our_tensors(f"{prefix}/w"), strict=False)
+    assert not result.unexpected_keys
+    return model
+
+
+def loss_cases():
+    for form, ours in (("asym", "released"), ("sym", "symmetric")):
+        for masked in (0, 1):
+            yield form, ours, masked
+
+
+def check_losses(world: int, results: list[dict]) -> None:
+    for (form, _, masked), parts in zip(loss_cases(), results, strict=True):
+        key = f"loss/{form}_mask{masked}_rep{world}"
+        for name in ("vidaud", "vidtxt", "per_replica"):
+            torch.testing.assert_close(
+                torch.stack([p[name] for p in parts]).double(),
+                array(f"{key}/{name}"),
+                rtol=0,
+                atol=1e-5,
+                msg=f"{key}/{name}",
+            )
+        for name in INPUTS:
+            assert_agrees(
+                torch.cat([p[f"grad_{name}"] for p in parts]), f"{key}/grad_{name}", GRADIENTS
+            )
+
+
+def amplified_noise(model, out, name: str) -> float:
+    """What fp32 rounding of the pooled vectors becomes behind batch norms over so few clips.
+
+    The rounding is 1e-6, half the towers' usual error.
+    """
+    heads, generator = copy.deepcopy(model.common_space).double(), torch.Generator().manual_seed(0)
+
+    def embeddings(noise: float) -> dict[str, torch.Tensor]:
+        exact = {
+            m: getattr(out, f"{m}_pooled").detach().double().flatten(0, -2)
+            for m in ("video", "audio", "text")
+        }
+        x = {
+            m: v + noise * v.abs().max() * torch.randn(v.shape, dtype=v.dtype, generator=generator)
+            for m, v in exact.items()
+        }
+        z_video_va, z_video_vt = heads.video(x["video"])
+        return {
+            "z_video_va": z_video_va,
+            "z_video_vt": z_video_vt,
+            "z_audio_va": heads.audio(x["audio"]),
+            "z_text_vt": heads.text(x["text"]),
+        }
+
+    exact, noisy = embeddings(0.0)[name], embeddings(1e-6)[name]
+    return ((noisy - exact).abs().max() / exact.abs().max()).item()

@@ -1,4 +1,7 @@
-"""The ``paper`` recipe once more, as naively as possible: NumPy fp64, one clip, one token, one head, one pair at a time."""
+"""The ``paper`` recipe once more, as naively as possible, in NumPy fp64.
+
+One clip, one token, one head, one pair at a time.
+"""
 
 import math
 
@@ -22,7 +25,7 @@ def dense(x, w, prefix):
 
 
 def video_rows(clip, patch):
-    """Patch after patch in (t, h, w) order, value after value in (t, h, w, c) order; uint8 to [-1, 1]."""
+    """Patches in (t, h, w) order, values in (t, h, w, c) order; uint8 to [-1, 1]."""
     frames, rows, columns = patch
     for t in range(0, clip.shape[0], frames):
         for y in range(0, clip.shape[1], rows):
@@ -41,7 +44,7 @@ def video_positions(w, prefix, grid):
 
 
 def encoder(tokens, w, prefix, tower, attended, t5):
-    """tokens: list of vectors; attended: which of them are keys. Returns the pooled vector (index 0)."""
+    """tokens: list of vectors; attended: which of them are keys. Returns the pooled vector."""
     norm = rms_norm if t5 else layer_norm
     for layer in range(tower.depth):
         at = f"{prefix}.blocks.{layer}"
@@ -117,7 +120,10 @@ def unit(z):
 
 
 def nce(x, y, valid, y_valid, temperature):
-    """Mean over valid clips of -log(positives / (positives + pairs of the clip's row and column)), positives counted once."""
+    """Mean over valid clips of -log(positives / (positives + pairs of its row and column)).
+
+    Positives count once.
+    """
     losses = []
     for i in range(len(x)):
         if not (valid[i] and any(y_valid[i])):

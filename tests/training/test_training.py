@@ -1,7 +1,6 @@
 """Pre-training: schedules as published, runs that may be interrupted, errors that lose nothing."""
 
 import dataclasses
-import json
 import os
 import signal
 import subprocess
@@ -12,14 +11,14 @@ import numpy as np
 import pytest
 import torch
 from oracle import recording
+from training_runs import metrics, settings, write_media
 
 from vatt_fast.config import PRESETS
-from vatt_fast.data.media_writer import write_clip
-from vatt_fast.model import VATT
-from vatt_fast.training import loop
-from vatt_fast.training.loop import CHECKPOINT, METRICS, PretrainConfig, pretrain
+from vatt_fast.model import VATT, create_model
+from vatt_fast.training import step as step_module
+from vatt_fast.training.loop import CHECKPOINT, METRICS, pretrain
 from vatt_fast.training.schedule import learning_rate
-from vatt_fast.weights import create_model, load_tensors
+from vatt_fast.weights import load_tensors
 
 MODEL = dataclasses.replace(
     PRESETS["tiny"],
@@ -34,48 +33,11 @@ MODEL = dataclasses.replace(
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Eight real mp4 files, one of them without sound and one without captions."""
-    folder, rng = tmp_path_factory.mktemp("media"), np.random.default_rng(0)
-    captions = {}
-    for i in range(8):
-        frames = rng.integers(0, 256, (8, 16, 16, 3), dtype=np.uint8)
-        audio = np.sin(np.arange(6400) * 0.1 * (i + 1)).astype(np.float32) * 0.5
-        write_clip(
-            folder / f"{i}.mp4",
-            frames,
-            None if i == 3 else audio,
-            frames_per_second=10,
-            sample_rate_hz=8000,
-        )
-        if i != 5:
-            captions[f"{i}.mp4"] = [
-                {"start": 0.0, "end": 0.4, "text": f"clip number {i}"},
-                {"start": 0.4, "end": 0.8, "text": f"the end of {i}"},
-            ]
-    (folder / "captions.json").write_text(json.dumps(captions))
-    return folder
-
-
-def settings(folder, out, **changes):
-    defaults = dict(
-        steps=6,
-        batch_size=4,
-        warmup_steps=2,
-        log_every=1,
-        checkpoint_every=2,
-        workers=0,
-        learning_rate=1e-3,
-        precision="fp32",
-    )
-    return PretrainConfig(data=str(folder), out=str(out), **defaults | changes)
+    return write_media(tmp_path_factory.mktemp("media"))
 
 
 def run(config, **options):
     return pretrain(config, model_config=MODEL, progress=False, **options)
-
-
-def metrics(out):
-    return [json.loads(line) for line in (out / METRICS).read_text().splitlines()]
 
 
 def test_schedules_as_released():
@@ -128,7 +90,7 @@ def test_a_continued_run_equals_an_uninterrupted_one(folder, tmp_path):
         pass
 
     # stop like a kill between checkpoints: three steps done, the checkpoint holds two
-    original, calls = loop.train_step, []
+    original, calls = step_module.train_step, []
 
     def failing(*args):
         if len(calls) == 3:
@@ -136,12 +98,12 @@ def test_a_continued_run_equals_an_uninterrupted_one(folder, tmp_path):
         calls.append(1)
         return original(*args)
 
-    loop.train_step = failing
+    step_module.train_step = failing
     try:
         with pytest.raises(Stopped):
             run(stopped)
     finally:
-        loop.train_step = original
+        step_module.train_step = original
     assert len(metrics(tmp_path / "stopped")) == 3
     with (tmp_path / "stopped" / METRICS).open("a") as file:
         file.write('{"step": 4, "lo')  # a line cut short
@@ -165,7 +127,7 @@ def test_a_folder_without_captions_trains_video_and_audio(folder, tmp_path):
     assert all(
         line["loss_va"] > 0 and line["loss_vt"] == 0 and np.isfinite(line["loss"]) for line in lines
     )
-    before = loop.initial_model(model.config, model.vocabulary, 0).state_dict()
+    before = step_module.initial_model(model.config, model.vocabulary, 0).state_dict()
     assert not torch.equal(
         model.state_dict()["video_tokens.project.weight"], before["video_tokens.project.weight"]
     )

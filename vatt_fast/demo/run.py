@@ -13,7 +13,8 @@ from typing import Any, Literal
 import numpy as np
 
 from ..config import preset
-from ..data.dataset import ClipSpec, evaluation_clips
+from ..data.clips import ClipSpec
+from ..data.loader import evaluation_clips
 from ..data.media import read_video
 from ..encoding import embed_batches, embed_sentences
 from ..evaluation.probe import linear_probe
@@ -22,11 +23,11 @@ from ..model import VATT
 from ..training.loop import (
     CHECKPOINT,
     METRICS,
-    PretrainConfig,
-    initial_model,
     pretrain,
     vocabulary_of,
 )
+from ..training.settings import PretrainConfig
+from ..training.step import initial_model
 from .report import contact_sheet, plot_curves, retrieval_table
 from .scene import FACTORS
 from .world import render_world

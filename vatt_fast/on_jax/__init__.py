@@ -1,1 +1,1 @@
-"""VATT in JAX, the twin of the torch model: model, losses, weights, sharded training, compilation for TPUs."""
+"""VATT in JAX: model, losses, weights, sharded training, compilation for TPUs."""

@@ -1,4 +1,7 @@
-"""Reading what XLA made of a program, from its optimised HLO: Mosaic kernels, layout changes, exchanges between devices."""
+"""Read what XLA made of a program from its optimised HLO.
+
+Mosaic kernels, layout changes, exchanges between devices.
+"""
 
 import collections
 import math
@@ -94,9 +97,9 @@ class Program:
         return {kind: found[kind] for kind in _COLLECTIVES if found[kind]}
 
     def layout_changes(self) -> dict[str, int]:
-        """{name: bytes} of the copies and transposes whose result orders its axes in memory unlike its operand, alone or as a fusion's root.
+        """{name: bytes} of the copies and transposes that change the order of axes in memory.
 
-        One inside a loop counts once.
+        They stand alone or as a fusion's root; one inside a loop counts once.
         """
         fused = {line.callee for line in self._lines.values()}
         alone = (
@@ -113,9 +116,10 @@ class Program:
         }
 
     def layout_changes_at_kernels(self) -> list[str]:
-        """Those that a kernel's large operands come from or its large results go to, with only views between.
+        """Those that a kernel's large operands come from, or its large results go to.
 
-        Large: from a quarter of the kernel's largest array; so rows of statistics are not.
+        Only views lie between. Large: from a quarter of the kernel's largest array; so rows of
+        statistics are not.
         """
         found: set[str] = set()
         for kernel in self._kernels:
@@ -187,9 +191,8 @@ class Program:
 
 def _instructions(text: str) -> Iterable[_Instruction]:
     computation = ""
-    for line in re.sub(
-        r"/\*.*?\*/", "", text
-    ).splitlines():  # long tuples number their parts in comments
+    # long tuples number their parts in comments
+    for line in re.sub(r"/\*.*?\*/", "", text).splitlines():
         if opens := _COMPUTATION.match(line):
             computation = opens[1]
         elif found := _LINE.match(line):

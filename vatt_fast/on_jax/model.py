@@ -1,14 +1,22 @@
-"""VATT in JAX, function for function the twin of ``model.py``, on a dict of arrays: positions, tokens, encoder, common space, model.
+"""VATT in JAX, on a dict of arrays: positions, tokens, encoder, common space, model.
 
-    config, params, statistics = jax_weights.load("runs/demo")                 # the same folder ``VATT.from_pretrained`` reads
-    out, statistics = jax_model.forward(params, statistics, video, audio, text, config=config)
+Function for function the twin of ``vatt_fast/model.py``.
 
-``params`` and ``statistics``, the batch norms' running statistics, a state that goes in and comes out, are named and laid out as
-``jax_weights`` says: attention's weights split by head, the blocks of an encoder stacked.
+    from vatt_fast.on_jax import model, weights
 
-Shapes: B clips, N patches, K kept patches, P texts a clip, W words, T = 1 + kept tokens, H heads, D head_dim.
+    # the same folder that ``VATT.from_pretrained`` reads
+    config, params, statistics = weights.load("runs/demo")
+    out, statistics = model.forward(params, statistics, video, audio, text, config=config)
+
+``statistics`` are the batch norms' running statistics, a state that goes in and comes out. Names
+and layouts are those of ``weights``: attention's weights split by head, the blocks of an encoder
+stacked.
+
+Shapes: B clips, N patches, K kept patches, P texts a clip, W words, T = 1 + kept tokens, H heads,
+D head_dim.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -16,16 +24,15 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from ..config import TowerConfig, VATTConfig, video_grid
+from ..config import MAX_SCALE, MODALITIES, NORM_EPS, TowerConfig, VATTConfig
+from ..inputs import PatchInput, audio_input, check_text, require_input, video_input
 from ..kernels import jax_ops
-from ..kernels.drop_token import check_keep
 from ..kernels.patch_embed import patchify
-from ..model import MAX_SCALE, NORM_EPS
+from ..model import VATTOutput
 from ..positions import relative_position_buckets, resample_matrix
-from .weights import MODALITIES, Arrays
+from .weights import Arrays
 
 
 def part(p: Arrays, name: str) -> Arrays:
@@ -33,7 +40,7 @@ def part(p: Arrays, name: str) -> Arrays:
     return {key[len(name) + 1 :]: value for key, value in p.items() if key.startswith(name + ".")}
 
 
-# -- positions ---------------------------------------------------------------------------------------------------------
+# -- positions -------------------------------------------------------------------------------------
 
 
 def position_table(p: Arrays, grid: tuple[int, ...]) -> jax.Array:
@@ -51,28 +58,23 @@ def position_table(p: Arrays, grid: tuple[int, ...]) -> jax.Array:
     return norm(part(p, "norm"), functools.reduce(jnp.add, rows).reshape(-1, rows[0].shape[-1]))
 
 
-# -- tokens ------------------------------------------------------------------------------------------------------------
+# -- tokens ----------------------------------------------------------------------------------------
 
 
 def patch_tokens(
-    p: Arrays,
-    patches,
-    grid,
-    keep,
-    *,
-    scale: float,
-    shift: float,
-    dtype,
-    dropout: float = 0.0,
-    key=None,
+    p: Arrays, patches, how: PatchInput, keep, *, dtype, dropout: float = 0.0, key=None
 ) -> jax.Array:
-    """patches (B, N, k), or only the kept (B, K, k) -> tokens (B, 1 + K, dim) in ``dtype``. See ``PatchTokens``."""
-    position = position_table(part(p, "position"), grid)
-    gathered = keep is not None and patches.shape[1] == keep.shape[-1]
+    """Patch rows (B, N, k), or only the kept (B, K, k) -> tokens (B, 1 + K, dim) in ``dtype``.
+
+    See ``PatchTokens``.
+    """
+    position = position_table(part(p, "position"), how.grid)
     project = functools.partial(
         jax_ops.patch_embed, patches, p["project.weight"], p["project.bias"]
     )
-    options: dict[str, Any] = dict(scale=scale, shift=shift, gathered=gathered, dtype=dtype)
+    options: dict[str, Any] = dict(
+        scale=how.scale, shift=how.shift, gathered=how.gathered, dtype=dtype
+    )
     if "pre_proj.weight" not in p and key is None:
         return project(position, keep, agg=p["agg"], **options)
     tokens = project(None, keep, **options)
@@ -97,13 +99,16 @@ def word_tokens(
     return _prepend(p["agg"], tokens) if agnostic else tokens
 
 
-# -- encoder -----------------------------------------------------------------------------------------------------------
+# -- encoder ---------------------------------------------------------------------------------------
 
 
 def block(
     p: Arrays, x, bias, key_mask, agg_only: bool, *, scale: float, dropout: float = 0.0, key=None
 ) -> jax.Array:
-    """x (B, T, dim) -> (B, T, dim), or with ``agg_only`` the same function's (B, 1, dim) at index 0. See ``Block``."""
+    """x (B, T, dim) -> (B, T, dim); with ``agg_only`` the same function's (B, 1, dim) at index 0.
+
+    See ``Block``.
+    """
     keys = _split(key, 4)
     attended = attend(
         p,
@@ -155,7 +160,10 @@ _KEPT = "vatt_block"
 
 
 def _keep(x) -> jax.Array:
-    """What a block's backward pass finds in memory, beside its input and attention's results; it computes the rest anew: norms, GELU, casts."""
+    """Mark what a block keeps for its backward pass, beside its input and attention's results.
+
+    The backward pass computes the rest again: norms, GELU, casts.
+    """
     return checkpoint_name(x, _KEPT)
 
 
@@ -172,9 +180,11 @@ def encoder(
     fetch: Callable[[str, Arrays], Arrays] = lambda name, p: p,
     recompute: bool = False,
 ) -> jax.Array:
-    """x (B, T, dim) -> features (B, T, dim); ``agg_only``: (B, 1, dim), the last block's queries, output and MLP for AGG alone.
+    """x (B, T, dim) -> features (B, T, dim).
 
-    With a relative position bias it is T5's: unscaled scores. See ``forward`` for ``fetch`` and ``recompute``.
+    ``agg_only``: (B, 1, dim), the last block's queries, output and MLP for AGG alone. With a
+    relative position bias it is T5's: unscaled scores. See ``forward`` for ``fetch`` and
+    ``recompute``.
     """
     t5 = "relative_bias" in p
     bias = relative_bias(p["relative_bias"], x.shape[1], max_distance) if t5 else None
@@ -210,19 +220,22 @@ def relative_bias(table, length: int, max_distance: int) -> jax.Array:
     )
 
 
-# -- common space ------------------------------------------------------------------------------------------------------
+# -- common space ----------------------------------------------------------------------------------
 
 
 def batch_norm(
     p: Arrays, s: Arrays, x, valid=None, *, momentum: float, eps: float, training: bool, axis=None
 ) -> tuple[jax.Array, Arrays]:
-    """x (R, dim), valid (R,) bool -> the normalised x and the new running statistics. See ``BatchNorm``.
+    """x (R, dim), valid (R,) bool -> the normalised x and the new running statistics.
 
-    Statistics over the valid rows of all devices of the mesh axis ``axis``, fp32 at least; so is the result: embeddings feed the loss.
+    Statistics over the valid rows of all devices of the mesh axis ``axis``, fp32 at least whatever
+    dtype the weights have; so is the result: embeddings feed the loss. See ``BatchNorm``.
     """
-    x = x.astype(p["weight"].dtype)
+    dtype = _wide(p["weight"].dtype)
+    x = x.astype(dtype)
+    weight, bias = p["weight"].astype(dtype), p["bias"].astype(dtype)
     if not training:
-        mean, var = s["running_mean"], s["running_var"]
+        mean, var = s["running_mean"].astype(dtype), s["running_var"].astype(dtype)
     else:
         rows = (
             jnp.ones((x.shape[0], 1), x.dtype) if valid is None else valid[:, None].astype(x.dtype)
@@ -233,14 +246,17 @@ def batch_norm(
         step = momentum * (count > 0)  # a batch without a valid row teaches nothing
         now = {"running_mean": mean, "running_var": var}
         s = {
-            name: value + step * (jax.lax.stop_gradient(now[name]) - value)
+            name: (value + step * (jax.lax.stop_gradient(now[name]) - value)).astype(value.dtype)
             for name, value in s.items()
         }
-    return (x - mean) * jax.lax.rsqrt(var + eps) * p["weight"] + p["bias"], s
+    return (x - mean) * jax.lax.rsqrt(var + eps) * weight + bias, s
 
 
 class CommonSpace:
-    """Pooled vectors -> S_va (video, audio) and S_vt (video, text), collecting the batch norms' new statistics. See ``model.CommonSpace``."""
+    """Pooled vectors -> S_va (video, audio) and S_vt (video, text).
+
+    Collects the batch norms' new statistics. See ``vatt_fast.model.CommonSpace``.
+    """
 
     def __init__(
         self, p: Arrays, statistics: Arrays, config: VATTConfig, *, training: bool, axis=None
@@ -254,7 +270,7 @@ class CommonSpace:
         )
 
     def video(self, pooled, valid=None) -> tuple[jax.Array, jax.Array]:
-        """pooled (B, dim) -> z_video_va (B, d_va), z_video_vt (B, d_vt), not normalised to unit length."""
+        """pooled (B, dim) -> z_video_va (B, d_va), z_video_vt (B, d_vt), not of unit length."""
         hidden = jax.nn.relu(
             self._norm("video_hidden_norm", self._dense("video_hidden", pooled), valid)
         )
@@ -285,26 +301,12 @@ class CommonSpace:
         return x
 
 
-# -- model -------------------------------------------------------------------------------------------------------------
+# -- model -----------------------------------------------------------------------------------------
 
 
-class VATTOutput(NamedTuple):
-    """What a call computed; absent modalities are None.
-
-    ``*_features`` (B, T, dim) after the final norm, AGG at index 0 (only when asked for); ``*_pooled`` (B, dim), for text (B, P, dim);
-    ``z_*`` embeddings in S_va (B, d_va) and S_vt (B, d_vt), text (B, P, d_vt), before l2 normalisation.
-    """
-
-    video_features: jax.Array | None = None
-    audio_features: jax.Array | None = None
-    text_features: jax.Array | None = None
-    video_pooled: jax.Array | None = None
-    audio_pooled: jax.Array | None = None
-    text_pooled: jax.Array | None = None
-    z_video_va: jax.Array | None = None
-    z_audio_va: jax.Array | None = None
-    z_video_vt: jax.Array | None = None
-    z_text_vt: jax.Array | None = None
+jax.tree_util.register_dataclass(
+    VATTOutput, [field.name for field in dataclasses.fields(VATTOutput)], []
+)
 
 
 def forward(
@@ -334,53 +336,59 @@ def forward(
     Args:
         training: batch norms use and learn the batch's statistics.
         key: random key of dropout; None for none, whatever the config says.
-        dtype: of the towers' arithmetic, as autocast in torch; the weights' if None. Statistics and embeddings stay fp32 at least.
+        dtype: of the towers' arithmetic, as autocast in torch; the weights' if None. Statistics and
+            embeddings stay fp32 at least.
         axis: inside ``shard_map``, the mesh axis whose devices share the batch.
-        fetch: called as ``fetch(name, arrays)`` right before a part's arrays are used: where weights live in shards, it joins them.
-        recompute: keep only the blocks' inputs for the backward pass, and run the blocks again there.
+        fetch: called as ``fetch(name, arrays)`` right before a part's arrays are used: where
+            weights lie in shards, it joins them.
+        recompute: keep only the blocks' inputs for the backward pass, and run the blocks again
+            there.
 
     Returns:
         The output and the statistics after the call, which are the given ones unless ``training``.
 
     Raises:
-        ValueError: no input, an empty batch, shapes that do not fit, and ids in a numpy array beyond the vocabulary; each names the value,
-            the rule and the remedy.
+        ValueError: no input, an empty batch, shapes that do not fit, and ids in a NumPy array
+            beyond the vocabulary; each names the value, the rule and the remedy.
     """
-    if video is None and audio is None and text is None:
-        raise ValueError("no input; give at least one of video, audio, text")
+    require_input(video, audio, text)
     keys = dict(zip(MODALITIES, _split(key if config.dropout else None, 3), strict=True))
     dtype = params["video_tokens.agg"].dtype if dtype is None else jnp.dtype(dtype)
-    how = _How(params, config, dtype, features, keys, fetch, recompute)
-    space_params = fetch("common_space", part(params, "common_space"))
+    call = CallOptions(params, config, dtype, features, keys, fetch, recompute)
     space = CommonSpace(
-        space_params, part(statistics, "common_space"), config, training=training, axis=axis
+        fetch("common_space", part(params, "common_space")),
+        part(statistics, "common_space"),
+        config,
+        training=training,
+        axis=axis,
     )
-    out: dict[str, jax.Array | None] = {}
+    out: Any = VATTOutput()
     if video is not None:
-        out["video_features"], pooled = _encode_video(how, video, video_keep, video_grid)
-        out["video_pooled"] = pooled
-        out["z_video_va"], out["z_video_vt"] = space.video(pooled, video_valid)
+        how = video_input(config, video, video_keep, video_grid)
+        out.video_features, pooled = _encode_patches(call, "video", video, how, video_keep)
+        out.video_pooled = pooled
+        out.z_video_va, out.z_video_vt = space.video(pooled, video_valid)
     if audio is not None:
-        out["audio_features"], out["audio_pooled"] = _encode_audio(how, audio, audio_keep)
-        out["z_audio_va"] = space.audio(out["audio_pooled"], audio_valid)
+        how = audio_input(config, audio, audio_keep)
+        out.audio_features, pooled = _encode_patches(call, "audio", audio, how, audio_keep)
+        out.audio_pooled = pooled
+        out.z_audio_va = space.audio(pooled, audio_valid)
     if text is not None:
-        out["text_features"], pooled = _encode_text(how, text)
+        out.text_features, pooled = _encode_text(call, text)
         z = space.text(pooled, None if text_valid is None else text_valid.reshape(-1))
         lead = text.shape[:-1]
-        out["text_pooled"], out["z_text_vt"] = pooled.reshape(*lead, -1), z.reshape(*lead, -1)
-    return VATTOutput(**out), {
-        f"common_space.{name}": value for name, value in space.statistics.items()
-    }
+        out.text_pooled, out.z_text_vt = pooled.reshape(*lead, -1), z.reshape(*lead, -1)
+    return out, {f"common_space.{name}": value for name, value in space.statistics.items()}
 
 
-class _How(NamedTuple):
-    """What the three encodings of one call share."""
+class CallOptions(NamedTuple):
+    """What the three encodings of one call share; see ``forward``."""
 
     params: Arrays
     config: VATTConfig
     dtype: Any
     features: bool
-    keys: dict[str, Any]
+    keys: dict[str, Any]  # of dropout, by modality
     fetch: Callable[[str, Arrays], Arrays]
     recompute: bool
 
@@ -388,128 +396,81 @@ class _How(NamedTuple):
         return self.fetch(name, part(self.params, name))
 
 
-def _encode_video(how: _How, video, keep, grid):
-    c = how.config
-    scale, shift = (2 / 255, -1.0) if video.dtype == jnp.uint8 else (1.0, 0.0)
-    if video.ndim == 5 and video.shape[-1] == 3:
-        _refuse_empty("video", video)
-        if video.shape[1] == 1:  # an image fills one temporal patch
-            video = jnp.repeat(video, c.video_patch[0], axis=1)
-        _, frames, height, width, _ = video.shape
-        grid = video_grid(frames, height, width, c.video_patch)
-        video = patchify(video, c.video_patch, pad_value=0 if video.dtype == jnp.uint8 else -1)
-    elif video.ndim != 3:
-        raise ValueError(
-            f"video is {video.shape}; it takes frames (B, T, H, W, 3) or patch rows (B, N, {c.video_patch_values})"
-        )
-    return _encode_patches(
-        how, "video", video, keep, grid or c.video_grid, scale=scale, shift=shift
+def _encode_patches(call: CallOptions, modality: str, patches, how: PatchInput, keep):
+    """Clips or patch rows -> features if asked for, and pooled."""
+    if how.patch is not None:
+        # the op takes rows here; an image fills one temporal patch
+        if patches.ndim == 5 and patches.shape[1] == 1:
+            patches = jnp.repeat(patches, how.patch[0], axis=1)
+        patches = patchify(patches, how.patch, pad_value=how.pad_value)
+    keys = _split(call.keys[modality], 2)
+    x = patch_tokens(
+        call.part(f"{modality}_tokens"),
+        jnp.asarray(patches),
+        how,
+        None if keep is None else jnp.asarray(keep),
+        dtype=call.dtype,
+        dropout=call.config.dropout,
+        key=keys[0],
     )
+    return _run_encoder(call, modality, x, None, keys[1])
 
 
-def _encode_audio(how: _How, audio, keep):
-    c = how.config
-    if audio.ndim == 2:
-        _refuse_empty("audio", audio)
-        audio = patchify(audio, (c.audio_patch,))
-        grid = (audio.shape[1],)
-    elif audio.ndim == 3:
-        only_kept = keep is not None and audio.shape[1] == keep.shape[-1]
-        grid = (c.num_audio_patches if only_kept else audio.shape[1],)
-    else:
-        raise ValueError(
-            f"audio is {audio.shape}; it takes a waveform (B, S) or patch rows (B, N, {c.audio_patch})"
-        )
-    return _encode_patches(how, "audio", audio, keep, grid, scale=1.0, shift=0.0)
-
-
-def _encode_patches(how: _How, modality: str, patches, keep, grid, *, scale: float, shift: float):
-    c, count = how.config, math.prod(grid)
-    values = c.video_patch_values if modality == "video" else c.audio_patch
-    _refuse_empty(modality, patches)
-    if keep is not None:
-        keep = _checked_keep(modality, keep, count, patches)
-    kept = count if keep is None else keep.shape[-1]
-    if patches.shape[1] not in (count, kept) or patches.shape[2] != values:
-        raise ValueError(
-            f"{modality} patches are {patches.shape}; a grid of {grid} takes (B, {count}, {values})"
-            + (
-                f" or the {kept} kept rows"
-                if keep is not None
-                else "; another size needs frames, or video_grid"
-            )
-        )
-    keys = _split(how.keys[modality], 2)
-    options: dict[str, Any] = dict(
-        scale=scale, shift=shift, dtype=how.dtype, dropout=c.dropout, key=keys[0]
-    )
-    x = patch_tokens(how.part(f"{modality}_tokens"), jnp.asarray(patches), grid, keep, **options)
-    return _run_encoder(how, modality, x, None, keys[1])
-
-
-def _encode_text(how: _How, text):
-    c = how.config
-    if text.ndim not in (2, 3) or not jnp.issubdtype(text.dtype, jnp.integer):
-        raise ValueError(
-            f"text is {text.shape} {text.dtype}; it takes integer word ids (B, P, W) or (B, W)"
-        )
-    _refuse_empty("text", text)
-    if (
-        isinstance(text, np.ndarray) and not 0 <= text.min() <= text.max() < c.vocab_size
-    ):  # on a device nobody looks
-        raise ValueError(
-            f"text holds ids {text.min()} to {text.max()}; this model's vocabulary has {c.vocab_size} words, 0 is padding"
-        )
+def _encode_text(call: CallOptions, text):
+    c = call.config
+    check_text(c, text)
     ids = jnp.asarray(text).reshape(-1, text.shape[-1])
-    if c.agnostic and ids.shape[1] > c.words:
-        raise ValueError(
-            f"text has {ids.shape[1]} words; this model's position table holds {c.words}: cut the sentences"
-        )
     key_mask = jnp.pad(ids != 0, ((0, 0), (1, 0)), constant_values=True)  # AGG is always attended
-    keys = _split(how.keys["text"], 2)
+    keys = _split(call.keys["text"], 2)
     x = word_tokens(
-        how.part("text_tokens"),
+        call.part("text_tokens"),
         ids,
         agnostic=c.agnostic,
-        dtype=how.dtype,
+        dtype=call.dtype,
         dropout=c.dropout,
         key=keys[0],
     )
-    return _run_encoder(how, "text", x, key_mask, keys[1])
+    return _run_encoder(call, "text", x, key_mask, keys[1])
 
 
-def _run_encoder(how: _How, modality: str, x, key_mask, key):
-    c, name = how.config, "trunk" if how.config.agnostic else f"{modality}_encoder"
+def _run_encoder(call: CallOptions, modality: str, x, key_mask, key):
+    c, name = call.config, "trunk" if call.config.agnostic else f"{modality}_encoder"
     x = encoder(
-        part(how.params, name),
+        part(call.params, name),
         x,
         getattr(c, modality),
         key_mask,
-        agg_only=not how.features,
+        agg_only=not call.features,
         max_distance=c.relative_max_distance,
         dropout=c.dropout,
         key=key,
-        fetch=lambda below, p: how.fetch(f"{name}.{below}", p),
-        recompute=how.recompute,
+        fetch=lambda below, p: call.fetch(f"{name}.{below}", p),
+        recompute=call.recompute,
     )
     if c.agnostic:
-        x = gelu(dense(how.part(f"post_proj.{modality}"), x))
-    return (x if how.features else None), x[:, 0]
+        x = gelu(dense(call.part(f"post_proj.{modality}"), x))
+    return (x if call.features else None), x[:, 0]
 
 
 def scale(params: Arrays, config: VATTConfig) -> jax.Array | float:
-    """Logits factor 1 / temperature, at most 100: a float when fixed, else an fp32 scalar with gradient."""
+    """Logits factor 1 / temperature, at most 100.
+
+    A float when fixed, else an fp32 scalar with gradient.
+    """
     if not config.learn_temperature:
         return 1 / config.temperature
     return jnp.exp(_clamped(params["log_scale"].astype(jnp.float32)))
 
 
 def clamp_temperature(params: Arrays) -> Arrays:
-    """Bring a learned temperature back to at least 1/100; after each optimizer step, or it could stick beyond the clamp."""
+    """Bring a learned temperature back to at least 1/100.
+
+    Call it after each optimizer step, or the temperature could stick beyond the clamp.
+    """
     return params | {"log_scale": _clamped(params["log_scale"])}
 
 
-# -- small parts -------------------------------------------------------------------------------------------------------
+# -- small parts -----------------------------------------------------------------------------------
 
 
 def dense(p: Arrays, x) -> jax.Array:
@@ -518,7 +479,10 @@ def dense(p: Arrays, x) -> jax.Array:
 
 
 def norm(p: Arrays, x) -> jax.Array:
-    """LayerNorm, or without a bias RMS norm; statistics and the affine map fp32 at least, result in x's dtype."""
+    """LayerNorm, or without a bias RMS norm, in x's dtype.
+
+    Statistics and the affine map are fp32 at least.
+    """
     wide = x.astype(_wide(x.dtype))
     if "bias" in p:
         wide = wide - wide.mean(-1, keepdims=True)
@@ -528,7 +492,10 @@ def norm(p: Arrays, x) -> jax.Array:
 
 @jax.custom_vjp
 def gelu(x):
-    """x * Phi(x), exact. Only x is kept for the backward pass: left to itself, JAX keeps fp32 intermediates of a bf16 x."""
+    """x * Phi(x), exact.
+
+    Only x is kept for the backward pass: left to itself, JAX keeps fp32 intermediates of a bf16 x.
+    """
     return _gelu_forward(x)[0]
 
 
@@ -584,9 +551,8 @@ def _total(x, axis):
 
 def _clamped(log_scale):
     top = math.log(MAX_SCALE)
-    return jnp.where(
-        log_scale <= top, log_scale, top
-    )  # minimum would halve the gradient at the cap
+    # minimum would halve the gradient at the cap
+    return jnp.where(log_scale <= top, log_scale, top)
 
 
 def _prepend(agg, tokens) -> jax.Array:
@@ -594,20 +560,3 @@ def _prepend(agg, tokens) -> jax.Array:
         [jnp.broadcast_to(agg.astype(tokens.dtype), (tokens.shape[0], 1, tokens.shape[2])), tokens],
         1,
     )
-
-
-def _refuse_empty(name: str, x) -> None:
-    if 0 in x.shape:
-        raise ValueError(
-            f"{name} is {x.shape}; an empty batch or clip cannot be encoded: leave the modality out instead"
-        )
-
-
-def _checked_keep(modality: str, keep, count: int, patches):
-    if isinstance(keep, np.ndarray):  # on a device it was checked where it was drawn
-        check_keep(keep, count, name=f"{modality}_keep")
-    if keep.ndim == 2 and keep.shape[0] != patches.shape[0]:
-        raise ValueError(
-            f"{modality}_keep is {keep.shape} for a batch of {patches.shape[0]}; it takes (K,) or (B, K)"
-        )
-    return jnp.asarray(keep)

@@ -1,8 +1,10 @@
-"""Pre-training in JAX: one jitted step on a mesh of devices that share the batch, and its part in ``pretrain``.
+"""Pre-training in JAX: one jitted step on a mesh of devices, and its part in ``pretrain``.
 
-The whole step runs inside ``shard_map``, so every kernel sees one device's arrays (Mosaic kernels are not partitioned automatically) and
-each exchange between devices is written down: embeddings gathered and column sums exchanged by the losses, batch statistics and gradients
-summed, and with ``shard_weights`` weights joined right before use, their gradients summed into shards (fully sharded data parallelism).
+The devices share the batch. The whole step runs inside ``shard_map``, so every kernel sees one
+device's arrays (Mosaic kernels are not partitioned automatically) and each exchange between devices
+is written down: embeddings gathered and column sums exchanged by the losses, batch statistics and
+gradients summed. With ``shard_weights`` weights are joined right before use and their gradients
+summed into shards (fully sharded data parallelism).
 """
 
 import dataclasses
@@ -18,18 +20,19 @@ import torch
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ..config import VATTConfig
-from ..data.dataset import Batch
+from ..data.clips import Batch
 from ..data.text import Vocabulary
-from ..kernels import sample_keep
-from ..kernels.patch_embed import patchify
+from ..inputs import DropPer, sample_keeps
 from ..kernels.settings import lowering_for
+from ..losses import VATTLoss
 from ..model import VATT
 from ..training.checkpoint import read_state, write_state
-from ..training.loop import BETAS, PretrainConfig, initial_model
+from ..training.settings import BETAS, PretrainConfig
+from ..training.step import initial_model
 from ..weights import load_weights
 from . import model as jax_model
 from . import weights as jax_weights
-from .losses import VATTLoss, vatt_loss
+from .losses import vatt_loss
 from .weights import Arrays
 
 AXIS = "data"  # the mesh's one axis: its devices share the batch and, if so asked, the weights
@@ -55,20 +58,24 @@ class StepOptions:
     smallest_shard: int = _SHARD_FROM  # elements of the smallest weight that is split
 
 
-# -- where things lie --------------------------------------------------------------------------------------------------
+# -- where things lie ------------------------------------------------------------------------------
 
 
 def make_mesh(devices) -> Mesh:
-    """All ``devices`` (such as ``jax.devices()``) on one axis: they share the batch and, if asked for, the weights."""
+    """All ``devices`` (such as ``jax.devices()``) on one axis.
+
+    They share the batch and, if asked for, the weights.
+    """
     return Mesh(np.array(devices), (AXIS,))
 
 
 def sharded_axis(
     name: str, shape: tuple[int, ...], devices: int, options: StepOptions
 ) -> int | None:
-    """Which axis of a weight is split over the devices: the first one that divides evenly; None: every device holds the whole.
+    """Which axis of a weight is split over the devices: the first one that divides evenly.
 
-    Only matrices: vectors, position tables and relative biases are small. Blocks stay whole in number: a loop takes them one by one.
+    None: every device holds the whole. Only matrices are split: vectors, position tables and
+    relative biases are small. The axis of stacked blocks is not: a loop takes them one by one.
     """
     stacked = int(jax_weights.is_stacked(name))
     large = len(shape) > 1 + stacked and int(np.prod(shape[stacked:])) >= options.smallest_shard
@@ -110,7 +117,10 @@ def place(mesh: Mesh, specs, tree):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def _join(shard, axis: int, dtype):
-    """A device's shard -> the whole weight in ``dtype``, exchanged in that dtype; gradients are summed over devices in the shard's own."""
+    """A device's shard -> the whole weight in ``dtype``, exchanged in that dtype.
+
+    Gradients are summed over devices in the shard's own dtype.
+    """
     return jax.lax.all_gather(shard.astype(dtype), AXIS, axis=axis, tiled=True)
 
 
@@ -127,14 +137,16 @@ def _join_backward(axis, dtype, like, d_whole):
 _join.defvjp(_join_forward, _join_backward)
 
 
-# -- the step ----------------------------------------------------------------------------------------------------------
+# -- the step --------------------------------------------------------------------------------------
 
 
 def initial_state(params: Arrays, statistics: Arrays, config: VATTConfig) -> TrainState:
-    """What the first step takes, on no mesh yet (``place``): weights, batch-norm statistics, and Adam's zeros for the trainable weights.
+    """What the first step takes, on no mesh yet (``place``).
+
+    Weights, batch-norm statistics, and Adam's zeros for the trainable weights.
 
     Args:
-        params, statistics: as ``jax_model.forward`` takes them.
+        params, statistics: as ``model.forward`` takes them.
     """
     trained = {name: value for name, value in params.items() if jax_weights.trainable(name, config)}
     return TrainState(params, statistics, _adam(StepOptions()).init(trained))
@@ -148,15 +160,16 @@ def state_shapes(config: VATTConfig) -> TrainState:
 
 
 def batch_shapes(
-    config: VATTConfig, batch_size: int, drop_rate: float, devices: int, drop_per: str = "batch"
+    config: VATTConfig,
+    batch_size: int,
+    drop_rate: float,
+    devices: int,
+    drop_per: DropPer = "batch",
 ) -> dict[str, Any]:
     """The shapes of what ``host_batch`` makes."""
     c, P = config, config.texts_per_clip
-    counts = {"video": c.num_video_patches, "audio": c.num_audio_patches}
-    kept = {
-        name: sample_keep(count, drop_rate, seed=0, step=0, stream=name).shape[0]
-        for name, count in counts.items()
-    }
+    keeps = sample_keeps(config, drop_rate, seed=0, step=0)
+    kept = {name: keeps[f"{name}_keep"].shape[0] for name in ("video", "audio")}
     draws = batch_size if drop_per == "clip" else devices
     arrays = {
         "video": ((batch_size, kept["video"], c.video_patch_values), jnp.uint8),
@@ -172,21 +185,29 @@ def batch_shapes(
 
 
 def make_step(
-    config: VATTConfig, mesh: Mesh, state: TrainState, options: StepOptions, drop_per: str = "batch"
+    config: VATTConfig,
+    mesh: Mesh,
+    state: TrainState,
+    options: StepOptions,
+    drop_per: DropPer = "batch",
 ):
-    """A jitted ``step(state, batch, rate, key) -> (state, VATTLoss)``: forward, losses, backward, Adam, on all devices of the mesh.
+    """A jitted ``step(state, batch, rate, key) -> (state, VATTLoss)`` on all devices of the mesh.
+
+    Forward, losses, backward, Adam. ``batch`` is ``host_batch``'s; ``rate`` the learning rate;
+    ``key`` the random key of dropout, used when the config asks for it.
 
     Args:
-        state: arrays or shapes, for where things lie. The step takes its state over: the arrays given to it are gone afterwards.
-        options, drop_per: as ``host_batch`` makes the batch.
-
-    A batch is ``host_batch``'s; ``rate`` the learning rate; ``key`` the random key of dropout, used when the config asks for it.
+        state: arrays or shapes, for where things lie. The step takes its state over: the arrays
+            given to it are gone afterwards.
+        drop_per: whether clips share a draw of DropToken, as in the batch.
     """
     specs = state_specs(state, mesh.size, options)
-    loss_specs: Any = VATTLoss(*[PartitionSpec()] * 3)  # type: ignore[arg-type]
+    everywhere: Any = PartitionSpec()
+    loss_specs: Any = VATTLoss(everywhere, everywhere, everywhere)
     one_device = functools.partial(_device_step, config, mesh.size, options, drop_per)
     in_specs = (specs, PartitionSpec(AXIS), PartitionSpec(), PartitionSpec())
-    # check_vma off: kernels do not say how their outputs vary over the mesh. Sums over devices are all written out
+    # check_vma off: kernels do not say how their outputs vary over the mesh. Sums over devices are
+    # all written out
     step = jax.shard_map(
         one_device, mesh=mesh, in_specs=in_specs, out_specs=(specs, loss_specs), check_vma=False
     )
@@ -203,19 +224,17 @@ def loss_and_gradients(
     batch,
     key,
 ):
-    """On one device of the mesh: the loss of all devices' batch, the new statistics, and the gradients of the trainable weights.
+    """On one device of the mesh: the loss of all devices' batch, the new statistics, and gradients.
 
-    A split weight's gradient is this device's shard of it.
+    Gradients are those of the trainable weights; a split weight's is this device's shard of it.
     """
     batch = dict(batch)
     if drop_per == "batch":  # each device has its own draw: the given (1, K) of it
         batch |= {name: batch[name][0] for name in ("video_keep", "audio_keep")}
     valid = {name: batch[name] for name in ("video_valid", "audio_valid", "text_valid")}
     trained = {name: value for name, value in params.items() if jax_weights.trainable(name, config)}
-    axes = {
-        name: sharded_axis(name, shape, devices, options)
-        for name, shape in _whole_shapes(config).items()
-    }
+    shapes = _whole_shapes(config)
+    axes = {name: sharded_axis(name, shape, devices, options) for name, shape in shapes.items()}
     if config.dropout:
         key = jax.random.fold_in(key, jax.lax.axis_index(AXIS))
 
@@ -223,15 +242,11 @@ def loss_and_gradients(
         whole = dict(arrays)
         for name, value in arrays.items():
             if (axis := axes[f"{module}.{name}"]) is not None:
-                axis -= (
-                    len(_whole_shapes(config)[f"{module}.{name}"]) - value.ndim
-                )  # within one of the stacked blocks
+                axis -= len(shapes[f"{module}.{name}"]) - value.ndim  # in one of the stacked blocks
                 # the projection's weight is scaled before it is rounded
-                whole[name] = _join(
-                    value,
-                    axis,
-                    value.dtype if name == "project.weight" else jnp.dtype(options.dtype),
-                )
+                rounded = name != "project.weight"
+                dtype = jnp.dtype(options.dtype) if rounded else value.dtype
+                whole[name] = _join(value, axis, dtype)
         return whole
 
     def loss_of(trained: Arrays):
@@ -280,45 +295,15 @@ def _whole_shapes(config: VATTConfig) -> dict[str, tuple[int, ...]]:
     return {name: value.shape for name, value in jax_weights.shapes(config)[0].items()}
 
 
-# -- the run -----------------------------------------------------------------------------------------------------------
+# -- the run ---------------------------------------------------------------------------------------
 
 
-def host_batch(
-    batch: Batch,
-    config: VATTConfig,
-    drop_rate: float,
-    *,
-    seed: int,
-    step: int,
-    devices: int,
-    drop_per: str,
-) -> dict[str, Any]:
-    """A loader's batch as the step takes it: clips cut into rows, dropped ones left behind, so that they never travel to a device.
-
-    Every device draws its own DropToken, as every rank does in torch.
-    """
-    arrays = {
-        name: getattr(batch, name).numpy()
-        for name in ("text", "video_valid", "audio_valid", "text_valid")
-    }
-    size = len(batch)
-    rows = {
-        "video": patchify(batch.video.numpy(), config.video_patch),
-        "audio": patchify(batch.audio.numpy(), (config.audio_patch,)),
-    }
-    for name, value in rows.items():
-        options: dict[str, Any] = dict(seed=seed, step=step, per=drop_per, batch=size // devices)
-        draws = [
-            sample_keep(value.shape[1], drop_rate, stream=f"{name}/{rank}", **options)
-            for rank in range(devices)
-        ]
-        keep = (
-            np.concatenate(draws) if drop_per == "clip" else np.stack(draws)
-        )  # (B, K) or (devices, K)
-        arrays[f"{name}_keep"] = keep
-        arrays[name] = np.take_along_axis(
-            value, np.repeat(keep, size // len(keep), 0)[..., None], 1
-        )
+def host_batch(batch: Batch) -> dict[str, np.ndarray]:
+    """A batch of kept patch rows as the step takes it; each device's draw of DropToken is a row."""
+    names = ("video", "audio", "text", "video_valid", "audio_valid", "text_valid")
+    arrays = {name: getattr(batch, name).numpy() for name in names}
+    for name in ("video_keep", "audio_keep"):
+        arrays[name] = np.atleast_2d(getattr(batch, name).numpy())  # (devices, K) or (B, K)
     return arrays
 
 
@@ -329,17 +314,14 @@ class JaxTrainer:
 
     def __init__(self, run: PretrainConfig, config: VATTConfig, vocabulary: Vocabulary):
         devices = pick_devices(run.device)
-        self.platform = devices[0].platform
+        self.platform, self.devices = devices[0].platform, len(devices)
         if run.batch_size % len(devices):
             raise ValueError(
-                f"batch_size is {run.batch_size}; the {len(devices)} devices share it evenly: take a multiple"
+                f"batch_size is {run.batch_size}; the {len(devices)} devices share it evenly: "
+                "take a multiple"
             )
-        self.run, self.config, self.vocabulary, self.mesh = (
-            run,
-            config,
-            vocabulary,
-            make_mesh(devices),
-        )
+        self.run, self.config, self.vocabulary = run, config, vocabulary
+        self.mesh = make_mesh(devices)
         bf16 = run.precision == "bf16" or (run.precision == "auto" and devices[0].platform != "cpu")
         self.options = StepOptions(
             jnp.bfloat16 if bf16 else jnp.float32, run.adam_eps, run.shard_weights, run.recompute
@@ -357,35 +339,21 @@ class JaxTrainer:
             model = VATT(self.config)
         load_weights(model.to_empty(device="cpu"), weights, source=str(path))
         params, statistics = jax_weights.from_torch(model)
-        first, second = (
-            {
-                name: jnp.array(value.numpy())
-                for name, value in jax_weights.rearrange(moments[key], self.config).items()
-            }
-            for key in ("exp_avg", "exp_avg_sq")
-        )
-        adam = optax.ScaleByAdamState(jnp.asarray(step, jnp.int32), first, second)
+
+        def ours(key: str) -> Arrays:
+            arrays = jax_weights.rearrange(moments[key], self.config)
+            return {name: jnp.array(value.numpy()) for name, value in arrays.items()}
+
+        count = jnp.asarray(step, jnp.int32)
+        adam = optax.ScaleByAdamState(count, ours("exp_avg"), ours("exp_avg_sq"))
         self.state = place(self.mesh, self.specs, TrainState(params, statistics, adam))
         return step
 
     def step(self, batch: Batch, step: int, rate: float) -> VATTLoss:
-        run, devices = self.run, self.mesh.size
-        arrays = host_batch(
-            batch,
-            self.config,
-            run.drop_rate,
-            seed=run.seed,
-            step=step,
-            devices=devices,
-            drop_per=run.drop_per,
-        )
-        arrays = {
-            name: jax.device_put(value, NamedSharding(self.mesh, PartitionSpec(AXIS)))
-            for name, value in arrays.items()
-        }
-        key = jax.random.fold_in(
-            jax.random.key(run.seed), step
-        )  # a continued run draws the same dropout
+        shared = NamedSharding(self.mesh, PartitionSpec(AXIS))
+        arrays = {name: jax.device_put(value, shared) for name, value in host_batch(batch).items()}
+        # a continued run draws the same dropout
+        key = jax.random.fold_in(jax.random.key(self.run.seed), step)
         with lowering_for(self.platform):  # which need not be JAX's default
             self.state, loss = self._step(self.state, arrays, rate, key)
         return loss
@@ -411,10 +379,14 @@ class JaxTrainer:
 
 
 def pick_devices(name: str) -> list:
-    """All of JAX's devices of that platform ("auto": its default one), of one host: ``pretrain`` feeds and saves from a single process."""
+    """All of JAX's devices of that platform ("auto": its default one).
+
+    ``pretrain`` feeds and saves from a single process, so they must be of one host.
+    """
     if jax.process_count() > 1:
         raise ValueError(
-            f"JAX runs on {jax.process_count()} hosts; pretrain drives one: build a loop of your own on jax_loop.make_step"
+            f"JAX runs on {jax.process_count()} hosts; pretrain drives one: "
+            "build a loop of your own on on_jax.training.make_step"
         )
     try:
         return jax.devices(None if name == "auto" else name)

@@ -1,14 +1,15 @@
-"""The JAX model's weights: the folders they are read from and written to, and their names and shapes beside the torch model's.
+"""The JAX model's weights: saved folders, and names and shapes beside the torch model's.
 
-``params`` holds the weights under their names in model.safetensors, a module's parameters below its name, with two differences. Attention's
-weights are split by head, so that no layout copy surrounds the kernel and no axis shorter than a TPU's lanes comes last:
+``params`` holds the weights under their names in model.safetensors, a module's parameters below its
+name, with two differences. Attention's weights are split by head, so that no layout copy surrounds
+the kernel and no axis shorter than a TPU's lanes comes last:
 
     ....qkv.weight (3 * H * D, dim)  ->  ....q.weight, ....k.weight, ....v.weight (H, D, dim)
     ....qkv.bias   (3 * H * D,)      ->  ....q.bias, ....k.bias, ....v.bias (H, D)
     ....out.weight (dim, H * D)      ->  ....out.weight (H, D, dim)
 
-And the blocks of an encoder are stacked, so that they are compiled once, as the body of a loop; the last one stands alone, because it may
-be asked for AGG only:
+And the blocks of an encoder are stacked, so that they are compiled once, as the body of a loop. The
+last one stands alone, because it may be asked for AGG only:
 
     ....blocks.0 ... ....blocks.10  ->  ....blocks, with a leading axis of 11
     ....blocks.11                   ->  ....last
@@ -16,22 +17,18 @@ be asked for AGG only:
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
 
-from ..config import TowerConfig, VATTConfig
-from ..model import VATT
-from ..weights import create_model, save_model
-
-if TYPE_CHECKING:
-    from ..data.text import Vocabulary
+from ..config import MODALITIES, TowerConfig, VATTConfig
+from ..data.text import Vocabulary
+from ..model import VATT, create_model
+from ..weights import save_model
 
 Arrays = dict[str, jax.Array]
-MODALITIES = ("video", "audio", "text")
 
 
 def trainable(name: str, config: VATTConfig) -> bool:
@@ -43,7 +40,10 @@ def trainable(name: str, config: VATTConfig) -> bool:
 
 
 def load(name: str | Path) -> tuple[VATTConfig, Arrays, Arrays]:
-    """Config, params and statistics of a saved folder (also a training run's), or of a preset with random weights; see ``create_model``."""
+    """Config, params and statistics of a saved folder, or of a preset with random weights.
+
+    See ``create_model`` for the names.
+    """
     model = create_model(name)
     return model.config, *from_torch(model)
 
@@ -53,7 +53,7 @@ def save(
     config: VATTConfig,
     params: Arrays,
     statistics: Arrays,
-    vocabulary: "Vocabulary | None" = None,
+    vocabulary: Vocabulary | None = None,
 ) -> None:
     """Write the folder that ``VATT.from_pretrained`` and ``load`` read."""
     save_model(to_torch(config, params, statistics, vocabulary), folder)
@@ -69,7 +69,7 @@ def from_torch(model: VATT) -> tuple[Arrays, Arrays]:
 
 
 def to_torch(
-    config: VATTConfig, params: Arrays, statistics: Arrays, vocabulary: "Vocabulary | None" = None
+    config: VATTConfig, params: Arrays, statistics: Arrays, vocabulary: Vocabulary | None = None
 ) -> VATT:
     """The torch model with these weights, copied, in evaluation mode on the CPU."""
     with torch.device("meta"):
@@ -101,7 +101,10 @@ def as_tensors(arrays: Arrays) -> dict[str, torch.Tensor]:
 
 
 def rearrange(tensors: dict[str, torch.Tensor], config: VATTConfig) -> dict[str, torch.Tensor]:
-    """The state dict's names and shapes -> ours; of gradients and Adam's moments too. Of each encoder all blocks, or none."""
+    """The state dict's names and shapes -> ours; of gradients and Adam's moments too.
+
+    Of each encoder all blocks, or none.
+    """
     towers = _towers(config)
     ours: dict[str, torch.Tensor] = {}
     stacks: dict[str, dict[int, torch.Tensor]] = {}

@@ -1,4 +1,7 @@
-"""Where a run stands, in one safetensors file that is replaced whole: weights, Adam's state, step. One format for both frameworks."""
+"""Where a run stands: weights, Adam's state and step, in one safetensors file.
+
+The file is replaced whole. Both frameworks write the same format.
+"""
 
 import json
 from pathlib import Path
@@ -15,7 +18,10 @@ _MODEL, _OPTIMIZER = "model/", "optimizer/"
 def save_checkpoint(
     path: Path, model: VATT, optimizer: torch.optim.Optimizer, *, step: int, run: dict
 ) -> None:
-    """Write the state after ``step`` steps. ``run`` is the JSON-able description that a resumed run must match."""
+    """Write the state after ``step`` steps.
+
+    ``run`` is the JSON-able description that a resumed run must match.
+    """
     names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     moments: dict[str, dict[str, Tensor]] = {}
     for parameter, state in optimizer.state.items():
@@ -25,7 +31,10 @@ def save_checkpoint(
 
 
 def load_checkpoint(path: Path, model: VATT, optimizer: torch.optim.Optimizer, *, run: dict) -> int:
-    """Restore what ``save_checkpoint`` wrote; returns the number of steps done. Raises ValueError as ``read_state`` does."""
+    """Restore what ``save_checkpoint`` wrote; returns the number of steps done.
+
+    Raises ValueError as ``read_state`` does.
+    """
     weights, moments, step = read_state(path, run=run)
     load_weights(model, weights, source=str(path))
     parameters = dict(model.named_parameters())
@@ -44,7 +53,12 @@ def write_state(
     step: int,
     run: dict,
 ) -> None:
-    """``weights`` is the torch model's state dict; ``moments`` Adam's state: step, exp_avg, exp_avg_sq, each by the weight's name."""
+    """Write a checkpoint.
+
+    Args:
+        weights: the torch model's state dict.
+        moments: Adam's step, exp_avg and exp_avg_sq, each by the weight's name.
+    """
     tensors = {_MODEL + name: value for name, value in weights.items()}
     for key, values in moments.items():
         tensors |= {f"{_OPTIMIZER}{key}/{name}": value for name, value in values.items()}
@@ -57,7 +71,8 @@ def read_state(
     """Weights, moments and the number of steps done, as ``write_state`` took them.
 
     Raises:
-        ValueError: the file is cut short, or belongs to another run (the message names the first differing settings).
+        ValueError: the file is cut short, or belongs to another run (the message names the first
+            differing settings).
     """
     tensors = load_tensors(path)
     metadata = load_metadata(path)
@@ -68,7 +83,8 @@ def read_state(
             f"{key} was {saved.get(key)!r}, now {run.get(key)!r}" for key in differing[:3]
         )
         raise ValueError(
-            f"{path} belongs to another run ({shown}); choose another output folder, or delete this one"
+            f"{path} belongs to another run ({shown}); "
+            "choose another output folder, or delete this one"
         )
     weights = {
         name.removeprefix(_MODEL): value

@@ -15,9 +15,10 @@ def learning_rate(
     total_steps: int,
     schedule: Schedule = "quarter_cosine",
 ) -> float:
-    """Rate of step ``step`` (from 0): 0 at the start, ``peak`` after the warm-up, ``final`` at ``total_steps``.
+    """Rate of step ``step``, from 0.
 
-    quarter_cosine falls ever faster (paper section 4.1); half_cosine is flat at both ends (the released code).
+    It is 0 at the start, ``peak`` after the warm-up, ``final`` at ``total_steps``. quarter_cosine
+    falls ever faster (paper section 4.1); half_cosine is flat at both ends (the released code).
     """
     if step < warmup_steps:
         return peak * step / warmup_steps

@@ -1,0 +1,151 @@
+"""Batches in the order of their steps, from worker processes; a folder's clips for evaluation."""
+
+import math
+import os
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+from torch.utils.data import DataLoader, Dataset
+
+from .clips import Batch, ClipSpec, Skipped, to_batch
+from .dataset import ClipDataset, ClipFolder
+from .media import MediaError
+from .text import Vocabulary
+
+
+class ClipLoader(DataLoader):
+    """A DataLoader that adds what its workers skipped to this process's ``dataset.skipped``."""
+
+    dataset: "ClipDataset | _EvaluationBatches"
+
+    def __iter__(self):
+        for batch in super().__iter__():
+            self.dataset.skipped.update((one.file, one.reason) for one in batch.skipped)
+            yield batch
+
+
+def loader(
+    dataset: ClipDataset,
+    start_step: int,
+    stop_step: int,
+    workers: int = 0,
+    pin_memory: bool = False,
+    start_method: str | None = None,
+) -> ClipLoader:
+    """Batches ``start_step`` .. ``stop_step - 1`` in order, the same for any number of workers.
+
+    ``start_method`` is multiprocessing's: "spawn" where this process has threads that do not
+    survive a fork. Raises ValueError for steps out of order.
+    """
+    if not 0 <= start_step <= stop_step:
+        raise ValueError(f"steps {start_step} to {stop_step}; they must be in order and 0 or later")
+    return _loader(dataset, range(start_step, stop_step), workers, pin_memory, start_method)
+
+
+def _loader(
+    dataset: "ClipDataset | _EvaluationBatches",
+    steps: range,
+    workers: int,
+    pin_memory: bool = False,
+    start_method: str | None = None,
+) -> ClipLoader:
+    options: dict[str, Any] = (
+        dict(persistent_workers=True, multiprocessing_context=start_method) if workers else {}
+    )
+    return ClipLoader(
+        dataset,
+        sampler=steps,
+        batch_size=None,
+        num_workers=workers,
+        pin_memory=pin_memory,
+        in_order=True,
+        **options,
+    )
+
+
+def evaluation_clips(
+    folder: str | os.PathLike,
+    spec: ClipSpec,
+    *,
+    vocabulary: Vocabulary | None,
+    batch_size: int = 32,
+    place: float = 0.5,
+    start: float | None = None,
+    cache_dir: str | os.PathLike | None = None,
+    workers: int = 0,
+) -> Iterator[Batch]:
+    """Every file once, in sorted order, at one window, as whole clips.
+
+    The last batch may be smaller. A corrupt file is left out, and listed on the batch that it would
+    have been in.
+
+    Args:
+        place: where the window lies between the file's first (0) and last (1) possible one; 0.5
+            is its middle.
+        start: a time in seconds instead, rounded to the frames' grid.
+
+    Raises:
+        MediaError: no file can be decoded. ValueError: as ``ClipFolder``.
+    """
+    if not 0 <= place <= 1:
+        raise ValueError(f"place is {place}; it lies between 0, the first window, and 1, the last")
+    if start is not None and not (math.isfinite(start) and start >= 0):
+        raise ValueError(f"start is {start} s; it must be a finite time, 0 or later")
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; a batch has at least 1 clip")
+    batches = _EvaluationBatches(
+        ClipFolder(folder, spec, vocabulary=vocabulary, cache_dir=cache_dir),
+        batch_size,
+        place,
+        start,
+    )
+    return batches.run(workers)
+
+
+class _EvaluationBatches(Dataset):
+    def __init__(self, clips: ClipFolder, batch_size: int, place: float, start: float | None):
+        self.clips, self.batch_size, self.place, self.start = clips, batch_size, place, start
+        self.skipped: dict[str, str] = {}
+
+    def _choose(self, count: int) -> int:
+        if self.start is not None:
+            return round(self.start * self.clips.spec.frames_per_second)
+        return round(self.place * (count - 1))
+
+    def __getitem__(self, step: int) -> Batch:
+        planned = range(
+            step * self.batch_size, min((step + 1) * self.batch_size, len(self.clips.files))
+        )
+        batch = self.clips.empty_batch(len(planned))
+        files: list[str] = []
+        skipped = []
+        for index in planned:
+            try:
+                self.clips.read_into(batch, len(files), index, self._choose)
+            except MediaError as error:
+                skipped.append(Skipped(self.clips.files[index], str(error)))
+            else:
+                files.append(self.clips.files[index])
+        return to_batch(batch, files, skipped)
+
+    def run(self, workers: int) -> Iterator[Batch]:
+        found = 0
+        for batch in _loader(
+            self, range(math.ceil(len(self.clips.files) / self.batch_size)), workers
+        ):
+            found += len(batch)
+            if len(batch):
+                yield batch
+            else:
+                warnings.warn(
+                    "skipped a whole batch of corrupt files: "
+                    + ", ".join(one.file for one in batch.skipped),
+                    stacklevel=2,
+                )
+        if not found:
+            reason = next(iter(self.skipped.values()))
+            raise MediaError(
+                f"none of the {len(self.clips.files)} files in {self.clips.folder} can be decoded; "
+                f"the first one: {reason}"
+            )
