@@ -1,6 +1,7 @@
 """What the Pallas kernels of two or more ops share.
 
-How they are called, where they run, and a few lines of arithmetic. Source-compatible with jax 0.7.1 (the last one torch_xla knows) and 0.10.2.
+How they are called, where they run, and a few lines of arithmetic. The source is compatible with
+jax 0.7.1 (the last one torch_xla knows) and 0.10.2.
 """
 
 import contextlib
@@ -24,7 +25,10 @@ _interpreter: Any = None
 
 
 def interpreted() -> Any:
-    """``interpret`` of a pallas_call traced now: False for a TPU; elsewhere True, or what ``interpreting_with`` says."""
+    """``interpret`` of a pallas_call traced now.
+
+    False for a TPU; elsewhere True, or what ``interpreting_with`` says.
+    """
     if dispatch.jax_platform() == "tpu":
         return False
     return True if _interpreter is None else _interpreter
@@ -32,7 +36,10 @@ def interpreted() -> Any:
 
 @contextlib.contextmanager
 def interpreting_with(params: Any) -> Iterator[None]:
-    """Interpret kernels traced within by ``params``, e.g. ``pltpu.InterpretParams(random_seed=1)``; for tests."""
+    """Interpret kernels traced within by ``params``; for tests.
+
+    For instance ``pltpu.InterpretParams(random_seed=1)``.
+    """
     global _interpreter
     before, _interpreter = _interpreter, params
     try:
