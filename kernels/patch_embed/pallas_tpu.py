@@ -483,7 +483,7 @@ def backward(
     dtype,
     d_patches=False,
 ):
-    """d_patches (None unless asked for), d_weight, d_bias, d_position and d_agg (None if absent)."""
+    """d_patches (None unless asked for), d_weight, d_bias, d_position, d_agg (None if absent)."""
     d_folded = _d_folded(d_tokens, patches, weight, keep, agg, gathered, dtype)
     d_agg = None
     if agg is not None:
