@@ -16,7 +16,8 @@ from .drop_token import num_kept, sample_keep
 
 Tag = Literal["parity", "primary"]
 
-# B batch, T queries, S keys, H heads, N patches, K kept, k values a patch, M clips of x, P texts a clip
+# B batch, T queries, S keys, H heads, N patches, K kept, k values a patch, M clips of x, P texts a
+# clip
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,10 @@ class DropTokenCase:
 
 @dataclass(frozen=True)
 class NCECase:
-    """x holds M clips from ``first`` on, y the P texts of each of N clips; ``*_invalid`` are indices taken out."""
+    """x holds M clips from ``first`` on, y the P texts of each of N clips.
+
+    ``*_invalid`` are indices taken out.
+    """
 
     name: str
     batch: int  # M
@@ -84,9 +88,10 @@ class NCECase:
 
 @dataclass(frozen=True)
 class PatchEmbedCase:
-    """Patches (B, N, values) -> dim, or with ``clip`` the clip's shape cut by ``patch``; ``kept`` None keeps all.
+    """Patches (B, N, values) -> dim, or with ``clip`` the clip's shape cut by ``patch``.
 
-    ``levels`` is the span of raw values drawn, for uint8 out of 0 .. 255; float patches span -1 .. 1.
+    ``kept`` None keeps all. ``levels`` is the span of raw values drawn, for uint8 out of 0 .. 255;
+    float patches span -1 .. 1.
     """
 
     name: str

@@ -20,7 +20,10 @@ def wide(xp, x):
 
 
 def heads_first(xp, x):
-    """(B, T, H, D) -> (B, H, T, D), laid out so for torch: its batched products would copy at every use."""
+    """(B, T, H, D) -> (B, H, T, D).
+
+    For torch a copy in that layout: its batched products would copy at every use.
+    """
     x = xp.swapaxes(x, 1, 2)
     return x.contiguous() if isinstance(x, torch.Tensor) else x
 

@@ -1,6 +1,7 @@
 """What the Pallas kernels of two or more ops share.
 
-How they are called, where they run, and a few lines of arithmetic. Source-compatible with jax 0.7.1 (the last one torch_xla knows) and 0.10.2.
+How they are called, where they run, and a few lines of arithmetic. The source is compatible with
+jax 0.7.1 (the last one torch_xla knows) and 0.10.2.
 """
 
 import math
@@ -20,7 +21,10 @@ LANES = 128  # the last axis of a register; the one before it has 8 rows of 4 by
 
 
 def interpreted() -> Any:
-    """``interpret`` of a pallas_call traced now: False for a TPU; elsewhere True, or what ``settings.interpreting_with`` says."""
+    """``interpret`` of a pallas_call traced now.
+
+    False for a TPU; elsewhere True, or what ``settings.interpreting_with`` says.
+    """
     if settings.jax_platform() == "tpu":
         return False
     chosen = settings.interpreter()

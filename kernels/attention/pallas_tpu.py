@@ -124,9 +124,8 @@ def _for_queries(plan: _Plan, i: Any, body: Callable) -> None:
     What is left of the last block is a chunk of its own size.
     """
     chunk = plan.query_chunk
-    if plan.blocks == 1:
-        inside = plan.queries
-    else:
+    inside: Any = plan.queries
+    if plan.blocks > 1:
         inside = jnp.minimum(plan.rows, plan.queries - i * plan.rows)
     _loop(divide(inside, chunk)[0], lambda n, _: body(_start_of(n, chunk), chunk))
     if left := plan.queries % chunk:

@@ -164,17 +164,8 @@ def _forward_kernel(
                 *pointers,
                 *sizes,
                 *(BLOCK_T, False),
-                *(
-                    HEAD_DIM,
-                    BLOCK_D,
-                    BLOCK_S,
-                    FULL_S,
-                    TAIL_S,
-                    HAS_BIAS,
-                    HAS_MASK,
-                    LOG_SCALE,
-                    PRECISION,
-                ),
+                *(HEAD_DIM, BLOCK_D, BLOCK_S, FULL_S, TAIL_S),
+                *(HAS_BIAS, HAS_MASK, LOG_SCALE, PRECISION),
             )
     if TAIL_T:  # noqa: SIM102
         if t_left < BLOCK_T:
@@ -183,17 +174,8 @@ def _forward_kernel(
                 *pointers,
                 *sizes,
                 *(TAIL_T, True),
-                *(
-                    HEAD_DIM,
-                    BLOCK_D,
-                    BLOCK_S,
-                    FULL_S,
-                    TAIL_S,
-                    HAS_BIAS,
-                    HAS_MASK,
-                    LOG_SCALE,
-                    PRECISION,
-                ),
+                *(HEAD_DIM, BLOCK_D, BLOCK_S, FULL_S, TAIL_S),
+                *(HAS_BIAS, HAS_MASK, LOG_SCALE, PRECISION),
             )
 
 

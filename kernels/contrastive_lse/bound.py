@@ -6,8 +6,8 @@ MAX_BOUND = 48.0
 
 
 def needs_running_max(bound: float | None) -> bool:
-    """Whether exp(score) could leave fp32: no bound on |score| is given, or it exceeds ``MAX_BOUND``.
+    """Whether exp(score), or a sum of it over millions, might leave fp32.
 
-    A bound of nan is no bound.
+    So it is if there is no bound on |score|, or one beyond ``MAX_BOUND``; nan is no bound.
     """
     return bound is None or not bound <= MAX_BOUND

@@ -47,7 +47,7 @@ def _own(first, clips, texts, P):
 
 
 def _reaches_own(first, clip, clips: int, text, texts: int, P: int):
-    """Whether own texts may lie in the tile of ``clips`` x ``texts`` that starts at (clip, text)."""
+    """Whether own texts may lie in the ``clips`` x ``texts`` tile that starts at (clip, text)."""
     return (text < (first + clip + clips) * P) & (text + texts > (first + clip) * P)
 
 

@@ -524,7 +524,8 @@ def _heuristic(
     def count(block_m, block_n):
         return triton.cdiv(clips, block_m) * triton.cdiv(texts, block_n)
 
-    # one step of 64 is unrolled with all its loads ahead, and spills on sm_120 (triton 3.7.1): two of 32
+    # one step of 64 is unrolled with all its loads ahead, and spills on sm_120 (triton 3.7.1): so
+    # two of 32
     largest = 64 if dtype.itemsize == 2 and dim > 64 else 32
     block_d = min(largest, max(16, triton.next_power_of_2(dim)))
     stages = 2 if arch.startswith("gfx") else 3

@@ -1,4 +1,4 @@
-"""DropToken in Pallas: a clip's tokens stream through VMEM at full bandwidth; rows are picked there.
+"""DropToken in Pallas: a clip's tokens stream through VMEM at full bandwidth; rows are picked.
 
 Backward picks likewise, and writes the zeros of dropped tokens itself. Fetching single rows from
 HBM would need them laid out one by one: a copy of all tokens before and after. Streaming all of
@@ -21,11 +21,11 @@ _VMEM_BYTES = 12 << 20  # of blocks; the smallest chips give a kernel 16 MiB
 
 
 def _pick_kernel(index, source, picked, *words):
-    """One program: some columns of some rows of one clip; picked[n] = source[index[n]], 0 where index[n] < 0.
+    """One program: some columns of some rows of one clip.
 
-    index (1, 1, 1, rows) in SMEM, source (1, tokens, columns), picked (1, rows, columns). words,
-    for packed dtypes: both as 32-bit words. The last axis of the grid walks a clip's rows; source
-    stays where it is meanwhile.
+    picked[n] = source[index[n]], 0 where index[n] < 0. index (1, 1, 1, rows) in SMEM, source
+    (1, tokens, columns), picked (1, rows, columns). words, for packed dtypes: both as 32-bit
+    words. The last axis of the grid walks a clip's rows; source stays where it is meanwhile.
     """
     packed = len(words) == 2
     source, picked = source.at[0], picked.at[0]

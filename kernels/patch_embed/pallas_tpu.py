@@ -1,4 +1,4 @@
-"""Raw patches to tokens in Pallas: kept rows go to VMEM by DMA, become exact and are projected there.
+"""Raw patches to tokens in Pallas: kept rows go to VMEM by DMA, and are projected there.
 
 There are two ways to the rows. Fetched: one DMA a kept row; those of the next tile run while this
 one is multiplied. A uint8 row shares its 32-bit words with three neighbours (bf16 with one), and a
@@ -33,7 +33,8 @@ from ..pallas_common import (
 )
 from .flops import flops
 
-# B batch, N patches, K kept, k values a patch; A 1 with AGG, else 0; rows of a tile, columns of a tile of dim
+# B batch, N patches, K kept, k values a patch; A 1 with AGG, else 0; rows of a tile, columns of a
+# tile of dim. "exact": rows in the compute dtype, which holds them without rounding
 
 _CENTRE = 128.0  # uint8 0 .. 255 enters the product as -128 .. 127, as exact in bf16
 _VMEM_BYTES = 13 << 20  # of all blocks and buffers: the smallest chips have 16 MiB
@@ -118,7 +119,7 @@ def _fetch(plan: _Plan, raw: Any, index, turn, rows, exact, words, arrived) -> N
 
 
 def _unpack(words, turn, raw: Any):
-    """fp32 values, less the centre, of the rows that lie ``turn`` (rows, 1) bits up in their words."""
+    """fp32 values, less the centre, of rows that lie ``turn`` (rows, 1) bits up in their words."""
     if raw == jnp.float32:
         return words
     down = jax.lax.shift_right_logical(words, jnp.broadcast_to(turn, words.shape))
@@ -218,7 +219,7 @@ class _Rows(NamedTuple):
         return operands, {"index": index_spec, "turn": turn_spec, "rows": rows_spec}
 
     def scratch(self, dtype: Any) -> list:
-        """exact, then words and their semaphore; empty where the product takes the block as it is."""
+        """exact, then words and their semaphore; empty if the product takes the block as it is."""
         shape = (self.plan.rows, self.values)
         exact = pltpu.VMEM(shape, dtype)
         if self.rows_at is None:
@@ -483,7 +484,7 @@ def backward(
     dtype,
     d_patches=False,
 ):
-    """d_patches (None unless asked for), d_weight, d_bias, d_position, d_agg (None where absent)."""
+    """d_patches (None unless asked for), d_weight, d_bias, d_position, d_agg (None if absent)."""
     d_folded = _d_folded(d_tokens, patches, weight, keep, agg, gathered, dtype)
     d_agg = None
     if agg is not None:

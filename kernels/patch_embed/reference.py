@@ -64,7 +64,7 @@ def backward(
     d_patches=False,
     xp=torch,
 ):
-    """d_patches (None unless asked for), d_weight, d_bias, d_position, d_agg (None where absent)."""
+    """d_patches (None unless asked for), d_weight, d_bias, d_position, d_agg (None if absent)."""
     d_agg = None
     if agg is not None:
         d_agg, d_tokens = wide(xp, d_tokens[:, 0]).sum(0), d_tokens[:, 1:]

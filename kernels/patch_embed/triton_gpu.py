@@ -555,7 +555,7 @@ def backward(
     dtype,
     d_patches=False,
 ):
-    """d_patches (None unless asked for), d_weight, d_bias, d_position, d_agg (None where absent)."""
+    """d_patches (None unless asked for), d_weight, d_bias, d_position, d_agg (None if absent)."""
     rows = _rows(patches, patch, keep, gathered, agg)
     d_tokens = d_tokens.contiguous()
     d_bias, d_position, d_agg = _sums(d_tokens, position, rows, agg)
