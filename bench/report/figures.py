@@ -4,26 +4,36 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import accuracy, results
-from .plots import Curve, Panel, Point, save
+from bench import lines, sweeps
+
+from .plots import Curve, Kind, Panel, Point, save
 from .step_tables import MODES, Flops, Group, gflops
 from .tables import Shown, grouped, scaled
 
-_X_LABELS = {"tokens": "tokens T", "clips": "clips B", "pixels": "pixels of a clip, T x H x W"}
+_PIXELS = "pixels of a clip, T x H x W"
+_X_LABELS = {
+    "tokens": "tokens T",
+    "clips": "clips B",
+    "pixels": f"{_PIXELS}, half of them kept",
+    "clip_pixels": _PIXELS,
+}
 _MIB = 2**20
 _TICKS = (0.0, 25.0, 50.0, 75.0)
 
 
-def slug(device: str) -> str:
-    """A device's name as file names have it."""
-    return results.of_device(device).stem
+def slug(machine: tuple[str, str]) -> str:
+    """A machine's name as file names have it."""
+    return lines.slug(*machine)
 
 
-# -- ops by size -------------------------------------------------------------------------------------------------------
+# -- ops by size ------------------------------------------------------------------------------
 
 
 def scaling(shown: Sequence[Shown], folder: Path) -> dict[Path, str]:
-    """{file without its ending: caption}, one an op, dtype and variable of one device: time above memory, modes side by side."""
+    """{file without its ending: caption} of one machine, one an op, dtype and variable.
+
+    Time above memory, modes side by side.
+    """
     made = {}
     for (op, dtype, variable), group in grouped(
         shown, lambda line: (line.op, line.dtype, _at(line).variable)
@@ -31,17 +41,16 @@ def scaling(shown: Sequence[Shown], folder: Path) -> dict[Path, str]:
         x_label = _X_LABELS.get(variable, variable)
         modes = grouped(group, lambda line: line.mode)
         panels = [
-            Panel(f"{op}, {dtype}, {mode}", x_label, "time (ms)", _times(each), log=True)
+            Panel(f"{op}, {dtype}, {mode}", x_label, label, curves(each), log=True)
+            for label, curves in (("time (ms)", _times), ("peak memory (MiB)", _peaks))
             for mode, each in modes.items()
         ]
-        panels += [
-            Panel(f"{op}, {dtype}, {mode}", x_label, "peak memory (MiB)", _peaks(each), log=True)
-            for mode, each in modes.items()
-        ]
-        stem = folder / f"{slug(group[0].line.device)}_scaling_{op}_{variable}_{dtype}"
+        stem = folder / f"{slug(group[0].line.machine)}_scaling_{op}_{variable}_{dtype}"
         if save(panels, len(modes), stem):
             made[stem] = (
-                f"{op} in {dtype} by {variable}: time above, peak memory beyond the inputs below. Bars are p20 to p80. The floor counts a backward that computes scores again."
+                f"{op} in {dtype} by {variable.replace('_', ' ')}: time above, peak memory beyond "
+                "the inputs below. Bars are p20 to p80. The floor counts a backward that computes "
+                "scores again."
             )
     return made
 
@@ -65,12 +74,12 @@ def _times(shown: Sequence[Shown]) -> list[Curve]:
 
 def _floor(shown: Sequence[Shown]) -> list[Point]:
     """What the measured ceiling allows for the work that ``floors`` counts."""
-    lines = [each.line for each in shown]
+    # all lines of a size give the same
     found = {
-        _at(line).size: line.ms_p50 * line.share_of_ceiling
-        for line in lines
-        if line.share_of_ceiling
-    }  # a size's all give the same
+        _at(each.line).size: each.line.ms_p50 * each.line.share_of_ceiling
+        for each in shown
+        if each.line.share_of_ceiling
+    }
     return [Point(size, floor) for size, floor in found.items()]
 
 
@@ -93,29 +102,35 @@ def _curves(shown: Sequence[Shown], point) -> list[Curve]:
     ]
 
 
-# -- whole steps by drop rate ------------------------------------------------------------------------------------------
+# -- whole steps by drop rate -----------------------------------------------------------------
 
 
 def drop_rate(group: Group, flops: Flops, folder: Path) -> dict[Path, str]:
     """{file without its ending: caption}: work and time of ours, time against the peers, memory against the peers."""
-    stem = f"{slug(group.device)}_{group.stem}"
-    work = _work(group, flops)
-    times = [_by_mode(group, mode, "time (ms)", _time) for mode in MODES if group.backends(mode)]
-    peaks = [
-        _by_mode(group, mode, "peak memory (MiB)", _peak) for mode in MODES if group.backends(mode)
-    ]
+    stem = f"{slug(group.machine)}_{group.stem}"
+    modes = [mode for mode in MODES if group.backends(mode)]
     made = {}
     for name, panels, caption in (
         (
             "work",
-            work,
-            "what a drop rate saves: the work of a clip, our time, and both as shares of those of drop rate 0",
+            _work(group, flops),
+            "what a drop rate saves: the work of a clip, our time, and both as shares of those of "
+            "drop rate 0",
         ),
-        ("time", times, "time by drop rate, ours against the peers. Bars are p20 to p80"),
-        ("memory", peaks, "peak memory by drop rate, ours against the peers"),
+        (
+            "time",
+            [_by_mode(group, mode, "time (ms)", _time) for mode in modes],
+            "time by drop rate, ours against the peers. Bars are p20 to p80",
+        ),
+        (
+            "memory",
+            [_by_mode(group, mode, "peak memory (MiB)", _peak) for mode in modes],
+            "peak memory by drop rate, ours against the peers",
+        ),
     ):
-        if save(panels, len(panels), folder / f"{stem}_{name}"):
-            made[folder / f"{stem}_{name}"] = f"{group.title}: {caption}."
+        path = folder / f"{stem}_{name}"
+        if save(panels, len(panels), path):
+            made[path] = f"{group.title}: {caption}."
     return made
 
 
@@ -130,39 +145,24 @@ def _work(group: Group, flops: Flops) -> list[Panel]:
                 for p, each in group.at(mode, backend).items()
             ]
             ours.append(Curve(f"{backend}, {name}", points, "ours"))
-    panels = [Panel("time of ours", "drop rate (%)", "time (ms)", ours, ticks=_TICKS)]
+
+    def panel(title: str, y_label: str, curves: Sequence[Curve]) -> Panel:
+        return Panel(title, "drop rate (%)", y_label, curves, ticks=_TICKS)
+
+    def count(name: str, field: str, kind: Kind = "peer") -> Curve:
+        values = {p: getattr(each, field) for p, each in counted.items()}
+        return Curve(name, [Point(p, value) for p, value in values.items() if value], kind)
+
+    panels = [panel("time of ours", "time (ms)", ours)]
     if counted:
-        true = Curve("GFLOPs, true", [Point(p, each.true) for p, each in counted.items()])
-        convention = Curve(
-            "GFLOPs, the paper's convention",
-            [Point(p, each.convention) for p, each in counted.items()],
-        )
-        published = Curve(
-            "GFLOPs, published",
-            [Point(p, each.published) for p, each in counted.items() if each.published],
-            "marks",
-        )
-        panels.insert(
-            0,
-            Panel(
-                "forward pass of a clip",
-                "drop rate (%)",
-                "GFLOPs",
-                [convention, true, published],
-                ticks=_TICKS,
-            ),
-        )
-        timed = Curve("GFLOPs, as timed", [Point(p, each.timed) for p, each in counted.items()])
-        relative = [_relative(curve) for curve in (timed, *ours)]
-        panels.append(
-            Panel(
-                "relative to drop rate 0",
-                "drop rate (%)",
-                "share of drop rate 0 (%)",
-                relative,
-                ticks=_TICKS,
-            )
-        )
+        gflop_curves = [
+            count("GFLOPs, the paper's convention", "convention"),
+            count("GFLOPs, true", "true"),
+            count("GFLOPs, published", "published", "marks"),
+        ]
+        panels.insert(0, panel("forward pass of a clip", "GFLOPs", gflop_curves))
+        relative = [_relative(curve) for curve in (count("GFLOPs, as timed", "timed"), *ours)]
+        panels.append(panel("relative to drop rate 0", "share of drop rate 0 (%)", relative))
     return panels
 
 
@@ -202,45 +202,35 @@ def _peak(percent: int, each: Shown) -> Point | None:
     )
 
 
-# -- accuracy ----------------------------------------------------------------------------------------------------------
+# -- accuracy ---------------------------------------------------------------------------------
 
 
-def accuracies(runs: Sequence[accuracy.Run], folder: Path) -> dict[Path, str]:
+def accuracies(runs: Sequence[sweeps.Run], folder: Path) -> dict[Path, str]:
     """Mean and spread of retrieval and linear probe against what a training step costs."""
     panels, untrained = [], []
-    for measure in accuracy.MEASURES:
+    for measure, title in sweeps.MEASURES.items():
         if hasattr(runs[0], before := f"{measure}_before"):
-            untrained.append(
-                f"{accuracy.MEASURES[measure]} {statistics.mean(getattr(run, before) for run in runs):.1f} %"
-            )
+            mean = statistics.mean(getattr(run, before) for run in runs)
+            untrained.append(f"{title} {mean:.1f} %")
         curves = []
         for steps in sorted({run.steps for run in runs}):
-            curves.append(
-                Curve(
-                    f"mean of the seeds, {steps} steps",
-                    _means([run for run in runs if run.steps == steps], measure),
-                    "ours",
-                )
-            )
-        curves.append(
-            Curve(
-                "one seed", [Point(run.train_gflops, getattr(run, measure)) for run in runs], "dots"
-            )
-        )
-        panels.append(
-            Panel(accuracy.MEASURES[measure], "training GFLOPs of a clip", "correct (%)", curves)
-        )
+            means = _means([run for run in runs if run.steps == steps], measure)
+            curves.append(Curve(f"mean of the seeds, {steps} steps", means, "ours"))
+        dots = [Point(run.train_gflops, getattr(run, measure)) for run in runs]
+        curves.append(Curve("one seed", dots, "dots"))
+        panels.append(Panel(title, "training GFLOPs of a clip", "correct (%)", curves))
     stem = folder / "accuracy"
     save(panels, 2, stem)
-    what = "Accuracy against the work of training, points labelled by drop rate. Bars are one standard deviation over the seeds"
+    what = "Accuracy against the work of training, points labelled by drop rate. "
+    what += "Bars are one standard deviation over the seeds"
     return {stem: f"{what}. Untrained: {', '.join(untrained)}."}
 
 
-def _means(runs: Sequence[accuracy.Run], measure: str) -> list[Point]:
+def _means(runs: Sequence[sweeps.Run], measure: str) -> list[Point]:
     points = []
     for drop_rate in sorted({run.drop_rate for run in runs}):
         group = [run for run in runs if run.drop_rate == drop_rate]
-        mean, deviation = accuracy.spread(group, measure)
+        mean, deviation = sweeps.spread(group, measure)
         low, high = (None, None) if deviation is None else (mean - deviation, mean + deviation)
         points.append(Point(group[0].train_gflops, mean, low, high, label=f"{drop_rate:.0%}"))
     return points

@@ -9,7 +9,8 @@ from pathlib import Path
 from .tables import Table
 
 _STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #111; background: #fff; max-width: 68rem; margin: 2rem auto; padding: 0 1rem; }
+body { font: 15px/1.5 system-ui, sans-serif; color: #111; background: #fff; }
+body { max-width: 68rem; margin: 2rem auto; padding: 0 1rem; }
 h1, h2, h3, h4 { line-height: 1.2; break-after: avoid; }
 h2 { border-top: 2px solid #0072b2; padding-top: .6rem; margin-top: 2.5rem; }
 h4 { margin: 1.6rem 0 .3rem; }
@@ -26,7 +27,8 @@ figcaption, .note { font-size: 13px; color: #444; }
 @media print {
   body { font-size: 10pt; margin: 0; max-width: none; }
   .wide, pre { overflow: visible; }
-  table { font-size: 6.8pt; } tr { break-inside: avoid; } th, td { padding: .1rem .3rem; } th { white-space: normal; }
+  table { font-size: 6.8pt; } tr { break-inside: avoid; }
+  th, td { padding: .1rem .3rem; } th { white-space: normal; }
   pre { font-size: 7pt; white-space: pre-wrap; }
 }
 """
@@ -53,9 +55,9 @@ class Page:
         if level < 4:
             number = len(self._contents)
             anchor = f' id="s{number}"'
-            self._contents.append(
-                f'<li style="margin-left: {1.5 * (level - 2)}rem"><a href="#s{number}">{inline(text)}</a></li>'
-            )
+            indent = f"margin-left: {1.5 * (level - 2)}rem"
+            link = f'<a href="#s{number}">{inline(text)}</a>'
+            self._contents.append(f'<li style="{indent}">{link}</li>')
         self._parts.append(f"<h{level}{anchor}>{inline(text)}</h{level}>")
 
     def paragraph(self, text: str) -> None:
@@ -71,10 +73,10 @@ class Page:
             return "<tr>" + "".join(f"<{tag}>{inline(cell)}</{tag}>" for cell in cells) + "</tr>"
 
         self.heading(4, table.title)
+        head = f"<thead>{row(table.headings, 'th')}</thead>"
         body = "\n".join(row(cells, "td") for cells in table.rows)
-        self._parts.append(
-            f'<div class="wide"><table>\n<thead>{row(table.headings, "th")}</thead>\n<tbody>{body}</tbody>\n</table></div>'
-        )
+        made = f"<table>\n{head}\n<tbody>{body}</tbody>\n</table>"
+        self._parts.append(f'<div class="wide">{made}</div>')
         if table.stale:
             self._parts.append(f'<p class="note">{inline(table.footnote())}</p>')
         if table.commands:
@@ -84,14 +86,15 @@ class Page:
         """The SVG inside the page, as an image of its own: its names cannot meet another's."""
         data = base64.b64encode(Path(f"{stem}.svg").read_bytes()).decode()
         text = inline(caption)
-        self._parts.append(
-            f'<figure><img alt="{text}" src="data:image/svg+xml;base64,{data}"><figcaption>{text}</figcaption></figure>'
-        )
+        image = f'<img alt="{text}" src="data:image/svg+xml;base64,{data}">'
+        self._parts.append(f"<figure>{image}<figcaption>{text}</figcaption></figure>")
 
     def html(self) -> str:
         title = inline(self.title)
-        head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title><style>{_STYLE}</style>'
+        head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+        head += f"<title>{title}</title><style>{_STYLE}</style>"
         intro, *parts = self._parts or [""]
         contents = f"<ul>{''.join(self._contents)}</ul>" if self._contents else ""
         body = "\n".join([f"<h1>{title}</h1>", intro, contents, *parts])
-        return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>\n{body}\n</body></html>\n'
+        page = f'<html lang="en"><head>{head}</head>\n<body>\n{body}\n</body></html>'
+        return f"<!doctype html>\n{page}\n"

@@ -1,22 +1,22 @@
-"""Panels of curves as PNG and SVG, the same bytes from the same numbers. What is ours is always the thick blue line."""
+"""Panels of curves as PNG and SVG, the same bytes from the same numbers.
+
+What is ours is always the thick blue line.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from .results import number
+from bench.lines import number
 
-# Okabe and Ito's palette without its yellow: distinct for the colour-blind; markers and dashes tell curves apart in grey
+# Okabe and Ito's palette without its yellow: distinct for the colour-blind. Markers and dashes tell
+# curves apart in grey
 _OURS = "#0072B2"
 _PEERS = ("#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _OUR_MARKERS, _PEER_MARKERS = "oph8", "s^DvPX<"
-_OUR_DASHES: tuple[Any, ...] = (
-    "-",
-    (0, (2.2, 1)),
-    (0, (1, 0.6)),
-    (0, (3, 0.8, 1, 0.8)),
-)  # in widths of a thick line
+# in widths of a thick line
+_OUR_DASHES: tuple[Any, ...] = ("-", (0, (2.2, 1)), (0, (1, 0.6)), (0, (3, 0.8, 1, 0.8)))
 _PEER_DASHES: tuple[Any, ...] = ((0, (5, 1.5)), (0, (1.5, 1.2)), (0, (6, 1.5, 1.5, 1.5)), "-")
 _BOUND = "#000000"
 
@@ -30,13 +30,16 @@ class Point(NamedTuple):
     label: str = ""
 
 
+Kind = Literal["ours", "peer", "bound", "marks", "dots"]
+
+
 @dataclass(frozen=True)
 class Curve:
-    """``bound``: a dashed line without markers, what nothing can beat. ``marks``: markers without a line. ``dots``: faint single values."""
+    """A bound is a dashed line without markers; marks have no line; dots are faint single values."""
 
     name: str
     points: Sequence[Point]
-    kind: Literal["ours", "peer", "bound", "marks", "dots"] = "peer"
+    kind: Kind = "peer"
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,10 @@ class Panel:
 
 
 def save(panels: Sequence[Panel], columns: int, stem: Path) -> bool:
-    """Write ``stem``.png and ``stem``.svg: panels row by row, one legend below all. False where there is nothing to draw."""
+    """Write ``stem``.png and ``stem``.svg: panels row by row, one legend below all.
+
+    False where there is nothing to draw.
+    """
     try:
         import matplotlib
         from matplotlib.figure import Figure
@@ -70,29 +76,17 @@ def save(panels: Sequence[Panel], columns: int, stem: Path) -> bool:
         styles = _styles(panels)
         handles = [Line2D([], [], label=name, **style) for name, style in styles.items()]
         if any(point.stale for panel in panels for curve in panel.curves for point in curve.points):
-            handles.append(
-                Line2D(
-                    [],
-                    [],
-                    label="hollow: stale",
-                    color="grey",
-                    marker="o",
-                    linestyle="",
-                    markerfacecolor="white",
-                )
-            )
+            hollow = dict(color="grey", marker="o", linestyle="", markerfacecolor="white")
+            handles.append(Line2D([], [], label="hollow: stale", **hollow))
         width = min(4.6 * columns, 11.0)
         longest = max(len(str(handle.get_label())) for handle in handles)
-        legend_columns = min(
-            len(handles), max(1, int(width / (0.9 + 0.075 * longest)))
-        )  # inches: a handle, and a letter
+        # inches: a handle, and a letter
+        legend_columns = min(len(handles), max(1, int(width / (0.9 + 0.075 * longest))))
         legend_rows = -(-len(handles) // legend_columns)
-        figure = Figure(
-            figsize=(width, 3.3 * rows + 0.22 * legend_rows + 0.15), layout="constrained"
-        )
-        for panel, axis in zip(
-            panels, figure.subplots(rows, columns, squeeze=False).flat, strict=False
-        ):
+        height = 3.3 * rows + 0.22 * legend_rows + 0.15
+        figure = Figure(figsize=(width, height), layout="constrained")
+        axes = figure.subplots(rows, columns, squeeze=False).flat
+        for panel, axis in zip(panels, axes, strict=False):
             _draw(panel, axis, styles)
         figure.legend(
             handles=handles,
@@ -113,36 +107,19 @@ def _styles(panels: Sequence[Panel]) -> dict[str, dict[str, Any]]:
     kinds = {curve.name: curve.kind for panel in panels for curve in panel.curves}
     found: dict[str, dict[str, Any]] = {}
     for i, name in enumerate(name for name, kind in kinds.items() if kind == "ours"):
-        found[name] = dict(
-            color=_OURS,
-            marker=_OUR_MARKERS[i % 4],
-            linestyle=_OUR_DASHES[i % 4],
-            linewidth=2.8,
-            markersize=6,
-            zorder=4,
-        )
+        shape = dict(marker=_OUR_MARKERS[i % 4], linestyle=_OUR_DASHES[i % 4], markersize=6)
+        found[name] = dict(color=_OURS, linewidth=2.8, zorder=4, **shape)
     for i, name in enumerate(name for name, kind in kinds.items() if kind == "peer"):
-        size = max(
-            4.0, 8 - 0.7 * i
-        )  # later ones lie on top: where curves coincide, the earlier look out below
-        shape = dict(
-            marker=_PEER_MARKERS[i % 7],
-            linestyle=_PEER_DASHES[i % 4],
-            linewidth=1.3,
-            markersize=size,
-        )
-        found[name] = dict(color=_PEERS[i % 5], zorder=3, **shape)
-    for name, kind in kinds.items():
-        if kind == "bound":
-            found[name] = dict(color=_BOUND, linestyle="--", linewidth=1.1, zorder=2)
-        elif kind == "marks":
-            found[name] = dict(
-                color=_BOUND, marker="x", linestyle="", markersize=8, markeredgewidth=1.6, zorder=5
-            )
-        elif kind == "dots":
-            found[name] = dict(
-                color="#555555", marker=".", linestyle="", markersize=6, alpha=0.4, zorder=1
-            )
+        # later ones lie on top: where curves coincide, the earlier look out below
+        size = max(4.0, 8 - 0.7 * i)
+        shape = dict(marker=_PEER_MARKERS[i % 7], linestyle=_PEER_DASHES[i % 4], markersize=size)
+        found[name] = dict(color=_PEERS[i % 5], linewidth=1.3, zorder=3, **shape)
+    others: dict[str, dict[str, Any]] = {
+        "bound": dict(color=_BOUND, linestyle="--", linewidth=1.1, zorder=2),
+        "marks": dict(color=_BOUND, marker="x", linestyle="", markersize=8, zorder=5),
+        "dots": dict(color="#555555", marker=".", linestyle="", markersize=6, alpha=0.4, zorder=1),
+    }
+    found |= {name: others[kind] for name, kind in kinds.items() if kind in others}
     return found
 
 
@@ -152,33 +129,19 @@ def _draw(panel: Panel, axis: Any, styles: dict[str, dict[str, Any]]) -> None:
         style = styles[curve.name]
         at = {point.x: point.y for point in curve.points}
         if curve.kind == "dots":
-            axis.plot(
-                [point.x for point in curve.points], [point.y for point in curve.points], **style
-            )
+            axis.plot([p.x for p in curve.points], [p.y for p in curve.points], **style)
             continue
-        axis.plot(
-            every_x, [at.get(x, float("nan")) for x in every_x], **style
-        )  # what was not measured leaves a gap
+        # what was not measured leaves a gap
+        axis.plot(every_x, [at.get(x, float("nan")) for x in every_x], **style)
         for point in curve.points:
             if point.stale:
                 axis.plot(point.x, point.y, **style | dict(linestyle="", markerfacecolor="white"))
             if point.low is not None and point.high is not None:
-                axis.vlines(
-                    point.x,
-                    point.low,
-                    point.high,
-                    color=style["color"],
-                    linewidth=1,
-                    zorder=style["zorder"],
-                )
+                bar = dict(color=style["color"], linewidth=1, zorder=style["zorder"])
+                axis.vlines(point.x, point.low, point.high, **bar)
             if point.label:
-                axis.annotate(
-                    point.label,
-                    (point.x, point.y),
-                    xytext=(7, -11),
-                    textcoords="offset points",
-                    fontsize=8,
-                )
+                place = dict(xytext=(7, -11), textcoords="offset points", fontsize=8)
+                axis.annotate(point.label, (point.x, point.y), **place)
     axis.set(title=panel.title, xlabel=panel.x_label, ylabel=panel.y_label)
     axis.grid(alpha=0.3)
     if panel.log:
@@ -203,13 +166,9 @@ def _log_axes(axis: Any, every_x: Sequence[float]) -> None:
             ticks.append(x)
     axis.set_xticks(ticks, [short(x) for x in ticks])
     low, high = axis.get_ylim()
-    digits = (
-        (1.0,)
-        if high > 300 * low
-        else (1.0, 2.0, 5.0)
-        if high > 8 * low
-        else (1.0, 1.5, 2.0, 3.0, 5.0, 7.0)
-    )
+    digits = (1.0,) if high > 300 * low else (1.0, 2.0, 5.0)
+    if high <= 8 * low:
+        digits = (1.0, 1.5, 2.0, 3.0, 5.0, 7.0)
     axis.yaxis.set_major_locator(LogLocator(subs=digits))
     axis.yaxis.set_major_formatter(FuncFormatter(lambda y, _: number(y)))
     for each in (axis.xaxis, axis.yaxis):
