@@ -15,9 +15,10 @@ if (
 else:
     from .attention import attention
     from .contrastive_lse import contrastive_lse
-    from .dispatch import explain, use_backend
+    from .dispatch import explain
     from .drop_token import drop_token, sample_keep
     from .patch_embed import patch_embed, patchify, unpatchify
+    from .settings import use_backend
 
 __all__ = [
     "attention",

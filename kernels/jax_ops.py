@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from .dispatch import choose, requested
+from .dispatch import choose
+from .settings import requested
 
 # B batch, T queries, S keys, H heads, D head_dim or dimensions, N patches or clips, K kept, k values a patch, M clips of x, P texts a clip
 

@@ -3,9 +3,8 @@
 Source-compatible with jax 0.7.1 (the last one torch_xla knows) and 0.10.2.
 """
 
-import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -13,32 +12,19 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from . import dispatch
+from . import settings
 
 LANES = 128  # the last axis of a register; the one before it has 8 rows of 4 bytes
-
-_interpreter: Any = None
-
 
 # -- where kernels run -------------------------------------------------------------------------------------------------
 
 
 def interpreted() -> Any:
-    """``interpret`` of a pallas_call traced now: False for a TPU; elsewhere True, or what ``interpreting_with`` says."""
-    if dispatch.jax_platform() == "tpu":
+    """``interpret`` of a pallas_call traced now: False for a TPU; elsewhere True, or what ``settings.interpreting_with`` says."""
+    if settings.jax_platform() == "tpu":
         return False
-    return True if _interpreter is None else _interpreter
-
-
-@contextlib.contextmanager
-def interpreting_with(params: Any) -> Iterator[None]:
-    """Interpret kernels traced within by ``params``, e.g. ``pltpu.InterpretParams(random_seed=1)``; for tests."""
-    global _interpreter
-    before, _interpreter = _interpreter, params
-    try:
-        yield
-    finally:
-        _interpreter = before
+    chosen = settings.interpreter()
+    return True if chosen is None else chosen
 
 
 def objection(*operands: Any) -> str | None:

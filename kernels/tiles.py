@@ -6,20 +6,18 @@ heuristic answers; ranks cannot differ, since nothing here looks at a clock.
 
 import functools
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
-Tiles = dict[str, int]  # block sizes by the names the kernel gives them, num_warps, num_stages
+from .settings import forced_tiles
 
-_forced: dict[str, Tiles] = {}
+Tiles = dict[str, int]  # block sizes by the names the kernel gives them, num_warps, num_stages
 
 
 def choose(kernel: str, arch: str, dtype: torch.dtype, heuristic: Tiles, **shape: int) -> Tiles:
     """Tiles of ``kernel`` for a shape: those forced, else those tuned for exactly this shape, dtype and architecture, else ``heuristic``."""
-    return _forced.get(kernel) or table(arch).get(kernel, {}).get(key(dtype, **shape)) or heuristic
+    return forced_tiles(kernel) or table(arch).get(kernel, {}).get(key(dtype, **shape)) or heuristic
 
 
 def key(dtype: torch.dtype, **shape: int) -> str:
@@ -32,19 +30,6 @@ def table(arch: str) -> dict[str, dict[str, Tiles]]:
     """The tuned table of an architecture ("sm_90"); empty where none was tuned."""
     path = Path(__file__).parent / "tiles" / f"{arch}.json"
     return json.loads(path.read_text()) if path.exists() else {}
-
-
-@contextmanager
-def force(kernel: str, tiles: Tiles) -> Iterator[None]:
-    """Run ``kernel`` with these tiles whatever the shape: for tuning and for tests."""
-    before = _forced.get(kernel)
-    _forced[kernel] = tiles
-    try:
-        yield
-    finally:
-        _forced.pop(kernel)
-        if before is not None:
-            _forced[kernel] = before
 
 
 _SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}

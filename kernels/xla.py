@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import torch
 from torch import Tensor
 
-from . import dispatch
+from . import backends, settings
 from .patch_embed.patchify import patchify, unpatchify
 
 _HEADS_SECOND = {"q", "k", "v", "out", "d_out"}  # (B, T, H, D) in torch, (B, H, T, D) in JAX
@@ -126,7 +126,7 @@ def traceable(call: Call, platform: str) -> tuple[Callable, tuple[bool, ...]]:
             options["first"] = jnp.asarray(options["first"], jnp.int32)
         if "lse" in given:
             given.setdefault("d_lse", jnp.zeros_like(given["lse"]))  # nobody has used lse
-        with dispatch.lowering_for(platform):
+        with settings.lowering_for(platform):
             results = getattr(_kernels(call.op), call.function)(**given, **options)
         return _torch_layout(call, results if isinstance(results, tuple | list) else (results,))
 
@@ -191,7 +191,7 @@ def computation(call: Call, platform: str) -> Callable:
 
 
 def _through_torch_xla(call: Call, tensors: tuple[Tensor, ...]) -> Results:
-    platform = "tpu" if dispatch.torch_xla_has_a_tpu() else "cpu"
+    platform = "tpu" if backends.torch_xla_has_a_tpu() else "cpu"
     _, present = traceable(call, platform)
     return _filled(computation(call, platform)(list(tensors)), present)
 
@@ -236,7 +236,7 @@ _LAUNCH: dict[str, Callable[[Call, tuple[Tensor, ...]], Results]] = {
 
 
 def _kernels(op: str):
-    return dispatch._module(op, "pallas_tpu")
+    return backends.load(op, "pallas_tpu", "jax")
 
 
 def _name(dtype: torch.dtype) -> str:
