@@ -2,8 +2,7 @@
 
 from .config import PRESETS, TowerConfig, VATTConfig, preset
 from .losses import VATTLoss, contrastive_terms, vatt_loss
-from .model import VATT, VATTOutput
-from .weights import create_model
+from .model import VATT, VATTOutput, create_model
 
 __version__ = "0.1.0"
 __all__ = [

@@ -75,7 +75,7 @@ def retrieve(
     """
     from .encoding import embed_sentences, encode
     from .evaluation.retrieval import top_k
-    from .weights import create_model
+    from .model import create_model
 
     net = create_model(model)
     embeddings, files, _ = _embed_folder(net, data, batch_size)
@@ -143,7 +143,7 @@ def _embed_folder(
 ) -> tuple[dict[str, np.ndarray], list[str], list[str]]:
     from .data.dataset import ClipSpec, evaluation_clips
     from .encoding import embed_batches
-    from .weights import create_model
+    from .model import create_model
 
     net = create_model(model) if isinstance(model, str) else model
     if net.vocabulary is None:

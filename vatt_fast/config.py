@@ -10,6 +10,10 @@ Recipe = Literal["paper", "released"]
 Kind = Literal["modality_specific", "modality_agnostic"]
 NCEForm = Literal["paper", "released", "symmetric"]
 
+MODALITIES = ("video", "audio", "text")
+NORM_EPS = 1e-6  # of every LayerNorm and RMS norm
+MAX_SCALE = 100.0  # 1 / temperature never exceeds it
+
 
 def video_grid(
     frames: int, height: int, width: int, patch: tuple[int, int, int]

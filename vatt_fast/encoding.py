@@ -2,20 +2,21 @@
 
 import os
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .model import VATT
+if TYPE_CHECKING:
+    from .model import VATT
 
 EMBEDDINGS = ("z_video_va", "z_audio_va", "z_video_vt", "z_text_vt")
 
 
 def encode(
-    model: VATT,
+    model: "VATT",
     *,
     video: Any = None,
     audio: Any = None,
@@ -56,7 +57,7 @@ def encode(
 
 
 def embed_batches(
-    model: VATT,
+    model: "VATT",
     batches: Iterable,
     *,
     modalities: Sequence[str] = ("video", "audio", "text"),
@@ -88,7 +89,7 @@ def embed_batches(
     return {name: np.concatenate(parts) for name, parts in columns.items()}, files
 
 
-def embed_sentences(model: VATT, sentences: Sequence[str], batch_size: int = 256) -> np.ndarray:
+def embed_sentences(model: "VATT", sentences: Sequence[str], batch_size: int = 256) -> np.ndarray:
     """(n, d_vt) unit-norm z_text_vt of sentences."""
     ids = _word_ids(model, list(sentences))
     return torch.cat(
@@ -99,7 +100,7 @@ def embed_sentences(model: VATT, sentences: Sequence[str], batch_size: int = 256
     ).numpy()
 
 
-def _embed(model: VATT, **inputs: Tensor) -> dict[str, Tensor]:
+def _embed(model: "VATT", **inputs: Tensor) -> dict[str, Tensor]:
     out = _forward(model, **inputs)
     return {
         name: getattr(out, name).float().cpu()
@@ -109,7 +110,7 @@ def _embed(model: VATT, **inputs: Tensor) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def _forward(model: VATT, **inputs: Tensor):
+def _forward(model: "VATT", **inputs: Tensor):
     device = model.log_scale.device
     training = model.training
     model.eval()
@@ -119,7 +120,7 @@ def _forward(model: VATT, **inputs: Tensor):
         model.train(training)
 
 
-def _word_ids(model: VATT, sentences: list[str]) -> Tensor:
+def _word_ids(model: "VATT", sentences: list[str]) -> Tensor:
     if model.vocabulary is None:
         raise ValueError(
             "this model has no vocabulary, so it cannot read sentences; load a trained folder, or set model.vocabulary"
@@ -129,7 +130,7 @@ def _word_ids(model: VATT, sentences: list[str]) -> Tensor:
     return torch.as_tensor(model.vocabulary.encode(sentences, model.config.words))
 
 
-def _clips(model: VATT, modality: str, value: Any, windows: int) -> tuple[list[Tensor], int]:
+def _clips(model: "VATT", modality: str, value: Any, windows: int) -> tuple[list[Tensor], int]:
     """Clips one by one, and how many belong to each row of the result."""
     if isinstance(value, str | os.PathLike):
         value = [value]
@@ -154,7 +155,7 @@ def _clips(model: VATT, modality: str, value: Any, windows: int) -> tuple[list[T
 
 
 def _file_windows(
-    model: VATT, modality: str, path: str | os.PathLike, windows: int
+    model: "VATT", modality: str, path: str | os.PathLike, windows: int
 ) -> list[Tensor]:
     from .data.media import probe, read_audio, read_video
 

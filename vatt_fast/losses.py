@@ -1,30 +1,36 @@
-"""The contrastive losses of VATT on the ``contrastive_lse`` op: three published forms, masks, any number of devices.
+"""The contrastive losses of VATT on the ``contrastive_lse`` op: three published forms, masks, any
+number of devices.
+
+The bodies serve torch and JAX: ``Devices`` holds what differs, ``on_jax.losses`` has JAX's.
 
 Shapes: M clips on this device, N over all W devices, P texts a clip, D dimensions of a common space.
 """
 
 import dataclasses
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from . import collectives
-from .config import NCEForm, VATTConfig
+from .config import MAX_SCALE, NCEForm, VATTConfig
 from .kernels import contrastive_lse
 
-# bf16 unit vectors may exceed unit length by their rounding; the bound promised to the op allows for it
+# bf16 unit vectors may exceed unit length by their rounding; the bound given to the op allows for it
 BOUND_SLACK = 1.02
 
 
-def nce_terms(row, col, pos, form: NCEForm, *, xp: Any = torch):
-    """Loss of each clip from its row, column and positive log-sums, all (M,); ``xp`` is torch, or jax.numpy for JAX arrays.
+def nce_terms(row: Any, col: Any, pos: Any, form: NCEForm, *, xp: Any = torch) -> Any:
+    """Loss of each clip from its row, column and positive log-sums, all (M,).
 
     paper      log(e^row + e^col - e^pos) - pos    positives counted once (eq. 4-5; Miech et al. 2020)
     released   logaddexp(row, col) - pos           positives twice: never below ln 2
     symmetric  (row - pos) + (col - pos)           two softmax cross-entropies
+
+    ``xp`` is torch, or jax.numpy for JAX arrays. Raises ValueError for an unknown form.
     """
     if form == "paper":
         both = xp.logaddexp(row, col)
@@ -45,15 +51,18 @@ def contrastive_terms(
     x_valid: Tensor | None = None,
     y_valid: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Per-clip loss terms of this device's clips against the clips of all devices (paper eq. 4 and 5): NCE, with P > 1 texts MIL-NCE.
+    """Loss of each of this device's clips against the clips of all devices (paper eq. 4 and 5).
 
-    ``global_mean`` makes one loss of them. Every device must hold the same number M of clips.
+    It is NCE, and with P > 1 texts MIL-NCE. ``global_mean`` makes one loss of the terms. Every
+    device must hold the same number M of clips.
 
     Args:
-        x: (M, D) embeddings of one modality; y: (M, D) or (M, P, D) of the other. Normalised here.
+        x: (M, D) embeddings of one modality. They are brought to unit length here.
+        y: (M, D) or (M, P, D) embeddings of the other.
         scale: 1 / temperature, a float or a scalar tensor with gradient.
         x_valid: (M,) bool; an invalid clip is nobody's negative and has no term.
-        y_valid: (M,) or (M, P) bool; an invalid text is nobody's negative or positive; a clip without one has no term.
+        y_valid: (M,) or (M, P) bool; an invalid text is nobody's negative or positive; a clip
+            without a valid one has no term.
 
     Returns:
         terms (M,), 0 where there is none, and valid (M,) bool: which clips have a term.
@@ -61,51 +70,14 @@ def contrastive_terms(
     Raises:
         ValueError: shapes that do not fit, or an unknown form.
     """
-    if y.ndim == 2:
-        y = y[:, None]
-    if x.ndim != 2 or y.ndim != 3 or x.shape[0] != y.shape[0] or x.shape[-1] != y.shape[-1]:
-        raise ValueError(
-            f"contrastive_terms takes x (M, D) and y (M, D) or (M, P, D), got {tuple(x.shape)} and {tuple(y.shape)}"
-        )
-    M, P, _ = y.shape
-    y_valid = (
-        y.new_ones((M, P), dtype=torch.bool)
-        if y_valid is None
-        else y_valid.view(M, -1).expand(M, P)
-    )
-    x_valid = x.new_ones(M, dtype=torch.bool) if x_valid is None else x_valid
-    valid = x_valid & y_valid.any(1)
-
-    x = _unit(x)
-    y_all = collectives.gather(_unit(y)).flatten(0, 2)  # (N * P, D)
-    y_valid_all = collectives.gather(y_valid).flatten()
-    first = M * collectives.rank()
-    bound = BOUND_SLACK * (scale if isinstance(scale, float) else 100.0)
-    row, col, pos = contrastive_lse(
-        x,
-        y_all,
-        scale=scale,
-        texts_per_clip=P,
-        first=first,
-        x_valid=x_valid,
-        y_valid=y_valid_all,
-        bound=bound,
-    )
-    # col covers this device's x only: the devices' parts are joined, then each clip joins its own P texts
-    col = collectives.gather(col)[:, first * P : (first + M) * P].unflatten(1, (M, P))  # (W, M, P)
-    col = _masked_logsumexp(col.transpose(0, 1).flatten(1), valid)
-    row, pos = (
-        row.masked_fill(~valid, 0),
-        pos.masked_fill(~valid, -math.log(2)),
-    )  # any finite values: the term is dropped
-    return nce_terms(row, col, pos, form).masked_fill(~valid, 0), valid
+    return terms_over_devices(_TORCH, x, y, scale, form, x_valid, y_valid)
 
 
 def global_mean(terms: Tensor, valid: Tensor) -> Tensor:
-    """Mean of ``terms`` over the valid clips of all devices; 0, with a connected graph, where there is none.
+    """Mean of ``terms`` over the valid clips of all devices; 0, in a connected graph, without any.
 
-    Every device returns W times its share: the mean over devices is the loss of the global batch, and gradients averaged over devices
-    (DistributedDataParallel) are its gradients.
+    Every device returns W times its share. So the mean over devices is the loss of the global
+    batch, and gradients averaged over devices (DistributedDataParallel) are its gradients.
     """
     count = collectives.total(valid.sum(dtype=terms.dtype)).clamp(min=1)
     return terms.sum() * collectives.world_size() / count
@@ -113,7 +85,10 @@ def global_mean(terms: Tensor, valid: Tensor) -> Tensor:
 
 @dataclasses.dataclass
 class VATTLoss:
-    """``total`` = va_weight * va + vt_weight * vt; a part whose modalities are absent is None and counts 0."""
+    """``total`` = va_weight * va + vt_weight * vt. Absent modalities: the part is None, counts 0.
+
+    Tensors of torch; in JAX its arrays.
+    """
 
     total: Tensor
     va: Tensor | None = None
@@ -121,7 +96,7 @@ class VATTLoss:
 
 
 def vatt_loss(
-    output,
+    output: Any,
     config: VATTConfig,
     *,
     scale: Tensor | float | None = None,
@@ -129,46 +104,148 @@ def vatt_loss(
     audio_valid: Tensor | None = None,
     text_valid: Tensor | None = None,
 ) -> VATTLoss:
-    """Pre-training loss (paper eq. 6) of a ``VATTOutput``: video-audio NCE in S_va and video-text MIL-NCE in S_vt.
+    """Pre-training loss of a ``VATTOutput`` (paper eq. 6).
+
+    It is the weighted sum of video-audio NCE in S_va and video-text MIL-NCE in S_vt.
 
     Args:
         scale: ``model.scale()``; None takes the config's fixed temperature.
-        video_valid, audio_valid: (B,) bool; text_valid: (B, P) bool; None: all valid. Give the model the same ones: it keeps invalid clips
-            out of its batch norms, here they are no term and nobody's negative.
+        video_valid, audio_valid: (B,) bool; text_valid: (B, P) bool; None: all valid. Give the
+            model the same ones: it keeps invalid clips out of its batch norms. Here they have no
+            term and are nobody's negative.
 
     Raises:
         ValueError: no pair of modalities in the output.
     """
-    scale = 1 / config.temperature if scale is None else scale
-    pairs = {
-        "va": (output.z_video_va, output.z_audio_va, audio_valid),
-        "vt": (output.z_video_vt, output.z_text_vt, text_valid),
-    }
-    losses = {}
-    for name, (z_video, z_other, other_valid) in pairs.items():
-        if z_video is not None and z_other is not None:
-            terms = contrastive_terms(
-                z_video,
-                z_other,
-                scale=scale,
-                form=config.nce_form,
-                x_valid=video_valid,
-                y_valid=other_valid,
-            )
-            losses[name] = global_mean(*terms)
-    if not losses:
-        raise ValueError(
-            "the output holds no pair of modalities; a loss needs video with audio, or video with text"
+
+    def pair_loss(x: Tensor, y: Tensor, scale, y_valid) -> Tensor:
+        options: dict[str, Any] = dict(scale=scale, form=config.nce_form)
+        return global_mean(
+            *contrastive_terms(x, y, x_valid=video_valid, y_valid=y_valid, **options)
         )
-    weights = {"va": config.va_weight, "vt": config.vt_weight}
-    weighted = [weights[name] * value for name, value in losses.items()]
-    return VATTLoss(weighted[0] if len(weighted) == 1 else weighted[0] + weighted[1], **losses)
+
+    return sum_of_pairs(output, config, scale, audio_valid, text_valid, pair_loss)
 
 
-def _unit(z: Tensor) -> Tensor:
-    return F.normalize(z if z.dtype == torch.float64 else z.float(), dim=-1)
+# -- for torch and JAX ---------------------------------------------------------------------------
 
 
-def _masked_logsumexp(x: Tensor, valid: Tensor) -> Tensor:
-    """Log-sum-exp of each row of x (M, K); rows without a term are 0 and pass no gradient (a row of -inf would pass nan)."""
-    return torch.logsumexp(torch.where(valid[:, None], x, 0.0), 1)
+class Devices(Protocol):
+    """What the devices of one framework compute and exchange for a contrastive loss."""
+
+    xp: Any  # torch or jax.numpy
+
+    def unit(self, z: Any) -> Any:
+        """z / max(norm, 1e-12) along the last axis, in fp32 at least."""
+
+    def gather(self, x: Any) -> Any:
+        """(W * M, ...): every device's x. Gradients return to the owner, summed."""
+
+    def first_of(self, clips: int) -> Any:
+        """Index of this device's first clip among all."""
+
+    def contrastive_lse(self, x: Any, y: Any, **options: Any) -> tuple[Any, Any, Any]:
+        """The op."""
+
+    def own_columns(self, col: Any, clips: int, texts: int) -> Any:
+        """col (N * P,) of each device -> all devices' parts about this one's clips, (W, M, P)."""
+
+    def logsumexp(self, x: Any) -> Any:
+        """Along the last axis."""
+
+
+def terms_over_devices(
+    devices: Devices, x: Any, y: Any, scale: Any, form: NCEForm, x_valid: Any, y_valid: Any
+) -> tuple[Any, Any]:
+    """``contrastive_terms`` in either framework."""
+    xp = devices.xp
+    if y.ndim == 2:
+        y = y[:, None]
+    if x.ndim != 2 or y.ndim != 3 or x.shape[0] != y.shape[0] or x.shape[-1] != y.shape[-1]:
+        raise ValueError(
+            "contrastive_terms takes x (M, D) and y (M, D) or (M, P, D), "
+            f"got {tuple(x.shape)} and {tuple(y.shape)}"
+        )
+    M, P, _ = y.shape
+    if y_valid is None:
+        y_valid = xp.ones_like(y[..., 0], dtype=bool)
+    y_valid = xp.broadcast_to(y_valid.reshape(M, -1), (M, P))
+    x_valid = xp.ones_like(x[:, 0], dtype=bool) if x_valid is None else x_valid
+    valid = x_valid & y_valid.any(1)
+
+    x = devices.unit(x)
+    y_all = devices.gather(devices.unit(y).reshape(M * P, -1))  # (N * P, D)
+    y_valid_all = devices.gather(y_valid.reshape(M * P))
+    row, col, pos = devices.contrastive_lse(
+        x,
+        y_all,
+        scale=scale,
+        texts_per_clip=P,
+        first=devices.first_of(M),
+        x_valid=x_valid,
+        y_valid=y_valid_all,
+        bound=BOUND_SLACK * (scale if isinstance(scale, float) else MAX_SCALE),
+    )
+    # col covers this device's x only: join the devices' parts, then each clip's own P texts
+    col = devices.own_columns(col, M, P).swapaxes(0, 1).reshape(M, -1)
+    # any finite values where there is no term: it is dropped, and -inf would pass nan gradients
+    col = devices.logsumexp(xp.where(valid[:, None], col, 0.0))
+    row, pos = xp.where(valid, row, 0.0), xp.where(valid, pos, -math.log(2))
+    return xp.where(valid, nce_terms(row, col, pos, form, xp=xp), 0.0), valid
+
+
+def sum_of_pairs(
+    output: Any,
+    config: VATTConfig,
+    scale: Any,
+    audio_valid: Any,
+    text_valid: Any,
+    pair_loss: Callable[[Any, Any, Any, Any], Any],
+) -> VATTLoss:
+    """``vatt_loss`` in either framework: ``pair_loss(z_video, z_other, scale, other_valid)``."""
+    scale = 1 / config.temperature if scale is None else scale
+    va = vt = None
+    if output.z_video_va is not None and output.z_audio_va is not None:
+        va = pair_loss(output.z_video_va, output.z_audio_va, scale, audio_valid)
+    if output.z_video_vt is not None and output.z_text_vt is not None:
+        vt = pair_loss(output.z_video_vt, output.z_text_vt, scale, text_valid)
+    weighted = [
+        weight * part
+        for weight, part in ((config.va_weight, va), (config.vt_weight, vt))
+        if part is not None
+    ]
+    if not weighted:
+        raise ValueError(
+            "the output holds no pair of modalities; "
+            "a loss needs video with audio, or video with text"
+        )
+    return VATTLoss(weighted[0] if len(weighted) == 1 else weighted[0] + weighted[1], va, vt)
+
+
+class _TorchDevices:
+    xp = torch
+
+    def unit(self, z: Tensor) -> Tensor:
+        return F.normalize(z if z.dtype == torch.float64 else z.float(), dim=-1)
+
+    def gather(self, x: Tensor) -> Tensor:
+        return collectives.gather(x).flatten(0, 1)
+
+    def first_of(self, clips: int) -> int:
+        return clips * collectives.rank()
+
+    def contrastive_lse(
+        self, x: Tensor, y: Tensor, **options: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return contrastive_lse(x, y, **options)
+
+    def own_columns(self, col: Tensor, clips: int, texts: int) -> Tensor:
+        first = self.first_of(clips) * texts
+        parts = collectives.gather(col)[:, first : first + clips * texts]
+        return parts.unflatten(1, (clips, texts))
+
+    def logsumexp(self, x: Tensor) -> Tensor:
+        return torch.logsumexp(x, -1)
+
+
+_TORCH = _TorchDevices()

@@ -1,7 +1,8 @@
 """VATT in PyTorch, in the order of the data: positions, tokens, encoder, common space, model.
 
 Shapes: B clips, N patches, K kept patches, P texts a clip, W words, T = 1 + kept tokens, H heads.
-Facts follow the paper (Akbari et al., NeurIPS 2021) and the released code; where they differ, ``VATTConfig`` decides.
+Facts follow the paper (Akbari et al., NeurIPS 2021) and the released code; where they differ,
+``VATTConfig`` decides.
 """
 
 import dataclasses
@@ -9,7 +10,7 @@ import functools
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,29 +18,48 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import collectives
-from .config import TowerConfig, VATTConfig, video_grid
-from .kernels import attention, patch_embed, patchify, sample_keep
+from .config import (
+    MAX_SCALE,
+    MODALITIES,
+    NORM_EPS,
+    PRESETS,
+    SHORT_NAMES,
+    Recipe,
+    TowerConfig,
+    VATTConfig,
+    preset,
+)
+from .data.text import Vocabulary
+from .encoding import encode
+from .inputs import (
+    DropPer,
+    PatchInput,
+    audio_input,
+    check_text,
+    require_input,
+    sample_keeps,
+    video_input,
+)
+from .kernels import attention, patch_embed
 from .kernels.dispatch import autocast_dtype
-from .kernels.drop_token import check_keep
-from .positions import relative_position_buckets, resample_matrix
+from .positions import distance_buckets, evaluate_spline, spline
+from .weights import WEIGHTS, load_weights, read_folder, save_model
 
-if TYPE_CHECKING:
-    from .data.text import Vocabulary
+# -- positions -------------------------------------------------------------------------------------
 
-NORM_EPS = 1e-6
-MAX_SCALE = 100.0  # 1 / temperature never exceeds it
 
-# -- positions ---------------------------------------------------------------------------------------------------------
+# lengths may be symbolic in torch.compile, so constants depend on the weights' sizes alone
 
 
 @torch.compiler.assume_constant_result
-def _resample_matrix(n_old: int, n_new: int) -> Tensor:
-    return torch.from_numpy(resample_matrix(n_old, n_new))
+def _spline(n_old: int) -> tuple[Tensor, Tensor]:
+    knots, second = spline(n_old)
+    return torch.from_numpy(knots), torch.from_numpy(second)
 
 
 @torch.compiler.assume_constant_result
-def _relative_buckets(length: int, num_buckets: int, max_distance: int) -> Tensor:
-    return torch.from_numpy(relative_position_buckets(length, num_buckets, max_distance))
+def _distance_buckets(num_buckets: int, max_distance: int) -> Tensor:
+    return torch.from_numpy(distance_buckets(num_buckets, max_distance))
 
 
 class PositionTable(nn.Module):
@@ -57,74 +77,83 @@ class PositionTable(nn.Module):
         rows = []
         for axis, (table, length) in enumerate(zip(self.tables, grid, strict=True)):
             if table.shape[0] != length:
-                table = _resample_matrix(table.shape[0], length).to(table) @ table
+                table = _resample(table, length)
             rows.append(table.view([length if i == axis else 1 for i in range(len(grid))] + [-1]))
         return self.norm(functools.reduce(torch.add, rows).flatten(0, -2))
 
 
-# -- tokens ------------------------------------------------------------------------------------------------------------
+def _resample(table: Tensor, length: int) -> Tensor:
+    """(n, dim) -> (length, dim); see ``positions.resample_matrix``."""
+    wide = torch.promote_types(table.dtype, torch.float32)
+    knots, second = (part.to(table.device, wide) for part in _spline(table.shape[0]))
+    index = torch.arange(length, device=table.device)
+    return evaluate_spline(knots, second, index, length, xp=torch).to(table.dtype) @ table
+
+
+# -- tokens ----------------------------------------------------------------------------------------
 
 
 class PatchTokens(nn.Module):
     """Raw patches of video or audio -> tokens, AGG first.
 
-    With ``pre_proj`` (modality-agnostic) the order is project, Dense + GELU, position, DropToken, AGG; every step acts
-    on one token, so patches are dropped before the projection in both cases.
+    With ``pre_proj`` (modality-agnostic) the order is project, Dense + GELU, position, DropToken,
+    AGG. Every step acts on one token, so patches are dropped before the projection in both cases.
     """
 
     def __init__(
-        self,
-        patch: tuple[int, ...],
-        values: int,
-        grid: tuple[int, ...],
-        dim: int,
-        *,
-        pre_proj: bool,
-        dropout: float,
+        self, values: int, grid: tuple[int, ...], dim: int, *, pre_proj: bool, dropout: float
     ):
         super().__init__()
-        self.patch, self.dropout = patch, dropout
+        self.dropout = dropout
         self.project = _dense(values, dim)
         self.pre_proj = _dense(dim, dim) if pre_proj else None
         self.position = PositionTable(grid, dim)
         self.agg = nn.Parameter(torch.randn(dim) * dim**-0.5)
 
-    def forward(
-        self,
-        patches: Tensor,
-        grid: tuple[int, ...],
-        keep: Tensor | None,
-        *,
-        scale: float,
-        shift: float,
-    ) -> Tensor:
-        """patches (B, N, k), or only the kept (B, K, k) -> tokens (B, 1 + K, dim)."""
-        position = self.position(grid)
-        gathered = keep is not None and patches.shape[1] == keep.shape[-1]
-        weight, bias = self.project.weight, self.project.bias
-        if self.pre_proj is None and not (self.training and self.dropout):
-            return patch_embed(
-                patches,
-                weight,
-                bias,
-                position,
-                keep,
-                scale=scale,
-                shift=shift,
-                agg=self.agg,
-                gathered=gathered,
-            )
-        tokens = patch_embed(
-            patches, weight, bias, None, keep, scale=scale, shift=shift, gathered=gathered
+    def forward(self, patches: Tensor, how: PatchInput, keep: Tensor | np.ndarray | None) -> Tensor:
+        """Clips, which are read in place, or patch rows, as ``how`` says -> (B, 1 + K, dim)."""
+        if how.patch is not None:
+            patches = _fill_patches(patches, how.patch, how.pad_value)
+        if isinstance(keep, np.ndarray):
+            keep = torch.from_numpy(keep)
+        keep = None if keep is None else keep.to(patches.device)
+        position = self.position(how.grid)
+        embed = functools.partial(
+            patch_embed,
+            patches,
+            self.project.weight,
+            self.project.bias,
+            scale=how.scale,
+            shift=how.shift,
+            patch=how.patch,
+            gathered=how.gathered,
         )
+        if self.pre_proj is None and not (self.training and self.dropout):
+            return embed(position, keep, agg=self.agg)
+        tokens = embed(None, keep)
         if self.pre_proj is not None:
             tokens = F.gelu(self.pre_proj(tokens))
         tokens = tokens + (position if keep is None else position[keep]).to(tokens.dtype)
         return _prepend(self.agg, F.dropout(tokens, self.dropout, self.training))
 
 
+def _fill_patches(clip: Tensor, patch: tuple[int, ...], pad_value: float) -> Tensor:
+    """What the op does not do itself: an image fills one temporal patch, and padding that is not 0."""
+    if clip.ndim == 5 and clip.shape[1] == 1:
+        clip = clip.expand(-1, patch[0], -1, -1, -1)
+    if pad_value:
+        short = [-size % p for size, p in zip(clip.shape[1:], patch, strict=False)]
+        if any(short):
+            pads = [n for amount in (0, *reversed(short)) for n in (0, amount)]
+            clip = F.pad(clip, pads, value=pad_value)
+    return clip
+
+
 class WordTokens(nn.Module):
-    """Word ids -> tokens, AGG first. ``position`` (modality-agnostic) adds a table of word positions."""
+    """Word ids -> tokens, AGG first.
+
+    ``position`` (modality-agnostic) adds a table of word positions.
+    """
 
     def __init__(self, config: VATTConfig, dim: int):
         super().__init__()
@@ -153,11 +182,14 @@ class WordTokens(nn.Module):
         return _prepend(self.agg, tokens) if self.agnostic else tokens
 
 
-# -- encoder -----------------------------------------------------------------------------------------------------------
+# -- encoder ---------------------------------------------------------------------------------------
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block: x + MHA(norm(x)), then x + MLP(LayerNorm(x)). ``t5``: RMS norm, no linear biases, unscaled scores."""
+    """Pre-norm transformer block: x + MHA(norm(x)), then x + MLP(LayerNorm(x)).
+
+    ``t5``: RMS norm, no linear biases, unscaled scores.
+    """
 
     def __init__(self, tower: TowerConfig, *, t5: bool, dropout: float):
         super().__init__()
@@ -178,7 +210,7 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, bias: Tensor | None, key_mask: Tensor | None, agg_only: bool
     ) -> Tensor:
-        """x (B, T, dim) -> (B, T, dim), or with ``agg_only`` the same function's (B, 1, dim) at index 0."""
+        """x (B, T, dim) -> (B, T, dim); with ``agg_only`` the same function's (B, 1, dim) at index 0."""
         attended = self._attend(self.attention_norm(x), bias, key_mask, agg_only)
         if agg_only:
             x = x[:, :1]
@@ -191,22 +223,17 @@ class Block(nn.Module):
     ) -> Tensor:
         if agg_only:
             inner = self.qkv.out_features // 3
-            q_bias, kv_bias = (
-                (None, None) if self.qkv.bias is None else self.qkv.bias.split((inner, 2 * inner))
-            )
-            q = F.linear(x[:, :1], self.qkv.weight[:inner], q_bias).unflatten(
-                -1, (self.num_heads, -1)
-            )
-            k, v = (
-                F.linear(x, self.qkv.weight[inner:], kv_bias)
-                .unflatten(-1, (2, self.num_heads, -1))
-                .unbind(2)
-            )
+            q_bias = kv_bias = None
+            if self.qkv.bias is not None:
+                q_bias, kv_bias = self.qkv.bias.split((inner, 2 * inner))
+            q = F.linear(x[:, :1], self.qkv.weight[:inner], q_bias)
+            kv = F.linear(x, self.qkv.weight[inner:], kv_bias)
+            q = q.unflatten(-1, (self.num_heads, -1))
+            k, v = kv.unflatten(-1, (2, self.num_heads, -1)).unbind(2)
             bias = None if bias is None else bias[:, :1]
         else:
-            q, k, v = (
-                self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
-            )  # strided views, no copy
+            # strided views, no copy
+            q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
         if self.training and self.dropout:
             return self._attend_with_dropout(q, k, v, bias, key_mask).flatten(2)
         return attention(q, k, v, scale=self.scale, bias=bias, key_mask=key_mask)[0].flatten(2)
@@ -229,7 +256,10 @@ class Block(nn.Module):
 
 
 class Encoder(nn.Module):
-    """The same function for every modality and both kinds of model. ``t5`` adds the relative position bias of the text tower."""
+    """The same function for every modality and both kinds of model.
+
+    ``t5`` adds the relative position bias of the text tower.
+    """
 
     def __init__(
         self,
@@ -253,7 +283,10 @@ class Encoder(nn.Module):
     def forward(
         self, x: Tensor, key_mask: Tensor | None = None, *, agg_only: bool = False
     ) -> Tensor:
-        """x (B, T, dim) -> features (B, T, dim); ``agg_only``: (B, 1, dim), the last block's queries, output and MLP for AGG alone."""
+        """x (B, T, dim) -> features (B, T, dim).
+
+        ``agg_only``: (B, 1, dim), the last block's queries, output and MLP for AGG alone.
+        """
         bias = self._bias(x.shape[1])
         for i, block in enumerate(self.blocks):
             x = block(x, bias, key_mask, agg_only and i == len(self.blocks) - 1)
@@ -262,17 +295,21 @@ class Encoder(nn.Module):
     def _bias(self, length: int) -> Tensor | None:
         if self.relative_bias is None:
             return None
-        buckets = _relative_buckets(length, self.relative_bias.shape[0], self.max_distance).to(
-            self.relative_bias.device
-        )
+        device, m = self.relative_bias.device, self.max_distance
+        index = torch.arange(length, device=device)
+        distance = (index[:, None] - index).clamp(-m, m)  # of query and key
+        buckets = _distance_buckets(self.relative_bias.shape[0], m).to(device)[distance + m]
         return self.relative_bias[buckets].permute(2, 0, 1)  # (H, T, T)
 
 
-# -- common space ------------------------------------------------------------------------------------------------------
+# -- common space ----------------------------------------------------------------------------------
 
 
 class BatchNorm(nn.Module):
-    """Batch norm over the valid rows of all devices; the moving variance is the biased one (Keras, not torch)."""
+    """Batch norm over the valid rows of all devices, in fp32, or fp64 for fp64 weights.
+
+    The moving variance is the biased one (Keras, not torch).
+    """
 
     def __init__(self, dim: int, *, momentum: float, eps: float):
         super().__init__()
@@ -284,24 +321,31 @@ class BatchNorm(nn.Module):
         self.running_var: Tensor
 
     def forward(self, x: Tensor, valid: Tensor | None = None) -> Tensor:
-        """x (R, dim); valid (R,) bool. Statistics are fp32 at least; so is the result: embeddings feed the loss."""
-        x = x.to(self.weight.dtype)
+        """x (R, dim), valid (R,) bool -> (R, dim) in fp32 at least: embeddings feed the loss."""
+        # bf16 weights (FSDP2's mixed precision) must not round the statistics
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        x = x.to(dtype)
         if self.training:
-            rows = x.new_ones(x.shape[0], 1) if valid is None else valid[:, None].to(x.dtype)
+            rows = x.new_ones(x.shape[0], 1) if valid is None else valid[:, None].to(dtype)
             count = collectives.total(rows.sum())
             mean = collectives.total((x * rows).sum(0)) / count.clamp(min=1)
             var = collectives.total(((x - mean).square() * rows).sum(0)) / count.clamp(min=1)
-            with torch.no_grad():  # a batch without a valid row teaches nothing
-                step = self.momentum * (count > 0)
-                self.running_mean.lerp_(mean, step)
-                self.running_var.lerp_(var, step)
+            with torch.no_grad():
+                # a batch without a valid row teaches nothing
+                step = self.momentum * (count > 0).to(dtype)
+                for running, now in ((self.running_mean, mean), (self.running_var, var)):
+                    running.copy_(torch.lerp(running.to(dtype), now, step))
         else:
-            mean, var = self.running_mean, self.running_var
-        return (x - mean) * (var + self.eps).rsqrt() * self.weight + self.bias
+            mean, var = self.running_mean.to(dtype), self.running_var.to(dtype)
+        weight, bias = self.weight.to(dtype), self.bias.to(dtype)
+        return (x - mean) * (var + self.eps).rsqrt() * weight + bias
 
 
 class CommonSpace(nn.Module):
-    """Pooled vectors -> S_va (video, audio) and S_vt (video, text). Paper section 3.3; ``heads`` picks its text or the released layers."""
+    """Pooled vectors -> S_va (video, audio) and S_vt (video, text). Paper section 3.3.
+
+    ``config.heads`` picks the layers of the paper's text or the released ones.
+    """
 
     def __init__(self, config: VATTConfig):
         super().__init__()
@@ -311,10 +355,8 @@ class CommonSpace(nn.Module):
         def norm(dim: int) -> BatchNorm:
             return BatchNorm(dim, momentum=config.batch_norm_momentum, eps=config.batch_norm_eps)
 
-        self.video_hidden, self.video_hidden_norm = (
-            _dense(config.pooled_dim("video"), d_va, bias=False),
-            norm(d_va),
-        )
+        self.video_hidden = _dense(config.pooled_dim("video"), d_va, bias=False)
+        self.video_hidden_norm = norm(d_va)
         self.video_va, self.video_va_norm = _dense(d_va, d_va, bias=False), norm(d_va)
         self.audio_va = _dense(config.pooled_dim("audio"), d_va, bias=not paper)
         self.video_vt, self.video_vt_norm = _dense(d_va, d_vt, bias=False), norm(d_vt)
@@ -323,12 +365,13 @@ class CommonSpace(nn.Module):
         self.text_vt_norm = norm(d_vt) if paper else None
 
     def video(self, pooled: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """pooled (B, dim) -> z_video_va (B, d_va), z_video_vt (B, d_vt), not normalised to unit length."""
+        """pooled (B, dim) -> z_video_va (B, d_va), z_video_vt (B, d_vt), not of unit length."""
+        # norms give fp32, whatever dtype the weights have
+        dtype = self.video_va.weight.dtype
         hidden = F.relu(self.video_hidden_norm(self.video_hidden(pooled), valid))
-        z_va = self.video_va_norm(self.video_va(hidden), valid)
-        return z_va, self.video_vt_norm(
-            self.video_vt(F.relu(z_va) if self.relu_before_vt else z_va), valid
-        )
+        z_va = self.video_va_norm(self.video_va(hidden.to(dtype)), valid)
+        before_vt = F.relu(z_va) if self.relu_before_vt else z_va
+        return z_va, self.video_vt_norm(self.video_vt(before_vt.to(dtype)), valid)
 
     def audio(self, pooled: Tensor, valid: Tensor | None = None) -> Tensor:
         z = self.audio_va(pooled)
@@ -339,15 +382,17 @@ class CommonSpace(nn.Module):
         return z if self.text_vt_norm is None else self.text_vt_norm(z, valid)
 
 
-# -- model -------------------------------------------------------------------------------------------------------------
+# -- model -----------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass
 class VATTOutput:
-    """What a call computed; absent modalities are None.
+    """What a call computed; absent modalities are None. Tensors of torch; in JAX its arrays.
 
-    ``*_features`` (B, T, dim) after the final norm, AGG at index 0 (only when asked for); ``*_pooled`` (B, dim), for text (B, P, dim);
-    ``z_*`` embeddings in S_va (B, d_va) and S_vt (B, d_vt), text (B, P, d_vt), before l2 normalisation.
+    ``*_features`` (B, T, dim) after the final norm, AGG at index 0 (only when asked for);
+    ``*_pooled`` (B, dim), for text (B, P, dim);
+    ``z_*`` embeddings in S_va (B, d_va) and S_vt (B, d_vt), text (B, P, d_vt), before l2
+    normalisation.
     """
 
     video_features: Tensor | None = None
@@ -366,27 +411,26 @@ torch.export.register_dataclass(VATTOutput)
 
 
 class VATT(nn.Module):
-    """Three encoders and the common space. ``modality_agnostic``: the encoders are one trunk, each modality keeps its own way in and out."""
+    """Three encoders and the common space.
+
+    ``modality_agnostic``: the encoders are one trunk; each modality keeps its own way in and out.
+    """
 
     def __init__(self, config: VATTConfig):
         super().__init__()
         self.config = config
-        self.vocabulary: Vocabulary | None = (
-            None  # travels with a saved folder, so that ``encode`` takes sentences
-        )
-        c, pre_proj, dropout = config, config.agnostic, config.dropout
-        patch_options: dict[str, Any] = dict(pre_proj=pre_proj, dropout=dropout)
-        self.video_tokens = PatchTokens(
-            c.video_patch, c.video_patch_values, c.video_grid, c.video.dim, **patch_options
-        )
-        self.audio_tokens = PatchTokens(
-            (c.audio_patch,), c.audio_patch, (c.num_audio_patches,), c.audio.dim, **patch_options
-        )
+        # travels with a saved folder, so that ``encode`` takes sentences
+        self.vocabulary: Vocabulary | None = None
+        c, dropout = config, config.dropout
+        options: dict[str, Any] = dict(pre_proj=c.agnostic, dropout=dropout)
+        self.video_tokens = PatchTokens(c.video_patch_values, c.video_grid, c.video.dim, **options)
+        audio_grid = (c.num_audio_patches,)
+        self.audio_tokens = PatchTokens(c.audio_patch, audio_grid, c.audio.dim, **options)
         self.text_tokens = WordTokens(c, c.text.dim)
         if config.agnostic:
             self.trunk = Encoder(c.video, dropout=dropout)
             self.post_proj = nn.ModuleDict(
-                {m: _dense(c.video.dim, c.pooled_dim(m)) for m in ("video", "audio", "text")}
+                {m: _dense(c.video.dim, c.pooled_dim(m)) for m in MODALITIES}
             )
         else:
             self.video_encoder = Encoder(c.video, dropout=dropout)
@@ -421,126 +465,59 @@ class VATT(nn.Module):
         """Encode any subset of modalities.
 
         Args:
-            video: (B, T, H, W, 3) uint8 or float in [-1, 1], any size (positions are resampled, odd sizes padded with black; one frame is an
-                image), or patch rows (B, N, k) of ``patchify``, or only the kept rows (B, K, k) together with ``video_keep``.
+            video: (B, T, H, W, 3) uint8 or float in [-1, 1], any size: positions are resampled,
+                odd sizes padded with black, one frame is an image. Or patch rows (B, N, k) of
+                ``patchify``, or only the kept rows (B, K, k) together with ``video_keep``.
             audio: (B, S) float waveform in [-1, 1], or patch rows (B, N, k) or (B, K, k).
             text: (B, P, W) or (B, W) integer word ids, 0 = padding.
-            video_keep, audio_keep: (K,) or (B, K) sorted distinct patch indices (``sample_keep``); None keeps all.
-            video_valid, audio_valid, text_valid: (B,), (B,), (B, P) bool; invalid rows stay out of the batch norm statistics in training.
-            video_grid: patches along (time, height, width), for patch rows of another size than the config's.
-            features: also return every token's feature; otherwise the last block works for AGG only.
+            video_keep, audio_keep: (K,) or (B, K) sorted distinct patch indices
+                (``sample_keep``); None keeps all.
+            video_valid, audio_valid, text_valid: (B,), (B,), (B, P) bool; invalid rows stay out
+                of the batch norm statistics in training.
+            video_grid: patches along (time, height, width), for patch rows of another size than
+                the config's.
+            features: also return every token's feature; otherwise the last block works for AGG
+                only.
 
         Raises:
-            ValueError: no input, an empty batch, shapes or ids that do not fit; each names the value, the rule and the remedy.
+            ValueError: no input, an empty batch, shapes or ids that do not fit; each names the
+                value, the rule and the remedy.
         """
+        require_input(video, audio, text)
         out = VATTOutput()
-        if video is None and audio is None and text is None:
-            raise ValueError("no input; give at least one of video, audio, text")
         if video is not None:
-            out.video_features, out.video_pooled = self._encode_video(
-                video, video_keep, video_grid, features
-            )
-            out.z_video_va, out.z_video_vt = self.common_space.video(out.video_pooled, video_valid)
+            how = video_input(self.config, video, video_keep, video_grid)
+            tokens = self.video_tokens(video, how, video_keep)
+            found, pooled = self._run_encoder("video", tokens, features=features)
+            out.video_features, out.video_pooled = found, pooled
+            out.z_video_va, out.z_video_vt = self.common_space.video(pooled, video_valid)
         if audio is not None:
-            out.audio_features, out.audio_pooled = self._encode_audio(audio, audio_keep, features)
-            out.z_audio_va = self.common_space.audio(out.audio_pooled, audio_valid)
+            how = audio_input(self.config, audio, audio_keep)
+            tokens = self.audio_tokens(audio, how, audio_keep)
+            found, pooled = self._run_encoder("audio", tokens, features=features)
+            out.audio_features, out.audio_pooled = found, pooled
+            out.z_audio_va = self.common_space.audio(pooled, audio_valid)
         if text is not None:
-            out.text_features, pooled = self._encode_text(text, features)
+            check_text(self.config, text)
+            lead, ids = text.shape[:-1], text.flatten(0, -2).long()
+            key_mask = F.pad(ids != 0, (1, 0), value=True)  # AGG is always attended
+            tokens = self.text_tokens(ids)
+            found, pooled = self._run_encoder("text", tokens, key_mask, features=features)
             z = self.common_space.text(pooled, None if text_valid is None else text_valid.flatten())
-            lead = text.shape[:-1]
-            out.text_pooled, out.z_text_vt = pooled.unflatten(0, lead), z.unflatten(0, lead)
+            out.text_features, out.text_pooled = found, pooled.unflatten(0, lead)
+            out.z_text_vt = z.unflatten(0, lead)
         return out
 
-    def _encode_video(
-        self, video: Tensor, keep, grid, features: bool
-    ) -> tuple[Tensor | None, Tensor]:
-        c = self.config
-        scale, shift = (2 / 255, -1.0) if video.dtype == torch.uint8 else (1.0, 0.0)
-        if video.ndim == 5 and video.shape[-1] == 3:
-            _refuse_empty("video", video)
-            if video.shape[1] == 1:  # an image fills one temporal patch
-                video = video.expand(-1, c.video_patch[0], -1, -1, -1)
-            _, frames, height, width, _ = video.shape
-            grid = video_grid(frames, height, width, c.video_patch)
-            video = patchify(
-                video, c.video_patch, pad_value=0 if video.dtype == torch.uint8 else -1
-            )
-        elif video.ndim != 3:
-            raise ValueError(
-                f"video is {tuple(video.shape)}; it takes frames (B, T, H, W, 3) or patch rows (B, N, {c.video_patch_values})"
-            )
-        return self._encode_patches(
-            "video", video, keep, grid or c.video_grid, features, scale=scale, shift=shift
-        )
-
-    def _encode_audio(self, audio: Tensor, keep, features: bool) -> tuple[Tensor | None, Tensor]:
-        c = self.config
-        if audio.ndim == 2:
-            _refuse_empty("audio", audio)
-            audio = patchify(audio, (c.audio_patch,))
-            grid = (audio.shape[1],)
-        elif audio.ndim == 3:
-            only_kept = keep is not None and audio.shape[1] == keep.shape[-1]
-            grid = (c.num_audio_patches if only_kept else audio.shape[1],)
-        else:
-            raise ValueError(
-                f"audio is {tuple(audio.shape)}; it takes a waveform (B, S) or patch rows (B, N, {c.audio_patch})"
-            )
-        return self._encode_patches("audio", audio, keep, grid, features, scale=1.0, shift=0.0)
-
-    def _encode_patches(
-        self,
-        modality: str,
-        patches: Tensor,
-        keep,
-        grid,
-        features: bool,
-        *,
-        scale: float,
-        shift: float,
-    ):
-        tokens: PatchTokens = getattr(self, f"{modality}_tokens")
-        count = math.prod(grid)
-        _refuse_empty(modality, patches)
-        if keep is not None:
-            keep = _checked_keep(modality, keep, count, patches)
-        kept = count if keep is None else keep.shape[-1]
-        if patches.shape[1] not in (count, kept) or patches.shape[2] != tokens.project.in_features:
-            raise ValueError(
-                f"{modality} patches are {tuple(patches.shape)}; a grid of {grid} takes (B, {count}, {tokens.project.in_features})"
-                + (
-                    f" or the {kept} kept rows"
-                    if keep is not None
-                    else "; another size needs frames, or video_grid"
-                )
-            )
-        x = tokens(patches, grid, keep, scale=scale, shift=shift)
-        return self._run_encoder(modality, x, None, features)
-
-    def _encode_text(self, text: Tensor, features: bool) -> tuple[Tensor | None, Tensor]:
-        if text.ndim not in (2, 3) or text.is_floating_point() or text.dtype == torch.bool:
-            raise ValueError(
-                f"text is {tuple(text.shape)} {text.dtype}; it takes integer word ids (B, P, W) or (B, W)"
-            )
-        _refuse_empty("text", text)
-        ids = text.flatten(0, -2).long()
-        if self.config.agnostic and ids.shape[1] > self.config.words:
-            raise ValueError(
-                f"text has {ids.shape[1]} words; this model's position table holds {self.config.words}: cut the sentences"
-            )
-        key_mask = F.pad(ids != 0, (1, 0), value=True)  # AGG is always attended
-        return self._run_encoder("text", self.text_tokens(ids), key_mask, features)
-
     def _run_encoder(
-        self, modality: str, x: Tensor, key_mask: Tensor | None, features: bool
+        self, modality: str, x: Tensor, key_mask: Tensor | None = None, *, features: bool
     ) -> tuple[Tensor | None, Tensor]:
+        """tokens (B, T, dim) -> features (B, T, dim) if asked for, and pooled (B, dim)."""
         if dtype := autocast_dtype(x.device):
             x = x.to(dtype)  # the residual stream in the compute dtype, for text as for patches
-        encoder: Encoder = (
-            self.trunk if self.config.agnostic else getattr(self, f"{modality}_encoder")
-        )
+        agnostic = self.config.agnostic
+        encoder: Encoder = self.trunk if agnostic else getattr(self, f"{modality}_encoder")
         x = encoder(x, key_mask, agg_only=not features)
-        if self.config.agnostic:
+        if agnostic:
             x = F.gelu(self.post_proj[modality](x))
         return (x if features else None), x[:, 0]
 
@@ -551,72 +528,91 @@ class VATT(nn.Module):
         seed: int,
         step: int,
         rank: int = 0,
-        per: str = "batch",
+        per: DropPer = "batch",
         batch: int | None = None,
-    ):
-        """DropToken for one step, as ``forward`` takes it: {"video_keep": ..., "audio_keep": ...}, drawn on the host.
-
-        Args:
-            drop_rate: fraction of patches removed, in [0, 1).
-            rank: device of a data-parallel run; each draws its own.
-            per: "batch" keeps the same patches of all clips, (K,); "clip" others of each, (batch, K), and needs ``batch``, clips.
+    ) -> dict[str, Tensor]:
+        """DropToken for one step, as ``forward`` takes it: see ``inputs.sample_keeps``.
 
         Returns:
-            int32 indices on the CPU, sorted, the same for the same seed, step and rank.
-
-        Raises:
-            ValueError: an argument out of range, or per="clip" without ``batch``.
+            {"video_keep": ..., "audio_keep": ...}, int32 indices on the CPU.
         """
-        counts = {"video": self.config.num_video_patches, "audio": self.config.num_audio_patches}
-        return {
-            f"{modality}_keep": torch.from_numpy(
-                sample_keep(
-                    count,
-                    drop_rate,
-                    seed=seed,
-                    step=step,
-                    stream=f"{modality}/{rank}",
-                    per=per,
-                    batch=batch,
-                )
-            )
-            for modality, count in counts.items()
-        }
+        options: dict[str, Any] = dict(seed=seed, step=step, rank=rank, per=per, batch=batch)
+        keeps = sample_keeps(self.config, drop_rate, **options)
+        return {name: torch.from_numpy(keep) for name, keep in keeps.items()}
 
     def scale(self) -> Tensor | float:
-        """Logits factor 1 / temperature, at most 100: a float when fixed, else an fp32 scalar with gradient."""
+        """Logits factor 1 / temperature, at most 100.
+
+        A float when fixed, else an fp32 scalar with gradient.
+        """
         if not self.config.learn_temperature:
             return 1 / self.config.temperature
         return self.log_scale.float().clamp(max=math.log(MAX_SCALE)).exp()
 
     @torch.no_grad()
     def clamp_temperature(self) -> None:
-        """Bring a learned temperature back to at least 1/100; call after each optimizer step, or it could stick beyond the clamp."""
+        """Bring a learned temperature back to at least 1/100.
+
+        Call it after each optimizer step, or the temperature could stick beyond the clamp.
+        """
         self.log_scale.clamp_(max=math.log(MAX_SCALE))
 
     def encode(
-        self, video=None, audio=None, text: str | Sequence[str] | None = None, **options
+        self,
+        video: Any = None,
+        audio: Any = None,
+        text: str | Sequence[str] | None = None,
+        *,
+        windows: int = 1,
     ) -> dict[str, Tensor]:
         """Unit-norm embeddings of arrays or media files; see ``vatt_fast.encoding.encode``."""
-        from .encoding import encode
-
-        return encode(self, video=video, audio=audio, text=text, **options)
+        return encode(self, video=video, audio=audio, text=text, windows=windows)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write config.json, model.safetensors and, if there is one, vocabulary.txt into ``folder``."""
-        from .weights import save_model
-
+        """Write config.json, model.safetensors and, if there is one, vocabulary.txt."""
         save_model(self, folder)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "VATT":
-        """Read what ``save_pretrained`` wrote. Raises ValueError where files are missing, cut short or of another config."""
-        from .weights import load_model
+        """Read what ``save_pretrained`` wrote; the model is in evaluation mode.
 
-        return load_model(folder)
+        Raises:
+            ValueError: files are missing, cut short or of another config.
+        """
+        config, tensors, vocabulary = read_folder(folder)
+        model = cls(config)
+        load_weights(model, tensors, source=str(Path(folder) / WEIGHTS))
+        model.vocabulary = vocabulary
+        return model.eval()
 
 
-# -- small parts -------------------------------------------------------------------------------------------------------
+def create_model(name: str | Path, *, recipe: Recipe | None = None) -> VATT:
+    """A model from a saved folder (also a training run's), or a preset with random weights.
+
+    Args:
+        name: a folder written by ``save_pretrained`` or ``pretrain``, or a preset:
+            base_base_small (bbs), medium_base_small (mbs), large_base_small (lbs),
+            agnostic_medium (ma), tiny.
+        recipe: for presets, "paper" (default) or "released".
+
+    Raises:
+        ValueError: neither such a folder nor such a preset; or a folder that cannot be read.
+    """
+    if Path(name).is_dir():
+        if recipe is not None:
+            raise ValueError(
+                f"{name} is a saved model, whose config holds its recipe; leave recipe out"
+            )
+        return VATT.from_pretrained(name)
+    if str(name).lower() in (*PRESETS, *SHORT_NAMES):
+        return VATT(preset(str(name), recipe or "paper"))
+    raise ValueError(
+        f"{str(name)!r} is neither a folder nor a preset; presets are {', '.join(PRESETS)} "
+        f"(short: {', '.join(SHORT_NAMES)})"
+    )
+
+
+# -- small parts -----------------------------------------------------------------------------------
 
 
 def _dense(inputs: int, outputs: int, bias: bool = True) -> nn.Linear:
@@ -640,24 +636,3 @@ def _norm(dim: int, t5: bool) -> nn.Module:
 
 def _prepend(agg: Tensor, tokens: Tensor) -> Tensor:
     return torch.cat((agg.to(tokens.dtype).expand(tokens.shape[0], 1, -1), tokens), 1)
-
-
-def _refuse_empty(name: str, x: Tensor) -> None:
-    if 0 in x.shape:
-        raise ValueError(
-            f"{name} is {tuple(x.shape)}; an empty batch or clip cannot be encoded: leave the modality out instead"
-        )
-
-
-def _checked_keep(modality: str, keep: Tensor | np.ndarray, count: int, patches: Tensor) -> Tensor:
-    if isinstance(keep, np.ndarray):
-        keep = torch.from_numpy(keep)
-    if (
-        keep.device.type == "cpu" and not torch.compiler.is_compiling()
-    ):  # on a device it was checked where it was drawn
-        check_keep(keep, count, name=f"{modality}_keep")
-    if keep.ndim == 2 and keep.shape[0] != patches.shape[0]:
-        raise ValueError(
-            f"{modality}_keep is {tuple(keep.shape)} for a batch of {patches.shape[0]}; it takes (K,) or (B, K)"
-        )
-    return keep.to(patches.device)

@@ -3,43 +3,23 @@
 import json
 import struct
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .config import PRESETS, SHORT_NAMES, VATTConfig, preset
-from .model import VATT
+from .config import VATTConfig
+from .data.text import Vocabulary
+
+if TYPE_CHECKING:
+    from .model import VATT
 
 CONFIG, WEIGHTS, VOCABULARY = "config.json", "model.safetensors", "vocabulary.txt"
 
 
-def create_model(name: str | Path, *, recipe: str | None = None) -> VATT:
-    """A model from a saved folder (also a training run's), or a preset with random weights.
-
-    Args:
-        name: a folder written by ``save_pretrained`` or ``pretrain``, or a preset: base_base_small (bbs), medium_base_small (mbs),
-            large_base_small (lbs), agnostic_medium (ma), tiny.
-        recipe: for presets, "paper" (default) or "released".
-
-    Raises:
-        ValueError: neither such a folder nor such a preset; or a folder that cannot be read.
-    """
-    if Path(name).is_dir():
-        if recipe is not None:
-            raise ValueError(
-                f"{name} is a saved model, whose config holds its recipe; leave recipe out"
-            )
-        return load_model(name)
-    if str(name).lower() in (*PRESETS, *SHORT_NAMES):
-        return VATT(preset(str(name), recipe or "paper"))  # type: ignore[arg-type]
-    raise ValueError(
-        f"{str(name)!r} is neither a folder nor a preset; presets are {', '.join(PRESETS)} (short: {', '.join(SHORT_NAMES)})"
-    )
-
-
-def save_model(model: VATT, folder: str | Path) -> None:
+def save_model(model: "VATT", folder: str | Path) -> None:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     save_tensors(model.state_dict(), folder / WEIGHTS)
@@ -48,7 +28,8 @@ def save_model(model: VATT, folder: str | Path) -> None:
         model.vocabulary.save(folder / VOCABULARY)
 
 
-def load_model(folder: str | Path) -> VATT:
+def read_folder(folder: str | Path) -> tuple[VATTConfig, dict[str, Tensor], Vocabulary | None]:
+    """What ``save_model`` wrote. Raises ValueError for a file that is missing or damaged."""
     folder = Path(folder)
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
@@ -59,13 +40,9 @@ def load_model(folder: str | Path) -> VATT:
         config = VATTConfig.from_json((folder / CONFIG).read_text())
     except (ValueError, TypeError) as error:
         raise ValueError(f"{folder / CONFIG}: {error}") from error
-    model = VATT(config)
-    load_weights(model, load_tensors(folder / WEIGHTS), source=str(folder / WEIGHTS))
-    if (folder / VOCABULARY).is_file():
-        from .data.text import Vocabulary
-
-        model.vocabulary = Vocabulary.load(folder / VOCABULARY)
-    return model.eval()
+    tensors = load_tensors(folder / WEIGHTS)
+    words = folder / VOCABULARY
+    return config, tensors, Vocabulary.load(words) if words.is_file() else None
 
 
 def load_weights(model: torch.nn.Module, tensors: dict[str, Tensor], *, source: str) -> None:

@@ -11,7 +11,7 @@ from vatt_fast.cli import main
 from vatt_fast.data.dataset import folder_captions
 from vatt_fast.demo.run import DemoConfig, run_demo
 from vatt_fast.evaluation.retrieval import retrieval_metrics
-from vatt_fast.weights import create_model
+from vatt_fast.model import create_model
 
 KEYS = "seconds steps t2v_r1 t2v_r10 t2v_median_rank a2v_r10 t2v_r10_before motion_probe motion_probe_before report"
 

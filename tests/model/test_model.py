@@ -10,8 +10,8 @@ import vatt_fast as vf
 from vatt_fast.config import PRESETS, VATTConfig, preset
 from vatt_fast.kernels import patchify, use_backend
 from vatt_fast.losses import contrastive_terms, global_mean, vatt_loss
-from vatt_fast.model import VATT, BatchNorm
-from vatt_fast.weights import create_model, load_tensors
+from vatt_fast.model import VATT, BatchNorm, create_model
+from vatt_fast.weights import load_tensors
 
 SMALL = dataclasses.replace(
     PRESETS["tiny"], frames=8, height=32, width=40, samples=2560, vocab_size=30, texts_per_clip=2

@@ -10,6 +10,7 @@ import torch.multiprocessing as mp
 from oracle import agnostic_config, array, our_tensors, recording, specific_config
 
 from vatt_fast import collectives
+from vatt_fast.inputs import video_input
 from vatt_fast.kernels import patch_embed, patchify, sample_keep
 from vatt_fast.losses import contrastive_terms, vatt_loss
 from vatt_fast.model import VATT
@@ -67,7 +68,7 @@ def test_video_patches_positions_and_first_attention(video):
     )
     assert_agrees(embedded, "video/patch_embeddings", TOWERS)
     assert_agrees(tokens.position(config.video_grid), "video/pos_table_after_ln", TOWERS)
-    x = tokens(patches, config.video_grid, None, scale=1.0, shift=0.0)
+    x = tokens(patches, video_input(config, patches), None)
     block = video.video_encoder.blocks[0]
     q, k, _ = block.qkv(block.attention_norm(x)).unflatten(-1, (3, block.num_heads, -1)).unbind(2)
     assert_agrees(

@@ -19,7 +19,8 @@ from vatt_fast.config import PRESETS, TowerConfig  # noqa: E402
 from vatt_fast.on_jax import training as jax_loop  # noqa: E402
 from vatt_fast.on_jax.compile_tpu import CompileTPUConfig, compile_step  # noqa: E402
 from vatt_fast.training.loop import CHECKPOINT, TorchTrainer, pretrain  # noqa: E402
-from vatt_fast.weights import create_model, load_tensors  # noqa: E402
+from vatt_fast.model import create_model
+from vatt_fast.weights import load_tensors  # noqa: E402
 
 TOWER = TowerConfig(depth=3, dim=32, mlp_dim=64, num_heads=2, head_dim=16)
 ONE_BLOCK = dataclasses.replace(TOWER, depth=1)

@@ -15,11 +15,11 @@ from oracle import recording
 
 from vatt_fast.config import PRESETS
 from vatt_fast.data.media import write_clip
-from vatt_fast.model import VATT
+from vatt_fast.model import VATT, create_model
 from vatt_fast.training import loop
 from vatt_fast.training.loop import CHECKPOINT, METRICS, PretrainConfig, pretrain
 from vatt_fast.training.schedule import learning_rate
-from vatt_fast.weights import create_model, load_tensors
+from vatt_fast.weights import load_tensors
 
 MODEL = dataclasses.replace(
     PRESETS["tiny"],
