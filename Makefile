@@ -1,8 +1,13 @@
-# setup | demo | test | bench | report | lint. An active environment with torch >= 2.9 is used as it is; otherwise .venv is made from constraints.txt.
+# setup | demo | test | bench | report | lint
+# An active environment with torch >= 2.9 is used as it is; otherwise .venv is made from
+# constraints.txt.
 
 VENV ?= .venv
-ACTIVE ?= $(shell python3 -c "from importlib.metadata import version; print(*['yes'] * (tuple(map(int, version('torch').split('.')[:2])) >= (2, 9)))" 2>/dev/null)
+ACTIVE ?= $(shell python3 -c "from importlib.metadata import version; \
+	release = tuple(map(int, version('torch').split('.')[:2])); \
+	print('yes' if release >= (2, 9) else '')" 2>/dev/null)
 EXTRAS := data,train,eval,gpu,jax,tpu,test
+SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.py')
 
 ifeq ($(ACTIVE),yes)
 PYTHON := python3
@@ -24,7 +29,7 @@ $(PYTHON):
 $(INSTALLED): | $(PYTHON)
 endif
 
-$(INSTALLED): pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
+$(INSTALLED): pyproject.toml setup.py constraints.txt $(SOURCES)
 	$(INSTALL) --editable ".[$(EXTRAS)]"
 	touch $@
 

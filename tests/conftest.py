@@ -1,7 +1,9 @@
-"""Tests import the installed package, never the checkout's folders: the root's ``kernels`` must not be found as a top-level name.
+"""Tests import the installed package, never the checkout's folders.
 
-``bench`` is not installed; it alone is taken from the checkout. Without a GPU, Triton kernels run in Triton's interpreter, which has to be
-asked for before they are imported; without a TPU, JAX runs on the CPU, and libtpu, where it is installed, only compiles.
+The root's ``kernels`` must not be found as a top-level name. ``bench`` is not installed; it alone is
+taken from the checkout. Without a GPU, Triton kernels run in Triton's interpreter, which has to be
+asked for before they are imported. Without a TPU, JAX runs on the CPU, and libtpu, where it is
+installed, only compiles.
 """
 
 import importlib.util
@@ -11,9 +13,8 @@ from pathlib import Path
 
 import pytest
 
-if workers := int(
-    os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")
-):  # pytest --numprocesses: they share the cores
+# pytest --numprocesses: the workers share the cores
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
 
 import torch

@@ -260,7 +260,7 @@ def flops(json: bool = False) -> None:
     Args:
         json: print JSON.
     """
-    from .flops import flops_table, format_tables, parameter_table
+    from .paper_tables import flops_table, format_tables, parameter_table
 
     print(
         dumps({"flops": flops_table(), "parameters": parameter_table()}, indent=2)

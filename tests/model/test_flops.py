@@ -1,4 +1,4 @@
-"""The paper's tables by its convention, and true counts against what torch counts in the real modules."""
+"""The paper's tables by its convention, and true counts beside torch's of the real modules."""
 
 import json
 import math
@@ -10,16 +10,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from vatt_fast.config import PRESETS, preset
-from vatt_fast.flops import (
-    _heads_flops,
-    _published,
-    flops_table,
-    format_tables,
-    parameter_table,
-    preset_parameters,
-    true_flops,
-)
+from vatt_fast.flops import MODALITIES, heads_flops, true_flops
 from vatt_fast.model import VATT
+from vatt_fast.paper_tables import flops_table, format_tables, parameter_table, published_rows
+from vatt_fast.parameters import model_parameters
 
 
 @pytest.mark.parametrize(
@@ -28,14 +22,14 @@ from vatt_fast.model import VATT
     ids=lambda row: f"{row['table']}-{row['configuration']}-{row['drop_rate']}",
 )
 def test_convention_meets_the_published_figure(row):
-    """Table 1 lies lower than twelve times the single view of Table 6; the others agree to the digits they print."""
+    """Table 1 lies lower than twelve views of Table 6; the others agree to the printed digits."""
     assert row["convention_gflops"] == pytest.approx(
         row["published_gflops"], rel=1e-3 if row["table"] == 1 else 1.5e-4
     )
 
 
 def test_convention_to_the_last_digit():
-    """A neighbouring constant would pass the published digits; these two decimals fix all of them."""
+    """A neighbouring constant would pass the published digits; two decimals fix all of them."""
     convention = {
         (row["table"], row["configuration"], row["drop_rate"]): row["convention_gflops"]
         for row in flops_table()
@@ -61,18 +55,26 @@ def test_the_table_has_every_row_and_its_true_counts():
     """True figures as the project's facts give them, to their last digit."""
     true = {(row["configuration"], row["drop_rate"]): row["true_gflops"] for row in flops_table()}
     expected = {
-        ("medium 32x224x224", 0.0): 604.7, ("medium 64x224x224", 0.0): 1450.8,
-        ("medium 32x320x320", 0.75): 293.6, ("medium 32x320x320", 0.5): 629.6, ("medium 32x320x320", 0.25): 1028.6, ("medium 32x320x320", 0.0): 1490.4,
-        ("medium_base_small 32x224x224", 0.75): 192.2, ("medium_base_small 32x224x224", 0.5): 394.2,
-        ("medium_base_small 32x224x224", 0.25): 617.9, ("medium_base_small 32x224x224", 0.0): 863.4,
-        ("base 32x320x320, 12 views", 0.0): 11240, ("medium 32x320x320, 12 views", 0.0): 17890, ("large 32x320x320, 12 views", 0.0): 35530,
-    }  # fmt: skip
+        ("medium 32x224x224", 0.0): 604.7,
+        ("medium 64x224x224", 0.0): 1450.8,
+        ("medium 32x320x320", 0.75): 293.6,
+        ("medium 32x320x320", 0.5): 629.6,
+        ("medium 32x320x320", 0.25): 1028.6,
+        ("medium 32x320x320", 0.0): 1490.4,
+        ("medium_base_small 32x224x224", 0.75): 192.2,
+        ("medium_base_small 32x224x224", 0.5): 394.2,
+        ("medium_base_small 32x224x224", 0.25): 617.9,
+        ("medium_base_small 32x224x224", 0.0): 863.4,
+        ("base 32x320x320, 12 views", 0.0): 11240,
+        ("medium 32x320x320, 12 views", 0.0): 17890,
+        ("large 32x320x320, 12 views", 0.0): 35530,
+    }
     assert set(true) == set(expected)
     for key, value in expected.items():
         assert true[key] == pytest.approx(value, abs=6 if value > 2000 else 0.06), key
 
 
-def count(config, drop_rate, texts, modalities) -> int:
+def count(config, drop_rate, texts, modalities, features=True) -> int:
     """What FlopCounterMode sees in one clip's forward pass, on shapes alone."""
     with torch.device("meta"):
         model = VATT(config).eval()
@@ -90,22 +92,21 @@ def count(config, drop_rate, texts, modalities) -> int:
         out = model(
             **{name: inputs[name] for name in modalities},
             **{name: value.to("meta") for name, value in keep.items()},
-            features=True,
+            features=features,
         )
-    assert out.video_features is not None
+    assert (out.video_features is not None) == features
     return counter.get_total_flops()
 
 
 @pytest.mark.parametrize(
-    "row", _published(), ids=lambda row: f"{row.table}-{row.configuration}-{row.drop_rate}"
+    "row", published_rows(), ids=lambda row: f"{row.table}-{row.configuration}-{row.drop_rate}"
 )
 def test_true_counts_are_those_of_the_real_modules(row):
-    """The model projects what is kept; the paper's way adds the products of the dropped patches with the projection."""
+    """The model projects what is kept; the paper's count adds the dropped patches' projection."""
     counted = count(row.config, row.drop_rate, 2, row.modalities)
-    if (
-        len(row.modalities) == 1
-    ):  # in the model a lone video tower still runs its heads, which the table leaves out
-        counted -= _heads_flops(row.config, texts=2)["video"]
+    # in the model a lone video tower still runs its heads, which the table leaves out
+    if len(row.modalities) == 1:
+        counted -= heads_flops(row.config, texts=2)["video"]
     dropped = 0
     for modality in set(row.modalities) - {"text"}:
         width_in, width_out, patches = {
@@ -122,16 +123,25 @@ def test_true_counts_are_those_of_the_real_modules(row):
     assert printed["true_gflops"] * 1e9 / row.views == pytest.approx(counted + dropped, rel=1e-12)
 
 
+@pytest.mark.parametrize("features", [True, False])
 @pytest.mark.parametrize("recipe", ["paper", "released"])
 @pytest.mark.parametrize("name", PRESETS)
-def test_counts_of_every_preset(name, recipe):
+def test_counts_of_every_preset(name, recipe, features):
     config = preset(name, recipe)
-    assert count(config, 0.5, 3, ("video", "audio", "text")) == sum(
-        true_flops(config, 0.5, texts=3).values()
-    )
+    counted = count(config, 0.5, 3, MODALITIES, features)
+    assert sum(true_flops(config, 0.5, texts=3, features=features).values()) == counted
+    step = true_flops(config, 0.5, texts=3, features=features, batch=4, mode="fwd+bwd")
+    assert sum(step.values()) == 4 * 3 * counted
+
+
+@pytest.mark.parametrize("recipe", ["paper", "released"])
+@pytest.mark.parametrize("name", PRESETS)
+def test_parameters_of_every_preset(name, recipe):
+    config = preset(name, recipe)
     with torch.device("meta"):
         model = VATT(config)
-    assert sum(p.numel() for p in model.parameters()) - 1 == sum(preset_parameters(config).values())
+    counted = sum(p.numel() for p in model.parameters()) - 1  # the temperature
+    assert sum(model_parameters(config).values()) == counted
 
 
 def test_parameters_as_published():
@@ -156,7 +166,7 @@ def test_parameters_as_published():
     assert (
         rows["agnostic_medium"]["published_millions"] == rows["video medium"]["published_millions"]
     )
-    parts = preset_parameters(preset("agnostic_medium", "released"))
+    parts = model_parameters(preset("agnostic_medium", "released"))
     assert sum(
         v for k, v in parts.items() if k not in ("word_table", "heads")
     ) / 1e6 == pytest.approx(161.28, abs=0.006)
