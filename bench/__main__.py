@@ -1,6 +1,6 @@
 """``python -m bench <what>``: the one command of the benchmarks.
 
-    python -m bench                     # all of this CPU, cheapest first; hours on 2 cores, resumable
+    python -m bench                     # all of this CPU, cheapest first; hours on 2 cores
     python -m bench ops                 # ops against their peers
     python -m bench steps               # whole training steps and inference, by drop rate
     python -m bench scaling             # ops by size

@@ -109,7 +109,8 @@ def select(op: str, names: Sequence[str]) -> list[Case]:
             case = case_named(op, each)
             if case is None:
                 raise ValueError(
-                    f"unknown case {each!r}; {op} has primary, parity, cpu, {', '.join(CASES[op])}, "
+                    f"unknown case {each!r}; {op} has primary, parity, cpu, "
+                    f"{', '.join(CASES[op])}, "
                     "each also with _b<batch>, and of patch_embed's primary ones _rows or _clip"
                 )
             chosen[each] = case
@@ -143,7 +144,7 @@ def on_backend(op: str, backend: str) -> Function:
 
 
 def input_sets(case: Case, dtype: torch.dtype, device: torch.device) -> list[dict[str, Any]]:
-    """Input sets to rotate through; on a GPU as many as exceed twice its L2 cache, at most eight."""
+    """Input sets to rotate through; on a GPU together more than twice its L2 cache, at most 8."""
     first = make(case, dtype, device)
     count = 2
     if device.type == "cuda":
@@ -229,7 +230,7 @@ def values(
 
 
 def truth(op: str, inputs: dict[str, Any], dtype: torch.dtype) -> Values:
-    """The reference in fp64, on the same values and the same gradients of outputs as in ``dtype``."""
+    """The reference in fp64, on the values and the gradients of outputs that ``dtype`` holds."""
     wide = {
         name: value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
         for name, value in inputs.items()

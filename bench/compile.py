@@ -1,8 +1,8 @@
 """Compile kernels for devices that are not here, and read what the real compilers made of them.
 
-    python -m bench compile --target sm_90 --op attention       # Triton, by NVIDIA's and AMD's tools
+    python -m bench compile --target sm_90 --op attention       # Triton
     python -m bench compile --target v5e --op attention --case video_mbs_drop50 --schedule
-    python -m bench compile --read bench/results/compile_tpu.jsonl     # the table of rows there are
+    python -m bench compile --read bench/results/compile_tpu.jsonl   # the table of old rows
 
 *Compiled for*, never run: this says nothing of speed. ``compile_gpu.py`` and ``compile_tpu.py`` say
 what is compiled, what a row tells and what counts as a fault. All GPU targets take about half an

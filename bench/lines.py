@@ -1,7 +1,6 @@
 """The result line: one measurement, one line of JSON. Tables are made from lines, never typed."""
 
 import dataclasses
-from dataclasses import replace
 import json
 import re
 from collections.abc import Iterable, Sequence
@@ -100,7 +99,7 @@ def append(path: str | Path, lines: Iterable[Line]) -> None:
 
 
 def read(path: str | Path) -> list[Line]:
-    """Lines of a file; none where it does not exist. A killed run may leave half a line: left out."""
+    """Lines of a file, none where it does not exist; without half a line of a killed run."""
     path = Path(path)
     if not path.exists():
         return []

@@ -1,6 +1,7 @@
 """One race, one line: contenders against each other, in ops and whole steps alike."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -266,4 +267,4 @@ def _line(
         clips_per_second=1e3 * task.batch / timing.p50 if task.batch else None,
         **compared,
     )
-    return lines.replace(line, source=lines.source_of(line))
+    return replace(line, source=lines.source_of(line))

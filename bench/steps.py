@@ -99,28 +99,11 @@ def gflops(name: str, drop_rate: float) -> GFLOPs | None:
         training=modalities == MODALITIES or drop_rate > 0,
     )
     true, timed = (
-        step_flops(config, 1, drop_rate, "fwd", features=features, modalities=modalities) / 1e9
-        for features in (True, False)
+        sum(true_flops(config, drop_rate, features=each, modalities=modalities).values()) / 1e9
+        for each in (True, False)
     )
     found = published.get((*published_as, drop_rate)) if published_as else None
     return GFLOPs(found, convention / 1e9, true, timed)
-
-
-def step_flops(
-    config: VATTConfig,
-    batch: int,
-    drop_rate: float,
-    mode: Mode,
-    *,
-    features: bool = False,
-    modalities: tuple[str, ...] = MODALITIES,
-) -> int:
-    """Model FLOPs of a training step, three times the forward pass, or of inference (mode fwd).
-
-    A classifier behind a single tower is not counted.
-    """
-    parts = true_flops(config, drop_rate, features=features, modalities=modalities)
-    return {"fwd": 1, "bwd": 2, "fwd+bwd": 3}[mode] * sum(parts.values()) * batch
 
 
 # -- formulations -----------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 
 from vatt_fast.config import preset
+from vatt_fast.flops import true_flops
 from vatt_fast.kernels.cases import AttentionCase, Case, NCECase, PatchEmbedCase
 
 from . import contenders, lines, machine
@@ -20,7 +21,7 @@ from .machine import DTYPES
 from .measure import Task, measure_op, race
 from .peers import peers
 from .setting import AUTO, Setting, is_measured
-from .steps import CONFIGURATIONS, Trainer, formulations, many_compilations, step_flops
+from .steps import CONFIGURATIONS, Trainer, formulations, many_compilations
 from .timer import first_line, trim_host_memory
 
 DROP_RATES = (0.75, 0.5, 0.25, 0.0)
@@ -66,19 +67,18 @@ def measure_cell(
         fitted = [each for each in wanted if each.name != "reference"]
         batch = trainer.fitting_batch(cell.drop_rate, 256, fitted, cell.features)
     trainer.set_batch(batch, cell.drop_rate, cell.mode)
-    flops = step_flops(
+    counted = true_flops(
         trainer.config,
-        batch,
         cell.drop_rate,
-        cell.mode,
         features=cell.features,
+        batch=batch,
+        mode=cell.mode,
         modalities=trainer.modalities,
     )
+    work = Work(sum(counted.values()), 0)
     dtype = next(key for key, value in DTYPES.items() if value == trainer.dtype)
     dropout = trainer.config.dropout if cell.mode != "fwd" else 0.0
-    task = Task(
-        "step", cell.at(batch), dtype, cell.mode, Work(flops, 0), cell.drop_rate, batch, dropout
-    )
+    task = Task("step", cell.at(batch), dtype, cell.mode, work, cell.drop_rate, batch, dropout)
     present = contenders.of_step(trainer, wanted, features=cell.features)
     with many_compilations():
         return race(setting, task, present, between=trainer.forget_gradients)
@@ -329,7 +329,7 @@ class Run:
 
 
 def read_runs(path: Path = ACCURACY) -> list[Run]:
-    """Runs of a file; none where it does not exist. A killed run may leave half a line: left out."""
+    """Runs of a file, none where it does not exist; without half a line of a killed run."""
     if not path.exists():
         return []
     return [Run(**json.loads(line)) for line in path.read_text().rpartition("\n")[0].splitlines()]
@@ -354,13 +354,14 @@ def pretrain(
     )
     summary = run_demo(demo, progress=False)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    counted = true_flops(preset("tiny"), drop_rate, features=False, mode="fwd+bwd")
     told = (*MEASURES, "t2v_r10_before", "motion_probe_before")
     return Run(
         drop_rate=drop_rate,
         seed=seed,
         steps=steps,
         **{name: float(summary[name]) for name in told},
-        train_gflops=round(step_flops(preset("tiny"), 1, drop_rate, "fwd+bwd") / 1e9, 3),
+        train_gflops=round(sum(counted.values()) / 1e9, 3),
         device=machine.name(device),
         versions=machine.versions(device),
         commit=machine.commit(),

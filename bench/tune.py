@@ -24,8 +24,7 @@ from vatt_fast.kernels.tiles import Tiles
 
 from . import calls
 from .floors import Mode
-from .machine import DTYPES
-from .timer import Call, Clock, first_line, interleaved, side_stream
+from .timer import Call, Clock, first_line, interleaved
 
 Table = dict[str, dict[str, Tiles]]
 # the kernel's own heuristic stays unless a candidate needs less than this share of its time
