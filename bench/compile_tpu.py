@@ -129,7 +129,7 @@ def program(
 def _between_projections(
     attend: Callable, case: AttentionCase, shapes: dict
 ) -> tuple[Callable, dict, set]:
-    """Attention as the model calls it: tokens (B, T, dim), a weight a head, and the output's projection."""
+    """Attention as the model calls it: of tokens (B, T, dim), between its projections."""
     H, D, dtype = case.heads, case.head_dim, shapes["q"].dtype
     same = case.queries == case.keys
 

@@ -1,8 +1,9 @@
 """What a case costs at least: its bytes, and the time at given ceilings. Pure functions of cases.
 
-``python -m bench floors`` prints the sheet. Bytes count every input once and every output once; FLOPs
-are the op's own (``ops.OPS[op].flops``). Attention's sheet also says which share of the scores that
-a kernel's tiles compute is asked for: lengths such as 393, 785 and 1569 sit just past a tile's edge.
+``python -m bench floors`` prints the sheet. Bytes count every input once and every output once;
+FLOPs are the op's own (``ops.OPS[op].flops``). Attention's sheet also says which share of the
+scores that a kernel's tiles compute is asked for: lengths such as 393, 785 and 1569 sit just past a
+tile's edge.
 """
 
 from collections.abc import Callable, Iterator, Sequence

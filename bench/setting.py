@@ -187,7 +187,7 @@ def gate(setting: Setting, ops: Iterable[str], dtype: str, *, chosen_only: bool 
 def is_measured(
     setting: Setting, out: str | Path, op: str, case: Case, dtype: str, modes: Sequence[Mode]
 ) -> bool:
-    """Whether ``out`` holds fresh lines of ours in all modes: of "auto", unless others are asked."""
+    """Whether ``out`` holds fresh lines of "auto" in all modes, or of ours where not asked for."""
     found = lines.measured(out, setting.machine, op=op, case=case.name, dtype=dtype, ours=True)
     wanted = None if setting.backends and AUTO not in setting.backends else AUTO
     return set(modes) <= {line.mode for line in found if wanted in (None, line.backend)}

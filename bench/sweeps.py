@@ -227,8 +227,8 @@ def measure_sizes(
 ) -> list[Missing]:
     """Append the lines of an op, smallest size first, until the setting's deadline.
 
-    A contender that, by its growth so far, would take longer than ``longest`` seconds for a call, or
-    more memory than is free, leaves the race at that size.
+    A contender that, by its growth so far, would take longer than ``longest`` seconds for a call,
+    or more memory than is free, leaves the race at that size.
     """
     costs: dict[tuple[str, str], list[Cost]] = {}
     missing: list[Missing] = []

@@ -187,8 +187,9 @@ def interleaved(
         for name in names[turn:] + names[:turn]:
             ms[name].append(samples[name](r))
     after = _processor_ticks()
-    told = before is not None and after is not None and after[0] - before[0] >= _FEWEST_TICKS
-    stolen = (after[1] - before[1]) / (after[0] - before[0]) if told else None  # type: ignore[index]
+    stolen = None
+    if before and after and after[0] - before[0] >= _FEWEST_TICKS:
+        stolen = (after[1] - before[1]) / (after[0] - before[0])
     return {name: Timing(tuple(values), stolen) for name, values in ms.items()}
 
 
@@ -196,7 +197,7 @@ _FEWEST_TICKS = 100  # of a hundredth of a second: of fewer one alone would be a
 
 
 def _processor_ticks(stat: Path = Path("/proc/stat")) -> tuple[int, int] | None:
-    """All ticks of all processors since the start, and those stolen, where Linux tells (proc(5))."""
+    """All ticks of all processors since the start, and those stolen, if Linux tells (proc(5))."""
     if not stat.exists():
         return None
     # guests' time is part of user's

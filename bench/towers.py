@@ -14,7 +14,7 @@ from vatt_fast.config import VATTConfig
 
 
 def videomae(config: VATTConfig, device: torch.device) -> nn.Module | str:
-    """A VideoMAE encoder of the sizes of ``config.video`` with random weights, or why there is none.
+    """A VideoMAE encoder of ``config.video``'s sizes with random weights, or why there is none.
 
     It attends by torch's SDPA. Its last LayerNorm stays in it, as in our encoder; with
     ``use_mean_pooling`` the library leaves that to its classifier.

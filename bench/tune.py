@@ -1,7 +1,7 @@
 """Time every candidate tile of the Triton kernels at the primary cases: an architecture's table.
 
-A backend's ``TUNING`` names its kernels and their candidates. While a case runs, ``tiles.choose`` is
-overheard to learn under which keys each kernel looks itself up; then each candidate is forced in
+A backend's ``TUNING`` names its kernels and their candidates. While a case runs, ``tiles.choose``
+is overheard to learn under which keys each kernel looks itself up; then each candidate is forced in
 turn. One that fails to compile, wants more than the device has or changes the result is left out
 and counted. Nothing here runs in production: the table is a file.
 """
@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from vatt_fast.kernels import backends, parity, tiles
+from vatt_fast.kernels import backends, parity, settings, tiles
 from vatt_fast.kernels.cases import Case, make
 from vatt_fast.kernels.tiles import Tiles
 
@@ -74,7 +74,7 @@ def tune_case(
     report: Callable[[str], None] = print,
     deadline: float | None = None,
 ) -> None:
-    """Add to ``table`` the fastest tiles of every kernel that the case runs under a key not yet in it.
+    """Add to ``table`` the fastest tiles of every kernel that the case runs under a new key.
 
     Args:
         candidates_of: a backend's TUNING. function: the op on that backend; None is ``triton_gpu``.
@@ -95,7 +95,8 @@ def tune_case(
             for kernel, candidates in candidates_of.items()
             if any(_is_plan(each) for each in candidates)
         }
-        # a plan decides which kernels run at all: those first, each under the plan that runs it, then the plans between their bests
+        # a plan decides which kernels run at all: so first the kernels, each under the plan that
+        # runs it, then the plans between their bests
         for kernel in sorted(under, key=lambda kernel: kernel in planned):
             plan, asked = under[kernel]
             if kernel in best or all(request.key in table.get(kernel, {}) for request in asked):
@@ -138,7 +139,7 @@ def _is_plan(candidate: Tiles) -> bool:
 def _requests(
     work: _Work, candidates_of: dict[str, list[Tiles]]
 ) -> dict[str, tuple[dict[str, Tiles], list[Request]]]:
-    """{kernel: (plan to force so that it runs, its requests)}, overheard without a plan and then under each."""
+    """{kernel: (plan to force so that it runs, its requests)}, without a plan and under each."""
     plans: list[dict[str, Tiles]] = [{}]
     plans += [
         {kernel: each}
@@ -149,7 +150,7 @@ def _requests(
     found: dict[str, tuple[dict[str, Tiles], list[Request]]] = {}
     for plan in plans:
         try:
-            with forced(plan):
+            with settings.force_tiles(**plan):
                 before = calls.call(
                     work.function, work.op, work.inputs, work.mode
                 )  # bwd: its forward is not overheard
@@ -170,15 +171,6 @@ def _requests(
     return found
 
 
-@contextlib.contextmanager
-def forced(choices: dict[str, Tiles]) -> Iterator[None]:
-    """``tiles.force`` for several kernels."""
-    with contextlib.ExitStack() as stack:
-        for kernel, choice in choices.items():
-            stack.enter_context(tiles.force(kernel, choice))
-        yield
-
-
 def _distinct(options: list[Tiles]) -> list[Tiles]:
     return list({json.dumps(each, sort_keys=True): each for each in options}.values())
 
@@ -186,23 +178,22 @@ def _distinct(options: list[Tiles]) -> list[Tiles]:
 def _fastest(
     work: _Work, kernel: str, options: list[Tiles], others: dict[str, Tiles]
 ) -> Tiles | None:
-    """The fastest of a kernel's options, the first being its heuristic, while other kernels run with their bests; None: none ran."""
+    """The fastest of a kernel's options while other kernels run with their bests.
+
+    The first option is the kernel's heuristic. None: no option ran.
+    """
     ready: dict[str, list[Call]] = {}
     named = {json.dumps(each): each for each in options}
     expected: dict[str, torch.Tensor] | None = None
     for name, option in named.items():
         choices = others | {kernel: option}
         try:
-            with forced(choices):
+            with settings.force_tiles(**choices):
                 found = calls.values(work.function, work.op, work.inputs)
-                if expected is None:
-                    expected = {
-                        key: value.double() for key, value in found.items()
-                    }  # of the heuristic, which the parity tests have seen
-                if (
-                    not max(parity.errors(found, expected).values())
-                    <= 2 * torch.finfo(work.dtype).eps
-                ):
+                if expected is None:  # of the heuristic, which the parity check has seen
+                    expected = {key: value.double() for key, value in found.items()}
+                errors = parity.errors(found, expected)
+                if not max(errors.values()) <= 2 * torch.finfo(work.dtype).eps:
                     work.skipped["changes the result"] += 1
                     continue
                 ready[name] = [
@@ -223,14 +214,15 @@ def _fastest(
         if times[best].p50 > _MARGIN * times[heuristic].p50:
             best = heuristic
         work.report(
-            f"  {kernel}: {best} {times[best].p50:.4f} ms, heuristic {times[heuristic].p50:.4f} ms, {len(times)} candidates"
+            f"  {kernel}: {best} {times[best].p50:.4f} ms, "
+            f"heuristic {times[heuristic].p50:.4f} ms, {len(times)} candidates"
         )
     return named[best]
 
 
 def _under(choices: dict[str, Tiles], call: Call) -> Call:
     def run() -> Any:
-        with forced(choices):
+        with settings.force_tiles(**choices):
             return call()
 
     return run

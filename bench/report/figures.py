@@ -1,4 +1,4 @@
-"""The report's figures from result lines: ops by size, whole steps by drop rate, accuracy by drop rate."""
+"""The report's figures: ops by size, whole steps and accuracy by drop rate."""
 
 import statistics
 from collections.abc import Sequence
@@ -106,7 +106,7 @@ def _curves(shown: Sequence[Shown], point) -> list[Curve]:
 
 
 def drop_rate(group: Group, flops: Flops, folder: Path) -> dict[Path, str]:
-    """{file without its ending: caption}: work and time of ours, time against the peers, memory against the peers."""
+    """{file without its ending: caption}: work and time of ours, time and memory of all."""
     stem = f"{slug(group.machine)}_{group.stem}"
     modes = [mode for mode in MODES if group.backends(mode)]
     made = {}

@@ -1,4 +1,7 @@
-"""A page of HTML that needs nothing beside itself. Its texts are markdown of one line: bold, code, links."""
+"""A page of HTML that needs nothing beside itself.
+
+Its texts are one line of Markdown each: bold, code, links.
+"""
 
 import base64
 import html
@@ -16,7 +19,8 @@ h2 { border-top: 2px solid #0072b2; padding-top: .6rem; margin-top: 2.5rem; }
 h4 { margin: 1.6rem 0 .3rem; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; }
-th, td { border-bottom: 1px solid #ccc; padding: .2rem .6rem; text-align: left; white-space: nowrap; }
+th, td { border-bottom: 1px solid #ccc; padding: .2rem .6rem; }
+th, td { text-align: left; white-space: nowrap; }
 thead th { border-bottom: 2px solid #555; }
 td b { color: #005a8e; }
 pre { font-size: 12px; background: #f4f4f4; padding: .5rem .7rem; overflow-x: auto; }

@@ -35,7 +35,7 @@ Kind = Literal["ours", "peer", "bound", "marks", "dots"]
 
 @dataclass(frozen=True)
 class Curve:
-    """A bound is a dashed line without markers; marks have no line; dots are faint single values."""
+    """A bound is a dashed line without markers, marks have no line, dots are faint values."""
 
     name: str
     points: Sequence[Point]
