@@ -287,7 +287,11 @@ def _race_without(
 ) -> tuple[list[Line], dict[str, str]]:
     if AUTO in left_out:
         return [], {}
-    theirs = tuple(peer.name for peer in peers(op) if peer.name not in left_out)
+    theirs = tuple(
+        peer.name
+        for peer in peers(op)
+        if peer.name not in left_out and (setting.compiled_peers or not peer.compiled)
+    )
     here = dataclasses.replace(setting, backends=(AUTO,), peer_names=theirs)
     return measure_op(here, op, case, dtype, modes)
 
