@@ -123,10 +123,10 @@ def _python(path: Path) -> tuple[str, ...]:
 def python_units(source: str) -> tuple[str, ...]:
     """The top-level statements of a module as dumps, without imports and docstrings."""
     tree = ast.parse(source)
+    documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
     for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            if ast.get_docstring(node, clean=False) is not None:
-                node.body = node.body[1:]
+        if isinstance(node, documented) and ast.get_docstring(node, clean=False) is not None:
+            node.body = node.body[1:]
     kept = (node for node in tree.body if not isinstance(node, ast.Import | ast.ImportFrom))
     return tuple(ast.dump(node) for node in kept)
 

@@ -264,9 +264,10 @@ def _too_costly(
     device: torch.device,
 ) -> Iterator[tuple[str, str]]:
     for (name, mode), known in costs.items():
-        if mode in modes:
-            if reason := too_much(predict(known, size), longest_ms, free_bytes(device)):
-                yield name, reason
+        if mode not in modes:
+            continue
+        if reason := too_much(predict(known, size), longest_ms, free_bytes(device)):
+            yield name, reason
 
 
 def _too_long_to_compile(op: str, size: int) -> dict[str, str]:

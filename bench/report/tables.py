@@ -4,6 +4,7 @@ Which line speaks for a measurement, the command that measures it again, and tab
 """
 
 import re
+import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -229,7 +230,8 @@ def _size(line: Line) -> int:
     return at.size
 
 
-_GLANCE = "op,case,dtype,mode,ours,ms,best peer,its ms,over best peer,share of ceiling".split(",")
+_GLANCE = ["op", "case", "dtype", "mode", "ours", "ms", "best peer", "its ms"]
+_GLANCE += ["over best peer", "share of ceiling"]
 
 
 def glance(shown: Iterable[Shown]) -> Table:
@@ -282,7 +284,10 @@ _ROWS: tuple[tuple[str, str, tuple[str, ...], str], ...] = (
     ("whole inference, MBS, nothing dropped", "step", ("mbs_32x224x224_drop0_b1",), "fwd"),
 )
 _LEVELS = ("amx_bf16", "avx512_bf16", "avx512", "avx2")
-_NOISE = "A difference below 10 % is noise on these shared machines."
+_NOISE = (
+    "How many times as fast is the median over the rounds, each a ratio of neighbours in time. "
+    "A difference below 10 % is noise on these shared machines."
+)
 
 
 def readme(shown: Sequence[Shown]) -> str:
@@ -302,7 +307,7 @@ def readme(shown: Sequence[Shown]) -> str:
         return "No fresh lines exist yet."
     table = Table("", headings, rows).markdown()
     listed = "\n".join(f"    {each}" for each in dict.fromkeys(commands))
-    return f"{table}\n\n{_NOISE} Each row again:\n\n{listed}"
+    return f"{table}\n\n{textwrap.fill(f'{_NOISE} Each row again:', 100)}\n\n{listed}"
 
 
 def _fresh(shown: Sequence[Shown], op: str, cases: Sequence[str], mode: str) -> Line | None:

@@ -9,7 +9,7 @@ import torch
 from bench_lines import LINE, command
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import __main__, calls, floors, lines, machine, measure, peers, setting
+from bench import __main__, calls, floors, lines, machine, measure, setting
 from bench.measure import measure_op
 from bench.setting import Setting
 from vatt_fast.kernels import parity
@@ -69,7 +69,7 @@ def test_useful_shares_are_the_targets():
 
 
 def test_useful_shares_of_our_tiles():
-    """The last query tile and the key tail are the smallest powers of two that cover the rest, a query tile of 32 made 64."""
+    """The last tiles are the smallest powers of two that cover the rest, of queries at least 64."""
     pytest.importorskip("triton")
     ours = {tiling.name: tiling for tiling in floors.our_tilings()}
     assert floors.useful_share(128, 128, ours["ours 128x64"]) == 1
@@ -189,7 +189,7 @@ def test_modes_run_what_they_say():
 
 
 class ToldTimes:
-    """A clock that knows beforehand what each contender takes, in the order of their turns; None cannot be captured."""
+    """A clock that knows what each contender takes, in order; None cannot be captured."""
 
     def __init__(self, *ms):
         self.ms = iter(ms)

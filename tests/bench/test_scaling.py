@@ -55,8 +55,8 @@ def small(monkeypatch):
 
 
 def run(*arguments):
-    asked = "scaling --device cpu --op attention --dtype fp32 --mode fwd --seconds 0".split()
-    return __main__.main([*asked, *map(str, arguments)])
+    asked = "scaling --device cpu --op attention --dtype fp32 --mode fwd --seconds 0"
+    return __main__.main([*asked.split(), *map(str, arguments)])
 
 
 def test_a_size_is_measured_once_and_the_slow_leave(small, monkeypatch, tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""What a user would pick instead of ours: the libraries' losses and towers are those they claim to be, or are absent with a reason."""
+"""What a user would pick instead of ours computes what it claims, or is absent with a reason."""
 
 import dataclasses
 import sys
@@ -8,19 +8,25 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import op_calls, peers, run, towers
+from bench import calls, lines, peers, towers
+from bench.measure import measure_op
 from bench.setting import Setting
 from vatt_fast.config import TowerConfig, VATTConfig, preset
 from vatt_fast.flops import true_flops
-from vatt_fast.kernels import patch_embed, patchify
-from vatt_fast.kernels.cases import CASES
+from vatt_fast.kernels import parity, patch_embed, patchify
+from vatt_fast.kernels.cases import CASES, make
 
 CPU = torch.device("cpu")
 SQUARE = CASES["contrastive_lse"]["square"]
 # clips that are not square, patches neither: an axis taken for another shows
 SMALL = dataclasses.replace(
-    preset("tiny"), video=TowerConfig(depth=2, dim=32, mlp_dim=64, num_heads=2, head_dim=16), frames=8, height=16, width=24, video_patch=(4, 4, 8)
-)  # fmt: skip
+    preset("tiny"),
+    video=TowerConfig(depth=2, dim=32, mlp_dim=64, num_heads=2, head_dim=16),
+    frames=8,
+    height=16,
+    width=24,
+    video_patch=(4, 4, 8),
+)
 
 
 def build(name, case, device=CPU):
@@ -28,7 +34,7 @@ def build(name, case, device=CPU):
 
 
 def pairs(case=SQUARE):
-    inputs = op_calls.make(case, torch.float32, seed=5)
+    inputs = make(case, torch.float32, seed=5)
     return inputs["x"].requires_grad_(), inputs["y"].requires_grad_(), inputs["scale"]
 
 
@@ -39,7 +45,63 @@ def open_clip():
     return losses
 
 
-# -- losses ------------------------------------------------------------------------------------------------------------
+# -- plain torch ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("op", "name"),
+    [
+        ("attention", "ragged_17"),
+        ("attention", "text"),
+        ("drop_token", "ragged"),
+        ("contrastive_lse", "texts"),
+        ("contrastive_lse", "shard_masked"),
+        ("patch_embed", "kept_rows"),
+        ("patch_embed", "kept_per_clip"),
+        ("patch_embed", "odd_clip"),
+    ],
+)
+def test_eager_peers_compute_what_the_ops_do(op, name):
+    """Within rounding of fp64, gradients included."""
+    case = CASES[op][name]
+    inputs = make(case, torch.float32, seed=1)
+    exact = calls.truth(op, inputs, torch.float32)
+    checked = 0
+    for peer in peers.peers(op):
+        function = peer.build(case, CPU)
+        # on the CPU the flash kernel has no gradient for a mask
+        no_kernel = peer.name == "sdpa_flash" and inputs.get("bias") is not None
+        if peer.compiled or not peer.alike or isinstance(function, str) or no_kernel:
+            continue
+        errors = parity.errors(calls.values(function, op, inputs), exact)
+        assert max(errors.values()) < 1e-5, (peer.name, errors)
+        checked += 1
+    assert checked
+
+
+def test_the_chunked_peer_is_the_materialised_one(monkeypatch):
+    monkeypatch.setattr(peers, "_CHUNK", 5)
+    inputs = make(CASES["contrastive_lse"]["masked"], torch.float32)
+    one, other = (
+        calls.values(function, "contrastive_lse", inputs)
+        for function in (peers.materialised, peers.chunked)
+    )
+    assert max(parity.errors(other, one).values()) < 1e-6
+
+
+def test_absent_peers_say_why():
+    case = CASES["attention"]["text"]
+    reasons = {
+        peer.name: peer.build(case, CPU) for peer in peers.peers("attention") if not peer.compiled
+    }
+    assert "not on cpu" in reasons["sdpa_cudnn"] and "runs on CUDA" in reasons["flash_attn"]
+    cuda = torch.device("cuda")
+    assert "no bias" in peers.peers("attention", ("flash_attn",))[0].build(case, cuda)
+    with pytest.raises(ValueError, match="unknown peers"):
+        peers.peers("contrastive_lse", ("softmax",))
+
+
+# -- losses -----------------------------------------------------------------------------------
 
 
 def test_open_clips_loss_is_what_its_log_sums_make():
@@ -56,17 +118,13 @@ def test_open_clips_loss_is_what_its_log_sums_make():
 
 def test_open_clip_computes_what_the_op_does():
     open_clip()
-    inputs = op_calls.make(SQUARE, torch.float32, seed=1)
-    found = op_calls.values(build("open_clip", SQUARE), "contrastive_lse", inputs)
+    inputs = make(SQUARE, torch.float32, seed=1)
+    found = calls.values(build("open_clip", SQUARE), "contrastive_lse", inputs)
     assert (
-        max(
-            op_calls.errors(
-                found, op_calls.truth("contrastive_lse", inputs, torch.float32)
-            ).values()
-        )
+        max(parity.errors(found, calls.truth("contrastive_lse", inputs, torch.float32)).values())
         < 1e-5
     )
-    low = op_calls.make(SQUARE, torch.bfloat16, seed=1)
+    low = make(SQUARE, torch.bfloat16, seed=1)
     assert {output.dtype for output in build("open_clip", SQUARE)(**low)} == {torch.float32}
 
 
@@ -125,33 +183,33 @@ def test_siglip_of_a_shard_is_its_part_of_the_whole(monkeypatch):
 def test_another_loss_is_timed_but_never_compared():
     names = ("siglip", "materialised")
     setting = Setting(
-        CPU, rounds=2, warmup=0, backends=("reference",), peer_names=names, quick_ceilings=True
+        CPU, rounds=2, warmup=0, backends=("reference",), peer_names=names, quick=True
     )
-    lines, absent = run.measure(setting, "contrastive_lse", SQUARE, "fp32", ["fwd", "fwd+bwd"])
-    assert not absent and len(lines) == 6
-    for line in lines:
-        told = run.describe(line)
+    found, absent = measure_op(setting, "contrastive_lse", SQUARE, "fp32", ["fwd", "fwd+bwd"])
+    assert not absent and len(found) == 6
+    for line in found:
+        told = lines.describe(line)
         if line.backend == "siglip":
             assert (
                 (line.error, line.error_of, line.error_batch) == (None, None, None)
                 and line.ms_p50 > 0
                 and not line.ours
             )
-            assert "another loss in the same role" in told and "error" not in told
+            assert "another model or loss" in told and "error" not in told
         else:
-            assert line.error < 1e-5 and "another loss" not in told
+            assert line.error < 1e-5 and "another model" not in told
         assert line.best_peer == ("materialised" if line.ours else None)
 
     alone = dataclasses.replace(setting, peer_names=("siglip",))
     ours = next(
         line
-        for line in run.measure(alone, "contrastive_lse", SQUARE, "fp32", ["fwd"])[0]
+        for line in measure_op(alone, "contrastive_lse", SQUARE, "fp32", ["fwd"])[0]
         if line.ours
     )
     assert ours.best_peer is None and ours.speedup_over_best_peer is None
 
 
-# -- towers ------------------------------------------------------------------------------------------------------------
+# -- towers -----------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -181,7 +239,8 @@ KEEPS = {
 @pytest.mark.parametrize("keep", KEEPS.values(), ids=KEEPS)
 def test_videomae_reads_our_patches_in_our_order(tower, keep):
     """With our projection's weights its tokens are our op's, for every kept patch."""
-    video = patchify(clips(), SMALL.video_patch)
+    frames = clips()
+    video = patchify(frames, SMALL.video_patch)
     with torch.no_grad():
         projection = (
             tower.embeddings.patch_embeddings.projection
@@ -191,7 +250,7 @@ def test_videomae_reads_our_patches_in_our_order(tower, keep):
         ours = patch_embed(
             video, weight, projection.bias, position, keep, scale=2 / 255, shift=-1.0
         )
-        inputs = towers.videomae_inputs(SMALL, video, keep)
+        inputs = towers.videomae_inputs(SMALL, frames, keep)
         theirs = tower.embeddings(**inputs)
     assert inputs["pixel_values"].shape == (2, SMALL.frames, 3, SMALL.height, SMALL.width)
     assert theirs.shape[1] == (SMALL.num_video_patches if keep is None else keep.shape[-1])
@@ -204,7 +263,7 @@ def test_videomae_does_not_see_a_dropped_slab(tower):
     frames = clips()
     changed = frames.clone()
     changed[:, : SMALL.video_patch[0]] = 255 - changed[:, : SMALL.video_patch[0]]
-    rows = [patchify(each, SMALL.video_patch) for each in (frames, changed)]
+    rows = (frames, changed)
     with torch.no_grad():
         one, other = (
             towers.videomae_features(tower, towers.videomae_inputs(SMALL, each, keep))
@@ -219,8 +278,7 @@ def test_videomae_does_not_see_a_dropped_slab(tower):
 
 def test_videomae_trains_on_sdpa(tower):
     assert tower.config._attn_implementation == "sdpa"
-    video = patchify(clips(), SMALL.video_patch)
-    pooled = towers.videomae_features(tower, towers.videomae_inputs(SMALL, video, KEEPS["batch"]))
+    pooled = towers.videomae_features(tower, towers.videomae_inputs(SMALL, clips(), KEEPS["batch"]))
     assert pooled.shape == (2, SMALL.video.dim)
     pooled.square().sum().backward()
     assert all(
@@ -234,7 +292,7 @@ def test_videomae_trains_on_sdpa(tower):
 def test_videomae_costs_what_our_formula_says_but_for_the_agg_token(tower, drop_rate):
     kept = SMALL.num_video_patches - int(drop_rate * SMALL.num_video_patches)
     keep = torch.arange(kept) if drop_rate else None
-    inputs = towers.videomae_inputs(SMALL, patchify(clips(1), SMALL.video_patch), keep)
+    inputs = towers.videomae_inputs(SMALL, clips(1), keep)
     with (
         FlopCounterMode(display=False) as counter,
         torch.no_grad(),
