@@ -44,7 +44,7 @@ bench: setup
 	$(PYTHON) -m bench
 
 report: setup
-	$(PYTHON) -m bench.report
+	$(PYTHON) -m bench report
 
 lint: setup
 	$(PYTHON) -m ruff check .

@@ -1,26 +1,21 @@
-"""Compile every Triton kernel at the presets' own cases with the real compilers, no device needed, and read what they made of it.
+"""Triton kernels at the presets' own cases through the real compilers, no device needed.
 
-    python -m bench.compile_gpu                                   # every op, case and target but attention in fp32: about half an hour on two cores
-    python -m bench.compile_gpu --target sm_90 --op attention     # a part of it
+The ops' own host code runs on meta tensors, and every launch is replaced by the compilation it
+would have needed: so exactly the specialisations of real use are seen. A row is one kernel for one
+target: registers, stack, spills, shared memory, matrix instructions.
 
-The ops' own host code runs on meta tensors while every launch is replaced by the compilation it would have needed, so that exactly the
-specialisations of real use are seen. A row is one kernel for one target: registers, stack, spills, shared memory, matrix instructions.
-
-Fails on a spill in a forward kernel in bf16 or fp16, on shared memory beyond the target's limit, and on a bf16 or fp16 matmul without
-the target's matrix instruction. *Compiled for*, never run: this says nothing of speed.
+A fault is a spill in a forward kernel in bf16 or fp16, shared memory beyond the target's limit, or
+a bf16 or fp16 matmul without the target's matrix instruction.
 """
 
-import argparse
 import contextlib
 import functools
 import importlib
-import json
 import re
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,20 +24,21 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from vatt_fast.kernels import dispatch
-from vatt_fast.kernels.cases import CASES, make, tag
+from vatt_fast.kernels.cases import CASES, make
+
+from .compile import headings, heaviest
+from .machine import DTYPES
 
 KIB = 1024
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True)
 class Target:
-    """A GPU architecture: what the compiler is told, how much shared memory a block may have, which instructions multiply matrices."""
+    """A GPU architecture."""
 
-    gpu: GPUTarget
-    shared_bytes: int
-    small: str  # on tiles of fewer than 64 rows
+    gpu: GPUTarget  # what the compiler is told
+    shared_bytes: int  # that a block may have
+    small: str  # the matrix instruction on tiles of fewer than 64 rows
     large: str
 
 
@@ -74,8 +70,13 @@ class Row:
     matrix: str
     faults: list[str]
 
+    @property
+    def title(self) -> str:
+        kernel = f"{self.target} {self.op}.{self.kernel} {self.mode} {self.dtype}"
+        return f"{kernel} at {self.case} ({self.tiles})"
 
-# -- compiling in the place of launching -------------------------------------------------------------------------------
+
+# -- compiling in the place of launching ------------------------------------------------------
 
 
 class _Driver:
@@ -96,7 +97,10 @@ class _Driver:
 
 @contextlib.contextmanager
 def compiling_for(target: str) -> Iterator[list]:
-    """Within, launching a kernel compiles it for ``target`` and appends (kernel's function, its arguments, what was compiled)."""
+    """Within, launching a kernel only compiles it for ``target``.
+
+    The list takes (the kernel's function, its arguments, what was compiled).
+    """
     compiled: list = []
     run = JITFunction.run
 
@@ -119,7 +123,7 @@ def meta_inputs(op: str, case: str, dtype: str) -> dict[str, Any]:
 
 
 def launches(op: str, inputs: dict[str, Any], dtype: torch.dtype) -> Iterator[tuple[str, Any]]:
-    """(mode, call) of everything an op's Triton backend launches for these inputs; forward first."""
+    """(mode, call) of all that an op's Triton backend launches for these inputs; forward first."""
     module = importlib.import_module(f"vatt_fast.kernels.{op}.triton_gpu")
     inputs = dict(inputs)
     if op == "attention":
@@ -128,22 +132,10 @@ def launches(op: str, inputs: dict[str, Any], dtype: torch.dtype) -> Iterator[tu
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         bias_grad = inputs["bias"] is not None
         yield "fwd", lambda: module.forward(q, k, v, **inputs, deterministic=False)
+        saved = (out, None, q, k, v, out, wide)
         for deterministic in (True, False):
-            yield (
-                "bwd",
-                lambda deterministic=deterministic: module.backward(
-                    out,
-                    None,
-                    q,
-                    k,
-                    v,
-                    out,
-                    wide,
-                    **inputs,
-                    deterministic=deterministic,
-                    bias_grad=bias_grad,
-                ),
-            )
+            options = inputs | dict(deterministic=deterministic, bias_grad=bias_grad)
+            yield "bwd", functools.partial(module.backward, *saved, **options)
     elif op == "drop_token":
         tokens, keep = inputs["tokens"], inputs["keep"]
         kept = tokens.new_empty((tokens.shape[0], keep.shape[-1], tokens.shape[2]))
@@ -173,7 +165,7 @@ def compile_case(op: str, case: str, dtype: str, target: str) -> list[Row]:
     return rows
 
 
-# -- reading what was compiled -----------------------------------------------------------------------------------------
+# -- reading what was compiled ----------------------------------------------------------------
 
 
 def _row(op, case, dtype, mode, target, function, arguments, kernel) -> Row:
@@ -185,10 +177,17 @@ def _row(op, case, dtype, mode, target, function, arguments, kernel) -> Row:
     }
     warps = f"num_warps={kernel.metadata.num_warps} num_stages={kernel.metadata.num_stages}"
     row = Row(
-        op=op, case=case, dtype=dtype, mode=mode, kernel=function.fn.__name__, target=target,
+        op=op,
+        case=case,
+        dtype=dtype,
+        mode=mode,
+        kernel=function.fn.__name__,
+        target=target,
         tiles=" ".join([*(f"{name}={int(value)}" for name, value in tiles.items()), warps]),
-        shared_bytes=kernel.metadata.shared, faults=[], **used,
-    )  # fmt: skip
+        shared_bytes=kernel.metadata.shared,
+        faults=[],
+        **used,
+    )
     row.faults = _faults(row, kernel)
     return row
 
@@ -253,99 +252,31 @@ def _cuobjdump(option: str, path: str) -> str:
     return subprocess.run([tool, option, path], check=True, capture_output=True, text=True).stdout
 
 
-# -- the command -------------------------------------------------------------------------------------------------------
+# -- tables -----------------------------------------------------------------------------------
 
 
 def distinct(rows: list[Row]) -> list[Row]:
     """One row a kernel, target and outcome: cases that meet the same specialisation are one."""
+    fields = ("kernel", "mode", "dtype", "target", "tiles", "registers", "spills", "shared_bytes")
     seen: dict[tuple, Row] = {}
     for row in rows:
-        what = (
-            row.kernel,
-            row.mode,
-            row.dtype,
-            row.target,
-            row.tiles,
-            row.registers,
-            row.spills,
-            row.shared_bytes,
-            tuple(row.faults),
-        )
+        what = (*(getattr(row, field) for field in fields), *row.faults)
         seen.setdefault(what, row)
     return list(seen.values())
 
 
 def markdown(rows: list[Row]) -> str:
-    """Per kernel, dtype and target: the heaviest of its specialisations."""
-    lines = [
-        "| kernel | mode | dtype | target | specialisations | registers | stack B | spills | shared KiB | matrix |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    groups: dict[tuple, list[Row]] = {}
-    for row in rows:
-        groups.setdefault((f"{row.op}.{row.kernel}", row.mode, row.dtype, row.target), []).append(
-            row
-        )
-    for name, group in groups.items():
+    """Per kernel, mode, dtype and target: the heaviest of its specialisations."""
+
+    def cells(group: list[Row]) -> tuple:
         most = [
             max(getattr(row, field) for row in group)
             for field in ("registers", "stack_bytes", "spills", "shared_bytes")
         ]
         matrix = " / ".join(sorted({row.matrix or "none" for row in group}))
-        cells = (*name, len(group), *most[:3], f"{most[3] / KIB:.0f}", matrix)
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return "\n".join(lines)
+        return (len(group), *most[:3], f"{most[3] / KIB:.0f}", matrix)
 
-
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--target", nargs="+", choices=TARGETS, default=list(TARGETS))
-    parser.add_argument("--op", nargs="+", choices=dispatch.OPS, default=list(dispatch.OPS))
-    parser.add_argument(
-        "--dtype",
-        nargs="+",
-        choices=DTYPES,
-        help="bf16 and fp32 otherwise; attention bf16 alone, whose fp32 takes hours",
-    )
-    parser.add_argument("--case", nargs="+", help="names of cases; all primary ones otherwise")
-    parser.add_argument("--out", type=Path, help="a file for the rows as JSON lines")
-    options = parser.parse_args(argv)
-    if triton.knobs.runtime.interpret:
-        parser.error(
-            "TRITON_INTERPRET is set; kernels are then interpreted, not compiled: unset it"
-        )
-    rows = []
-    for op in options.op:
-        for case in CASES[op].values():
-            if (options.case is None and tag(case) != "primary") or (
-                options.case and case.name not in options.case
-            ):
-                continue
-            for dtype in options.dtype or (("bf16",) if op == "attention" else ("bf16", "fp32")):
-                for target in options.target:
-                    rows += compile_case(op, case.name, dtype, target)
-            print(
-                f"{op} {case.name}: {len(distinct(rows))} distinct kernels so far",
-                file=sys.stderr,
-                flush=True,
-            )
-    if not rows:
-        parser.error("no such case; see kernels/cases.py")
-    rows = distinct(rows)
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text("".join(json.dumps(asdict(row)) + "\n" for row in rows))
-    print(markdown(rows))
-    bad = [row for row in rows if row.faults]
-    for row in bad:
-        print(
-            f"{row.target} {row.op}.{row.kernel} {row.mode} {row.dtype} at {row.case} ({row.tiles}): {'; '.join(row.faults)}"
-        )
-    print(f"{len(rows)} kernels compiled for {', '.join(options.target)}; {len(bad)} with faults")
-    return 1 if bad else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    names = ("kernel", "mode", "dtype", "target", "specialisations", "registers", "stack B")
+    names += ("spills", "shared KiB", "matrix")
+    key = lambda row: (f"{row.op}.{row.kernel}", row.mode, row.dtype, row.target)  # noqa: E731
+    return "\n".join([*headings(*names), *heaviest(rows, key, cells)])

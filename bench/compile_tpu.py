@@ -1,31 +1,26 @@
-"""Compile every Pallas kernel at the presets' own cases with the real TPU compiler, libtpu, on a machine without a TPU, and read what it made.
+"""Pallas kernels at the presets' own cases through the real TPU compiler, libtpu, without a TPU.
 
-    python -m bench.compile_tpu                                        # every op, case, chip and dtype: hours on two cores
-    python -m bench.compile_tpu --topology v5e --op attention --case video_mbs_drop50 --schedule
-    python -m bench.compile_tpu --read bench/results/compile_tpu.jsonl # the table of rows that are there
+The public functions of ``kernels.jax_ops`` are lowered for a chip, forward and backward in one
+program. Attention stands between the per-head projections it has in the model, where a layout that
+the kernels do not share with them would show as copies; ``alone`` leaves them out, and most of the
+time with them. How arrays lie outside is the compiler's choice. A row is one case for one chip:
+size of the code, temporaries in HBM, VMEM of the hungriest kernel, copies and transposes that
+change a layout, seconds. With a schedule also each kernel's instruction bundles and spilled
+registers, a loop's body counted once.
 
-The public functions of ``kernels.jax_ops`` are lowered for a chip, forward and backward in one program. Attention stands between the
-per-head projections it has in the model, where a layout that the kernels do not share with them would show as copies; ``--alone`` leaves
-them out, and most of the time with them. How arrays lie outside is the compiler's choice. A row is one case for one chip: size of the code,
-temporaries in HBM, VMEM of the hungriest kernel, copies and transposes that change a layout, seconds. ``--schedule`` adds each kernel's
-instruction bundles and spilled registers, with a loop's body counted once, and takes three times as long.
-
-Fails where something does not compile, and on layout copies around an attention that the dispatch table prefers.
-*Compiled for*, never run: this says nothing of speed. Needs ``pip install libtpu``.
+A fault is what does not compile, or layout copies around an attention that the dispatch table
+prefers. Needs ``pip install libtpu``.
 """
 
-import argparse
 import contextlib
 import functools
-import json
 import os
 import re
 import shutil
 import sys
-import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +28,6 @@ from vatt_fast.devices import without_a_tpu
 
 if "jax" not in sys.modules:
     without_a_tpu()
-    if "--schedule" in sys.argv:
-        os.environ["LIBTPU_INIT_ARGS"] = (
-            f"--xla_jf_dump_to={tempfile.mkdtemp()} --xla_jf_dump_llo_text=true"
-        )
 
 import jax
 import jax.numpy as jnp
@@ -45,34 +36,26 @@ from jax.experimental import topologies
 from jax.experimental.layout import Format, Layout
 from jax.sharding import SingleDeviceSharding
 
-from bench import machine
-from vatt_fast.kernels import dispatch, jax_ops
-from vatt_fast.kernels.cases import CASES, DIFFERENTIABLE, AttentionCase, make, tag
+from vatt_fast.kernels import settings
+from vatt_fast.kernels.cases import CASES, AttentionCase, make
+from vatt_fast.kernels.ops import OPS
 from vatt_fast.on_jax import hlo
 
-_DUMP = re.search(
-    r"xla_jf_dump_to=(\S+)", os.environ.get("LIBTPU_INIT_ARGS", "")
-)  # where libtpu writes schedules
+from . import machine
+from .compile import TPUS, headings, heaviest
+from .machine import DTYPES
+
+# where libtpu writes schedules
+_DUMP = re.search(r"xla_jf_dump_to=(\S+)", os.environ.get("LIBTPU_INIT_ARGS", ""))
 KIB, MIB = 1 << 10, 1 << 20
-TOPOLOGIES = {
-    "v4": "v4:2x2x1",
-    "v5e": "v5e:2x2",
-    "v5p": "v5p:2x2x1",
-    "v6e": "v6e:2x2",
-    "tpu7x": "tpu7x:2x2x1",
-}
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-PUBLIC = {
-    "attention": jax_ops.attention,
-    "drop_token": jax_ops.drop_token,
-    "contrastive_lse": jax_ops.contrastive_lse,
-    "patch_embed": jax_ops.patch_embed,
-}
 
 
 @dataclass
 class Row:
-    """One case as compiled for one chip; ``faults`` is what breaks a rule. Sizes are 0 where it did not compile."""
+    """One case as compiled for one chip; ``faults`` is what breaks a rule.
+
+    Sizes are 0 where it did not compile.
+    """
 
     op: str
     case: str
@@ -94,14 +77,21 @@ class Row:
     commit: str = field(default_factory=functools.cache(machine.commit))
     date: str = field(default_factory=machine.today)
 
+    @property
+    def title(self) -> str:
+        return f"{self.topology} {self.op} {self.case} {self.dtype}"
 
-# -- what is compiled --------------------------------------------------------------------------------------------------
+
+# -- what is compiled -------------------------------------------------------------------------
 
 
 def program(
     op: str, case: str, dtype: str, alone: bool = False
 ) -> tuple[Callable, dict[str, Any], dict[str, Any]]:
-    """A function of (differentiable arrays, the other arrays), and the shapes of both. Fresh at every call: jax keeps traces by identity."""
+    """A function of (differentiable arrays, the other arrays), and the shapes of both.
+
+    Fresh at every call: jax keeps traces by identity.
+    """
     inputs = make(CASES[op][case], DTYPES[dtype], "meta")
     if op == "patch_embed" and inputs.pop("patch") is not None:
         rows = CASES[op][case]
@@ -110,8 +100,8 @@ def program(
         name: _shape(value) for name, value in inputs.items() if isinstance(value, torch.Tensor)
     }
     static = {name: value for name, value in inputs.items() if not isinstance(value, torch.Tensor)}
-    call: Callable = functools.partial(PUBLIC[op], **static)
-    differentiable = set(DIFFERENTIABLE[op])
+    call: Callable = functools.partial(OPS[op].jax_function, **static)
+    differentiable = set(OPS[op].differentiable)
     if op == "attention":
         shapes |= {
             name: jax.ShapeDtypeStruct(
@@ -130,9 +120,8 @@ def program(
 
     def both(leaves, fixed):
         outputs, backward = jax.vjp(lambda leaves: call(**leaves, **fixed), leaves)
-        return outputs, backward(
-            jax.tree.map(lambda x: x * 0.5, outputs)
-        )  # a gradient that is no constant
+        # a gradient that is no constant
+        return outputs, backward(jax.tree.map(lambda x: x * 0.5, outputs))
 
     return both, leaves, fixed
 
@@ -140,7 +129,7 @@ def program(
 def _between_projections(
     attend: Callable, case: AttentionCase, shapes: dict
 ) -> tuple[Callable, dict, set]:
-    """Attention as the model calls it: tokens (B, T, dim), a weight a head, and the output's projection."""
+    """Attention as the model calls it: of tokens (B, T, dim), between its projections."""
     H, D, dtype = case.heads, case.head_dim, shapes["q"].dtype
     same = case.queries == case.keys
 
@@ -158,9 +147,12 @@ def _between_projections(
 
     weight = jax.ShapeDtypeStruct((H * D, H, D), dtype)
     inputs = dict(
-        tokens=jax.ShapeDtypeStruct((case.batch, case.keys, H * D), dtype), w_q=weight, w_k=weight, w_v=weight,
+        tokens=jax.ShapeDtypeStruct((case.batch, case.keys, H * D), dtype),
+        w_q=weight,
+        w_k=weight,
+        w_v=weight,
         w_out=jax.ShapeDtypeStruct((H, D, H * D), dtype),
-    )  # fmt: skip
+    )
     extra = {name: shapes[name] for name in ("bias", "key_mask") if name in shapes}
     return layer, inputs | extra, {*inputs, "bias"}
 
@@ -173,9 +165,8 @@ def _shape(tensor: torch.Tensor) -> jax.ShapeDtypeStruct:
 
 @functools.cache
 def device(topology: str) -> SingleDeviceSharding:
-    return SingleDeviceSharding(
-        topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[topology]).devices[0]
-    )
+    described = topologies.get_topology_desc(platform="tpu", topology_name=TPUS[topology])
+    return SingleDeviceSharding(described.devices[0])
 
 
 def compile_case(op: str, case: str, dtype: str, topology: str, *, alone: bool = False) -> Row:
@@ -184,7 +175,7 @@ def compile_case(op: str, case: str, dtype: str, topology: str, *, alone: bool =
     function, *shapes = program(op, case, dtype, alone)
     free = Format(Layout.AUTO, device(topology))
     try:
-        with dispatch.lowering_for("tpu"), dispatch.use_backend(f"{op}=pallas_tpu"), _quiet():
+        with settings.lowering_for("tpu"), settings.use_backend(**{op: "pallas_tpu"}), _quiet():
             jitted = jax.jit(
                 function,
                 in_shardings=jax.tree.map(lambda _: free, tuple(shapes)),
@@ -206,17 +197,14 @@ def compile_case(op: str, case: str, dtype: str, topology: str, *, alone: bool =
     )
     if _DUMP:
         row.bundles, row.spills = schedules(Path(_DUMP[1]))
-    if (
-        row.copies
-        and op == "attention"
-        and min(CASES[op][case].queries, CASES[op][case].keys) >= 64
-    ):
+    shape = CASES[op][case]
+    if row.copies and op == "attention" and min(shape.queries, shape.keys) >= 64:
         row.faults.append(f"{row.copies} layout copies around attention")
     return row
 
 
 @contextlib.contextmanager
-def _quiet():
+def _quiet() -> Iterator[None]:
     """libtpu's own lines on stderr are about a machine without a TPU."""
     sys.stderr.flush()
     kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
@@ -230,7 +218,10 @@ def _quiet():
 
 
 def schedules(folder: Path) -> tuple[dict[str, int], dict[str, int]]:
-    """{kernel: bundles} and {kernel: registers spilled} of what libtpu dumped since the last call; the dump is deleted."""
+    """{kernel: bundles} and {kernel: registers spilled} of what libtpu dumped since the last call.
+
+    The dump is deleted.
+    """
     bundles: dict[str, int] = {}
     spills: dict[str, int] = {}
     for file in sorted(folder.glob("*vatt_*")):
@@ -246,104 +237,31 @@ def schedules(folder: Path) -> tuple[dict[str, int], dict[str, int]]:
                 if "CAPA" in line or "," in line or line[:1].isdigit()
             )
             at = [name.strip() for name in names.split(",")].index("VSTORE:SPILL")
-            spills[kernel[0]] = sum(
-                int(line.split()[at]) for line in lines[1:]
-            )  # the first line is what each unit can do
+            # the first line is what each unit can do
+            spills[kernel[0]] = sum(int(line.split()[at]) for line in lines[1:])
     for path in folder.iterdir():
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     return bundles, spills
 
 
-# -- the command -------------------------------------------------------------------------------------------------------
+# -- table ------------------------------------------------------------------------------------
 
 
 def markdown(rows: list[Row]) -> str:
     """Per op, dtype and chip: how many cases compiled, and the heaviest of each number."""
-    lines = [
-        "| op | dtype | chip | compiled | kernels | code KiB | HBM temporaries MiB | VMEM MiB | layout copies | seconds |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    groups: dict[tuple, list[Row]] = {}
-    newest = {(row.op, row.case, row.dtype, row.topology, row.alone): row for row in rows}
-    for row in newest.values():
-        groups.setdefault((row.op + " alone" * row.alone, row.dtype, row.topology), []).append(row)
-    for key, group in groups.items():
+
+    def cells(group: list[Row]) -> tuple:
         good = [row for row in group if row.code_bytes]
-        names = " ".join(
-            sorted({name.removeprefix("vatt_") for row in good for name in row.kernels})
-        )
+        names = {name.removeprefix("vatt_") for row in good for name in row.kernels}
         code, temporary, memory, copies, seconds = (
             max((getattr(row, name) for row in good), default=0)
             for name in ("code_bytes", "temp_bytes", "vmem_bytes", "copies", "seconds")
         )
-        cells = (
-            f"{len(good)}/{len(group)}",
-            names,
-            f"{code / KIB:.0f}",
-            f"{temporary / MIB:.1f}",
-            f"{memory / MIB:.1f}",
-            copies,
-            seconds,
-        )
-        lines.append("| " + " | ".join(map(str, (*key, *cells))) + " |")
-    return "\n".join(lines)
+        sizes = (f"{code / KIB:.0f}", f"{temporary / MIB:.1f}", f"{memory / MIB:.1f}")
+        return (f"{len(good)}/{len(group)}", " ".join(sorted(names)), *sizes, copies, seconds)
 
-
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--topology", nargs="+", choices=TOPOLOGIES, default=list(TOPOLOGIES))
-    parser.add_argument("--op", nargs="+", choices=dispatch.OPS, default=list(dispatch.OPS))
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
-    parser.add_argument("--case", nargs="+", help="names of cases; all primary ones otherwise")
-    parser.add_argument("--alone", action="store_true", help="attention without its projections")
-    parser.add_argument(
-        "--schedule", action="store_true", help="bundles and spills of every kernel"
-    )
-    parser.add_argument(
-        "--out", type=Path, help="a file for the rows as JSON lines, appended to as they come"
-    )
-    parser.add_argument("--read", type=Path, help="only print the table of the rows in this file")
-    options = parser.parse_args(argv)
-    if options.read:
-        print(markdown([Row(**json.loads(line)) for line in options.read.read_text().splitlines()]))
-        return 0
-    wanted = [
-        (op, case.name, dtype, topology)
-        for op in options.op
-        for case in CASES[op].values()
-        if (case.name in options.case if options.case else tag(case) == "primary")
-        for dtype in options.dtype
-        for topology in options.topology
-    ]
-    rows: list[Row] = []
-    for done, program_of in enumerate(wanted, 1):
-        row = compile_case(*program_of, alone=options.alone and program_of[0] == "attention")
-        rows.append(row)
-        if options.out:
-            options.out.parent.mkdir(parents=True, exist_ok=True)
-            with options.out.open("a") as file:
-                file.write(json.dumps(asdict(row)) + "\n")
-        schedule = "".join(
-            f"  {name} {count} bundles, {row.spills.get(name, 0)} spills"
-            for name, count in row.bundles.items()
-        )
-        outcome = "; ".join(row.faults) or f"{row.seconds} s"
-        print(
-            f"{done}/{len(wanted)} {' '.join(program_of)}: {outcome}{schedule}",
-            file=sys.stderr,
-            flush=True,
-        )
-    if not rows:
-        parser.error("no such case; see kernels/cases.py")
-    print(markdown(rows))
-    bad = [row for row in rows if row.faults]
-    print(
-        f"{len(rows)} programs compiled for {', '.join(options.topology)}; {len(bad)} with faults"
-    )
-    return 1 if bad else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    names = ("op", "dtype", "chip", "compiled", "kernels", "code KiB", "HBM temporaries MiB")
+    names += ("VMEM MiB", "layout copies", "seconds")
+    newest = {(row.op, row.case, row.dtype, row.topology, row.alone): row for row in rows}
+    key = lambda row: (row.op + " alone" * row.alone, row.dtype, row.topology)  # noqa: E731
+    return "\n".join([*headings(*names), *heaviest(newest.values(), key, cells)])

@@ -1,6 +1,5 @@
-"""The device under test: its name, versions, commit, and the ceilings measured on it now, matmul TFLOP/s and copy GB/s."""
+"""The device under test: its name, versions, commit, and the ceilings measured on it now."""
 
-import ast
 import datetime
 import functools
 import importlib.metadata
@@ -22,19 +21,24 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What the device reaches at best: a large matmul in a dtype, and a large copy, its read and its write both counted."""
+    """What the device reaches at best: a large matmul in a dtype, and a large copy.
+
+    The copy's bytes count twice, read and written.
+    """
 
     tflops: float
     gb_per_s: float
 
 
-H200 = Ceilings(
-    tflops=790.0, gb_per_s=4300.0
-)  # bf16, as measured on one; predictions of the floor sheet
+# bf16, as measured on one: the floor sheet predicts with them
+H200 = Ceilings(tflops=790.0, gb_per_s=4300.0)
 
 
 def measure_ceilings(device: torch.device, dtype: torch.dtype, *, quick: bool = False) -> Ceilings:
-    """The fastest of interleaved runs of one matmul and one copy. ``quick`` takes sizes that only exercise the code."""
+    """The fastest of interleaved runs of one matmul and one copy.
+
+    ``quick`` takes sizes that only exercise the code.
+    """
     cuda = device.type == "cuda"
     side = 256 if quick else 8192 if cuda else 1024
     size = 1 << (16 if quick else 28 if cuda else 25)
@@ -54,16 +58,10 @@ def name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     cpuinfo = Path("/proc/cpuinfo")
-    models = (
-        [
-            line.partition(":")[2].strip()
-            for line in cpuinfo.read_text().splitlines()
-            if line.startswith("model name")
-        ]
-        if cpuinfo.exists()
-        else []
-    )
-    return f"{models[0] if models else platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    model = models[0] if models else platform.processor() or platform.machine()
+    return f"{model}, {torch.get_num_threads()} threads"
 
 
 def versions(device: torch.device) -> dict[str, str]:
@@ -93,67 +91,21 @@ def package_version(package: str | None) -> dict[str, str]:
 
 
 # what measuring and reporting write: a line must not make the next one's tree dirty
-_WRITTEN = ("bench/results", "bench/figures", "bench/report.html", "*.md")
+_WRITTEN = ("bench/results", "bench/figures", "*.md")
 
 
 @functools.cache
 def commit() -> str:
-    """Short hash, "-dirty" behind it where code differs from it; outside a checkout VATT_FAST_COMMIT's value, or "unknown"."""
+    """Short hash, with "-dirty" where the code differs from it.
+
+    Outside a checkout the value of VATT_FAST_COMMIT, or "unknown".
+    """
+    excluded = [f":(exclude){each}" for each in _WRITTEN]
     try:
-        changed = _git(
-            "status",
-            "--porcelain",
-            "--untracked-files=no",
-            "--",
-            ".",
-            *(f":(exclude){each}" for each in _WRITTEN),
-        )
+        changed = _git("status", "--porcelain", "--untracked-files=no", "--", ".", *excluded)
         return _git("rev-parse", "--short=10", "HEAD") + ("-dirty" if changed else "")
     except (OSError, subprocess.SubprocessError):
         return os.environ.get("VATT_FAST_COMMIT", "unknown")
-
-
-@functools.cache
-def changed_since(then: str, paths: tuple[str, ...]) -> str | None:
-    """How the working tree differs below ``paths`` (pathspecs) from that commit, or why that cannot be told; None where it does not.
-
-    Comments and docstrings of Python are no difference: what was measured in hours need not be again for a better sentence.
-    """
-    if then.endswith("-dirty"):
-        return "its tree was not committed"
-    try:
-        _git("cat-file", "-e", f"{then}^{{commit}}")
-        changed = [
-            each
-            for each in _git("diff", "--name-only", then, "--", *paths).splitlines()
-            if _does_something_else(then, each)
-        ]
-    except (OSError, subprocess.SubprocessError):
-        return None if then == commit() else f"commit {then} is not known here"
-    return f"{changed[0]} has changed" if changed else None
-
-
-def _does_something_else(then: str, path: str) -> bool:
-    """Whether a file that differs does so in what it does, not in what it says."""
-    now = ROOT / path
-    if (
-        now.suffix != ".py"
-        or not now.exists()
-        or not _git("ls-tree", "--name-only", then, "--", path)
-    ):
-        return True
-    return _without_words(_git("show", f"{then}:{path}")) != _without_words(now.read_text())
-
-
-def _without_words(source: str) -> str:
-    tree = ast.parse(source)
-    for node in ast.walk(tree):
-        if (
-            isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
-            and ast.get_docstring(node, clean=False) is not None
-        ):
-            node.body = node.body[1:]
-    return ast.dump(tree)
 
 
 def _git(*arguments: str) -> str:

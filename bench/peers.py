@@ -1,8 +1,11 @@
-"""Whom the ops are measured against: each peer builds, for a case, a function with the op's own arguments, or says why it is absent.
+"""Other code that an op is measured against.
 
-A peer returns what ``op_calls.COMPARED`` lists (attention without lse). Plain torch, eager and compiled; torch's fused attention, each kernel by
-itself; and other libraries where they are importable. Compiled peers are compiled for the exact shape. Another loss that a user would pick
-instead is a peer too, marked as not ``alike``: its time can be compared, its values cannot.
+Each peer builds, for a case, a function with the op's own arguments, or says why it is absent. A
+peer returns what ``calls.compared`` lists (attention without lse). Plain torch (the op's
+``plain.py``), eager and compiled; torch's fused attention, each kernel by itself; other libraries
+where they can be imported. Compiled peers are compiled for the exact shape. Another loss that a
+user would pick instead is a peer too, marked as not ``alike``: its time can be compared, its values
+cannot.
 """
 
 import functools
@@ -17,9 +20,11 @@ import torch.utils.checkpoint
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from vatt_fast.kernels import patchify
+from vatt_fast.kernels.attention import plain as plain_attention
 from vatt_fast.kernels.cases import Case
-from vatt_fast.kernels.dispatch import autocast_dtype
+from vatt_fast.kernels.contrastive_lse import plain as plain_contrastive
+from vatt_fast.kernels.drop_token import plain as plain_drop_token
+from vatt_fast.kernels.patch_embed import plain as plain_patch_embed
 
 Function = Callable[..., tuple[Tensor, ...]]
 
@@ -32,7 +37,7 @@ class Peer(NamedTuple):
     build: Callable[[Case, torch.device], Function | str]
     package: str | None = None  # a library's; None: torch itself
     compiled: bool = False
-    alike: bool = True  # False: another loss in the same role, whatever tensors it returns: timed, its error not taken
+    alike: bool = True  # False: another loss in the same role: timed, its values not compared
 
 
 _PEERS: list[Peer] = []
@@ -73,36 +78,32 @@ def compile_exactly(function: Function, **options) -> Function:
 
 
 def _plain(op: str, name: str, function: Function) -> None:
-    """Register a function eager and compiled."""
-    peer(op, name)(lambda case, device: function)
-    peer(op, f"{name}_compiled", compiled=True)(lambda case, device: compile_exactly(function))
+    """Register a function of plain torch, eager and compiled."""
+
+    def run(*args, **options):
+        outputs = function(*args, **options)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        return tuple(each for each in outputs if each is not None)
+
+    peer(op, name)(lambda case, device: run)
+    peer(op, f"{name}_compiled", compiled=True)(lambda case, device: compile_exactly(run))
 
 
-# -- attention ---------------------------------------------------------------------------------------------------------
-
-
-def additive_mask(q: Tensor, bias: Tensor | None, key_mask: Tensor | None) -> Tensor | None:
-    """(1 or B, H or 1, T or 1, S) in q's dtype, as SDPA takes it."""
-    mask = None if bias is None else bias[None].to(q.dtype)
-    if key_mask is None:
-        return mask
-    hidden = ~key_mask[:, None, None, :]
-    zero = q.new_zeros((1, 1, 1, 1)) if mask is None else mask
-    return zero.masked_fill(hidden, float("-inf"))
+# -- attention --------------------------------------------------------------------------------
 
 
 def matmul_softmax(q, k, v, *, scale, bias=None, key_mask=None) -> tuple[Tensor, ...]:
+    """The softmax written out, by a user who needs no log-sums: the yardstick computes them too."""
     scores = torch.einsum("bthd,bshd->bhts", q, k) * scale
-    mask = additive_mask(q, bias, key_mask)
-    if mask is not None:
-        scores = scores + mask
+    if bias is not None:
+        scores = scores + bias.to(q.dtype)
+    if key_mask is not None:
+        scores = scores.masked_fill(~key_mask[:, None, None, :], float("-inf"))
     return (torch.einsum("bhts,bshd->bthd", torch.softmax(scores, -1), v),)
 
 
-def sdpa(q, k, v, *, scale, bias=None, key_mask=None, **_) -> tuple[Tensor, ...]:
-    mask = additive_mask(q, bias, key_mask)
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return (F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).transpose(1, 2),)
+def sdpa(*args, **options) -> tuple[Tensor, ...]:
+    return plain_attention.attention(*args, **options)[:1]
 
 
 _plain("attention", "eager", matmul_softmax)
@@ -144,12 +145,8 @@ def _(case, device):
             return score if key_mask is None else torch.where(key_mask[b, s], score, float("-inf"))
 
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        plain = bias is None and key_mask is None
-        return (
-            flex_attention(q, k, v, score_mod=None if plain else score_mod, scale=scale).transpose(
-                1, 2
-            ),
-        )
+        modified = None if bias is None and key_mask is None else score_mod
+        return (flex_attention(q, k, v, score_mod=modified, scale=scale).transpose(1, 2),)
 
     return compile_exactly(run)
 
@@ -180,36 +177,7 @@ peer("attention", "flash_attn_3", package="flash-attn-3")(
 )
 
 
-# -- patch_embed -------------------------------------------------------------------------------------------------------
-
-
-def take(x: Tensor, keep: Tensor | None) -> Tensor:
-    """Kept rows of x (B, N, D)."""
-    if keep is None:
-        return x
-    if keep.ndim == 1:
-        return x.index_select(1, keep)
-    return x.gather(1, keep.long()[..., None].expand(-1, -1, x.shape[2]))
-
-
-def gather_first(
-    patches,
-    weight,
-    bias,
-    position=None,
-    keep=None,
-    *,
-    scale,
-    shift,
-    agg=None,
-    patch=None,
-    gathered=False,
-) -> tuple[Tensor, ...]:
-    """Kept rows only: gather, normalise, linear, add."""
-    if patch is not None:
-        patches = patchify(patches, tuple(patch))
-    rows = patches if gathered else take(patches, keep)
-    return _finish(_project(rows, weight, bias, scale, shift), position, keep, agg)
+# -- patch_embed ------------------------------------------------------------------------------
 
 
 def project_then_drop(
@@ -226,34 +194,22 @@ def project_then_drop(
     gathered=False,
 ) -> tuple[Tensor, ...]:
     """All patches, then DropToken, in the paper's order."""
-    if patch is not None:
-        patches = patchify(patches, tuple(patch))
-    tokens = _project(patches, weight, bias, scale, shift)
-    return _finish(tokens if gathered else take(tokens, keep), position, keep, agg)
-
-
-def _project(rows, weight, bias, scale, shift) -> Tensor:
-    dtype = (
-        autocast_dtype(rows.device) or weight.dtype
-    )  # raw values straight to the dtype of the product: half the traffic of fp32
-    return F.linear(rows.to(dtype) * scale + shift, weight, bias)
-
-
-def _finish(tokens, position, keep, agg) -> tuple[Tensor, ...]:
-    if position is not None:
-        tokens = tokens + (position if keep is None else position[keep.long()]).to(tokens.dtype)
+    tokens = plain_patch_embed.patch_embed(
+        patches, weight, bias, position, None, scale=scale, shift=shift, patch=patch
+    )
+    tokens = plain_drop_token.drop_token(tokens, keep)
     if agg is not None:
         tokens = torch.cat((agg.to(tokens.dtype).expand(tokens.shape[0], 1, -1), tokens), 1)
     return (tokens,)
 
 
-_plain("patch_embed", "gather_first", gather_first)
+_plain("patch_embed", "gather_first", plain_patch_embed.patch_embed)
 
 
 def _only_where_dropped(function: Function, compiled: bool):
     def build(case, device):
-        if case.kept is None:
-            return "nothing is dropped: it is gather_first"
+        if case.kept is None or case.gathered:
+            return "no row is to be dropped: it is gather_first"
         return compile_exactly(function) if compiled else function
 
     return build
@@ -265,32 +221,14 @@ peer("patch_embed", "project_then_drop_compiled", compiled=True)(
 )
 
 
-# -- drop_token --------------------------------------------------------------------------------------------------------
+# -- drop_token -------------------------------------------------------------------------------
+
+_plain("drop_token", "gather", plain_drop_token.drop_token)
 
 
-def index_or_gather(tokens, keep) -> tuple[Tensor, ...]:
-    return (take(tokens, keep),)
+# -- contrastive_lse --------------------------------------------------------------------------
 
-
-_plain("drop_token", "gather", index_or_gather)
-
-
-# -- contrastive_lse ---------------------------------------------------------------------------------------------------------------
-
-
-def materialised(
-    x, y, *, scale, texts_per_clip=1, first=0, x_valid=None, y_valid=None, bound=None
-) -> tuple[Tensor, ...]:
-    """The whole matrix in fp32 after a product in the inputs' dtype."""
-    S = (x @ y.T).float() * scale
-    if y_valid is not None:
-        S = S.masked_fill(~y_valid, float("-inf"))
-    cols = S if x_valid is None else S.masked_fill(~x_valid[:, None], float("-inf"))
-    M, P = x.shape[0], texts_per_clip
-    mine = first * P + torch.arange(M * P, device=x.device).view(M, P)
-    return torch.logsumexp(S, 1), torch.logsumexp(cols, 0), torch.logsumexp(S.gather(1, mine), 1)
-
-
+materialised = plain_contrastive.contrastive_lse
 _plain("contrastive_lse", "materialised", materialised)
 _CHUNK = 1024  # rows of x at a time
 
@@ -377,16 +315,16 @@ def _(case, device):
 def open_clip_losses() -> Any | str:
     """open_clip's module of losses, or why there is none.
 
-    Read from its file, which imports torch alone: the package around it imports torchvision, whose usual wheels are linked against CUDA and
-    do not load beside a CPU build of torch. ``pip install --no-deps open_clip_torch`` is therefore enough, and torchvision better left out:
-    one that does not load takes transformers' models with it.
+    Read from its file, which imports torch alone. The package around it imports torchvision, whose
+    usual wheels are linked against CUDA and do not load beside a CPU build of torch. So
+    ``pip install --no-deps open_clip_torch`` is enough, and torchvision better left out: one that
+    does not load breaks transformers' models too.
     """
     package = importlib.util.find_spec("open_clip")
     if package is None or not package.submodule_search_locations:
         return "open_clip_torch cannot be imported: it is not installed"
-    spec = importlib.util.spec_from_file_location(
-        "open_clip_losses", Path(package.submodule_search_locations[0]) / "loss.py"
-    )
+    path = Path(package.submodule_search_locations[0]) / "loss.py"
+    spec = importlib.util.spec_from_file_location("open_clip_losses", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     try:
@@ -398,7 +336,10 @@ def open_clip_losses() -> Any | str:
 
 @peer("contrastive_lse", "open_clip", package="open_clip_torch")
 def _(case, device):
-    """ClipLoss: both matrices of logits, each by a product of its own. Its cross-entropies are their log-sums less the positive logits."""
+    """ClipLoss: two matrices of logits, each by its own product.
+
+    Its cross-entropies are their log-sums less the positive logits.
+    """
     if reason := _only_whole_pairs("open_clip's ClipLoss", case):
         return reason
     if isinstance(losses := open_clip_losses(), str):
@@ -406,9 +347,8 @@ def _(case, device):
     loss = losses.ClipLoss()
 
     def run(x, y, *, scale, **_):
-        of_clips, of_texts = (
-            logits.float() for logits in loss.get_logits(x, y, scale)
-        )  # fp32, as autocast runs a cross-entropy
+        # fp32, as autocast runs a cross-entropy
+        of_clips, of_texts = (logits.float() for logits in loss.get_logits(x, y, scale))
         return torch.logsumexp(of_clips, 1), torch.logsumexp(of_texts, 1), of_clips.diagonal()
 
     return run
@@ -418,28 +358,26 @@ SIGLIP_BIAS = -10.0  # where SigLIP's learned offset starts; held fixed, as the 
 
 
 def siglip(x, y, *, scale, first=0, **_) -> tuple[Tensor, ...]:
-    """SigLIP's loss of every clip (arXiv 2303.15343), not divided by their number; by chunks of rows as ``chunked``.
+    """SigLIP's loss of every clip (arXiv 2303.15343), not divided by their number, in chunks.
 
-    Every pair of a clip and a text is judged by itself, -log sigmoid(S) where they belong together and -log sigmoid(-S) elsewhere,
-    S = scale * x @ y.T + bias, so no log-sum spans the matrix. open_clip's SigLipLoss splits it over devices, not within one: hence this.
+    Every pair of a clip and a text is judged by itself, -log sigmoid(S) where they belong together
+    and -log sigmoid(-S) elsewhere, S = scale * x @ y.T + bias, so no log-sum spans the matrix.
+    open_clip's SigLipLoss splits it over devices, not within one, so it is written here.
     """
     if x.shape[0] <= _CHUNK:
         return (_siglip_rows(x, y, scale=scale, first=first),)
-    parts = [
-        _recomputed(
-            functools.partial(_siglip_rows, scale=scale, first=first + part.start), x[part], y
-        )
-        for part in _chunks(x)
-    ]
+    parts = []
+    for part in _chunks(x):
+        rows = functools.partial(_siglip_rows, scale=scale, first=first + part.start)
+        parts.append(_recomputed(rows, x[part], y))
     return (torch.cat(parts),)
 
 
 def _siglip_rows(x, y, *, scale, first) -> Tensor:
     S = (x @ y.T).float() * scale + SIGLIP_BIAS
     own = S.gather(1, first + torch.arange(x.shape[0], device=x.device)[:, None])
-    return F.softplus(S).sum(1) - own.squeeze(
-        1
-    )  # -log sigmoid(s) = softplus(-s) = softplus(s) - s: no matrix of labels
+    # -log sigmoid(s) = softplus(-s) = softplus(s) - s: no matrix of labels
+    return F.softplus(S).sum(1) - own.squeeze(1)
 
 
 def _siglip(compiled: bool):

@@ -1,15 +1,19 @@
-"""Has an op become slower? ``pytest bench --benchmark-autosave``, later ``pytest bench --benchmark-compare --benchmark-compare-fail=median:20%``.
+"""Has an op become slower on this machine?
 
-Every op as it is chosen on this device, at the tiny preset's sizes and one larger, forward and backward. It compares a machine with
-itself; ``bench.run`` compares with others.
+    pytest bench --benchmark-autosave
+    pytest bench --benchmark-compare --benchmark-compare-fail=median:20%       # later
+
+Every op as it is chosen on this device, at the tiny preset's sizes and one larger, forward and
+backward. It compares a machine with itself; ``python -m bench ops`` compares with others.
 """
 
 import pytest
 import torch
 
-from . import op_calls
+from vatt_fast.kernels.cases import make
+
+from . import calls
 from .machine import DTYPES
-from .selection import select
 
 CASES = {
     "attention": ("video_tiny_drop50", "text_tiny"),
@@ -26,10 +30,9 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     ("op", "name"), [(op, name) for op, names in CASES.items() for name in names]
 )
 def test_speed(benchmark, op, name, mode, dtype):
-    (case,) = select(op, [name])
-    call = op_calls.call(
-        op_calls.on_backend(op, ""), op, op_calls.make(case, DTYPES[dtype], DEVICE), mode
-    )
+    (case,) = calls.select(op, [name])
+    inputs = make(case, DTYPES[dtype], DEVICE)
+    call = calls.call(calls.on_backend(op, ""), op, inputs, mode)
 
     def run():
         call()

@@ -1,7 +1,8 @@
 """Clocks, the interleaved comparison they serve, and peak memory.
 
-Contenders run in one process on the same inputs in rotating order, so that a change of clock rate or a busy neighbour meets all of them.
-Two timings of the same code give the noise; a difference inside it is no result.
+Contenders run in one process on the same inputs in rotating order, so that a change of clock rate
+or a busy neighbour meets all of them. Two timings of the same code give the noise; a difference
+inside it is no result.
 """
 
 import contextlib
@@ -17,12 +18,17 @@ import torch
 from torch._C._profiler import _EventType
 
 Call = Callable[[], Any]
-_FLUSH_FACTOR = 4  # zeros written before each timed call, in sizes of the L2 cache: they evict it, and hide the launch of what follows
+# zeros written before each timed call, in sizes of the L2 cache: they evict it, and hide the launch
+# of what follows
+_FLUSH_FACTOR = 4
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds of one contender, one a round, and what a hypervisor took of all processors' time during the rounds."""
+    """Milliseconds of one contender, one a round.
+
+    ``stolen`` is the share of all processors' time that a hypervisor took during the rounds.
+    """
 
     ms: tuple[float, ...]
     stolen: float | None = None
@@ -63,14 +69,13 @@ class Clock(Protocol):
 
 
 class HostClock:
-    """perf_counter around the call; on a GPU around the call and the wait for it, as the wall clock sees a training step."""
+    """perf_counter around the call; on a GPU around the call and the wait for its end."""
 
     name = "perf_counter"
 
     def __init__(self, device: torch.device | None = None):
-        self.wait = (
-            torch.cuda.synchronize if device is not None and device.type == "cuda" else lambda: None
-        )
+        on_gpu = device is not None and device.type == "cuda"
+        self.wait = torch.cuda.synchronize if on_gpu else lambda: None
 
     def prepare(self, calls: Sequence[Call]) -> Callable[[int], float]:
         def sample(i: int) -> float:
@@ -84,7 +89,10 @@ class HostClock:
 
 
 class EventClock:
-    """CUDA events around the call, on a cold L2. Launches count where the host is slower than the device, as they do for eager users."""
+    """CUDA events around the call, on a cold L2.
+
+    Launches count where the host is slower than the device, as they do for eager users.
+    """
 
     name = "cuda_events"
 
@@ -107,8 +115,8 @@ class EventClock:
 class GraphClock(EventClock):
     """CUDA events around the replay of a captured graph, on a cold L2: device time alone.
 
-    A backward runs on the stream of its forward, and the default stream cannot be captured: calls are built, and everything here runs,
-    inside ``side_stream``.
+    A backward runs on the stream of its forward, and the default stream cannot be captured: calls
+    are built, and everything here runs, inside ``side_stream``.
     """
 
     name = "cuda_graph"
@@ -121,9 +129,8 @@ class GraphClock(EventClock):
         graphs: list[torch.cuda.CUDAGraph] = []
         for call in calls:
             graph = torch.cuda.CUDAGraph()
-            pool = (
-                graphs[0].pool() if graphs else None
-            )  # results may overwrite each other: nobody reads them
+            # results may overwrite each other: nobody reads them
+            pool = graphs[0].pool() if graphs else None
             with torch.cuda.graph(graph, pool=pool, stream=torch.cuda.current_stream()):
                 call()
             graphs.append(graph)
@@ -149,12 +156,13 @@ def interleaved(
     deadline: float | None = None,
     least: int = 1,
 ) -> dict[str, Timing]:
-    """Time contenders against each other: every round runs each of them once, beginning with another one each time.
+    """Time contenders in turn: every round runs each of them once, and begins with another one.
 
     Args:
-        contenders: name -> calls that differ in nothing but their input set; round r takes number r.
+        contenders: name -> calls that differ in nothing but their inputs; round r takes number r.
         rounds, warmup: timed and untimed runs of each.
-        failed: takes name -> error of contenders that fail before the first timed round, and the others go on; None raises.
+        failed: takes name -> error of contenders that fail before the first timed round, and the
+            others go on; None raises.
         deadline: time.monotonic() after which no further round begins, once ``least`` are run.
     """
     samples: dict[str, Callable[[int], float]] = {}
@@ -179,8 +187,9 @@ def interleaved(
         for name in names[turn:] + names[:turn]:
             ms[name].append(samples[name](r))
     after = _processor_ticks()
-    told = before is not None and after is not None and after[0] - before[0] >= _FEWEST_TICKS
-    stolen = (after[1] - before[1]) / (after[0] - before[0]) if told else None  # type: ignore[index]
+    stolen = None
+    if before and after and after[0] - before[0] >= _FEWEST_TICKS:
+        stolen = (after[1] - before[1]) / (after[0] - before[0])
     return {name: Timing(tuple(values), stolen) for name, values in ms.items()}
 
 
@@ -188,12 +197,11 @@ _FEWEST_TICKS = 100  # of a hundredth of a second: of fewer one alone would be a
 
 
 def _processor_ticks(stat: Path = Path("/proc/stat")) -> tuple[int, int] | None:
-    """All, and those stolen, of all processors together since the start, where Linux tells (proc(5))."""
+    """All ticks of all processors since the start, and those stolen, if Linux tells (proc(5))."""
     if not stat.exists():
         return None
-    ticks = [
-        int(field) for field in stat.read_text().split("\n", 1)[0].split()[1:9]
-    ]  # guests' time is part of user's
+    # guests' time is part of user's
+    ticks = [int(field) for field in stat.read_text().split("\n", 1)[0].split()[1:9]]
     return sum(ticks), ticks[7]
 
 
@@ -208,10 +216,11 @@ def l2_bytes(device: torch.device) -> int:
 
 
 def peak_bytes(call: Call, device: torch.device) -> int:
-    """Bytes that ``call`` allocates at its peak beyond what was allocated before, by torch's allocators.
+    """Bytes that torch's allocators hand out at the peak of ``call``, beyond those before it.
 
-    On the CPU they are counted from the profiler's memory events, since the resident size of the process hides reused memory. What a
-    library allocates for itself (oneDNN's scratch, a C++ kernel's buffers) is not seen there.
+    On the CPU they are counted from the profiler's memory events, since the resident size of the
+    process hides reused memory. What a library allocates for itself (oneDNN's scratch, a C++
+    kernel's buffers) is not seen there.
     """
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -220,22 +229,21 @@ def peak_bytes(call: Call, device: torch.device) -> int:
         call()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated(device) - before
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profile:
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
         result = call()
     del result
     live: dict[int, int] = {}  # bytes by address
     total = peak = 0
-    for event in sorted(
-        _allocations(profile.profiler.kineto_results.experimental_event_tree()),
-        key=lambda event: event.start_time_ns,
-    ):
+    tree = profile.profiler.kineto_results.experimental_event_tree()
+    for event in sorted(_allocations(tree), key=lambda event: event.start_time_ns):
         address, size = event.extra_fields.ptr, event.extra_fields.alloc_size
         if size > 0:
             live[address] = size
             total += size
-        else:  # what was there before, such as the last step's gradients, is none of the call's; the profiler may even give it another's size
+        else:
+            # what was there before, such as the last step's gradients, is none of the call's; the
+            # profiler may even give it another's size
             total -= live.pop(address, 0)
         peak = max(peak, total)
     return peak
@@ -249,7 +257,10 @@ def _allocations(events: Iterable[Any]) -> Iterator[Any]:
 
 
 def peak_resident(call: Call) -> int | None:
-    """Bytes of the process at its peak while ``call`` runs: all it holds, libraries' own buffers too. None where Linux does not tell."""
+    """Bytes of the process at its peak while ``call`` runs, libraries' buffers included.
+
+    None where Linux does not tell.
+    """
     status, refs = Path("/proc/self/status"), Path("/proc/self/clear_refs")
     try:
         refs.write_text("5")  # the high-water mark falls to the present size
@@ -262,8 +273,11 @@ def peak_resident(call: Call) -> int | None:
 
 
 def keep_host_memory() -> None:
-    """Have this process keep freed memory: glibc gives blocks of 32 MiB and more back at once, and a call that is timed alone may then take
-    longer for fresh pages than for its work. A whole step hardly feels them (NOTES.md)."""
+    """Have this process keep freed memory.
+
+    glibc gives blocks of 32 MiB and more back at once, and a call that is timed alone may then take
+    longer for fresh pages than for its work. A whole step hardly notices (docs/notes).
+    """
     if platform.system() == "Linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
         for option, value in ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1)):
             mallopt(option, value)

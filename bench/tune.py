@@ -1,13 +1,11 @@
-"""``python -m bench.tune``: time every candidate tile of the Triton kernels at the primary cases and write the table of an architecture.
+"""Time every candidate tile of the Triton kernels at the primary cases: an architecture's table.
 
-    python -m bench.tune --out kernels/tiles/sm_90.json
-
-A backend's ``TUNING`` names its kernels and their candidates. While a case runs, ``tiles.choose`` is overheard to learn under which keys
-each kernel looks itself up; then each candidate is forced in turn. One that fails to compile, wants more than the device has or changes
-the result is left out and counted. Nothing here runs in production: the table is a file.
+A backend's ``TUNING`` names its kernels and their candidates. While a case runs, ``tiles.choose``
+is overheard to learn under which keys each kernel looks itself up; then each candidate is forced in
+turn. One that fails to compile, wants more than the device has or changes the result is left out
+and counted. Nothing here runs in production: the table is a file.
 """
 
-import argparse
 import contextlib
 import functools
 import json
@@ -20,20 +18,18 @@ from typing import Any, NamedTuple
 
 import torch
 
-from vatt_fast.kernels import dispatch, tiles
+from vatt_fast.kernels import backends, parity, settings, tiles
 from vatt_fast.kernels.cases import Case, make
 from vatt_fast.kernels.tiles import Tiles
 
-from . import op_calls
+from . import calls
 from .floors import Mode
-from .machine import DTYPES
-from .selection import select
-from .setting import Setting, gate
-from .timer import Call, Clock, first_line, interleaved, side_stream
+from .timer import Call, Clock, first_line, interleaved
 
 Table = dict[str, dict[str, Tiles]]
-_MARGIN = 0.99  # the kernel's own heuristic stays unless a candidate needs less than this share of its time
-_BACKEND = "triton_gpu"
+# the kernel's own heuristic stays unless a candidate needs less than this share of its time
+_MARGIN = 0.99
+BACKEND = "triton_gpu"
 
 
 class Request(NamedTuple):
@@ -78,17 +74,17 @@ def tune_case(
     report: Callable[[str], None] = print,
     deadline: float | None = None,
 ) -> None:
-    """Add to ``table`` the fastest tiles of every kernel that the case runs under a key not yet in it.
+    """Add to ``table`` the fastest tiles of every kernel that the case runs under a new key.
 
     Args:
         candidates_of: a backend's TUNING. function: the op on that backend; None is ``triton_gpu``.
         skipped: counts candidates left out, by reason.
         deadline: time.monotonic() after which no further kernel is begun.
     """
-    function = op_calls.on_backend(op, _BACKEND) if function is None else function
+    function = calls.on_backend(op, BACKEND) if function is None else function
     skipped = Counter() if skipped is None else skipped
     inputs = make(case, dtype, device)
-    sets = op_calls.input_sets(case, dtype, device)
+    sets = calls.input_sets(case, dtype, device)
     modes: tuple[Mode, ...] = ("fwd", "bwd")
     best: dict[str, Tiles] = {}
     for mode in modes:
@@ -99,7 +95,8 @@ def tune_case(
             for kernel, candidates in candidates_of.items()
             if any(_is_plan(each) for each in candidates)
         }
-        # a plan decides which kernels run at all: those first, each under the plan that runs it, then the plans between their bests
+        # a plan decides which kernels run at all: so first the kernels, each under the plan that
+        # runs it, then the plans between their bests
         for kernel in sorted(under, key=lambda kernel: kernel in planned):
             plan, asked = under[kernel]
             if kernel in best or all(request.key in table.get(kernel, {}) for request in asked):
@@ -142,7 +139,7 @@ def _is_plan(candidate: Tiles) -> bool:
 def _requests(
     work: _Work, candidates_of: dict[str, list[Tiles]]
 ) -> dict[str, tuple[dict[str, Tiles], list[Request]]]:
-    """{kernel: (plan to force so that it runs, its requests)}, overheard without a plan and then under each."""
+    """{kernel: (plan to force so that it runs, its requests)}, without a plan and under each."""
     plans: list[dict[str, Tiles]] = [{}]
     plans += [
         {kernel: each}
@@ -153,8 +150,8 @@ def _requests(
     found: dict[str, tuple[dict[str, Tiles], list[Request]]] = {}
     for plan in plans:
         try:
-            with forced(plan):
-                before = op_calls.call(
+            with settings.force_tiles(**plan):
+                before = calls.call(
                     work.function, work.op, work.inputs, work.mode
                 )  # bwd: its forward is not overheard
                 with overheard() as requests:
@@ -174,15 +171,6 @@ def _requests(
     return found
 
 
-@contextlib.contextmanager
-def forced(choices: dict[str, Tiles]) -> Iterator[None]:
-    """``tiles.force`` for several kernels."""
-    with contextlib.ExitStack() as stack:
-        for kernel, choice in choices.items():
-            stack.enter_context(tiles.force(kernel, choice))
-        yield
-
-
 def _distinct(options: list[Tiles]) -> list[Tiles]:
     return list({json.dumps(each, sort_keys=True): each for each in options}.values())
 
@@ -190,34 +178,33 @@ def _distinct(options: list[Tiles]) -> list[Tiles]:
 def _fastest(
     work: _Work, kernel: str, options: list[Tiles], others: dict[str, Tiles]
 ) -> Tiles | None:
-    """The fastest of a kernel's options, the first being its heuristic, while other kernels run with their bests; None: none ran."""
-    calls: dict[str, list[Call]] = {}
+    """The fastest of a kernel's options while other kernels run with their bests.
+
+    The first option is the kernel's heuristic. None: no option ran.
+    """
+    ready: dict[str, list[Call]] = {}
     named = {json.dumps(each): each for each in options}
     expected: dict[str, torch.Tensor] | None = None
     for name, option in named.items():
         choices = others | {kernel: option}
         try:
-            with forced(choices):
-                found = op_calls.values(work.function, work.op, work.inputs)
-                if expected is None:
-                    expected = {
-                        key: value.double() for key, value in found.items()
-                    }  # of the heuristic, which the parity tests have seen
-                if (
-                    not max(op_calls.errors(found, expected).values())
-                    <= 2 * torch.finfo(work.dtype).eps
-                ):
+            with settings.force_tiles(**choices):
+                found = calls.values(work.function, work.op, work.inputs)
+                if expected is None:  # of the heuristic, which the parity check has seen
+                    expected = {key: value.double() for key, value in found.items()}
+                errors = parity.errors(found, expected)
+                if not max(errors.values()) <= 2 * torch.finfo(work.dtype).eps:
                     work.skipped["changes the result"] += 1
                     continue
-                calls[name] = [
-                    _under(choices, op_calls.call(work.function, work.op, each, work.mode))
+                ready[name] = [
+                    _under(choices, calls.call(work.function, work.op, each, work.mode))
                     for each in work.sets
                 ]
         except Exception as error:
             work.skipped[type(error).__name__] += 1
             work.report(f"  {kernel} {name}: {first_line(error)}")
     failed: dict[str, str] = {}
-    times = interleaved(calls, rounds=work.rounds, warmup=2, clock=work.clock, failed=failed)
+    times = interleaved(ready, rounds=work.rounds, warmup=2, clock=work.clock, failed=failed)
     work.skipped.update(reason.partition(":")[0] for reason in failed.values())
     if not times:
         return None
@@ -227,14 +214,15 @@ def _fastest(
         if times[best].p50 > _MARGIN * times[heuristic].p50:
             best = heuristic
         work.report(
-            f"  {kernel}: {best} {times[best].p50:.4f} ms, heuristic {times[heuristic].p50:.4f} ms, {len(times)} candidates"
+            f"  {kernel}: {best} {times[best].p50:.4f} ms, "
+            f"heuristic {times[heuristic].p50:.4f} ms, {len(times)} candidates"
         )
     return named[best]
 
 
 def _under(choices: dict[str, Tiles], call: Call) -> Call:
     def run() -> Any:
-        with forced(choices):
+        with settings.force_tiles(**choices):
             return call()
 
     return run
@@ -242,10 +230,10 @@ def _under(choices: dict[str, Tiles], call: Call) -> Call:
 
 def tunable(op: str) -> ModuleType | None:
     """The op's Triton backend where it has one with candidates."""
-    if _BACKEND not in dispatch.BACKENDS[op]:
+    if BACKEND not in backends.BACKENDS[op]:
         return None
     try:
-        module = dispatch._module(op, _BACKEND)
+        module = backends.load(op, BACKEND)
     except ModuleNotFoundError:
         return None
     return module if getattr(module, "TUNING", None) else None
@@ -291,57 +279,3 @@ def arch() -> str:
 def installed_path() -> Path:
     """Where the kernels look for the table of this device's architecture."""
     return Path(tiles.__file__).parent / "tiles" / f"{arch()}.json"
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description="tune the Triton kernels' tiles on this GPU")
-    parser.add_argument(
-        "--out",
-        "--arch-out",
-        help="table to write, keys already in it stay; kernels/tiles/<arch>.json unless given",
-    )
-    parser.add_argument("--op", nargs="+", default=list(dispatch.OPS), choices=dispatch.OPS)
-    parser.add_argument("--case", nargs="+", default=["primary"])
-    parser.add_argument("--dtype", default="bf16", choices=[*DTYPES])
-    parser.add_argument("--rounds", type=int, default=20)
-    given = parser.parse_args()
-    if not torch.cuda.is_available():
-        parser.error("tuning measures on a CUDA device, and this torch sees none")
-    setting = Setting(torch.device("cuda"), rounds=given.rounds)
-    path = Path(given.out) if given.out else installed_path()
-    table, skipped = read_table(path), Counter[str]()
-    status = 0
-    gate(setting, given.op, given.dtype)
-    for op in given.op:
-        module = tunable(op)
-        if module is None or (op, _BACKEND) in setting.refused:
-            print(
-                f"{op}: {'no Triton backend with candidates' if module is None else setting.refused[op, _BACKEND]}; not tuned"
-            )
-            status |= module is not None
-            continue
-        for case in select(op, given.case):
-            print(f"{op} {case.name}", flush=True)
-            options: dict[str, Any] = dict(
-                candidates_of=module.TUNING,
-                table=table,
-                clock=setting.make_clock(),
-                rounds=given.rounds,
-            )
-            try:
-                with side_stream(setting.device):
-                    tune_case(
-                        op, case, DTYPES[given.dtype], setting.device, skipped=skipped, **options
-                    )
-            except Exception as error:
-                print(f"{op} {case.name}: {first_line(error)}")
-                status = 1
-            write_table(path, table)
-    print(
-        f"{sum(map(len, table.values()))} entries in {path.name}; candidates left out: {dict(skipped) or 'none'}"
-    )
-    return int(status)
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

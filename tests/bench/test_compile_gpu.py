@@ -1,4 +1,4 @@
-"""Kernels through the real GPU compilers, no device needed: a part of what ``python -m bench.compile_gpu`` compiles in full."""
+"""Kernels through the real GPU compilers, no device needed: a part of ``bench compile``."""
 
 import json
 import os
@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("triton", reason="compiling kernels needs triton, which is not installed")
 ROOT = Path(__file__).resolve().parents[2]
 
-# op, cases, targets: each kernel once for Hopper, the tail and the heaviest ones for the tightest targets too
+# op, cases, targets: each kernel once for Hopper, the heaviest ones for the tightest targets too
 PARTS = {
     "attention": (("video_mbs_drop50", "text_bbs"), ("sm_90",)),
     "attention_elsewhere": (("video_mbs_drop75",), ("sm_80", "gfx942")),
@@ -38,27 +38,10 @@ def test_kernels_compile_within_the_rules(part, tmp_path):
 
 def compile_part(out, op, cases, targets):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [
-        sys.executable,
-        "-m",
-        "bench.compile_gpu",
-        "--op",
-        op,
-        "--dtype",
-        "bf16",
-        "--case",
-        *cases,
-        "--target",
-        *targets,
-    ]
-    done = subprocess.run(
-        [*command, "--out", out],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    command = [sys.executable, "-m", "bench", "compile", "--op", op, "--dtype", "bf16"]
+    command += ["--case", *cases, "--target", *targets]
+    command += ["--out", str(out)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return [json.loads(line) for line in out.read_text().splitlines()]
 
@@ -87,10 +70,9 @@ def compile_part(out, op, cases, targets):
     ],
 )
 def test_what_breaks_a_rule_is_named(changes, ttir, fault):
-    fields = dict(
-        op="attention", case="c", dtype="bf16", mode="fwd", kernel="k", target="sm_90", tiles="", registers=99, stack_bytes=0, spills=0,
-        shared_bytes=1000, matrix="HGMMA", faults=[],
-    )  # fmt: skip
+    fields = dict(op="attention", case="c", dtype="bf16", mode="fwd", kernel="k", target="sm_90")
+    fields |= dict(tiles="", registers=99, stack_bytes=0, spills=0, shared_bytes=1000)
+    fields |= dict(matrix="HGMMA", faults=[])
     from bench import compile_gpu  # imports triton
 
     kernel = SimpleNamespace(asm={"ttir": ttir}, metadata=SimpleNamespace(num_warps=4))

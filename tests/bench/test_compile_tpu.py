@@ -1,4 +1,4 @@
-"""Kernels through the real TPU compiler, no device needed: a part of what ``python -m bench.compile_tpu`` compiles in full."""
+"""Kernels through the real TPU compiler, no device needed: a part of ``bench compile``."""
 
 import pytest
 
@@ -8,6 +8,7 @@ pytest.importorskip("libtpu", reason="compiling for a TPU needs libtpu, which is
 import jax
 import jax.numpy as jnp
 
+from bench import __main__, lines
 from bench.compile_tpu import compile_case
 from vatt_fast.kernels import dispatch, settings
 from vatt_fast.kernels.attention import pallas_tpu as attention
@@ -45,3 +46,9 @@ def test_the_table_chooses_for_what_is_compiled(queries, stays):
     with settings.lowering_for("tpu"):
         verdicts = dispatch.explain("attention", q, q, q, scale=0.125)
     assert verdicts[stays] == "preferred (fwd, bwd)"
+
+
+def test_old_rows_are_read_as_a_table(capsys):
+    rows = lines.RESULTS / "compile_tpu.jsonl"
+    assert __main__.main(["compile", "--read", str(rows)]) == 0
+    assert "| attention | bf16 | v5e | 7/7 |" in capsys.readouterr().out

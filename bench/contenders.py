@@ -1,0 +1,173 @@
+"""Who runs: our backends and the peers of an op; ours, plain torch and other towers of a step."""
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from vatt_fast.kernels import backends, parity
+from vatt_fast.kernels.cases import Case, make
+
+from . import calls, towers
+from .calls import Function
+from .floors import Mode
+from .machine import DTYPES
+from .peers import Peer, peers
+from .setting import AUTO, Setting, interpreted
+from .steps import CLASSES, Formulation, Trainer, classification_loss
+from .timer import Call, first_line
+
+
+@dataclass
+class Contender:
+    """One who is timed."""
+
+    name: str
+    ours: bool
+    # calls that differ in their inputs alone, each of the whole op, step or inference; or why none
+    build: Callable[[Mode], Sequence[Call] | str]
+    alike: bool = True  # False: another loss or model in the same role; its values are not compared
+    package: str | None = None  # a library's
+    errors: dict[str, float] = field(default_factory=dict)  # of an op's outputs and gradients
+
+
+# -- of an op ---------------------------------------------------------------------------------
+
+
+def of_op(
+    setting: Setting, op: str, case: Case, dtype: str, absent: dict[str, str]
+) -> list[Contender]:
+    """Those that compute this case within bounds of error, ours first; ``absent`` takes reasons."""
+    small = calls.reduced(case, setting.device)
+    inputs = make(small, DTYPES[dtype], setting.device, seed=99)
+    exact = calls.truth(op, inputs, DTYPES[dtype])
+    plain = parity.errors(calls.values(calls.on_backend(op, "plain"), op, inputs), exact)
+    sets = calls.input_sets(case, DTYPES[dtype], setting.device)
+    candidates: list[tuple[str, Peer | None]] = [
+        (name, None) for name in setting.backends or (AUTO, *backends.BACKENDS[op])
+    ]
+    candidates += [
+        (each.name, each)
+        for each in peers(op, setting.peer_names)
+        if setting.compiled_peers or not each.compiled or setting.peer_names
+    ]
+    found: list[Contender] = []
+    for name, peer in candidates:
+        if peer is None and (reason := _refused(setting, op, name)):
+            absent[name] = reason
+            continue
+        errors: dict[str, float] = {}
+        no_backward: str | None = None
+        try:
+            function = _function(setting, op, case, name, peer)
+            if isinstance(function, str):
+                absent[name] = function
+                continue
+            if peer is None or peer.alike:
+                errors, no_backward = _errors(function, op, inputs, exact)
+        except Exception as error:
+            absent[name] = first_line(error)
+            continue
+        if peer is None and (reason := calls.red(errors, plain, DTYPES[dtype])):
+            absent[name] = setting.refused[op, name] = reason
+            setting.report(f"RED: {op} {name} on {case.name} {dtype}: {reason}; it is not timed")
+        elif peer is not None and peer.alike and not max(errors.values()) < 1:
+            absent[name] = f"it computes something else: errors {errors}"
+        else:
+            build = functools.partial(_build, function, op, sets, no_backward)
+            alike, package = (peer.alike, peer.package) if peer else (True, None)
+            found.append(Contender(name, peer is None, build, alike, package, errors))
+    return found
+
+
+def _refused(setting: Setting, op: str, name: str) -> str | None:
+    if interpreted(name, setting.device):
+        return "Triton's interpreter runs it here: that takes no time worth telling"
+    return setting.refusal([op]) if name == AUTO else setting.refused.get((op, name))
+
+
+def _function(
+    setting: Setting, op: str, case: Case, name: str, peer: Peer | None
+) -> Function | str:
+    if peer is None:
+        return calls.on_backend(op, "" if name == AUTO else name)
+    return peer.build(case, setting.device)
+
+
+def _build(
+    function: Function, op: str, sets: Sequence[dict[str, Any]], no_backward: str | None, mode: Mode
+) -> Sequence[Call] | str:
+    if no_backward and mode != "fwd":
+        return no_backward
+    return [calls.call(function, op, inputs, mode) for inputs in sets]
+
+
+def _errors(
+    function: Function, op: str, inputs: dict[str, Any], exact: calls.Values
+) -> tuple[dict[str, float], str | None]:
+    """Errors of outputs and gradients; without a backward those of the outputs, and why."""
+    try:
+        return parity.errors(calls.values(function, op, inputs), exact), None
+    except Exception as error:
+        with torch.no_grad():  # what fails here too is absent
+            outputs = dict(zip(calls.compared(op), function(**inputs), strict=True))
+        truth = {name: exact[name] for name in outputs}
+        return parity.errors(outputs, truth), first_line(error)
+
+
+# -- of a step --------------------------------------------------------------------------------
+
+
+def of_step(
+    trainer: Trainer, formulations: Sequence[Formulation], *, features: bool = False
+) -> list[Contender]:
+    """The model by each formulation; for video alone also VideoMAE's tower."""
+    found = [
+        Contender(each.title, each.ours, functools.partial(_model_calls, trainer, each, features))
+        for each in formulations
+    ]
+    if trainer.modalities == ("video",):
+        build = functools.partial(_videomae_calls, trainer)
+        found.append(Contender("videomae", False, build, alike=False, package="transformers"))
+    return found
+
+
+def _model_calls(
+    trainer: Trainer, formulation: Formulation, features: bool, mode: Mode
+) -> Sequence[Call]:
+    if mode == "fwd":
+        return trainer.inference_of(formulation)
+    return trainer.step_of(formulation, features)
+
+
+def _videomae_calls(trainer: Trainer, mode: Mode) -> Sequence[Call] | str:
+    """Another library's tower on the same batches, its clips normalised beforehand.
+
+    It projects every patch, and its last block works for all tokens, whose mean it pools.
+    """
+    tower = towers.videomae(trainer.config, trainer.device)
+    if isinstance(tower, str):
+        return tower
+    head = nn.Linear(trainer.config.video.dim, CLASSES, device=trainer.device)
+    optimizer = torch.optim.Adam([*tower.parameters(), *head.parameters()], lr=1e-5, fused=True)
+    tower.train(mode != "fwd")
+
+    def infer(inputs):
+        with trainer.autocast(), torch.no_grad():
+            return head(towers.videomae_features(tower, inputs))
+
+    def step(inputs):
+        optimizer.zero_grad(set_to_none=True)
+        with trainer.autocast():
+            loss = classification_loss(head(towers.videomae_features(tower, inputs)))
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    batches = [
+        towers.videomae_inputs(trainer.config, clip, keep) for clip, keep in trainer.video_clips()
+    ]
+    return [functools.partial(infer if mode == "fwd" else step, inputs) for inputs in batches]

@@ -1,0 +1,419 @@
+"""What is swept: whole steps by drop rate, ops by size, accuracy by drop rate."""
+
+import dataclasses
+import json
+import math
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from vatt_fast.config import preset
+from vatt_fast.flops import true_flops
+from vatt_fast.kernels.cases import AttentionCase, Case, NCECase, PatchEmbedCase
+
+from . import contenders, lines, machine
+from .floors import Mode, Work
+from .lines import Line
+from .machine import DTYPES
+from .measure import Task, measure_op, race
+from .peers import peers
+from .setting import AUTO, Setting, is_measured
+from .steps import CONFIGURATIONS, Trainer, formulations, many_compilations
+from .timer import first_line, trim_host_memory
+
+DROP_RATES = (0.75, 0.5, 0.25, 0.0)
+Missing = tuple[str, str, str]  # what was not measured, of whom, why
+_OUT_OF_TIME = "out of time; --resume continues"
+
+# -- whole steps ------------------------------------------------------------------------------
+
+
+class Cell(NamedTuple):
+    """One of the table: a configuration at a drop rate, in training or inference."""
+
+    configuration: str
+    drop_rate: float
+    mode: Mode
+    batch: int  # 0: the largest power of two up to 256 that fits a GPU
+    compile: tuple[str, ...] = ()  # modes of torch.compile beside eager
+    names: tuple[str, ...] = ("auto", "plain")
+    features: bool = False  # of all tokens, so that the last block works for them too
+    eager: bool = True
+
+    @property
+    def case(self) -> str:
+        return self.at(self.batch)
+
+    def at(self, batch: int) -> str:
+        tail = "_features" if self.features else ""
+        return f"{self.configuration}_drop{round(100 * self.drop_rate)}_b{batch}{tail}"
+
+
+def measure_cell(
+    setting: Setting, trainer: Trainer, cell: Cell
+) -> tuple[list[Line], dict[str, str]]:
+    """Lines of a cell, and {contender: reason} of those that are absent or failed."""
+    wanted = [
+        each
+        for each in formulations(cell.names, cell.compile)
+        if cell.eager or each.compile is not None
+    ]
+    batch = cell.batch
+    if not batch:
+        # reference stores every score: no user's choice, so it sets no batch
+        fitted = [each for each in wanted if each.name != "reference"]
+        batch = trainer.fitting_batch(cell.drop_rate, 256, fitted, cell.features)
+    trainer.set_batch(batch, cell.drop_rate, cell.mode)
+    counted = true_flops(
+        trainer.config,
+        cell.drop_rate,
+        features=cell.features,
+        batch=batch,
+        mode=cell.mode,
+        modalities=trainer.modalities,
+    )
+    work = Work(sum(counted.values()), 0)
+    dtype = next(key for key, value in DTYPES.items() if value == trainer.dtype)
+    dropout = trainer.config.dropout if cell.mode != "fwd" else 0.0
+    task = Task("step", cell.at(batch), dtype, cell.mode, work, cell.drop_rate, batch, dropout)
+    present = contenders.of_step(trainer, wanted, features=cell.features)
+    with many_compilations():
+        return race(setting, task, present, between=trainer.forget_gradients)
+
+
+def measure_cells(
+    setting: Setting, wanted: Sequence[Cell], dtype: str, out: Path | None
+) -> list[Missing]:
+    """Measure cells, print and append their lines, until the setting's deadline."""
+    missing: list[Missing] = []
+    name, trainer = "", None
+    for cell in wanted:
+        title = f"{cell.case} {cell.mode}"
+        if setting.out_of_time:
+            missing.append((title, "all", _OUT_OF_TIME))
+            continue
+        try:
+            if trainer is None or cell.configuration != name:
+                # the old one's memory is free before the new one takes its own
+                trainer, name = None, cell.configuration
+                config, modalities, _ = CONFIGURATIONS[name]
+                trainer = Trainer(config, setting.device, DTYPES[dtype], modalities)
+            found, absent = measure_cell(setting, trainer, cell)
+        except Exception as error:  # such as no memory for all contenders' state: others go on
+            missing.append((title, "all", first_line(error)))
+            continue
+        keep(found, out)
+        missing += [(title, who, reason) for who, reason in absent.items()]
+    return missing
+
+
+def keep(found: Sequence[Line], out: str | Path | None) -> None:
+    """Print lines, and append them to a file where there is one."""
+    for line in found:
+        print(lines.describe(line), flush=True)
+    if out:
+        lines.append(out, found)
+
+
+def unmeasured(wanted: Sequence[Cell], dtype: str, out: Path, setting: Setting) -> list[Cell]:
+    """Cells without a fresh line of ours, or of ours compiled where that is wanted."""
+
+    def measured(cell: Cell) -> bool:
+        known = lines.measured(
+            out, setting.machine, op="step", mode=cell.mode, dtype=dtype, ours=True
+        )
+        start, tail = cell.at(0).rsplit("_b0", 1)
+        here = [
+            line
+            for line in known
+            if (line.case == cell.case if cell.batch else line.case.startswith(f"{start}_b"))
+            and line.case.endswith("_features") == bool(tail)
+        ]
+        names = {
+            each.title
+            for each in formulations(("auto",), cell.compile)
+            if cell.eager or each.compile is not None
+        }
+        return "auto" not in cell.names or names <= {line.backend for line in here}
+
+    return [cell for cell in wanted if not measured(cell)]
+
+
+# -- ops by size ------------------------------------------------------------------------------
+
+_PATCH = (4, 16, 16)
+_CLIPS = ((16, 112), (32, 112), (32, 160), (32, 224), (64, 224), (64, 320))  # frames, side
+
+
+def _attention(tokens: int) -> Case:
+    return AttentionCase(f"scaling_tokens_{tokens}", 1, tokens, tokens, 12, 64, packed=True)
+
+
+def _contrastive(clips: int) -> Case:
+    return NCECase(f"scaling_clips_{clips}", clips, clips, 1, 512, bound=True)
+
+
+def _clip(frames: int, side: int) -> Case:
+    """The road of inference: every patch of a clip, read in place."""
+    patches = (frames // _PATCH[0]) * (side // _PATCH[1]) * (side // _PATCH[2])
+    shape, name = (frames, side, side, 3), f"scaling_clip_pixels_{frames * side * side}"
+    return PatchEmbedCase(name, 1, patches, 3 * math.prod(_PATCH), 1024, clip=shape, patch=_PATCH)
+
+
+# op -> {size: case}, AGG among the tokens
+SIZES: dict[str, dict[int, Case]] = {
+    "attention": {tokens: _attention(tokens) for tokens in (197, 393, 785, 1569, 3201, 6401)},
+    "contrastive_lse": {1 << power: _contrastive(1 << power) for power in range(10, 17)},
+    "patch_embed": {frames * side**2: _clip(frames, side) for frames, side in _CLIPS},
+}
+# torch.compile unrolls the peers' loop over chunks: with 64 of them a quarter of an hour was not
+# enough
+_COMPILED_UP_TO = {"contrastive_lse": 1 << 15}
+
+
+class Cost(NamedTuple):
+    size: int
+    ms: float
+    peak_bytes: int
+
+
+def predict(known: Sequence[Cost], size: int) -> Cost:
+    """A call of another size, by the growth between the two largest known; squared after one."""
+    *_, before, last = (known[0], *known) if len(known) == 1 else known
+
+    def grown(value: str) -> float:
+        small, large = max(1, getattr(before, value)), max(1, getattr(last, value))
+        power = 2.0
+        if before is not last:
+            power = math.log(large / small) / math.log(last.size / before.size)
+        return large * (size / last.size) ** min(2.0, max(1.0, power))
+
+    return Cost(size, grown("ms"), int(grown("peak_bytes")))
+
+
+def too_much(expected: Cost, longest_ms: float, free: int) -> str | None:
+    """Why a call is not tried."""
+    if expected.ms > longest_ms:
+        seconds = expected.ms / 1e3
+        return f"a call would take about {seconds:.0f} s, more than {longest_ms / 1e3:.0f}"
+    if expected.peak_bytes > free:
+        gib = expected.peak_bytes / 2**30
+        return f"a call would take about {gib:.0f} GiB, {free / 2**30:.0f} are free"
+    return None
+
+
+def free_bytes(device: torch.device) -> int:
+    """Four fifths of what the device, or the machine, has left."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] * 4 // 5
+    trim_host_memory()  # what this process keeps is free
+    fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    return int(fields["MemAvailable"].split()[0]) * 1024 * 4 // 5
+
+
+def measure_sizes(
+    setting: Setting,
+    op: str,
+    sizes: Sequence[int],
+    dtype: str,
+    modes: Sequence[Mode],
+    out: Path | None,
+    *,
+    longest: float,
+    resume: bool,
+) -> list[Missing]:
+    """Append the lines of an op, smallest size first, until the setting's deadline.
+
+    A contender that, by its growth so far, would take longer than ``longest`` seconds for a call,
+    or more memory than is free, leaves the race at that size.
+    """
+    costs: dict[tuple[str, str], list[Cost]] = {}
+    missing: list[Missing] = []
+    for size in sorted(sizes):
+        case = SIZES[op][size]
+        title = f"{op} {case.name}"
+        if resume and out and is_measured(setting, out, op, case, dtype, modes):
+            known = lines.measured(out, setting.machine, op=op, case=case.name, dtype=dtype)
+            # the last of each
+            found = list({(line.backend, line.mode): line for line in known}.values())
+        else:
+            if setting.out_of_time:
+                return [*missing, (title, "all", _OUT_OF_TIME)]
+            left_out = dict(_too_costly(costs, size, modes, 1e3 * longest, setting.device))
+            left_out |= _too_long_to_compile(op, size)
+            try:
+                found, others = _race_without(setting, op, case, dtype, modes, left_out)
+            except Exception as error:  # such as no memory for all contenders' state
+                found, others = [], {"all": first_line(error)}
+            missing += [(title, name, reason) for name, reason in (left_out | others).items()]
+            keep(found, out)
+        for line in found:
+            cost = Cost(size, line.ms_p50, line.peak_bytes or 0)
+            costs.setdefault((line.backend, line.mode), []).append(cost)
+    return missing
+
+
+def _too_costly(
+    costs: dict[tuple[str, str], list[Cost]],
+    size: int,
+    modes: Sequence[Mode],
+    longest_ms: float,
+    device: torch.device,
+) -> Iterator[tuple[str, str]]:
+    for (name, mode), known in costs.items():
+        if mode not in modes:
+            continue
+        if reason := too_much(predict(known, size), longest_ms, free_bytes(device)):
+            yield name, reason
+
+
+def _too_long_to_compile(op: str, size: int) -> dict[str, str]:
+    limit = _COMPILED_UP_TO.get(op, size)
+    if size <= limit:
+        return {}
+    reason = f"torch.compile takes too long beyond {limit}"
+    return {peer.name: reason for peer in peers(op) if peer.compiled}
+
+
+def _race_without(
+    setting: Setting,
+    op: str,
+    case: Case,
+    dtype: str,
+    modes: Sequence[Mode],
+    left_out: dict[str, str],
+) -> tuple[list[Line], dict[str, str]]:
+    if AUTO in left_out:
+        return [], {}
+    theirs = tuple(
+        peer.name
+        for peer in peers(op)
+        if peer.name not in left_out and (setting.compiled_peers or not peer.compiled)
+    )
+    here = dataclasses.replace(setting, backends=(AUTO,), peer_names=theirs)
+    return measure_op(here, op, case, dtype, modes)
+
+
+# -- accuracy by drop rate --------------------------------------------------------------------
+
+ACCURACY = lines.RESULTS / "accuracy.jsonl"
+SEEDS = (0, 1, 2)
+MEASURES = {
+    "t2v_r10": "text to video R@10",
+    "t2v_r1": "text to video R@1",
+    "a2v_r10": "audio to video R@10",
+    "motion_probe": "linear probe of 8 motions",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One pre-training of the demo's world and its evaluation.
+
+    Rates are in percent; ``before`` is the same model untrained. Held-out clips, no token dropped.
+    """
+
+    drop_rate: float
+    seed: int
+    steps: int
+    t2v_r1: float
+    t2v_r10: float
+    a2v_r10: float
+    motion_probe: float
+    t2v_r10_before: float
+    motion_probe_before: float
+    train_gflops: float  # of one clip: three times the forward pass
+    device: str
+    versions: dict[str, str]
+    commit: str
+    date: str
+    clips: int = 1200  # trained on
+
+
+def read_runs(path: Path = ACCURACY) -> list[Run]:
+    """Runs of a file, none where it does not exist; without half a line of a killed run."""
+    if not path.exists():
+        return []
+    return [Run(**json.loads(line)) for line in path.read_text().rpartition("\n")[0].splitlines()]
+
+
+def pretrain(
+    drop_rate: float, seed: int, steps: int, folder: Path, clips: tuple[int, int] = (1200, 200)
+) -> Run:
+    """Pre-train and evaluate, or continue an interrupted run of the same settings in ``folder``."""
+    from vatt_fast.demo.run import DemoConfig, run_demo  # needs the extras of the demo
+
+    name = f"steps{steps}_clips{clips[0]}_drop{round(100 * drop_rate)}_seed{seed}"
+    demo = DemoConfig(
+        out=str(folder / name),
+        world=str(folder / "world"),
+        steps=steps,
+        drop_rate=drop_rate,
+        seed=seed,
+        precision="fp32",
+        train_clips=clips[0],
+        test_clips=clips[1],
+    )
+    summary = run_demo(demo, progress=False)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    counted = true_flops(preset("tiny"), drop_rate, features=False, mode="fwd+bwd")
+    told = (*MEASURES, "t2v_r10_before", "motion_probe_before")
+    return Run(
+        drop_rate=drop_rate,
+        seed=seed,
+        steps=steps,
+        **{name: float(summary[name]) for name in told},
+        train_gflops=round(sum(counted.values()) / 1e9, 3),
+        device=machine.name(device),
+        versions=machine.versions(device),
+        commit=machine.commit(),
+        date=machine.today(),
+        clips=clips[0],
+    )
+
+
+def measure_accuracy(
+    drop_rates: Sequence[float],
+    seeds: Sequence[int],
+    steps: int,
+    clips: tuple[int, int],
+    folder: Path,
+    out: Path,
+    report: Callable[[object], None] = print,
+) -> list[Run]:
+    """Append the runs that the file does not hold, and return all of these steps and clips."""
+    # all rates before the next seed: an interrupted command leaves runs that can be compared
+    for seed in seeds:
+        for drop_rate in drop_rates:
+            wanted = (drop_rate, seed, steps, clips[0])
+            known = {(run.drop_rate, run.seed, run.steps, run.clips) for run in read_runs(out)}
+            if wanted not in known:
+                run = pretrain(drop_rate, seed, steps, folder, clips)
+                out.parent.mkdir(parents=True, exist_ok=True)
+                with out.open("a") as file:
+                    file.write(json.dumps(dataclasses.asdict(run)) + "\n")
+                report(run)
+    return [run for run in read_runs(out) if (run.steps, run.clips) == (steps, clips[0])]
+
+
+def spread(runs: Sequence[Run], measure: str) -> tuple[float, float | None]:
+    """Mean and standard deviation over the seeds; no deviation of one run."""
+    values = [getattr(run, measure) for run in runs]
+    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None
+
+
+def accuracy_table(runs: Sequence[Run]) -> str:
+    """One row a drop rate, most dropped first: mean and standard deviation over the seeds."""
+    headings = ["drop rate", "training GFLOPs a clip", *MEASURES.values(), "seeds"]
+    rows = ["| " + " | ".join(headings) + " |", "|---" * len(headings) + "|"]
+    for steps, drop_rate in sorted({(run.steps, -run.drop_rate) for run in runs}):
+        group = [run for run in runs if (run.steps, -run.drop_rate) == (steps, drop_rate)]
+        cells = [f"{-drop_rate:.0%}", f"{group[0].train_gflops:.2f}"]
+        for measure in MEASURES:
+            mean, deviation = spread(group, measure)
+            cells.append(f"{mean:.1f}" + (f" ± {deviation:.1f}" if deviation is not None else ""))
+        rows.append("| " + " | ".join([*cells, str(len(group))]) + " |")
+    return "\n".join(rows)

@@ -1,0 +1,192 @@
+"""When a result line no longer speaks of the code: a digest of what it ran, not of how it reads."""
+
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from bench_lines import LINE
+
+from bench import digest, lines
+
+FP32 = replace(LINE, dtype="fp32", backend="native_cpu")
+BF16 = replace(FP32, dtype="bf16")
+AUTO = replace(BF16, backend="auto")
+STEP = replace(BF16, op="step", backend="auto_compiled")
+LSE = replace(BF16, op="contrastive_lse")
+LINES = {"fp32": FP32, "bf16": BF16, "auto": AUTO, "step": STEP, "lse": LSE}
+
+
+@pytest.fixture
+def tree(tmp_path, monkeypatch):
+    """A copy of the sources that digests are taken of."""
+    for folder in ("kernels", "csrc", "vatt_fast", "bench"):
+        ignored = shutil.ignore_patterns("*.so", "__pycache__", "results", "figures", "build")
+        shutil.copytree(digest.ROOT / folder, tmp_path / folder, ignore=ignored)
+    shutil.copy(digest.ROOT / "setup.py", tmp_path)
+    monkeypatch.setattr(digest, "ROOT", tmp_path)
+    forget()
+    yield tmp_path
+    forget()
+
+
+def forget():
+    for cached in (digest.of, digest._tree, digest._python, digest._other):
+        cached.cache_clear()
+
+
+def taken():
+    forget()
+    return {name: lines.source_of(line) for name, line in LINES.items()}
+
+
+def changed(before):
+    return {name for name, now in taken().items() if now != before[name]}
+
+
+def edit(path, old, new):
+    text = path.read_text()
+    assert old in text, f"{path.name} has no {old!r}"
+    path.write_text(text.replace(old, new, 1))
+
+
+def cpp(tree, name):
+    (found,) = tree.glob(f"csrc/**/{name}")
+    return found
+
+
+def bf16_forward(tree):
+    """The file with attention's bf16 forward, split from the backward or not."""
+    found = [*tree.glob("csrc/attention/forward.cpp"), *tree.glob("csrc/attention.cpp")]
+    return found[0]
+
+
+def fp32_attention(tree):
+    found = [*tree.glob("csrc/attention/short.cpp"), *tree.glob("csrc/short_attention.cpp")]
+    return found[0]
+
+
+def test_words_and_formatting_change_nothing(tree):
+    before = taken()
+    for name in ("kernels/attention/native_cpu.py", "kernels/dispatch.py", "vatt_fast/model.py"):
+        text = (tree / name).read_text()
+        assert text.startswith('"""')
+        text = '"""Other words. ' + text[3:].replace("\ndef ", "\n# a comment\n\n\ndef ")
+        (tree / name).write_text(text.replace("(\n", "(  # and another\n\n"))
+    path = bf16_forward(tree)
+    text = path.read_text().replace("{\n", "{  // opened\n\n")
+    path.write_text(f"/* a word\n   more */\n{text}")
+    assert not changed(before)
+
+
+def test_moves_change_nothing(tree):
+    before = taken()
+    old = tree / "kernels/registration.py"
+    old.rename(tree / "kernels/registered.py")
+    for path in tree.glob("kernels/**/*.py"):
+        path.write_text(path.read_text().replace("registration", "registered"))
+    source = bf16_forward(tree)
+    source.rename(source.with_name(f"{source.stem}_moved_attention.cpp"))
+    assert not changed(before)
+
+
+def test_a_bf16_kernel_leaves_fp32_lines_fresh(tree):
+    before = taken()
+    bf16_forward(tree).write_text(bf16_forward(tree).read_text() + "\nstatic int more = 1;\n")
+    assert changed(before) == {"bf16", "auto", "step"}
+
+
+def test_an_fp32_kernel_leaves_bf16_lines_fresh(tree):
+    before = taken()
+    fp32_attention(tree).write_text(fp32_attention(tree).read_text() + "\nstatic int more = 1;\n")
+    assert changed(before) == {"fp32"}
+
+
+def test_a_shared_header_counts_for_those_that_include_it(tree):
+    before = taken()
+    for name in ("vectors.h", "products.h"):
+        cpp(tree, name).write_text(cpp(tree, name).read_text() + "\nconstexpr int more = 1;\n")
+        if name == "vectors.h":
+            assert {"fp32", "step"} <= changed(before)
+            before = taken()
+    assert {"bf16", "auto", "lse", "step"} <= changed(before)
+    assert "fp32" not in changed(before)
+
+
+def test_python_shared_by_all_ops_counts_for_all(tree):
+    before = taken()
+    path = tree / "kernels/native.py"
+    path.write_text(path.read_text() + "\nMORE = 1\n")
+    assert changed(before) == set(LINES)
+
+
+def test_the_model_counts_for_steps_alone(tree):
+    before = taken()
+    (tree / "vatt_fast/model.py").open("a").write("\nMORE = 1\n")
+    assert changed(before) == {"step"}
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("kernels/cases.py", set()),
+        ("kernels/attention/triton_gpu.py", set()),  # not run on a CPU
+        ("kernels/attention/torch_sdpa.py", {"auto", "step"}),  # dispatch may choose it
+        ("kernels/contrastive_lse/native_cpu.py", {"lse", "step"}),
+        ("bench/peers.py", set()),
+        ("vatt_fast/cli.py", set()),
+    ],
+)
+def test_what_a_line_does_not_run_does_not_count(tree, name, expected):
+    before = taken()
+    (tree / name).open("a").write("\nMORE = 1\n")
+    assert changed(before) == expected
+
+
+def test_peers_count_for_their_lines_and_for_comparisons(tree):
+    theirs = replace(LINE, backend="eager", ours=False)
+    compared = replace(FP32, best_peer="eager")
+    before = [lines.source_of(line) for line in (theirs, compared, FP32)]
+    (tree / "bench/peers.py").open("a").write("\nMORE = 1\n")
+    forget()
+    now = [lines.source_of(line) for line in (theirs, compared, FP32)]
+    assert [a == b for a, b in zip(before, now, strict=True)] == [False, False, True]
+
+
+def test_a_choice_of_dispatch_counts_for_auto(monkeypatch):
+    key, rows = ("torch", "cpu"), digest.backends.PREFERENCE["torch", "cpu"]
+    before = taken()
+    kept = tuple(row for row in rows if (row.op, row.backend) != ("attention", "torch_sdpa"))
+    monkeypatch.setitem(digest.backends.PREFERENCE, key, kept)
+    assert changed(before) == {"auto", "step"}
+    monkeypatch.undo()
+    forget()
+
+
+def test_cpp_is_read_as_tokens():
+    one = '#include "a.h"\nint f(int x) { return x>>1; }  // half\nauto s = "// no comment";'
+    same = 'int f(int x)\n{\n  /* half */ return x >> 1;\n}\nauto s = "// no comment";'
+    assert digest.cpp_unit(one) == digest.cpp_unit(same)
+    assert digest.cpp_unit(one) != digest.cpp_unit(one.replace("no comment", "a comment"))
+    assert digest.cpp_unit(one) != digest.cpp_unit(one.replace(">>1", ">>2"))
+
+
+def test_stale_lines_say_why():
+    fresh = replace(FP32, versions={"torch": torch.__version__}, source=lines.source_of(FP32))
+    assert lines.stale(fresh) is None
+    assert lines.stale(replace(fresh, stolen=0.04)) is None
+    assert "other machines" in lines.stale(replace(fresh, stolen=0.3))
+    assert "changed" in lines.stale(replace(fresh, source="0123456789ab"))
+    assert "changed" in lines.stale(replace(fresh, source=""))
+    assert "torch was 1.0" in lines.stale(replace(fresh, versions={"torch": "1.0"}))
+
+
+def test_committed_lines_that_have_a_digest_are_read():
+    for path in lines.RESULTS.glob("*.jsonl"):
+        if not path.name.startswith(("compile_", "accuracy")):
+            found = lines.read(path)
+            assert found and {lines.file_of(*_named(line)).name for line in found} >= {path.name}
+
+
+def _named(line):
+    return line.device, line.versions

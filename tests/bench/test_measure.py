@@ -1,0 +1,462 @@
+"""What a race measures and a line says: floors, cases, modes, errors, clocks, the parity gate."""
+
+import dataclasses
+import subprocess
+from collections import Counter
+
+import pytest
+import torch
+from bench_lines import LINE, command
+from torch.utils.flop_counter import FlopCounterMode
+
+from bench import __main__, calls, floors, lines, machine, measure, setting
+from bench.measure import measure_op
+from bench.setting import Setting
+from vatt_fast.kernels import parity
+from vatt_fast.kernels.cases import CASES, AttentionCase, make, tag
+from vatt_fast.kernels.ops import OPS
+
+CPU = torch.device("cpu")
+PRIMARY = [
+    (op, name)
+    for op, cases in CASES.items()
+    for name, case in cases.items()
+    if tag(case) == "primary"
+]
+SMALL = {
+    "attention": "ragged_17",
+    "drop_token": "ragged",
+    "contrastive_lse": "texts",
+    "patch_embed": "kept_rows",
+}
+
+
+def quick(backends, names, **options):
+    return Setting(
+        CPU, **dict(rounds=1, warmup=0, quick=True, backends=backends, peer_names=names) | options
+    )
+
+
+# -- floors -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("op", "name"), PRIMARY)
+def test_floors_count_what_the_ops_register(op, name):
+    """FLOPs are those of the ops' own formulas, on shapes alone, at a small batch."""
+    case = dataclasses.replace(CASES[op][name], batch=2)
+    inputs = make(case, torch.bfloat16)
+    inputs = {
+        key: value.to("meta") if isinstance(value, torch.Tensor) else value
+        for key, value in inputs.items()
+    }
+    function = calls.on_backend(op, "reference")
+    counter = FlopCounterMode(display=False)
+    with counter:
+        calls.values(function, op, inputs)
+    assert counter.get_total_flops() == floors.work(case, "fwd+bwd").flops
+
+
+def test_useful_shares_are_the_targets():
+    """TARGETS' figures: FA3's tile, the usual tile, and 64-row tiles with a key tail."""
+    found = {
+        length: [
+            round(100 * floors.useful_share(length, length, tiling)) for tiling in floors.TILINGS
+        ]
+        for length in (393, 785, 1569)
+    }
+    assert found == {393: [47, 59, 86], 785: [67, 77, 93], 1569: [82, 89, 97]}
+    assert floors.useful_share(64, 33, floors.TILINGS[2]) == 33 / 48
+
+
+def test_useful_shares_of_our_tiles():
+    """The last tiles are the smallest powers of two that cover the rest, of queries at least 64."""
+    pytest.importorskip("triton")
+    ours = {tiling.name: tiling for tiling in floors.our_tilings()}
+    assert floors.useful_share(128, 128, ours["ours 128x64"]) == 1
+    assert floors.useful_share(393, 393, ours["ours 128x64"]) == 393**2 / ((384 + 16) * (384 + 16))
+    assert floors.useful_share(280, 33, ours["ours 128x64"]) == 280 * 33 / ((256 + 64) * 64)
+
+
+def test_floors_of_one_case_by_hand():
+    case = AttentionCase("by_hand", 2, 3, 5, 7, 8)
+    operands = 2 * (2 * 2 * 3 * 7 * 8 + 2 * 2 * 5 * 7 * 8)
+    assert floors.work(case, "fwd") == (4 * 2 * 7 * 3 * 5 * 8, operands + 4 * 2 * 7 * 3)
+    assert floors.work(case, "bwd", deterministic=True).flops == 14 * 2 * 7 * 3 * 5 * 8
+    ceilings = machine.Ceilings(tflops=1e-9, gb_per_s=1e-6)  # 1 FLOP and 1 byte a millisecond
+    work = floors.Work(flops=30, bytes=20)
+    assert (work.ms(ceilings), work.bound(ceilings)) == (30, "compute")
+    assert floors.Work(30, 40).bound(ceilings) == "memory"
+
+
+def test_the_sheet_holds_every_primary_case(capsys):
+    sheet = floors.sheet()
+    rows = [f"| {op} | {name} | {mode} |" for op, name in PRIMARY for mode in floors.MODES]
+    assert all(sheet.count(row) == 1 for row in rows)
+    assert "| 393 x 393 | 47% | 59% | 86% |" in sheet
+    assert __main__.main(["floors", "--op", "contrastive_lse", "--tflops", "100"]) == 0
+    printed = capsys.readouterr().out
+    assert "va_bbs_one_device" in printed and "video" not in printed
+
+
+# -- cases ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("op", calls.FOR_CPU)
+def test_every_case_of_the_cpu_can_be_asked_for_by_name(op):
+    names = list(calls.FOR_CPU[op])
+    assert [case.name for case in calls.select(op, ["cpu"])] == names
+    assert [case.name for name in names for case in calls.select(op, [name])] == names
+    name = next(iter(CASES[op]))
+    assert calls.select(op, [name, "cpu"])[0] == CASES[op][name]
+    with pytest.raises(ValueError, match="unknown case 'none'"):
+        calls.select(op, ["none"])
+
+
+def test_patches_are_read_by_the_road_that_a_case_names():
+    rows, clip, audio, tiny = calls.select(
+        "patch_embed",
+        [
+            "video_mbs_drop50_b2_rows",
+            "video_mbs_drop0_b2_clip",
+            "audio_bbs_drop50_clip",
+            "video_tiny_drop50_clip",
+        ],
+    )
+    assert rows.gathered and make(rows, torch.float32)["patches"].shape == (2, 784, 3072)
+    assert clip.kept is None and clip.clip == (32, 224, 224, 3) and clip.patch == (4, 16, 16)
+    assert audio.clip == (153600,) and audio.patch == (128,)
+    assert tiny.patches == 256
+    for case in (rows, audio, tiny):
+        inputs = make(dataclasses.replace(case, batch=1), torch.float32)
+        found = calls.values(calls.on_backend("patch_embed", ""), "patch_embed", inputs)
+        exact = calls.truth("patch_embed", inputs, torch.float32)
+        assert max(parity.errors(found, exact).values()) < 1e-5, case.name
+    with pytest.raises(ValueError, match="unknown case"):
+        calls.select("attention", ["video_bbs_drop50_rows"])
+
+
+# -- errors and modes -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("op", SMALL)
+def test_our_backends_are_green_at_a_small_case(op):
+    inputs = make(CASES[op][SMALL[op]], torch.float32, seed=3)
+    exact = calls.truth(op, inputs, torch.float32)
+    plain, errors = (
+        parity.errors(calls.values(calls.on_backend(op, name), op, inputs), exact)
+        for name in ("plain", "reference")
+    )
+    assert calls.red(errors, plain, torch.float32) is None
+    assert set(errors) == set(exact) and any(name.startswith("d_") for name in errors)
+
+
+def test_errors_see_what_is_wrong():
+    exact = {"out": torch.tensor([3.0, 4.0, -torch.inf]).double(), "d_q": torch.zeros(2).double()}
+    found = {"out": torch.tensor([3.0, 4.5, -torch.inf]), "d_q": torch.tensor([0.0, 0.25])}
+    errors = parity.errors(found, exact)
+    assert errors == {"out": pytest.approx(0.1), "d_q": 0.25}
+    assert calls.worst(errors, "fwd") == (pytest.approx(0.1), "out")
+    assert calls.worst(errors, "bwd") == (0.25, "d_q")
+    wrong = parity.errors(found | {"out": torch.full((3,), torch.nan)}, exact)
+    assert wrong["out"] == float("inf")
+    assert "d_q" in calls.red(errors, {"out": 0.1, "d_q": 0.01}, torch.float32)
+    assert calls.red({"out": float("nan")}, {"out": 0.1}, torch.float32)
+
+
+def test_modes_run_what_they_say():
+    case = CASES["attention"]["ragged_17"]
+    inputs = make(case)
+    runs = Counter()
+
+    def function(**options):
+        runs["forward"] += 1
+        q, k, v = (options[name] for name in "qkv")
+        out = torch.einsum("bthd,bshd->bthd", q, k + v)
+        if out.requires_grad:
+            out.register_hook(lambda grad: runs.update(["backward"]))
+        return (out,)
+
+    for mode, expected in (
+        ("fwd", (3, 0)),
+        ("bwd", (1, 3)),
+        ("fwd+bwd", (4, 3)),
+    ):  # fwd+bwd looks at the outputs' shapes first
+        runs.clear()
+        call = calls.call(function, "attention", inputs, mode)
+        for _ in range(3):
+            call()
+        assert (runs["forward"], runs["backward"]) == expected, mode
+
+
+class ToldTimes:
+    """A clock that knows what each contender takes, in order; None cannot be captured."""
+
+    def __init__(self, *ms):
+        self.ms = iter(ms)
+
+    def prepare(self, calls):
+        if (ms := next(self.ms)) is None:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return lambda i: ms
+
+
+def test_when_ours_cannot_be_captured_all_peers_race_with_it_again(monkeypatch):
+    """By graphs flash is the best peer, by events eager is."""
+    clocks = {"cuda_graph": ToldTimes(None, 3.0, 1.0), "cuda_events": ToldTimes(4.0, 5.0, 6.0)}
+    setting = Setting(
+        CPU,
+        rounds=2,
+        warmup=1,
+        backends=("reference",),
+        peer_names=("eager", "sdpa_flash"),
+        quick=True,
+    )
+    setting.clock = "cuda_graph"
+    monkeypatch.setattr(setting, "make_clock", lambda name="": clocks[name or setting.clock])
+    found, _ = measure_op(setting, "attention", CASES["attention"]["ragged_17"], "fp32", ["fwd"])
+    ours = next(line for line in found if line.ours)
+    assert (ours.clock, ours.ms_p50, ours.best_peer, ours.best_peer_ms_p50) == (
+        "cuda_events",
+        4.0,
+        "eager",
+        5.0,
+    )
+
+
+def test_what_cannot_be_captured_is_compared_with_ours_by_the_same_clock(monkeypatch):
+    """By graphs ours takes 1 ms and eager 3; by events flash takes 2, ours 4 and eager 5."""
+    clocks = {"cuda_graph": ToldTimes(1.0, 3.0, None), "cuda_events": ToldTimes(2.0, 4.0, 5.0)}
+    raced, interleaved = [], measure.interleaved
+    monkeypatch.setattr(
+        measure,
+        "interleaved",
+        lambda calls, **options: raced.append([*calls]) or interleaved(calls, **options),
+    )
+    setting = Setting(
+        CPU,
+        rounds=2,
+        warmup=1,
+        backends=("reference",),
+        peer_names=("eager", "sdpa_flash"),
+        quick=True,
+    )
+    setting.clock = "cuda_graph"
+    monkeypatch.setattr(setting, "make_clock", lambda name="": clocks[name or setting.clock])
+    found, absent = measure_op(
+        setting, "attention", CASES["attention"]["ragged_17"], "fp32", ["fwd"]
+    )
+    assert not absent
+    assert {line.backend: line.clock for line in found} == {
+        "reference": "cuda_events",
+        "eager": "cuda_graph",
+        "sdpa_flash": "cuda_events",
+    }
+    assert "sdpa_flash (launches counted)" in lines.markdown(found)
+    assert raced == [
+        ["reference", "eager", "sdpa_flash"],
+        ["sdpa_flash", "reference", "eager"],
+    ]  # again with whom it is compared
+    ours = next(line for line in found if line.ours)
+    assert ours.ms_p50 == 4.0 and (
+        ours.best_peer,
+        ours.best_peer_ms_p50,
+        ours.speedup_over_best_peer,
+    ) == ("sdpa_flash", 2.0, 0.5)
+
+
+def test_a_line_holds_what_was_measured():
+    setting = Setting(
+        CPU,
+        rounds=3,
+        warmup=1,
+        backends=("reference",),
+        peer_names=("eager", "sdpa_flash"),
+        quick=True,
+    )
+    found, absent = measure_op(
+        setting, "attention", CASES["attention"]["ragged_17"], "fp32", ["fwd", "bwd", "fwd+bwd"]
+    )
+    assert not absent and len(found) == 9
+    for line in found:
+        assert (
+            line.ms_p20 <= line.ms_p50 <= line.ms_p80
+            and line.rounds == 3
+            and line.clock == "perf_counter"
+        )
+        assert (line.tflops is None) != (line.gb_per_s is None) and line.share_of_ceiling > 0
+        assert (line.peak_bytes is None) if line.mode == "bwd" else line.peak_bytes > 0
+        assert line.error < 1e-6 and line.versions["torch"] == torch.__version__
+        assert (line.speedup_over_best_peer is None) == (line.backend != "reference")
+        assert line.backend in lines.describe(line)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("clock", ["cuda_graph", "cuda_events"])
+def test_gpu_clocks_agree_with_the_floor(clock):
+    device = torch.device("cuda")
+    setting = Setting(
+        device, clock=clock, rounds=5, peer_names=("eager", "sdpa_flash"), backends=("torch_sdpa",)
+    )
+    found, absent = measure_op(
+        setting, "attention", CASES["attention"]["video_mbs_drop50"], "bf16", ["fwd", "bwd"]
+    )
+    assert not absent and len(found) == 6
+    for line in found:
+        assert line.share_of_ceiling < 1.05, f"{line.backend} {line.mode} beats the ceiling: {line}"
+        assert line.clock == clock
+
+
+# -- the gate ---------------------------------------------------------------------------------
+
+
+def test_the_gate_asks_the_batterys_check(monkeypatch):
+    asked = []
+
+    def check(op, backend, case, dtype, device="cpu"):
+        asked.append((op, backend, dtype, device))
+        if backend == "torch_sdpa":
+            raise AssertionError("out: error 1.00e+00, plain torch 1.00e-07")
+        if backend == "native_cpu":
+            raise ValueError("attention: backend 'native_cpu' cannot run this: no extension")
+
+    monkeypatch.setattr(setting.parity, "check", check)
+    here = quick(("reference", "torch_sdpa", "native_cpu", "triton_gpu"), ())
+    reports = []
+    here.report = reports.append
+    setting.gate(here, ["attention"], "bf16")
+    cases = sum(tag(case) == "parity" for case in CASES["attention"].values())
+    assert asked.count(("attention", "torch_sdpa", torch.bfloat16, "cpu")) == cases
+    assert here.green == {("attention", "reference")}
+    assert "parity is red: " in here.refused["attention", "torch_sdpa"]
+    assert "plain torch 1.00e-07" in reports[0]
+    assert "no extension" in here.refused["attention", "native_cpu"]
+    assert "triton_gpu" not in {backend for _, backend, *_ in asked}  # it would be interpreted
+    assert "parity is red: attention torch_sdpa" in here.refusal(["attention"])
+    assert "no parity check of drop_token has passed" in here.refusal(["drop_token"])
+
+
+def test_a_wrong_kernel_is_red_and_not_timed(monkeypatch):
+    wrong = dataclasses.replace(
+        OPS["drop_token"], function=lambda tokens, keep: 1.01 * tokens[:, : keep.shape[-1]]
+    )
+    here = quick(("reference",), ("gather",))
+    here.report = lambda text: None
+    with monkeypatch.context() as patch:
+        patch.setitem(OPS, "drop_token", wrong)
+        setting.gate(here, ["drop_token"], "fp32")
+    found, absent = measure_op(here, "drop_token", CASES["drop_token"]["ragged"], "fp32", ["fwd"])
+    assert [line.backend for line in found] == ["gather"]
+    assert "parity is red" in absent["reference"] and here.red
+
+
+def test_what_is_wrong_at_the_case_is_not_timed(monkeypatch):
+    here = quick(("reference",), ("materialised",))
+    reports = []
+    here.report = reports.append
+    exact_of = calls.truth
+
+    def truth(op, inputs, dtype):  # from the op as it is; then it breaks
+        exact = exact_of(op, inputs, dtype)
+        plain = OPS[op].function
+
+        def broken(**given):
+            found = plain(**given | {"scale": given["scale"] * 1.01})
+            return found if setting_of(op) == "reference" else plain(**given)
+
+        monkeypatch.setitem(OPS, op, dataclasses.replace(OPS[op], function=broken))
+        return exact
+
+    from vatt_fast.kernels.settings import requested as setting_of
+
+    monkeypatch.setattr(calls, "truth", truth)
+    case = CASES["contrastive_lse"]["texts"]
+    found, absent = measure_op(here, "contrastive_lse", case, "fp32", ["fwd"])
+    assert [line.backend for line in found] == ["materialised"]
+    assert "error beyond twice plain torch's" in absent["reference"]
+    assert any(text.startswith("RED") for text in reports)
+
+
+# -- lines and the command --------------------------------------------------------------------
+
+
+def test_lines_survive_a_file(tmp_path):
+    path = tmp_path / "new" / "lines.jsonl"
+    peer = dataclasses.replace(
+        LINE, backend="eager", ours=False, ms_p50=1.0, speedup_over_best_peer=None
+    )
+    lines.append(path, [LINE])
+    lines.append(path, [peer])
+    with path.open("a") as file:
+        file.write('{"op": "atten')  # a killed run
+    assert lines.read(path) == [LINE, peer]
+    assert lines.read(tmp_path / "none.jsonl") == []
+    table = lines.markdown([LINE, peer]).splitlines()
+    assert len(table) == 4 and "| eager | 1 |" in table[2]
+    row = "**reference** | 2 | 1..3 of 5 | 1.5 TFLOP/s | 25% | 1.0e-03 (out) | 2.0 | 1.25x |"
+    assert row in table[3]
+
+
+def test_a_machine_is_told_by_processor_and_instructions():
+    xeon, amx = "Intel(R) Xeon(R) Processor, 2 threads", {"instructions": "amx_bf16"}
+    assert lines.file_of(xeon, amx).name == "intel_xeon_2_threads_amx_bf16.jsonl"
+    assert lines.slug("AMD EPYC, 2 threads", "avx512_bf16") == "amd_epyc_2_threads_avx512_bf16"
+    one, other = (dataclasses.replace(LINE, versions={"instructions": each}) for each in "ab")
+    assert one.machine != other.machine
+
+
+def test_what_measuring_writes_makes_no_tree_dirty(tmp_path, monkeypatch):
+    def git(*arguments):
+        command = ["git", "-c", "user.name=a", "-c", "user.email=a@b", *arguments]
+        subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+
+    def commit():
+        machine.commit.cache_clear()
+        return machine.commit()
+
+    monkeypatch.setenv("VATT_FAST_COMMIT", "1234567890")
+    monkeypatch.setattr(machine, "ROOT", tmp_path)
+    assert commit() == "1234567890"  # no checkout
+    written = ("bench/results/cpu.jsonl", "bench/figures/a.png", "README.md", "docs/a.md")
+    for name in (*written, "kernels/a.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("1\n")
+    git("init")
+    git("add", ".")
+    git("commit", "-m", "one")
+    clean = commit()
+    for name in written:
+        (tmp_path / name).write_text("2\n")
+    assert commit() == clean and len(clean) == 10
+    (tmp_path / "kernels/a.py").write_text("2\n")
+    assert commit() == f"{clean}-dirty"
+    machine.commit.cache_clear()
+
+
+def test_the_command_gates_times_and_writes(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(__main__, "keep_host_memory", lambda: None)  # of the test process
+    out = tmp_path / "lines.jsonl"
+    asked = "ops --device cpu --op drop_token --case ragged one_kept --dtype fp32 --rounds 2"
+    only = "--backends reference --no-compiled-peers"
+    assert __main__.main([*asked.split(), *only.split(), "--out", str(out)]) == 0
+    found = lines.read(out)
+    assert {(line.case, line.mode, line.backend) for line in found} == {
+        (case, mode, backend)
+        for case in ("ragged", "one_kept")
+        for mode in ("fwd", "fwd+bwd")
+        for backend in ("reference", "gather")
+    }
+    assert all(lines.stale(line) is None for line in found)
+    printed = capsys.readouterr().out
+    assert "best peer" in printed and "ceilings on" in printed
+    again = [*asked.split(), *only.split(), "--resume", "--out", str(out)]
+    assert __main__.main(again) == 0 and lines.read(out) == found  # nothing is measured twice
+    with pytest.raises(SystemExit):
+        __main__.main(["ops", "--op", "drop_token", "--case", "raged"])
+    assert "unknown case 'raged'" in capsys.readouterr().err
+
+
+def test_the_module_is_the_command():
+    helped = command("--help")
+    assert helped.returncode == 0, helped.stderr
+    for name in ("ops", "steps", "scaling", "accuracy", "floors", "compile", "tune", "gpu"):
+        assert f"python -m bench {name}" in helped.stdout

@@ -1,0 +1,124 @@
+"""The tuner keeps the fastest tiles that are right."""
+
+import json
+from collections import Counter
+
+import torch
+
+from bench import tune
+from vatt_fast.kernels import tiles
+from vatt_fast.kernels.cases import AttentionCase
+
+CPU = torch.device("cpu")
+
+
+def fake_kernels(monkeypatch, seen):
+    """An attention whose time follows from its tiles; a plan decides which backward runs."""
+
+    def choose(kernel, heuristic, q):
+        choice = tiles.choose(kernel, "no_arch", q.dtype, heuristic, queries=q.shape[1])
+        if choice.get("BLOCK", 0) > 128:
+            raise MemoryError("out of resources: shared memory")
+        seen.append((kernel, tuple(choice.items())))
+        return choice
+
+    class Fake(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, q, k, v):
+            choice = choose("fake_forward", {"BLOCK": 64, "num_warps": 4}, q)
+            ctx.save_for_backward(q)
+            return (q + k + v) * (
+                2 if choice["BLOCK"] == 32 else 1
+            )  # a tile that breaks the kernel
+
+        @staticmethod
+        def backward(ctx, d_out):
+            (q,) = ctx.saved_tensors
+            plan = choose("fake_plan", {"ONE_PASS": 0}, q)["ONE_PASS"]
+            choose(("fake_two", "fake_one")[plan], {"BLOCK": 64, "num_warps": 4}, q)
+            return d_out, d_out, d_out
+
+    class Clock:
+        name = "fake"
+
+        def __init__(self):
+            self.cost = {"fake_forward": 1.0, "fake_two": 2.0, "fake_one": 1.0, "fake_plan": 0.0}
+
+        def prepare(self, calls):
+            def sample(i):
+                seen.clear()
+                calls[i % len(calls)]()
+                return sum(
+                    self.cost[kernel] * 1000 / dict(choice).get("BLOCK", 1000)
+                    for kernel, choice in seen
+                )
+
+            return sample
+
+    return (lambda q, k, v, **_: (Fake.apply(q, k, v),)), Clock()
+
+
+def test_tuning_keeps_the_fastest_tiles_that_are_right(monkeypatch):
+    seen = []
+    function, clock = fake_kernels(monkeypatch, seen)
+    blocks = [{"BLOCK": block, "num_warps": 4} for block in (16, 32, 128, 256)]
+    candidates = {
+        "fake_forward": blocks,
+        "fake_plan": [{"ONE_PASS": 0}, {"ONE_PASS": 1}],
+        "fake_two": blocks[2:],
+        "fake_one": blocks[2:],
+    }
+    table, skipped = {}, Counter()
+    options = dict(
+        candidates_of=candidates, clock=clock, rounds=2, function=function, report=lambda text: None
+    )
+    case = AttentionCase("fake", 2, 5, 5, 2, 8)
+    tune.tune_case("attention", case, torch.float32, CPU, table=table, skipped=skipped, **options)
+    best = {"BLOCK": 128, "num_warps": 4}
+    key = "fp32 queries=5"
+    assert table == {
+        "fake_forward": {key: best},
+        "fake_plan": {key: {"ONE_PASS": 1}},
+        "fake_two": {key: best},
+        "fake_one": {key: best},
+    }
+    assert skipped == {"changes the result": 1, "MemoryError": 3}
+    assert tiles.choose.__module__ == tiles.__name__  # no longer overheard
+
+    seen.clear()
+    tune.tune_case(
+        "attention", case, torch.float32, CPU, table=table, **options
+    )  # every key is there: nothing is timed
+    assert ("fake_forward", tuple(best.items())) not in seen
+
+
+def test_the_heuristic_stays_unless_something_is_faster(monkeypatch):
+    function, clock = fake_kernels(monkeypatch, [])
+    clock.cost = dict.fromkeys(clock.cost, 0.0)
+    candidates = {"fake_forward": [{"BLOCK": 128, "num_warps": 4}]}
+    table = {}
+    case = AttentionCase("fake", 2, 5, 5, 2, 8)
+    options = dict(
+        candidates_of=candidates, clock=clock, rounds=1, function=function, report=lambda text: None
+    )
+    tune.tune_case("attention", case, torch.float32, CPU, table=table, **options)
+    assert table == {"fake_forward": {"fp32 queries=5": {"BLOCK": 64, "num_warps": 4}}}
+
+
+def test_a_table_serves_before_it_is_installed():
+    choice = {"BLOCK": 8}
+    with tune.applied({"kernel": {"fp16 n=3": choice}}):
+        assert tiles.choose("kernel", "sm_00", torch.float16, {}, n=3) == choice
+    assert tiles.choose("kernel", "sm_00", torch.float16, {}, n=3) == {}
+
+
+def test_tables_are_sorted_and_read_back(tmp_path):
+    table = {"b": {"k2": {"N": 2, "A": 1}, "k1": {"N": 3}}, "a": {"k": {"num_warps": 4}}}
+    path = tmp_path / "tuned" / "sm_00.json"
+    tune.write_table(path, table)
+    text = path.read_text()
+    assert tune.read_table(path) == table == json.loads(text)
+    rows = ["{", '  "a": {', '    "k": {"num_warps": 4}', "  },", '  "b": {']
+    rows += ['    "k1": {"N": 3},', '    "k2": {"A": 1, "N": 2}', "  }", "}", ""]
+    assert text == "\n".join(rows)
+    assert tune.read_table(tmp_path / "none.json") == {}
