@@ -14,6 +14,8 @@ INSTALL := $(PYTHON) -m pip install --quiet --constraint constraints.txt
 INSTALLED := $(VENV)/.vatt_fast_installed
 endif
 
+CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp)
+
 .PHONY: setup demo test bench report lint
 
 setup: $(INSTALLED)
@@ -24,7 +26,7 @@ $(PYTHON):
 $(INSTALLED): | $(PYTHON)
 endif
 
-$(INSTALLED): pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
+$(INSTALLED): pyproject.toml setup.py constraints.txt $(wildcard csrc/* csrc/*/*)
 	$(INSTALL) --editable ".[$(EXTRAS)]"
 	touch $@
 
@@ -44,4 +46,5 @@ report: setup
 lint: setup
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -c "import clang_format; clang_format.clang_format()" --dry-run --Werror $(CPP)
 	$(PYTHON) -m mypy

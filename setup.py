@@ -32,12 +32,10 @@ class BuildNative(build_ext):
             target.with_name("native_interface.txt").write_text(compile_native.interface())
         except RuntimeError as error:
             instead = (
-                ""
-                if REQUIRED
-                else "; vatt_fast is installed without its C++ kernels, torch's own run in their place"
+                "; vatt_fast is installed without its C++ kernels, torch's own run in their place"
             )
             raise CompileError(
-                f"{error}{instead}"
+                f"{error}{'' if REQUIRED else instead}"
             ) from error  # an optional extension's becomes a warning
 
 
