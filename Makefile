@@ -19,6 +19,8 @@ INSTALL := $(PYTHON) -m pip install --quiet --constraint constraints.txt
 INSTALLED := $(VENV)/.vatt_fast_installed
 endif
 
+CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp)
+
 .PHONY: setup demo test bench report lint
 
 setup: $(INSTALLED)
@@ -49,4 +51,5 @@ report: setup
 lint: setup
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -c "import clang_format; clang_format.clang_format()" --dry-run --Werror $(CPP)
 	$(PYTHON) -m mypy

@@ -1,4 +1,5 @@
-"""The C++ extension as a whole: how it is built and packed, what it chooses, and the battery on every instruction set."""
+"""The C++ extension as a whole: how it is built and packed, what it chooses, and the battery on
+every instruction set."""
 
 import os
 import shutil
@@ -15,7 +16,7 @@ import torch
 from native_fixtures import LEVELS, held_to, using
 from op_battery import DTYPES, PARITY, judged
 
-from vatt_fast.kernels import dispatch, native
+from vatt_fast.kernels import dispatch, native, native_interface
 from vatt_fast.kernels.backends import BACKENDS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,7 +33,7 @@ def python(code: str, *command: str, **environment: str) -> subprocess.Completed
     )
 
 
-# -- the choice --------------------------------------------------------------------------------------------------------
+# -- the choice -----------------------------------------------------------------------------------
 
 
 @built
@@ -76,6 +77,62 @@ def test_an_extension_of_other_sources_is_refused():
     assert done.stdout.startswith("'' built from other sources"), done.stdout + done.stderr
 
 
+@built
+def test_the_interface_is_what_the_bindings_say(tmp_path):
+    """A changed argument is another interface; comments, and where a line ends, are not."""
+    shutil.copytree(ROOT / "csrc" / "bind", tmp_path / "bind")
+    before = native_interface.digest(tmp_path / "bind")
+    assert native.extension.INTERFACE == before == native_interface.expected()
+    file = tmp_path / "bind" / "drop_token.cpp"
+    code = file.read_text()
+    file.write_text("// another word\n" + code.replace(", ", ",\n    "))
+    assert native_interface.digest(tmp_path / "bind") == before
+    file.write_text(code.replace('"keep_stride"_a', '"keep_step"_a'))
+    assert native_interface.digest(tmp_path / "bind") != before
+
+
+@built
+@pytest.mark.skipif(os.name != "posix", reason="links a folder")
+@pytest.mark.parametrize("other", [False, True], ids=["of_these_sources", "of_other_sources"])
+def test_a_plain_installs_extension_is_found_from_a_checkout(tmp_path, other):
+    """The checkout's kernels, in which nothing was built, hide those of the installed package."""
+    clone, installed = tmp_path / "clone", tmp_path / "site" / "vatt_fast" / "kernels"
+    ignored = shutil.ignore_patterns("__pycache__", "*.so")
+    for name in ("kernels", "csrc", "vatt_fast"):
+        shutil.copytree(ROOT / name, clone / name, ignore=ignored, symlinks=True)
+    if not (clone / "vatt_fast" / "kernels").exists():
+        (clone / "vatt_fast" / "kernels").symlink_to(clone / "kernels")
+    installed.mkdir(parents=True)
+    shutil.copy(native.extension.__file__, installed)
+    if other:
+        with open(clone / "csrc" / "bind" / "drop_token.cpp", "a") as bindings:
+            bindings.write("int further;\n")
+    line = "from vatt_fast.kernels import native; print(native.__file__, repr(native.level()))"
+    done = subprocess.run(
+        [sys.executable, "-c", line],
+        capture_output=True,
+        text=True,
+        cwd=clone,
+        env=os.environ | dict(PYTHONPATH=str(tmp_path / "site"), VATT_FAST_ISA=""),
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr
+    file, level = done.stdout.split()
+    assert clone in Path(file).parents
+    assert level == repr("" if other else native.extension.available()), done.stdout
+
+
+@built
+def test_a_call_that_says_something_else_names_the_argument():
+    """Arguments are keywords: one that a binding lacks, or that it is not given, is an error."""
+    with pytest.raises(TypeError, match="keep_stride: int"):
+        native.extension.drop_token_take(tokens=0, keep_step=0)
+    with pytest.raises(TypeError, match="first_own: int"):
+        native.extension.ContrastiveLseChunk(products=0, first=0)
+    with pytest.raises(TypeError, match="incompatible function arguments"):
+        native.extension.patch_embed_finish_weight(*range(10))
+
+
 def test_without_the_extension_torch_runs_and_says_why():
     with using(None):
         assert native.level() == "" and "VATT_FAST_NATIVE=required" in native.explain()
@@ -97,7 +154,8 @@ def test_without_the_extension_torch_runs_and_says_why():
 @pytest.mark.parametrize(("processor", "level"), [("Nehalem", "base"), ("Haswell", "avx2")])
 @built
 def test_another_processor_gets_what_it_can_run(processor, level):
-    """The interpreter with the extension on an emulated processor: an instruction beyond its own would end it."""
+    """The interpreter with the extension on an emulated processor: an instruction beyond its own
+    would end it."""
     code = f"""
         import array, importlib.util, math
         spec = importlib.util.spec_from_file_location("_native", {native.extension.__file__!r})
@@ -106,35 +164,60 @@ def test_another_processor_gets_what_it_can_run(processor, level):
         assert native.level() == {level!r}, native.level()
 
         address = lambda numbers: numbers.buffer_info()[0]
-        patches, packed = array.array("B", (7 * i % 256 for i in range(3 * 100))), array.array("H", [1]) * 300
-        keep = array.array("q", [0, 2])
-        place = (300, 100, 0, 100, 1, 3, 1, 1, 1, 1, 1, 100)  # rows of 100 values
-        native.patch_pack(address(patches), "uint8", place, address(keep), 0, address(packed), "bf16", 0, 3, 2, 1, 2)
-        bits = array.array("f", [x - 128 for i in keep for x in patches[100 * i : 100 * i + 100]]).tobytes()
-        assert packed.tobytes() == bytes(200) + b"".join(bits[i + 2 : i + 4] for i in range(0, len(bits), 4))
+        patches = array.array("B", (7 * i % 256 for i in range(3 * 100)))
+        packed, keep = array.array("H", [1]) * 300, array.array("q", [0, 2])
+        rows = native.Patches(  # rows of 100 values
+            data=address(patches), element="uint8", stride_b=300, stride_t=100, stride_h=0,
+            stride_w=100, stride_c=1, T=3, H=1, W=1, frames=1, lines=1, columns=1, channels=100,
+            keep=address(keep), keep_stride=0,
+        )
+        native.patch_embed_pack(
+            patches=rows, packed=address(packed), element="bf16", first=0, count=3, K=2, A=1,
+            threads=2,
+        )
+        kept = [x - 128 for i in keep for x in patches[100 * i : 100 * i + 100]]
+        bits = array.array("f", kept).tobytes()
+        upper = b"".join(bits[i + 2 : i + 4] for i in range(0, len(bits), 4))
+        assert packed.tobytes() == bytes(200) + upper
 
-        products, counts = array.array("f", [0]) * 64, array.array("i", [-1]) * 32  # 2 clips, 32 texts, every score 0
+        # 2 clips, 32 texts, every score 0
+        products, counts = array.array("f", [0]) * 64, array.array("i", [-1]) * 32
         row, col, pos = (array.array("d", [0]) * size for size in (2, 32, 2))
-        scratch = array.array("f", [0]) * native.nce_scratch_floats(2, 32)
-        chunk = (address(products), 32, 2, 32, 0, address(counts), 0, 1, 1.0, False, 2, 0, 0, 0, 0)
-        native.nce_forward(*chunk, address(row), address(col), address(pos), 0, 0, 0, address(scratch))
+        floats = native.contrastive_lse_scratch_floats(rows=2, columns=32)
+        scratch = array.array("f", [0]) * floats
+        chunk = native.ContrastiveLseChunk(
+            products=address(products), stride=32, rows=2, columns=32, x_counts=0,
+            y_counts=address(counts), first_own=0, texts_per_clip=1, scale=1.0, running=False,
+            threads=2, x=0, y_panels=0, dim=0, weights=0,
+        )
+        native.contrastive_lse_forward(
+            chunk=chunk, row=address(row), col=address(col), pos=address(pos), row_peak=0,
+            col_peak=0, pos_peak=0, scratch=address(scratch),
+        )
         assert [*row, *col, *pos] == [32.0] * 2 + [2.0] * 32 + [1.0] * 2, (row, col, pos)
 
         if {level != "base"}:  # three tokens that attend to each other alike
-            shape, floats = (1, 3, 3, 1, 4), lambda *values: array.array("f", values)
+            shape = (1, 3, 3, 1, 4)
+            floats = lambda *values: array.array("f", values)
             strided = lambda numbers: (address(numbers), 12, 4, 4)
-            q, v, ones, out, lse, scratch = (
-                floats(*[0] * 12), floats(*range(12)), floats(*[1] * 12), floats(*[9] * 12), floats(9, 9, 9),
-                floats(*[0] * native.short_attention_floats(shape)),
+            q, v, ones = floats(*[0] * 12), floats(*range(12)), floats(*[1] * 12)
+            out, lse = floats(*[9] * 12), floats(9, 9, 9)
+            scratch = floats(*[0] * native.short_attention_floats(shape=shape))
+            call = dict(
+                shape=shape, scale=1.0, threads=1, q=strided(q), k=strided(q), v=strided(v),
+                key_mask=0, bias=0, bias_row=16, scratch=address(scratch), lse=address(lse),
             )
-            call = (shape, 1.0, 1, strided(q), strided(q), strided(v), 0, 0, 16, address(scratch))
-            native.short_attention_forward(*call, address(out), address(lse))
-            assert all(abs(x - y) < 1e-5 for x, y in zip([*out, *lse], [4, 5, 6, 7] * 3 + [math.log(3)] * 3, strict=True)), (out, lse)
+            native.short_attention_forward(**call, out=address(out))
+            expected = [4, 5, 6, 7] * 3 + [math.log(3)] * 3
+            differences = [x - y for x, y in zip([*out, *lse], expected, strict=True)]
+            assert all(abs(x) < 1e-5 for x in differences), (out, lse)
             d_q, d_k, d_v = (floats(*[9] * 12) for _ in range(3))
             native.short_attention_backward(
-                *call, strided(ones), address(lse), 0, address(d_q), address(d_k), address(d_v), 0, 1
+                **call, d_out=strided(ones), d_lse=0, d_q=address(d_q), d_k=address(d_k),
+                d_v=address(d_v), d_bias=0, groups=1,
             )
-            assert not any([*d_q, *d_k]) and all(abs(x - 1) < 1e-5 for x in d_v), (d_q, d_k, d_v)
+            assert not any([*d_q, *d_k]), (d_q, d_k)
+            assert all(abs(x - 1) < 1e-5 for x in d_v), d_v
         print(native.level(), native.missing())
     """
     done = python(code, "qemu-x86_64", "-cpu", processor)
@@ -142,7 +225,7 @@ def test_another_processor_gets_what_it_can_run(processor, level):
     assert done.stdout.startswith(level)
 
 
-# -- the battery on every instruction set ------------------------------------------------------------------------------
+# -- the battery on every instruction set ---------------------------------------------------------
 
 
 @pytest.fixture(params=LEVELS)
@@ -152,66 +235,84 @@ def level(request):
 
 
 @pytest.mark.parametrize(
-    ("op", "name"), [(op, case.name) for op in OPS if op != "drop_token" for case in PARITY[op]]
-)  # it has one version
+    ("op", "name"),
+    # drop_token has one version
+    [(op, case.name) for op in OPS if op != "drop_token" for case in PARITY[op]],
+)
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_the_battery_holds_on_every_instruction_set(level, op, name, dtype):
     case = next(case for case in PARITY[op] if case.name == name)
     judged(op, "native_cpu", case, "cpu", DTYPES[dtype])
 
 
+def ran_sanitized(line: list[str], extension: Path, isa: str) -> None:
+    """A sanitizer ends the process at the first fault, so another process it is; pytest leaves that
+    one's output alone, or it would be lost with it."""
+    names = dict(VATT_FAST_TEST_EXTENSION=str(extension), VATT_FAST_TEST_ISA=isa)
+    done = subprocess.run(
+        [sys.executable, *line], capture_output=True, text=True, env=os.environ | names
+    )
+    said = [each for each in done.stderr.splitlines() if "runtime error" in each]
+    assert not said, "the sanitizer said:\n" + "\n".join(said)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("isa", LEVELS)
 def test_the_battery_finds_no_undefined_behaviour(isa, undefined_behaviour_checked):
-    """A sanitizer ends the process at the first: so another process it is."""
-    names = dict(VATT_FAST_TEST_EXTENSION=str(undefined_behaviour_checked), VATT_FAST_TEST_ISA=isa)
-    line = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-x",
-        "-p",
-        "no:cacheprovider",
-        str(ROOT / "tests" / "kernels" / "test_ops.py"),
-    ]
-    done = subprocess.run(
-        [*line, "-k", "native_cpu and (test_gradients or dropped) and not fp64 and not fp16"],
-        capture_output=True,
-        text=True,
-        env=os.environ | names,
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert "runtime error" not in done.stdout + done.stderr
+    test = str(ROOT / "tests" / "kernels" / "test_ops.py")
+    wanted = "native_cpu and (test_gradients or dropped) and not fp64 and not fp16"
+    line = ["-m", "pytest", "-q", "-x", "-s", "-p", "no:cacheprovider", test, "-k", wanted]
+    ran_sanitized(line, undefined_behaviour_checked, isa)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("isa", LEVELS)
+def test_exp_of_a_nan_is_defined_whatever_its_bits(isa, undefined_behaviour_checked):
+    """A text that is taken out may hold any nan. Its score's exponent is computed before the mask
+    is applied, from bits that overflowed as a signed sum."""
+    code = f"""
+        import sys
+        sys.path.insert(0, {str(ROOT / "tests" / "support")!r})
+        import native_fixtures, torch
+        from vatt_fast.kernels.contrastive_lse import native_cpu
+        y = torch.nn.functional.normalize(torch.randn(40, 64), dim=1)
+        y[7] = torch.tensor(0x7FC000FC, dtype=torch.int32).view(torch.float32)
+        valid = torch.arange(40) != 7
+        for bound in (14.5, None):
+            options = dict(scale=14.0, texts_per_clip=1, first=0, y_valid=valid, bound=bound)
+            sums = native_cpu.forward(y[8:], y, **options)
+            assert not any(each.isnan().any() for each in sums)
+            native_cpu.backward(*map(torch.ones_like, sums), y[8:], y, *sums, **options)
+    """
+    ran_sanitized(["-c", textwrap.dedent(code)], undefined_behaviour_checked, isa)
 
 
 @pytest.fixture(scope="session")
 def undefined_behaviour_checked(tmp_path_factory) -> Path:
     native_fixtures.skip_without_avx512()
     flags = ["-fsanitize=undefined", "-fno-sanitize-recover=all", "-g1"]
-    return Path(
-        native_fixtures.build(
-            tmp_path_factory.mktemp("undefined"), emulated=True, flags=flags
-        ).__file__
-    )
+    folder = tmp_path_factory.mktemp("undefined")
+    return Path(native_fixtures.build(folder, emulated=True, flags=flags).__file__)
 
 
-# -- the build ---------------------------------------------------------------------------------------------------------
+# -- the build ------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("nm"), reason="needs nm (binutils)")
 @built
 def test_objects_of_one_instruction_set_share_nothing(tmp_path):
-    """The linker keeps one of equal weak symbols: another object's code would run instructions that the machine lacks."""
+    """The linker keeps one of equal weak symbols: another object's code would run instructions that
+    the machine lacks."""
     native_fixtures.build(tmp_path)
     recipe = native_fixtures.recipe()
     objects = [
-        tmp_path / f"{Path(source).stem}_{level}.o"
-        for source, levels in recipe.OPS.items()
-        for level in levels
+        tmp_path / name
+        for source in recipe.sources()
+        for level, name in source.objects.items()
+        if level
     ]
-    objects = [each for each in objects if each.exists()]
     assert len(objects) > 3 or not recipe.X86
     for each in objects:
         listed = subprocess.run(
@@ -252,9 +353,8 @@ def _backend(checkout: Path, call: str, **environment: str) -> subprocess.Comple
     if _setuptools() < (77,):
         pytest.skip("a build without isolation needs setuptools >= 77 here")
     line = [sys.executable, "-c", f"import setuptools.build_meta as backend; print(backend.{call})"]
-    inherited = {
-        name: value for name, value in os.environ.items() if name != "VATT_FAST_NATIVE"
-    }  # CI sets it
+    # CI sets it
+    inherited = {name: value for name, value in os.environ.items() if name != "VATT_FAST_NATIVE"}
     return subprocess.run(
         line, capture_output=True, text=True, cwd=checkout, env=inherited | environment
     )
@@ -287,6 +387,9 @@ def test_the_wheel_holds_the_extension_in_its_place(checkout):
     with zipfile.ZipFile(next((checkout / "dist").glob("*.whl"))) as wheel:
         names = wheel.namelist()
     assert [name for name in names if "_native." in name and name.startswith("vatt_fast/kernels/")]
+    with zipfile.ZipFile(next((checkout / "dist").glob("*.whl"))) as wheel:
+        written = wheel.read(f"vatt_fast/kernels/{native_interface.WRITTEN}").decode()
+    assert written == native_interface.digest(checkout / "csrc" / "bind")
     assert not [name for name in names if name.startswith(("kernels/", "csrc/"))]
 
 
@@ -295,5 +398,9 @@ def test_the_source_distribution_can_be_built_from(checkout):
     assert done.returncode == 0, done.stderr
     with tarfile.open(next((checkout / "dist").glob("*.tar.gz"))) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    assert {f"csrc/{file.name}" for file in (ROOT / "csrc").iterdir() if file.is_file()} <= names
+    files = [file for file in (ROOT / "csrc").rglob("*") if file.is_file()]
+    sources = {
+        str(file.relative_to(ROOT)) for file in files if file.suffix in (".cpp", ".h", ".py")
+    }
+    assert len(sources) > 20 and sources <= names
     assert "kernels/native.py" in names

@@ -19,9 +19,8 @@ CASES = [
     AttentionCase("masked", 3, 65, 129, 2, 64, num_keys=(129, 0, 70)),
     AttentionCase("bias", 3, 21, 35, 2, 16, bias=True, num_keys=(35, 1, 0)),
     AttentionCase("wide", 1, 33, 65, 2, 128),
-    AttentionCase(
-        "sharp", 1, 33, 150, 2, 64, scale=2.0
-    ),  # no length promises anything: the largest score is looked for
+    # lengths bound nothing: the largest score is looked for
+    AttentionCase("sharp", 1, 33, 150, 2, 64, scale=2.0),
     AttentionCase("chunks", 1, 70, 1090, 1, 32),  # the backward takes keys 1024 at a time
     AttentionCase("one_query", 2, 1, 37, 2, 64),
     AttentionCase("one_key", 2, 40, 1, 2, 64),

@@ -15,6 +15,8 @@ from vatt_fast.kernels.contrastive_lse import native_cpu, reference
 
 # M clips of x, N clips in all, P texts a clip, D dimensions
 
+NAMES = ("row", "col", "pos", "d_x", "d_y", "d_scale")
+
 
 @pytest.fixture(params=LEVELS)
 def level(request):
@@ -61,12 +63,7 @@ def run(module, x, y, options):
 
 def assert_close_to_fp64(x, y, options, bound):
     exact = run(reference, x.double(), y.double(), options | {"scale": options["scale"].double()})
-    for name, ours, wanted in zip(
-        ("row", "col", "pos", "d_x", "d_y", "d_scale"),
-        run(native_cpu, x, y, options),
-        exact,
-        strict=True,
-    ):
+    for name, ours, wanted in zip(NAMES, run(native_cpu, x, y, options), exact, strict=True):
         assert torch.equal(ours == -math.inf, wanted == -math.inf), name
         finite = wanted.isfinite()
         assert ours[finite].isfinite().all(), name
@@ -80,23 +77,23 @@ DTYPES = pytest.mark.parametrize(
 
 
 @DTYPES
-@pytest.mark.parametrize("promised", [14.5, None], ids=["bounded", "running"])
+@pytest.mark.parametrize("given", [14.5, None], ids=["bounded", "running"])
 @pytest.mark.parametrize(
     ("M", "N", "P"), [(32, 64, 1), (31, 63, 1), (33, 65, 1), (64, 129, 1), (65, 70, 5), (97, 97, 3)]
 )
-def test_edges_of_chunks(level, small_chunks, M, N, P, promised, dtype, bound):
+def test_edges_of_chunks(level, small_chunks, M, N, P, given, dtype, bound):
     for masked in (False, True):
         assert_close_to_fp64(
-            *draw(M, N, P, dtype=dtype, bound=promised, first=N - M, masked=masked), bound
+            *draw(M, N, P, dtype=dtype, bound=given, first=N - M, masked=masked), bound
         )
 
 
 @DTYPES
-@pytest.mark.parametrize("promised", [14.5, None], ids=["bounded", "running"])
+@pytest.mark.parametrize("given", [14.5, None], ids=["bounded", "running"])
 @pytest.mark.parametrize(("M", "N"), [(127, 511), (128, 512), (129, 513), (257, 1030)])
-def test_edges_of_tiles(level, monkeypatch, M, N, promised, dtype, bound):
-    monkeypatch.setattr(native_cpu, "_FEW_SCORES", 1 << 30)  # no promise: a running maximum
-    assert_close_to_fp64(*draw(M, N, D=33, dtype=dtype, bound=promised, first=N - M), bound)
+def test_edges_of_tiles(level, monkeypatch, M, N, given, dtype, bound):
+    monkeypatch.setattr(native_cpu, "_FEW_SCORES", 1 << 30)  # no bound: a running maximum
+    assert_close_to_fp64(*draw(M, N, D=33, dtype=dtype, bound=given, first=N - M), bound)
 
 
 @DTYPES
@@ -104,32 +101,73 @@ def test_many_texts_of_a_clip_lie_in_several_chunks(level, small_chunks, dtype, 
     assert_close_to_fp64(*draw(3, 5, 150, dtype=dtype, first=1, masked=True), bound)
 
 
-@pytest.mark.parametrize("promised", [14.5, None], ids=["bounded", "running"])
+SHAPES = [(700, 1100, 80), (32, 64, 512), (100, 2048, 256)]
+
+
+@pytest.mark.parametrize("bound", [14.5, None], ids=["bounded", "running"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("shape", [(700, 1100, 80), (32, 64, 512), (100, 2048, 256)], ids=str)
-def test_bits_do_not_depend_on_threads(level, shape, dtype, promised):
-    """At dims that are multiples of 16: at others MKL's products on AMD processors are cut
-    differently for another number of threads."""
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_bits_do_not_depend_on_threads(level, monkeypatch, shape, dtype, bound):
+    """Everything that our kernel computes, which includes the weights that enter the library's
+    products. d_x and d_y are those products: of fp32 they are cut so that the library gives the
+    same bits for any number of threads; of bf16 they do where the library's product does.
+
+    At dims that are multiples of 16: at others MKL's products on AMD processors are cut differently
+    for another number of threads.
+    """
     M, N, D = shape
-    x, y, options = draw(M, N, D=D, dtype=dtype, bound=promised, masked=True)
+    x, y, options = draw(M, N, D=D, dtype=dtype, bound=bound, masked=True)
+    multiply, factors = native_cpu._multiply, []
+
+    def recorded(sums, a, b, begin):
+        factors.append((a.clone(), b.clone()))
+        multiply(sums, a, b, begin)
+
+    monkeypatch.setattr(native_cpu, "_multiply", recorded)
     before = torch.get_num_threads()
-    results = []
+    runs = []
     try:
         for threads in (1, 1, 2, 4):
             torch.set_num_threads(threads)
+            factors.clear()
+            results = dict(zip(NAMES, run(native_cpu, x, y, options), strict=True))
+            products = [a @ b for a, b in factors if a.dtype == torch.bfloat16]
+            runs.append((results, list(factors), products))
+    finally:
+        torch.set_num_threads(before)
+    expected, expected_factors, expected_products = runs[0]
+    for results, these_factors, products in runs[1:]:
+        for (a, b), (c, d) in zip(these_factors, expected_factors, strict=True):
+            assert torch.equal(a, c) and torch.equal(b, d)
+        library_agrees = all(map(torch.equal, products, expected_products))
+        for name in NAMES:
+            if library_agrees or name not in ("d_x", "d_y"):
+                assert torch.equal(results[name], expected[name]), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_kernels_threads_change_no_bit(level, monkeypatch, shape, dtype):
+    """With the library's products held to one thread, nothing depends on the number of ours."""
+    M, N, D = shape
+    x, y, options = draw(M, N, D=D, dtype=dtype, masked=True)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        results = []
+        for threads in (1, 2, 4, 3):
+            monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
             results.append(run(native_cpu, x, y, options))
     finally:
         torch.set_num_threads(before)
     for other in results[1:]:
-        for name, ours, theirs in zip(
-            ("row", "col", "pos", "d_x", "d_y", "d_scale"), results[0], other, strict=True
-        ):
-            assert torch.equal(ours, theirs), name
+        for name, ours, wanted in zip(NAMES, other, results[0], strict=True):
+            assert torch.equal(ours, wanted), name
 
 
 @pytest.mark.parametrize("bound", [None, 210.0])
 def test_large_scores(level, bound):
-    """exp(200) is beyond fp32: whatever is promised, a maximum is subtracted."""
+    """exp(200) is beyond fp32: whatever bound is given, a maximum is subtracted."""
     assert_close_to_fp64(*draw(50, 60, scale=200.0, bound=bound), 5e-5)
     x, _, options = draw(50, 60, scale=200.0, bound=bound)
     assert_close_to_fp64(
@@ -137,14 +175,14 @@ def test_large_scores(level, bound):
     )  # scores of exactly 200
 
 
-def test_a_bound_is_found_where_none_is_promised(level, monkeypatch):
+def test_a_bound_is_found_where_none_is_given(level, monkeypatch):
     monkeypatch.setattr(native_cpu, "_FEW_SCORES", 0)
     x, y, _ = draw(20, 30)
     assert not native_cpu._running(x, y, 40.0, None, None) and not native_cpu._running(
         x, y, -40.0, None, 1e9
     )
     assert native_cpu._running(x, y, 60.0, None, None)
-    assert not native_cpu._running(5 * x, y, 60.0, None, 45.0)  # a promise is believed
+    assert not native_cpu._running(5 * x, y, 60.0, None, 45.0)  # a bound that is given is believed
     y[7] *= 100
     assert native_cpu._running(x, y, 14.0, None, None)
     assert not native_cpu._running(x, y, 14.0, torch.arange(30) != 7, None)
@@ -152,11 +190,11 @@ def test_a_bound_is_found_where_none_is_promised(level, monkeypatch):
     assert native_cpu._running(x, y, 14.0, None, None)
 
 
-@pytest.mark.parametrize("promised", [14.5, None], ids=["bounded", "running"])
-def test_nan_is_seen(level, promised):
+@pytest.mark.parametrize("given", [14.5, None], ids=["bounded", "running"])
+def test_nan_is_seen(level, given):
     """A nan among the vectors reaches what depends on it, and nothing else; a text taken out may
     hold anything."""
-    x, y, options = draw(40, 40, bound=promised)
+    x, y, options = draw(40, 40, bound=given)
     clean = native_cpu.forward(x, y, **options)
     x[3], y[9] = math.nan, math.nan
     valid = torch.arange(40) != 9
@@ -209,7 +247,7 @@ def test_memory_is_that_of_a_chunk(level, monkeypatch, dtype):
         with Allocated() as allocated:
             run(native_cpu, x, y, options)
         peaks[N] = allocated.most
-    threads, tile = torch.get_num_threads(), 4 * native.extension.nce_tile_floats()
+    threads, tile = torch.get_num_threads(), 4 * native.extension.contrastive_lse_tile_floats()
     chunk = 4 * 128 * 256 + threads * tile + 8 * 256 * 1024
     assert peaks[2048] <= chunk + 40 * 2048 * 32 + 200 * 2048
     assert peaks[2048] - peaks[1024] <= 40 * 1024 * 32 + 200 * 1024  # far from 3 * 4 * 1024**2 more

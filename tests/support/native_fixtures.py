@@ -117,9 +117,8 @@ def cpu_flags() -> set[str]:
 def skip_without_avx512() -> None:
     missing = {"avx512f", "avx512bw", "avx512vl", "avx512dq"} - cpu_flags()
     if missing:
-        pytest.skip(
-            f"the emulation is written in AVX-512, and this machine lacks {', '.join(sorted(missing))}"
-        )
+        lacks = ", ".join(sorted(missing))
+        pytest.skip(f"the emulation is written in AVX-512, and this machine lacks {lacks}")
     if native.extension is None:
         pytest.skip(f"the extension is {native.explain()}")
 
