@@ -422,14 +422,6 @@ CASES: dict[str, dict[str, Case]] = {
     )
 }
 
-# which of an op's arguments have a gradient, where they are given and floating point
-DIFFERENTIABLE: dict[str, tuple[str, ...]] = {
-    "attention": ("q", "k", "v", "bias"),
-    "drop_token": ("tokens",),
-    "contrastive_lse": ("x", "y", "scale"),
-    "patch_embed": ("patches", "weight", "bias", "position", "agg"),
-}
-
 
 # -- inputs ------------------------------------------------------------------------------------------------------------
 

@@ -113,9 +113,7 @@ def _memory(tensor: Tensor) -> int:
 def promote(inputs: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     """The same values with every float in ``dtype``."""
     return {
-        name: value.to(dtype)
-        if isinstance(value, Tensor) and value.is_floating_point()
-        else value
+        name: value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
         for name, value in inputs.items()
     }
 

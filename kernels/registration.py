@@ -70,12 +70,11 @@ class Operator:
         place = {field: i for i, field in enumerate(fields)}
         wanted, sized = wanted or {}, sized or {}
         flags = set(wanted.values())
-        # places of arguments: of the tensors, of options by name, of what autograd saves
+        # places of arguments: of options by name, of what autograd saves, of gradients
         self.count, self.tensors = len(fields), tensors
-        named = [(field, place[field]) for field in fields[tensors:]]
-        self.weighing = [(f, i) for f, i in named if f not in flags or f in weighed]
-        self.forward_options = [(f, i) for f, i in named if f not in flags]
-        self.backward_options = named
+        self.options = fields[tensors:]
+        self.only_backward = flags
+        self.not_weighed = flags - set(weighed)
         self.sized = [(place[field], axis) for field, axis in sized.items()]
         self.sizes = {i for i, _ in self.sized}
         self.kept = [
@@ -84,13 +83,14 @@ class Operator:
         self.saved_outputs = [outputs.index(each) for each in saved]
         self.gradients = [(place[f], place.get(wanted.get(f, ""))) for f in gradients]
 
+        define = functools.partial(_define, instead=instead)
         backward = {f"d_{each}": Tensor | None if each in optional else Tensor for each in outputs}
         backward |= {f: list[int] if place[f] in self.sizes else kinds[f] for f in fields}
         backward |= dict.fromkeys(saved, Tensor)
-        self.call = _define(
+        self.call = define(
             name, kinds, len(outputs), self._forward, self._fake, self._differentiate, self._save
         )
-        self.call_backward = _define(
+        self.call_backward = define(
             f"{name}_backward",
             backward,
             len(gradients),
@@ -108,23 +108,32 @@ class Operator:
 
     def _forward(self, *inputs):
         tensors = inputs[: self.tensors]
-        weighing = {field: inputs[i] for field, i in self.weighing}
-        module = choose(self.name, "fwd", inputs[-1], *tensors, **weighing)
-        results = module.forward(*tensors, **{f: inputs[i] for f, i in self.forward_options})
-        return _each(results, Tensor.contiguous)
+        # the backend's name, which is last, is left over
+        options = all_options = dict(zip(self.options, inputs[self.tensors :]))  # noqa: B905
+        if self.only_backward:
+            options = {name: x for name, x in options.items() if name not in self.only_backward}
+            for flag in self.not_weighed:
+                del all_options[flag]
+        module = choose(self.name, "fwd", inputs[-1], *tensors, **all_options)
+        results = module.forward(*tensors, **options)
+        if isinstance(results, tuple):
+            return tuple([x.contiguous() for x in results])
+        return results.contiguous()
 
     def _fake(self, *inputs):
         return self.fake(self.arguments(*inputs[:-1]))
 
     def _backward(self, *inputs):
         d_outputs, given, saved = self._split(inputs)
-        tensors = list(given[: self.tensors])
-        weighing = {field: given[i] for field, i in self.weighing}
-        like = [d_outputs[0] if i in self.sizes else x for i, x in enumerate(tensors)]
-        module = choose(self.name, "bwd", inputs[-1], *like, **weighing)
-        tensors = [x for i, x in enumerate(tensors) if i not in self.sizes]
+        tensors = like = given[: self.tensors]
         sizes = [given[i][axis] for i, axis in self.sized]
-        options = {field: given[i] for field, i in self.backward_options}
+        if sizes:
+            like = [d_outputs[0] if i in self.sizes else x for i, x in enumerate(tensors)]
+            tensors = [x for i, x in enumerate(tensors) if i not in self.sizes]
+        options = weighed = dict(zip(self.options, given[self.tensors :]))  # noqa: B905
+        if self.not_weighed:
+            weighed = {name: x for name, x in options.items() if name not in self.not_weighed}
+        module = choose(self.name, "bwd", inputs[-1], *like, **weighed)
         found = module.backward(*d_outputs, *tensors, *saved, *sizes, **options)
         found = found if isinstance(found, tuple | list) else (found,)
         results = []
@@ -194,17 +203,11 @@ class Operator:
         return results
 
     def _refuse(self, ctx, *_):
-        raise NotImplementedError(
-            f"{self.name} has no second derivative; for one, {self.instead}"
-        )
+        raise NotImplementedError(f"{self.name} has no second derivative; for one, {self.instead}")
 
 
 def _is_tensor(kind: Any) -> bool:
     return kind is Tensor or kind == Tensor | None
-
-
-def _each(results, function):
-    return tuple(map(function, results)) if isinstance(results, tuple) else function(results)
 
 
 # -- one operator --------------------------------------------------------------------------------
@@ -218,7 +221,9 @@ def _define(
     fake: Callable,
     differentiate: Callable[..., Sequence],
     save: Callable[[Any, tuple, Any], None] = lambda ctx, inputs, output: None,
-):
+    *,
+    instead: str,
+) -> Callable[..., Any]:
     """``torch.ops.vatt_fast.<name>`` on ``arguments`` {name: kind} and a backend.
 
     Args:
@@ -227,6 +232,7 @@ def _define(
         fake: the same on tensors without values.
         differentiate, save: ``backward(ctx, *gradients)`` and ``setup_context(ctx, inputs,
             output)`` as of ``torch.autograd.Function``.
+        instead: what the message offers where a forward-mode derivative is asked for.
     """
     _library.define(
         name + _schema({**arguments, "backend": str}, results), tags=(torch.Tag.pt2_compliant_tag,)
@@ -242,7 +248,11 @@ def _define(
             return overload.redispatch(keys & torch._C._after_autograd_keyset, *inputs)
 
     def forward(ctx, *inputs_and_keys):
-        output = below_autograd(*inputs_and_keys)
+        if torch._C._are_functorch_transforms_active():
+            with torch.enable_grad():  # an outer torch.func.grad records what this one runs
+                output = below_autograd(*inputs_and_keys)
+        else:
+            output = below_autograd(*inputs_and_keys)
         save(ctx, inputs_and_keys[:-1], output)
         return output
 
@@ -261,7 +271,7 @@ def _define(
         if forward_ad._current_level >= 0 and any(map(_has_tangent, inputs)):
             raise NotImplementedError(
                 f"{name} has no forward-mode derivative (torch.func.jvp, dual tensors);"
-                ' use reverse mode, or use_backend("plain")'
+                f" for one, {instead}"
             )
         if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs)):
             return below_autograd(*inputs, keys)

@@ -1,14 +1,15 @@
-"""The JAX kernels on torch tensors: those of torch_xla (device "xla") and of torch_tpu (device "tpu"). One thin adapter for every op.
+"""The Pallas kernels on torch tensors: of torch_xla (device "xla") and of torch_tpu (device "tpu").
 
-An op keeps its checks, its fake rule and its autograd formula; what runs inside it is a function of its ``pallas_tpu.py``, traced by JAX once
-for every set of shapes and options, and handed over as one call. torch_xla 2.9 is the last of its kind, and its pins are the extra ``xla``;
-torch_tpu, for torch 2.11 and later, is its successor.
+One thin adapter serves every op. An op keeps its checks, its fake rule and its autograd formula.
+What runs inside it is a function of its ``pallas_tpu.py``, traced by JAX once for every set of
+shapes and options, and handed over as one call. torch_xla 2.9 is the last of its kind, and its pins
+are the extra ``xla``; torch_tpu, for torch 2.11 and later, is its successor.
 """
 
 import functools
 import hashlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -21,16 +22,17 @@ from . import backends, settings
 from .patch_embed.patchify import patchify, unpatchify
 
 _HEADS_SECOND = {"q", "k", "v", "out", "d_out"}  # (B, T, H, D) in torch, (B, H, T, D) in JAX
-_RESULTS_HEADS_SECOND = {
-    ("attention", "forward"): 1,
-    ("attention", "backward"): 3,
-}  # so many of the first
+# of the results so many, the first ones
+_RESULTS_HEADS_SECOND = {("attention", "forward"): 1, ("attention", "backward"): 3}
 
 Results = tuple[Tensor | None, ...]
 
 
 class Call(NamedTuple):
-    """A call of a function of ``pallas_tpu.py`` without its values: all that a trace depends on, so the key under which it is kept."""
+    """A call of a function of ``pallas_tpu.py`` without its values.
+
+    It holds all that a trace depends on, and so is the key under which the trace is kept.
+    """
 
     op: str
     function: str  # "forward", "backward", "unsupported"
@@ -48,8 +50,13 @@ class Call(NamedTuple):
         return [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in self.shapes]
 
 
-def bind(op: str, function: str, tensors, options) -> tuple[Call, tuple[Tensor, ...]]:
-    """A backend call's arguments as a Call, and its tensors in the order of ``names``; absent ones, and what JAX does not ask for, are left out."""
+def bind(
+    op: str, function: str, tensors: Sequence[Any], options: Mapping[str, Any]
+) -> tuple[Call, tuple[Tensor, ...]]:
+    """A backend call's arguments as a Call, and its tensors in the order of ``names``.
+
+    Absent tensors, and what the Pallas function has no parameter for, are left out.
+    """
     parameters = inspect.signature(getattr(_kernels(op), function)).parameters
     given = dict(zip(parameters, tensors, strict=False)) | {
         name: value for name, value in options.items() if name in parameters
@@ -65,9 +72,8 @@ def bind(op: str, function: str, tensors, options) -> tuple[Call, tuple[Tensor, 
         if name not in arrays
     )
     patch = options.get("patch")
-    return Call(
-        op, function, tuple(arrays), shapes, static, None if patch is None else tuple(patch)
-    ), tuple(arrays.values())
+    patch = None if patch is None else tuple(patch)
+    return Call(op, function, tuple(arrays), shapes, static, patch), tuple(arrays.values())
 
 
 class Adapter:
@@ -85,7 +91,10 @@ class Adapter:
 
     def unsupported(self, *tensors, **options) -> str | None:
         if (device := tensors[0].device.type) not in _LAUNCH:
-            return f"tensors are on {device}; from torch its kernels are reached on xla (torch_xla) and tpu (torch_tpu)"
+            return (
+                f"tensors are on {device}; from torch its kernels are reached on xla (torch_xla)"
+                " and tpu (torch_tpu)"
+            )
         tensors = tuple(x.to("meta") if isinstance(x, Tensor) else x for x in tensors)
         options = {
             name: x.to("meta") if isinstance(x, Tensor) else x for name, x in options.items()
@@ -109,16 +118,16 @@ def adapter(op: str) -> Adapter:
     return Adapter(op)
 
 
-# -- the function that JAX traces --------------------------------------------------------------------------------------
+# -- the function that JAX traces ----------------------------------------------------------------
 
 
 @functools.cache
 def traceable(call: Call, platform: str) -> tuple[Callable, tuple[bool, ...]]:
-    """arrays -> results, both in torch's layout, with kernels for ``platform``; absent results are left out, and which are present is told."""
-    if platform == "tpu":
-        jax.config.update(
-            "jax_platforms", "cpu"
-        )  # torch holds the TPU: JAX, which only traces, must not try to claim it
+    """arrays -> results, both in torch's layout, with kernels for ``platform``.
+
+    Returns:
+        The function, which leaves absent results out, and for every result whether it is present.
+    """
 
     def results_of(*arrays):
         given, options = _jax_layout(call, arrays), dict(call.options)
@@ -140,7 +149,10 @@ def traceable(call: Call, platform: str) -> tuple[Callable, tuple[bool, ...]]:
 
 
 def _jax_layout(call: Call, arrays) -> dict[str, Any]:
-    """By name and as ``pallas_tpu.py`` takes them: heads before tokens, clips cut into rows. For torch and JAX arrays alike."""
+    """By name and as ``pallas_tpu.py`` takes them: heads before tokens, clips cut into rows.
+
+    For torch and JAX arrays alike.
+    """
     given = {
         name: x.swapaxes(1, 2) if name in _HEADS_SECOND else x
         for name, x in zip(call.names, arrays, strict=True)
@@ -165,11 +177,19 @@ def _filled(results, present: tuple[bool, ...]) -> Results:
     return tuple(next(left) if there else None for there in present)
 
 
-# -- torch_xla ---------------------------------------------------------------------------------------------------------
+def leave_the_tpu_to_torch() -> None:
+    """Keep this process's JAX on the CPU: it only traces, and must not try to claim the TPU."""
+    jax.config.update("jax_platforms", "cpu")
+
+
+# -- torch_xla -----------------------------------------------------------------------------------
 
 
 def exported(call: Call, platform: str) -> jax.export.Exported:
-    """The function lowered for ``platform``; by way of jax.export, whose Mosaic kernels an older libtpu than JAX's own reads too."""
+    """The function lowered for ``platform``.
+
+    By way of jax.export, whose Mosaic kernels an older libtpu than JAX's own reads too.
+    """
     function, _ = traceable(call, platform)
     return jax.export.export(jax.jit(function), platforms=[platform])(*call.specs)
 
@@ -191,17 +211,21 @@ def computation(call: Call, platform: str) -> Callable:
 
 
 def _through_torch_xla(call: Call, tensors: tuple[Tensor, ...]) -> Results:
-    platform = "tpu" if backends.torch_xla_has_a_tpu() else "cpu"
+    platform = "cpu"
+    if backends.torch_xla_has_a_tpu():
+        platform = "tpu"
+        leave_the_tpu_to_torch()
     _, present = traceable(call, platform)
     return _filled(computation(call, platform)(list(tensors)), present)
 
 
-# -- torch_tpu ---------------------------------------------------------------------------------------------------------
+# -- torch_tpu -----------------------------------------------------------------------------------
 
 
 @functools.cache
 def operator(call: Call) -> Callable:
-    """tensors -> results: the function as an operator ``torch.ops.vatt_fast_jax.<title>_<digest>``, registered by torch_tpu."""
+    """tensors -> results: the function as an operator that torch_tpu registers,
+    ``torch.ops.vatt_fast_jax.<title>_<digest>``."""
     from torch.tpu import pallas  # torch_tpu adds it to torch
 
     function, present = traceable(call, "tpu")
@@ -217,14 +241,15 @@ def operator(call: Call) -> Callable:
         for name in call.names
     ]
     returns = tuple[(jax.Array,) * count] if count > 1 else jax.Array  # type: ignore[misc]
-    wrapped.__signature__ = inspect.Signature(parameters, return_annotation=returns)  # type: ignore[attr-defined]
-    wrapped.__name__ = (
-        f"{call.title}_{hashlib.blake2b(repr(call).encode(), digest_size=8).hexdigest()}"
-    )
+    signature = inspect.Signature(parameters, return_annotation=returns)
+    wrapped.__signature__ = signature  # type: ignore[attr-defined]
+    digest = hashlib.blake2b(repr(call).encode(), digest_size=8).hexdigest()
+    wrapped.__name__ = f"{call.title}_{digest}"
     return pallas.jax_op(f"vatt_fast_jax::{wrapped.__name__}", wrapped)
 
 
 def _through_torch_tpu(call: Call, tensors: tuple[Tensor, ...]) -> Results:
+    leave_the_tpu_to_torch()
     _, present = traceable(call, "tpu")
     return _filled(operator(call)(*tensors), present)
 

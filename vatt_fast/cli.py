@@ -194,7 +194,9 @@ def doctor(json: bool = False) -> None:
 
     from . import __version__
     from .kernels import explain, native
-    from .kernels.dispatch import OPS, native_bf16, requested
+    from .kernels.dispatch import native_bf16
+    from .kernels.ops import OPS
+    from .kernels.settings import requested
     from .training.loop import pick_device
 
     device = pick_device("auto")

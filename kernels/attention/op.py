@@ -65,9 +65,7 @@ def attention(
     if deterministic is None:
         deterministic = torch.are_deterministic_algorithms_enabled()
     bias_grad = bias is not None and bias.requires_grad and torch.is_grad_enabled()
-    return _attention(
-        q, k, v, bias, key_mask, float(scale), deterministic, bias_grad, backend
-    )
+    return _attention(q, k, v, bias, key_mask, float(scale), deterministic, bias_grad, backend)
 
 
 class _Arguments(NamedTuple):

@@ -17,6 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from ..pallas_common import LANES, call, divide, dot, objection, round_up, sublanes
+from .flops import flops
 
 # B batch, T queries, S keys, H heads, D head_dim; t queries of a chunk, s keys of a chunk. Inside: logits in units of log 2.
 
@@ -241,7 +242,7 @@ def _forward(q, k, v, scale, bias, key_mask, dtype):
         in_specs=[specs.queries, specs.keys, specs.keys, *extra_specs],
         out_specs=[specs.queries, specs.statistics],
         out_shape=[jax.ShapeDtypeStruct(q.shape, dtype), jax.ShapeDtypeStruct((B, H, 1, T), jnp.float32)],
-        flops=4 * B * H * T * S * D,
+        flops=flops("fwd", B, H, T, S, D),
         exps=B * H * T * S,
     )  # fmt: skip
     return out, lse[:, :, 0]
@@ -395,7 +396,7 @@ def _backward(d_out, d_lse, q, k, v, out, lse, scale, bias, key_mask, bias_grad,
         out_specs=[spec for spec, _, _ in results],
         out_shape=[jax.ShapeDtypeStruct(shape, dtype) for _, shape, dtype in results],
         scratch=[pltpu.VMEM((plan.unroll, S, D), jnp.float32)] * 2,
-        flops=10 * B * H * T * S * D,
+        flops=flops("bwd", B, H, T, S, D),
         exps=B * H * T * S,
     )  # fmt: skip
     return d_q, d_k, d_v, jnp.swapaxes(d_bias[0], 1, 2) if bias_grad else None

@@ -74,9 +74,7 @@ def contrastive_lse(
     if backend == PLAIN:
         sets = dict(texts_per_clip=texts_per_clip, first=first, x_valid=x_valid, y_valid=y_valid)
         return plain.contrastive_lse(x, y, scale=scale, **sets)  # type: ignore[arg-type]
-    return _contrastive_lse(
-        x, y, scale, x_valid, y_valid, texts_per_clip, first, bound, backend
-    )
+    return _contrastive_lse(x, y, scale, x_valid, y_valid, texts_per_clip, first, bound, backend)
 
 
 class _Arguments(NamedTuple):

@@ -13,6 +13,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from ..pallas_common import LANES, call, dot, objection, pad, round_up
+from .flops import flops
 
 # M clips of x, N clips in all, P texts a clip, T = N * P texts, D dimensions, C chunks of texts, E = M * T scores
 
@@ -243,7 +244,7 @@ def forward(x, y, *, scale, texts_per_clip, first, x_valid=None, y_valid=None, b
             *[pltpu.VMEM((clips, LANES), jnp.float32)] * (4 if running else 2),
             *[pltpu.VMEM((text_tiles, texts), jnp.float32)] * running,
         ],
-        flops=2 * M * T * D,
+        flops=flops("fwd", M, T, D),
         exps=M * T * (2 if running else 1),
         bytes_accessed=(C * M + clip_tiles * T) * D * x.dtype.itemsize,
     )
@@ -382,7 +383,7 @@ def _gradient(
             pltpu.VMEM((heres, _SUBLANES), jnp.float32),
             pltpu.VMEM((1, theres), jnp.float32),
         ],
-        flops=4 * size * others * D,
+        flops=2 * flops("fwd", size, others, D),  # the scores once more, and one gradient
         exps=size * others * (2 if options["running"] else 1),
         bytes_accessed=(2 * size + tiles * others) * D * here.dtype.itemsize,
     )

@@ -58,7 +58,5 @@ def contrastive_lse_in_one_dtype(
 def _logsumexp(scores: Tensor, inside: Tensor, axis: int) -> Tensor:
     """Over the scores inside; -inf without gradient where there are none."""
     empty = ~inside.any(axis)
-    lse = torch.logsumexp(
-        scores.masked_fill(~(inside | empty.unsqueeze(axis)), -math.inf), axis
-    )
+    lse = torch.logsumexp(scores.masked_fill(~(inside | empty.unsqueeze(axis)), -math.inf), axis)
     return lse.masked_fill(empty, -math.inf)

@@ -27,9 +27,7 @@ def check(
     """Raise ValueError unless patch_embed can take these."""
     count, values = _check_patches(patches, patch, gathered)
     if weight.ndim != 2 or weight.shape[1] != values or not is_float(weight):
-        raise ValueError(
-            f"weight is {shown(weight)}; it must be float (dim, k) with k = {values}"
-        )
+        raise ValueError(f"weight is {shown(weight)}; it must be float (dim, k) with k = {values}")
     dim = weight.shape[0]
     for name, vector in (("bias", bias), ("agg", agg)):
         if vector is not None and (tuple(vector.shape) != (dim,) or not is_float(vector)):

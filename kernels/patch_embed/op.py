@@ -76,10 +76,9 @@ def patch_embed(
         return plain.patch_embed(patches, weight, bias, position, keep, **options)
     d_patches = patches.is_floating_point() and patches.requires_grad and torch.is_grad_enabled()
     sizes = list(patch) if patch else None
-    return _patch_embed(
-        patches, weight, bias, position, keep, agg,
-        float(scale), float(shift), sizes, gathered, dtype, d_patches, backend,
-    )  # fmt: skip
+    tensors = (patches, weight, bias, position, keep, agg)
+    normal = (float(scale), float(shift))
+    return _patch_embed(*tensors, *normal, sizes, gathered, dtype, d_patches, backend)
 
 
 class _Arguments(NamedTuple):

@@ -19,6 +19,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from ..drop_token import pallas_tpu as drop_token
 from ..pallas_common import LANES, call, dot, interpreted, objection, pad, round_up, sublanes
+from .flops import flops
 
 # B batch, N patches, K kept, k values a patch; A 1 with AGG, else 0; rows of a tile, columns of a tile of dim
 
@@ -352,7 +353,7 @@ def forward(
         out_specs=pl.BlockSpec((1, plan.rows, plan.columns), lambda d, b, t: (b, t, d)),
         out_shape=jax.ShapeDtypeStruct((B, tokens, dim), dtype),
         scratch=scratch,
-        flops=2 * B * tokens * k * dim,
+        flops=flops("fwd", B, tokens, k, dim),
         bytes_accessed=passes * call_rows.bytes_read(tokens) + size * (k * dim + B * tokens * dim),
     )
 
@@ -451,7 +452,7 @@ def _d_folded(d_tokens, patches, weight, keep, agg, gathered: bool, dtype: Any):
             pltpu.SemaphoreType.DMA,
             *call_rows.scratch(dtype),
         ],
-        flops=2 * B * tokens * k * dim,
+        flops=flops("bwd", B, tokens, k, dim),
         bytes_accessed=passes * call_rows.bytes_read(tokens)
         + size * B * tokens * dim
         + 4 * k * dim,

@@ -8,16 +8,10 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vatt_fast.config import PRESETS, SHORT_NAMES, video_grid
-from vatt_fast.kernels import attention, contrastive_lse, drop_token, patch_embed
-from vatt_fast.kernels.cases import CASES, DIFFERENTIABLE, make, tag
+from vatt_fast.kernels.cases import CASES, make, tag
 from vatt_fast.kernels.drop_token import num_kept
+from vatt_fast.kernels.ops import OPS
 
-OPS = {
-    "attention": attention,
-    "drop_token": drop_token,
-    "contrastive_lse": contrastive_lse,
-    "patch_embed": patch_embed,
-}
 SHORT = {full: short for short, full in SHORT_NAMES.items()} | {"tiny": "tiny"}
 ALL = [(op, name) for op, cases in CASES.items() for name in cases]
 PRIMARY = [(op, name) for op, name in ALL if tag(CASES[op][name]) == "primary"]
@@ -118,7 +112,7 @@ def test_primary_cases_pass_their_ops_checks(op, name):
                 inputs[key] = torch.empty_strided(
                     value.shape, value.stride(), dtype=value.dtype, device="cuda"
                 )
-        outputs = OPS[op](**inputs)
+        outputs = OPS[op].function(**inputs)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     assert all(output.device.type == "cuda" for output in outputs)
     if op == "attention":
@@ -151,7 +145,7 @@ def test_parity_cases_are_small_and_fresh(op):
         assert max(value.numel() for value in tensors.values()) < 100_000
         for key, value in tensors.items():
             assert torch.equal(value, again[key]), f"{name}.{key} is not repeatable"
-            if key in DIFFERENTIABLE[op] and value.ndim:
+            if key in OPS[op].differentiable and value.ndim:
                 assert not torch.equal(value, other[key]), (
                     f"{name}.{key} does not depend on the seed"
                 )

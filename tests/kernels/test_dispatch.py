@@ -16,16 +16,20 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import vatt_fast.kernels
 from vatt_fast.kernels import (
     attention,
+    backends,
     contrastive_lse,
-    dispatch,
     explain,
     native,
     patch_embed,
+    settings,
     use_backend,
 )
 from vatt_fast.kernels.attention import reference, torch_cudnn, torch_sdpa
+from vatt_fast.kernels.backends import OP_NAMES, Row
 from vatt_fast.kernels.cases import CASES, make
-from vatt_fast.kernels.dispatch import Row, choose, requested
+from vatt_fast.kernels.dispatch import choose
+from vatt_fast.kernels.ops import OPS
+from vatt_fast.kernels.settings import requested
 
 # -- choosing ----------------------------------------------------------------------------------------------------------
 
@@ -70,15 +74,15 @@ def table(monkeypatch):
     """Replace the preference of (torch, cpu) and register the backends it names, for one test."""
 
     def replace(*rows):
-        monkeypatch.setitem(dispatch.PREFERENCE, ("torch", "cpu"), rows)
+        monkeypatch.setitem(backends.PREFERENCE, ("torch", "cpu"), rows)
         for row in rows:
-            if row.backend not in dispatch.BACKENDS[row.op]:
+            if row.backend not in backends.BACKENDS[row.op]:
                 monkeypatch.setitem(
-                    dispatch.BACKENDS, row.op, (row.backend, *dispatch.BACKENDS[row.op])
+                    backends.BACKENDS, row.op, (row.backend, *backends.BACKENDS[row.op])
                 )
 
     yield replace
-    dispatch._module.cache_clear()
+    backends.load.cache_clear()
 
 
 def add_backend(monkeypatch, op, name, objection=None):
@@ -151,7 +155,7 @@ def test_a_row_with_when_applies_where_it_is_the_faster_choice(monkeypatch, tabl
         "long_only",
     ] and seen == ["fwd", "bwd"] * 2
     assert explain("attention", *short[0], **short[1])["long_only"] == "runs when asked for"
-    with use_backend("attention=long_only"):
+    with use_backend(attention="long_only"):
         assert attention(*short[0], **short[1])[0].shape == short[0][0].shape
 
 
@@ -167,7 +171,7 @@ def test_a_backend_asked_for_runs_or_raises_its_objection(monkeypatch, table, ra
     table(Row("attention", "picky"), Row("attention", "reference"))
     tensors, options = attention_inputs()
     with (
-        use_backend("attention=picky"),
+        use_backend(attention="picky"),
         pytest.raises(ValueError, match="attention: backend 'picky' cannot run this: it is Sunday"),
     ):
         attention(*tensors, **options)
@@ -177,7 +181,7 @@ def test_a_backend_asked_for_runs_or_raises_its_objection(monkeypatch, table, ra
 def test_a_missing_part_is_an_objection_and_a_bug_is_not(monkeypatch, table):
     table(Row("attention", "on_top_of_it"), Row("attention", "reference"))
     tensors, options = attention_inputs()
-    real = dispatch.importlib.import_module
+    real = backends.importlib.import_module
 
     def import_module(name, missing):
         if name.endswith("on_top_of_it"):
@@ -185,7 +189,7 @@ def test_a_missing_part_is_an_objection_and_a_bug_is_not(monkeypatch, table):
         return real(name)
 
     monkeypatch.setattr(
-        dispatch.importlib, "import_module", lambda name: import_module(name, "triton")
+        backends.importlib, "import_module", lambda name: import_module(name, "triton")
     )
     assert choose("attention", "fwd", "", *tensors, **options) is reference
     assert (
@@ -193,12 +197,12 @@ def test_a_missing_part_is_an_objection_and_a_bug_is_not(monkeypatch, table):
         == "it needs triton, which is not installed"
     )
     with (
-        use_backend("attention=on_top_of_it"),
+        use_backend(attention="on_top_of_it"),
         pytest.raises(ValueError, match="it needs triton, which is not installed"),
     ):
         attention(*tensors, **options)
     monkeypatch.setattr(
-        dispatch.importlib,
+        backends.importlib,
         "import_module",
         lambda name: import_module(name, "vatt_fast.kernels.attention.tiles"),
     )
@@ -223,7 +227,7 @@ def test_a_missing_part_is_an_objection_and_a_bug_is_not(monkeypatch, table):
 def test_objections_of_sdpa_on_cpu(inputs, objection):
     (q, k, v), options = attention_inputs()
     changes = inputs(q)
-    with use_backend("attention=torch_sdpa"), pytest.raises(ValueError, match=objection):
+    with use_backend(attention="torch_sdpa"), pytest.raises(ValueError, match=objection):
         attention(changes.pop("q", q), k, v, **options | changes)
 
 
@@ -405,7 +409,7 @@ def test_flash_attn_says_when_it_is_not_installed():
     q = torch.randn(1, 3, 1, 8)
     with (
         pytest.raises(ValueError, match="it needs flash_attn, which is not installed"),
-        use_backend("attention=flash_attn"),
+        use_backend(attention="flash_attn"),
     ):
         attention(q, q, q, scale=1.0)
 
@@ -416,8 +420,8 @@ def test_flash_attn_says_when_it_is_not_installed():
 def test_use_backend_nests_and_restores():
     assert requested("attention") == ""
     with use_backend("reference"):
-        assert {requested(op) for op in dispatch.OPS} == {"reference"}
-        with use_backend("attention=torch_sdpa, contrastive_lse=reference"):
+        assert {requested(op) for op in OP_NAMES} == {"reference"}
+        with use_backend(attention="torch_sdpa", contrastive_lse="reference"):
             assert (
                 requested("attention"),
                 requested("contrastive_lse"),
@@ -444,27 +448,108 @@ def test_a_bare_name_that_an_op_does_not_have_makes_that_op_raise():
 
 
 @pytest.mark.parametrize(
-    ("request_", "message"),
+    ("name", "by_op", "written", "message"),
     [
-        ("triton", "unknown backend 'triton' in request 'triton'; the ops have "),
+        ("triton", {}, "triton", "unknown backend 'triton' in request 'triton'; the ops have "),
         (
+            "",
+            {"attention": "triton"},
             "attention=triton",
-            "unknown backend 'triton' in request 'attention=triton'; attention have native_cpu, torch_sdpa, reference",
+            "unknown backend 'triton' in request 'attention=triton';"
+            " attention have native_cpu, torch_sdpa, reference",
         ),
         (
+            "",
+            {"atention": "reference"},
             "atention=reference",
-            "unknown op 'atention' in backend request 'atention=reference'; ops are attention, drop_token, contrastive_lse",
+            "unknown op 'atention' in backend request 'atention=reference';"
+            " ops are attention, drop_token, contrastive_lse",
         ),
-        ("contrastive_lse=torch_sdpa", "unknown backend 'torch_sdpa' in request"),
+        (
+            "reference",
+            {"contrastive_lse": "torch_sdpa"},
+            "reference, contrastive_lse=torch_sdpa",
+            "unknown backend 'torch_sdpa' in request 'reference,contrastive_lse=torch_sdpa'",
+        ),
     ],
+    ids=["bare", "per_op", "op", "both"],
 )
-def test_unknown_requests(request_, message):
-    with pytest.raises(ValueError, match=message), use_backend(request_):
+def test_unknown_requests(name, by_op, written, message):
+    """In Python and, by the same words, in the environment variable's form."""
+    with pytest.raises(ValueError, match=message), use_backend(name, **by_op):
         raise AssertionError("the request was accepted")
+    with pytest.raises(ValueError, match=message):
+        settings._parsed(written)
     assert requested("attention") == ""
 
 
-@pytest.mark.parametrize("op", dispatch.OPS)
+def test_a_request_for_one_op_comes_before_one_for_all():
+    with use_backend("reference", attention="torch_sdpa"):
+        assert (requested("attention"), requested("drop_token")) == ("torch_sdpa", "reference")
+    assert settings._parsed("reference, attention=torch_sdpa") == {
+        **dict.fromkeys(OP_NAMES, "reference"),
+        "attention": "torch_sdpa",
+    }
+
+
+@pytest.mark.parametrize("op", OP_NAMES)
+def test_plain_is_the_op_on_torchs_own_ops(op):
+    """Outputs and gradients; nothing opaque runs, so that torch.compile sees what a user writes."""
+    case = next(iter(case for case in CASES[op].values() if case.name not in ("one_of_one",)))
+    inputs = make(case)
+    called = []
+
+    class Recorder(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            called.append(function.namespace)
+            return function(*args, **kwargs or {})
+
+    def without_lse(function):
+        def call(**inputs):
+            out = function(**inputs)
+            return out[0] if op == "attention" else out
+
+        return call
+
+    def gradients(function):
+        leaves = {
+            name: value.detach().requires_grad_()
+            for name, value in inputs.items()
+            if name in OPS[op].differentiable
+            and isinstance(value, torch.Tensor)
+            and value.is_floating_point()
+        }
+        out = without_lse(function)(**inputs | leaves)
+        out = out if isinstance(out, tuple) else (out,)
+        total = sum(each.square().sum() for each in out)
+        return [*out, *torch.autograd.grad(total, list(leaves.values()))]
+
+    expected = gradients(OPS[op].function)
+    with use_backend("plain"), Recorder():
+        found = gradients(OPS[op].function)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert "vatt_fast" not in called and "aten" in called
+    with use_backend(**{op: "plain"}):
+        compiled = torch.compile(without_lse(OPS[op].function), fullgraph=True, backend="eager")
+        torch.testing.assert_close(compiled(**inputs), without_lse(OPS[op].function)(**inputs))
+
+
+def test_plain_computes_in_the_autocast_dtype():
+    for op, name in (("attention", "text"), ("patch_embed", "kept_rows")):
+        with use_backend("plain"), torch.autocast("cpu", torch.bfloat16):
+            out = OPS[op].function(**make(CASES[op][name]))
+        out = out[0] if isinstance(out, tuple) else out
+        assert out.dtype == torch.bfloat16
+
+
+def test_plain_attention_has_no_lse():
+    tensors, options = attention_inputs("text")
+    with use_backend(attention="plain"):
+        out, lse = attention(*tensors, **options)
+    assert lse is None and out.shape == tensors[0].shape
+
+
+@pytest.mark.parametrize("op", OP_NAMES)
 def test_the_jax_kernels_do_not_take_tensors_of_a_cpu(op):
     pytest.importorskip("jax", reason="without jax the objection is another one")
     inputs = list(make(next(iter(CASES[op].values()))).items())
@@ -484,7 +569,7 @@ import torch
 from vatt_fast.kernels import attention, explain, use_backend
 q = torch.ones(1, 2, 1, 8)
 print(explain("attention", q, q, q, scale=1.0)["pallas_tpu"])
-with use_backend("attention=pallas_tpu"):
+with use_backend(attention="pallas_tpu"):
     try:
         attention(q, q, q, scale=1.0)
     except ValueError as error:
@@ -508,7 +593,7 @@ with use_backend("attention=pallas_tpu"):
     ],
 )
 def test_the_environment_variable_is_read_at_import(value, expected):
-    code = "from vatt_fast.kernels.dispatch import requested; print([requested(op) for op in ('attention', 'contrastive_lse')])"
+    code = "from vatt_fast.kernels.settings import requested; print([requested(op) for op in ('attention', 'contrastive_lse')])"
     done = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,
@@ -524,7 +609,7 @@ def test_the_environment_variable_is_read_at_import(value, expected):
 def test_explain_covers_every_backend(without_cpp):
     tensors, options = attention_inputs("bias")
     verdicts = explain("attention", *tensors, **options)
-    assert set(verdicts) == set(dispatch.BACKENDS["attention"]) == {
+    assert set(verdicts) == set(backends.BACKENDS["attention"]) == {
         "native_cpu", "triton_gpu", "torch_sdpa", "torch_cudnn", "flash_attn", "pallas_tpu", "reference",
     }  # fmt: skip
     assert (
@@ -547,11 +632,11 @@ def test_explain_covers_every_backend(without_cpp):
 def test_explain_takes_a_call_with_the_ops_own_defaults():
     z, weight = torch.randn(4, 8), torch.randn(3, 8)
     assert set(explain("contrastive_lse", z, z, scale=1.0)) == set(
-        dispatch.BACKENDS["contrastive_lse"]
+        backends.BACKENDS["contrastive_lse"]
     )
     assert set(
         explain("patch_embed", z[None], weight, weight[:, 0], None, None, scale=1.0, shift=0.0)
-    ) == set(dispatch.BACKENDS["patch_embed"])
+    ) == set(backends.BACKENDS["patch_embed"])
 
 
 # -- imports -----------------------------------------------------------------------------------------------------------
@@ -580,6 +665,43 @@ def test_kernels_import_nothing_of_the_model():
             assert not [name for name in names if name.split(".")[0] in ("vatt_fast", "kernels")], (
                 f"{path.name}:{node.lineno}"
             )
+
+
+def test_no_module_of_kernels_imports_itself_through_others():
+    """Whole modules, imports inside functions too; the loaders go by name."""
+    folder = Path(vatt_fast.kernels.__file__).parent
+    paths = {
+        ".".join(path.relative_to(folder).with_suffix("").parts): path
+        for path in folder.rglob("*.py")
+    }
+    paths = {name.removesuffix("__init__").rstrip("."): path for name, path in paths.items()}
+    imports = {name: set() for name in paths if name}
+    for name in imports:
+        package = name if paths[name].name == "__init__.py" else name.rpartition(".")[0]
+        for node in ast.walk(ast.parse(paths[name].read_text())):
+            if not isinstance(node, ast.ImportFrom) or not node.level:
+                continue
+            base = package.split(".") if package else []
+            base = base[: len(base) - node.level + 1] + (
+                node.module.split(".") if node.module else []
+            )
+            for alias in node.names:
+                for target in (".".join([*base, alias.name]), ".".join(base)):
+                    if target in imports:
+                        imports[name].add(target)
+                        break
+    done, path = set(), []
+
+    def visit(name):
+        assert name not in path, " -> ".join([*path[path.index(name) :], name])
+        if name not in done:
+            path.append(name)
+            for each in sorted(imports[name]):
+                visit(each)
+            done.add(path.pop())
+
+    for name in imports:
+        visit(name)
 
 
 def test_importing_kernels_loads_neither_jax_nor_triton():
@@ -628,7 +750,7 @@ kernels.attention
     root = Path(vatt_fast.kernels.__file__).parent.parent
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root)
     assert (
-        done.stdout == "none vatt_fast.kernels.attention\n"
+        done.stdout == "none vatt_fast.kernels.attention.op\n"
         and "this folder is the source of vatt_fast.kernels" in done.stderr
     )
 

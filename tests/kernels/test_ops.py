@@ -4,7 +4,6 @@ A backend is tested from the moment ``dispatch.BACKENDS`` names it. What it obje
 runs fails.
 """
 
-import contextlib
 import functools
 import itertools
 

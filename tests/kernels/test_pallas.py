@@ -7,7 +7,6 @@ import dataclasses
 
 import pytest
 import torch
-from test_ops import draw_seeds
 
 jax = pytest.importorskip("jax", reason="the Pallas kernels need jax")
 
@@ -20,8 +19,10 @@ from vatt_fast.kernels.attention import pallas_tpu as attention  # noqa: E402
 from vatt_fast.kernels.cases import AttentionCase, DropTokenCase, NCECase, PatchEmbedCase, make  # noqa: E402
 from vatt_fast.kernels.contrastive_lse import pallas_tpu as nce  # noqa: E402
 from vatt_fast.kernels.drop_token import pallas_tpu as drop_token  # noqa: E402
-from vatt_fast.kernels.pallas_common import interpreting_with  # noqa: E402
+from vatt_fast.kernels.ops import OPS  # noqa: E402
+from vatt_fast.kernels.parity import draw_seeds  # noqa: E402
 from vatt_fast.kernels.patch_embed import pallas_tpu as patch_embed  # noqa: E402
+from vatt_fast.kernels.settings import interpreting_with  # noqa: E402
 
 _CORES = {"num_cores_or_threads", "num_cores_per_device"} & {
     field.name for field in dataclasses.fields(pltpu.InterpretParams)
@@ -45,10 +46,10 @@ def simulated(order):
 def assert_runs_as_the_reference(op, inputs, order, dtype=torch.float32):
     """Outputs and gradients."""
     arguments = jax_calls.translate(op, inputs)
-    with use_backend(f"{op}=reference"):
-        outputs = jax_calls.OPS[op](**arguments)
+    with use_backend(**{op: "reference"}):
+        outputs = OPS[op].jax_function(**arguments)
         named = zip(
-            jax_calls.OUTPUTS[op],
+            OPS[op].outputs,
             outputs if isinstance(outputs, tuple) else (outputs,),
             strict=True,
         )
@@ -58,7 +59,7 @@ def assert_runs_as_the_reference(op, inputs, order, dtype=torch.float32):
         ]  # as torch has them
         seeds = draw_seeds([jax_calls.to_torch(output) for output in outputs], dtype)
         expected = jax_calls.run(op, inputs, seeds)
-    with use_backend(f"{op}=pallas_tpu"), simulated(order):
+    with use_backend(**{op: "pallas_tpu"}), simulated(order):
         result = jax_calls.run(op, inputs, seeds)
     for name, value in expected.items():
         largest = value[value.isfinite()].abs().max().item() if value.isfinite().any() else 0
@@ -93,7 +94,7 @@ def test_drop_token_moves_bits(dtype, integers):
         return jax.lax.bitcast_convert_type(x, bits.dtype)
 
     tokens = jax.lax.bitcast_convert_type(bits, dtype)
-    with use_backend("drop_token=pallas_tpu"), simulated(1):
+    with use_backend(drop_token="pallas_tpu"), simulated(1):
         kept, backward = jax.vjp(lambda tokens: jax_ops.drop_token(tokens, keep), tokens)
         (d_tokens,) = backward(tokens[:, keep])
     expected = jnp.zeros_like(bits).at[:, keep].set(bits[:, keep])
@@ -106,7 +107,7 @@ def test_drop_token_moves_bits(dtype, integers):
 
 def test_drop_token_says_what_does_not_fit():
     with (
-        use_backend("drop_token=pallas_tpu"),
+        use_backend(drop_token="pallas_tpu"),
         pytest.raises(ValueError, match="100000 tokens of a clip do not fit"),
     ):
         jax.eval_shape(
@@ -331,7 +332,7 @@ def test_patch_embed_says_what_does_not_fit():
         for shape in ((1, 4, 200_000), (128, 200_000), (128,))
     )
     with (
-        use_backend("patch_embed=pallas_tpu"),
+        use_backend(patch_embed="pallas_tpu"),
         pytest.raises(ValueError, match="200064 values a patch"),
     ):
         jax.eval_shape(

@@ -5,23 +5,11 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from vatt_fast.kernels import (
-    attention,
-    contrastive_lse,
-    dispatch,
-    drop_token,
-    patch_embed,
-    use_backend,
-)
-from vatt_fast.kernels import attention as attention_function
-from vatt_fast.kernels.cases import CASES, DIFFERENTIABLE, make
+import vatt_fast.kernels
+from vatt_fast.kernels import attention, backends, dispatch, use_backend
+from vatt_fast.kernels.cases import CASES, make
+from vatt_fast.kernels.ops import OPS
 
-OPS = {
-    "attention": attention,
-    "drop_token": drop_token,
-    "contrastive_lse": contrastive_lse,
-    "patch_embed": patch_embed,
-}
 CASE = {
     "attention": "text",
     "drop_token": "ragged_per_clip",
@@ -32,14 +20,14 @@ CASE = {
 
 def inputs_of(op, *, gradients=True, seed=0):
     inputs = make(CASES[op][CASE[op]], seed=seed)
-    for name in DIFFERENTIABLE[op] if gradients else ():
+    for name in OPS[op].differentiable if gradients else ():
         if isinstance(inputs.get(name), torch.Tensor) and inputs[name].is_floating_point():
             inputs[name] = inputs[name].detach().clone().requires_grad_()
     return inputs
 
 
 def outputs_of(op, **inputs):
-    out = OPS[op](**inputs)
+    out = OPS[op].function(**inputs)
     return out if isinstance(out, tuple) else (out,)
 
 
@@ -68,7 +56,7 @@ def calls_of(op, **inputs):
             return function(*args, **kwargs or {})
 
     with Recorder():
-        gradients_of(OPS[op], op, **inputs)
+        gradients_of(OPS[op].function, op, **inputs)
     assert [function._schema.name for function, _, _ in recorded] == [
         f"vatt_fast::{op}",
         f"vatt_fast::{op}_backward",
@@ -78,7 +66,7 @@ def calls_of(op, **inputs):
 
 @pytest.mark.parametrize("op", OPS)
 def test_the_public_name_is_the_function(op):
-    assert callable(OPS[op]) and attention_function is attention
+    assert OPS[op].function is getattr(vatt_fast.kernels, op)
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -106,18 +94,18 @@ def test_opcheck(op):
 def test_compiles_as_one_graph_without_recompiling(op, backend, asked):
     try:
         with use_backend(asked):
-            OPS[op](**inputs_of(op))
+            OPS[op].function(**inputs_of(op))
     except ValueError as error:
         if "cannot run this" in str(error):
             pytest.skip(str(error))
         raise
     torch._dynamo.reset()
-    compiled = torch.compile(OPS[op], fullgraph=True, backend=backend)
+    compiled = torch.compile(OPS[op].function, fullgraph=True, backend=backend)
     with torch._dynamo.config.patch(error_on_recompile=True), use_backend(asked):
         for seed in range(2):
             inputs = inputs_of(op, seed=seed)
             out, grads = gradients_of(compiled, op, **inputs)
-            eager, eager_grads = gradients_of(OPS[op], op, **inputs)
+            eager, eager_grads = gradients_of(OPS[op].function, op, **inputs)
             torch.testing.assert_close(out, eager)
             torch.testing.assert_close(grads, eager_grads)
 
@@ -151,7 +139,7 @@ def test_flops_are_counted(op):
     else:
         expected = 0
     with FlopCounterMode(display=False) as counter:
-        gradients_of(OPS[op], op, **inputs)
+        gradients_of(OPS[op].function, op, **inputs)
     assert counter.get_total_flops() == expected
 
 
@@ -198,6 +186,55 @@ def test_no_second_derivative(op):
         gradient.sum().backward()
 
 
+def differentiable_inputs(op):
+    """Tensors that have a gradient, the other arguments, and a scalar function of the former."""
+    inputs = inputs_of(op, gradients=False)
+    names = [
+        name
+        for name in OPS[op].differentiable
+        if isinstance(inputs[name], torch.Tensor) and inputs[name].is_floating_point()
+    ]
+    fixed = {name: value for name, value in inputs.items() if name not in names}
+
+    def loss(*tensors):
+        outputs = outputs_of(op, **fixed, **dict(zip(names, tensors, strict=True)))
+        return sum(out.masked_fill(~out.isfinite(), 0).square().sum() for out in outputs)
+
+    return tuple(inputs[name] for name in names), loss
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_forward_mode_is_refused(op):
+    """An opaque operator gives no tangent, and must not pass off a zero for one."""
+    tensors, loss = differentiable_inputs(op)
+    message = f"{op} has no forward-mode derivative"
+    with pytest.raises(NotImplementedError, match=message):
+        torch.func.jvp(loss, tensors, tensors)
+    for trained in (False, True):
+        with torch.autograd.forward_ad.dual_level():
+            duals = [torch.autograd.forward_ad.make_dual(x, x) for x in tensors]
+            first = [x.clone().requires_grad_(trained) for x in duals[:1]]
+            with pytest.raises(NotImplementedError, match=message):
+                loss(*first, *duals[1:])
+            loss(*tensors)  # without a tangent there is nothing to refuse
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("op", OPS)
+def test_functional_gradients(op):
+    """torch.func.grad, and vmap over it, give what autograd gives."""
+    tensors, loss = differentiable_inputs(op)
+    leaves = [x.detach().requires_grad_() for x in tensors]
+    expected = torch.autograd.grad(loss(*leaves), leaves)
+    every = tuple(range(len(tensors)))
+    torch.testing.assert_close(torch.func.grad(loss, argnums=every)(*tensors), expected)
+    first = lambda x: loss(x, *tensors[1:])  # noqa: E731
+    found = torch.func.vmap(torch.func.grad(first))(torch.stack([tensors[0]] * 2))
+    torch.testing.assert_close(found, torch.stack([expected[0]] * 2))
+    with pytest.raises(NotImplementedError, match="has no second derivative"):
+        torch.func.grad(lambda x: torch.func.grad(first)(x).sum())(tensors[0])
+
+
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_the_backend_asked_for_runs_forward_and_backward(compiled, monkeypatch):
     """Asked for outside or inside of compiled code; the backward keeps the forward's choice after the request has ended."""
@@ -211,7 +248,7 @@ def test_the_backend_asked_for_runs_forward_and_backward(compiled, monkeypatch):
     ]
     assert {"reference", "torch_sdpa"} <= set(able)
     for name in able:
-        module = dispatch._module("attention", name)
+        module = backends.load("attention", name)
         for mode in ("forward", "backward"):
             original = getattr(module, mode)
             monkeypatch.setattr(
@@ -225,7 +262,7 @@ def test_the_backend_asked_for_runs_forward_and_backward(compiled, monkeypatch):
     )
     for name in able:
         ran.clear()
-        with use_backend(f"attention={name}"):
+        with use_backend(attention=name):
             loss = function(q)
         loss.backward()
         assert ran == [(name, "forward"), (name, "backward")]
@@ -236,7 +273,7 @@ def test_use_backend_inside_compiled_code():
 
     @torch.compile(fullgraph=True, backend="aot_eager")
     def function(q):
-        with use_backend("attention=reference"):
+        with use_backend(attention="reference"):
             return attention(q, q, q, scale=0.3)[0]
 
     q = torch.randn(2, 5, 2, 8)

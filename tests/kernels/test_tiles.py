@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from vatt_fast.kernels import tiles
+from vatt_fast.kernels.ops import OPS
+from vatt_fast.kernels.settings import force_tiles
 
 HEURISTIC = {"BLOCK": 64, "num_warps": 4}
 
@@ -46,9 +48,9 @@ def test_forced_tiles_come_first_and_end_with_their_block(tuned):
             "attention_forward", "sm_90", torch.bfloat16, HEURISTIC, queries=785, keys=785
         )
 
-    with tiles.force("attention_forward", {"BLOCK": 16}):
+    with force_tiles(attention_forward={"BLOCK": 16}):
         assert chosen() == {"BLOCK": 16}
-        with tiles.force("attention_forward", {"BLOCK": 32}):
+        with force_tiles(attention_forward={"BLOCK": 32}):
             assert chosen() == {"BLOCK": 32}
         assert chosen() == {"BLOCK": 16}
         assert (
@@ -63,12 +65,10 @@ def test_committed_tables_name_known_kernels_and_shapes():
     import importlib
     from pathlib import Path
 
-    from vatt_fast.kernels import dispatch
-
     pytest.importorskip("triton", reason="the kernels import triton, which is not installed")
     known = {
         name
-        for op in dispatch.OPS
+        for op in OPS
         for name in importlib.import_module(f"vatt_fast.kernels.{op}.triton_gpu").TUNING
     }
     assert known

@@ -13,12 +13,13 @@ import native_fixtures
 import pytest
 import torch
 from native_fixtures import LEVELS, held_to, using
-from test_ops import DTYPES, PARITY, judged
+from op_battery import DTYPES, PARITY, judged
 
 from vatt_fast.kernels import dispatch, native
+from vatt_fast.kernels.backends import BACKENDS
 
 ROOT = Path(__file__).resolve().parents[2]
-OPS = tuple(op for op in dispatch.OPS if "native_cpu" in dispatch.BACKENDS[op])
+OPS = tuple(op for op, names in BACKENDS.items() if "native_cpu" in names)
 
 built = pytest.mark.skipif(native.extension is None, reason=f"the extension is {native.explain()}")
 

@@ -115,7 +115,7 @@ def test_values_that_memory_does_not_hold_are_copied_all_the_same(lazy):
     """torch marks a conjugate or a negative instead of computing it, and computes it before it calls an op of somebody else's."""
     tokens = torch.complex(tokens_of(), tokens_of()).requires_grad_()
     keep = KEEPS["clip"]
-    with use_backend("drop_token=native_cpu"):
+    with use_backend(drop_token="native_cpu"):
         kept = drop_token(lazy(tokens.detach()), keep)
         assert torch.equal(kept, reference.forward(lazy(tokens.detach()), keep))
         weights = torch.randn_like(kept)

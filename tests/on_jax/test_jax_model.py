@@ -117,7 +117,7 @@ def test_outputs_loss_and_gradients_are_those_of_torch(kind, recipe):
         0.5, seed=0, step=0, per="clip" if recipe == "paper" else "batch", batch=CLIPS
     )
     # six clips behind batch norms raise a kernel's last bits to 1e-4; tests/test_ops.py judges kernels
-    with use_backend("attention=reference"):
+    with use_backend(attention="reference"):
         expected = model(**tensors(inputs), **keep, **tensors(valid))
         loss = vatt_loss(expected, config, scale=model.scale(), **tensors(valid))
         loss.total.backward()

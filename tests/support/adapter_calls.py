@@ -1,17 +1,11 @@
 """What kernels.xla is asked for when an op runs forward and backward, from shapes alone; for the checks of tests/xla and tests/torch_tpu."""
 
-import test_ops
 import torch
 
 from vatt_fast.kernels import xla
 from vatt_fast.kernels.cases import CASES, make
+from vatt_fast.kernels.ops import OPS
 
-TENSORS = {
-    "attention": 3,
-    "drop_token": 2,
-    "contrastive_lse": 2,
-    "patch_embed": 3,
-}  # so many come first, the rest by name
 TINY = {
     "attention": "video_tiny_drop50",
     "drop_token": "video_tiny_drop50",
@@ -32,7 +26,7 @@ def inputs_of(op, dtype, device="meta"):
 
 
 def outputs_of(op, inputs):
-    outputs = test_ops.OPS[op](**inputs)
+    outputs = OPS[op].function(**inputs)
     return outputs if isinstance(outputs, tuple) else (outputs,)
 
 
@@ -40,8 +34,8 @@ def arguments(op, function, dtype, device="meta"):
     """Of a backend's forward or backward: its tensors, and its options."""
     inputs = inputs_of(op, dtype, device)
     tensors, options = (
-        list(inputs.values())[: TENSORS[op]],
-        dict(list(inputs.items())[TENSORS[op] :]),
+        [inputs[name] for name in OPS[op].tensors],
+        {name: value for name, value in inputs.items() if name not in OPS[op].tensors},
     )
     if op == "patch_embed":
         options |= {"dtype": dtype}

@@ -3,18 +3,10 @@
 import jax
 import jax.numpy as jnp
 import torch
-from test_ops import OUTPUTS
 
-from vatt_fast.kernels import jax_ops
-from vatt_fast.kernels.cases import DIFFERENTIABLE
+from vatt_fast.kernels.ops import OPS
 from vatt_fast.kernels.patch_embed import patchify
 
-OPS = {
-    "attention": jax_ops.attention,
-    "drop_token": jax_ops.drop_token,
-    "contrastive_lse": jax_ops.contrastive_lse,
-    "patch_embed": jax_ops.patch_embed,
-}
 HEADS_FIRST = {
     "q",
     "k",
@@ -54,11 +46,11 @@ def translate(op: str, inputs: dict) -> dict:
 def run(
     op: str, inputs: dict, seeds: list[torch.Tensor], *, without: tuple[str, ...] = ()
 ) -> dict[str, torch.Tensor]:
-    """{output: value, d_input: gradient} of one jitted forward and backward, in torch's layout; as tests/test_ops.py's ``run``."""
+    """{output: value, d_input: gradient} of one jitted forward and backward, in torch's layout; as ``parity.run``."""
     arguments = translate(op, inputs)
     leaves = {
         name: arguments.pop(name)
-        for name in DIFFERENTIABLE[op]
+        for name in OPS[op].differentiable
         if isinstance(arguments.get(name), jax.Array)
         and jnp.issubdtype(arguments[name].dtype, jnp.floating)
     }
@@ -67,7 +59,7 @@ def run(
         for name in list(arguments)
         if isinstance(arguments[name], jax.Array)
     }
-    names = OUTPUTS[op]
+    names = OPS[op].outputs
     cotangents = [
         to_jax(seed.transpose(1, 2) if name in HEADS_FIRST else seed)
         for name, seed in zip(names, seeds, strict=True)
@@ -75,7 +67,7 @@ def run(
 
     def both(leaves, fixed, cotangents):
         def call(leaves):
-            outputs = OPS[op](**leaves, **fixed, **arguments)
+            outputs = OPS[op].jax_function(**leaves, **fixed, **arguments)
             return outputs if isinstance(outputs, tuple) else (outputs,)
 
         outputs, backward = jax.vjp(call, leaves)

@@ -15,11 +15,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 from adapter_calls import arguments, call_of, inputs_of, outputs_of
 
-from vatt_fast.kernels import dispatch, explain, xla
-from vatt_fast.kernels.cases import DIFFERENTIABLE
+from vatt_fast.kernels import explain, xla
+from vatt_fast.kernels.ops import OPS
 
 DEVICE = "tpu:0"
-CALLS = [(op, function) for op in dispatch.OPS for function in ("forward", "backward")]
+CALLS = [(op, function) for op in OPS for function in ("forward", "backward")]
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 
 
@@ -29,7 +29,7 @@ def named_device():
     torch_tpu._loader._init_device("tpu")
 
 
-@pytest.mark.parametrize("op", dispatch.OPS)
+@pytest.mark.parametrize("op", OPS)
 def test_the_kernels_are_preferred(op):
     with FakeTensorMode():
         tensors, options = arguments(op, "forward", torch.bfloat16, DEVICE)
@@ -48,7 +48,7 @@ def test_an_operator_is_registered_and_knows_its_results(op, function, dtype):
         expected = (
             outputs_of(op, inputs)
             if function == "forward"
-            else [gradient_of(inputs[name]) for name in DIFFERENTIABLE[op]]
+            else [gradient_of(inputs[name]) for name in OPS[op].differentiable]
         )
         call, _ = xla.bind(op, function, tensors, options)
     namespace, _, name = xla.operator(call)._opoverload._schema.name.partition("::")
@@ -65,14 +65,14 @@ def test_an_operator_is_registered_and_knows_its_results(op, function, dtype):
 
 
 @DTYPES
-@pytest.mark.parametrize("op", dispatch.OPS)
+@pytest.mark.parametrize("op", OPS)
 def test_gradients_are_wired(op, dtype):
     """The public op's node, called by hand, as autograd's engine has no queue for a device that is absent."""
     with FakeTensorMode():
         inputs = inputs_of(op, dtype, DEVICE)
         leaves = {
             name: inputs[name].requires_grad_()
-            for name in DIFFERENTIABLE[op]
+            for name in OPS[op].differentiable
             if gradient_of(inputs[name]) is not None
         }
         outputs = outputs_of(op, inputs)

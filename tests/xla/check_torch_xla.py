@@ -16,11 +16,13 @@ from jax.sharding import SingleDeviceSharding
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 import adapter_calls
-import test_ops
+from op_battery import DTYPES
 
 from vatt_fast.config import PRESETS, TowerConfig
-from vatt_fast.kernels import attention, dispatch, explain, use_backend, xla
+from vatt_fast.kernels import attention, explain, use_backend, xla
 from vatt_fast.kernels.cases import CASES, make
+from vatt_fast.kernels.ops import OPS
+from vatt_fast.kernels.parity import assert_as_good_as_plain, cancelled_rows, expected, run
 from vatt_fast.losses import vatt_loss
 from vatt_fast.model import VATT
 
@@ -60,25 +62,23 @@ MODEL = dataclasses.replace(
 
 
 @pytest.mark.parametrize(
-    ("runtime", "expected"), [("CPU", "runs when asked for"), ("TPU", "preferred (fwd, bwd)")]
+    ("runtime", "verdict"), [("CPU", "runs when asked for"), ("TPU", "preferred (fwd, bwd)")]
 )
-@pytest.mark.parametrize("op", dispatch.OPS)
-def test_the_kernels_are_preferred_on_a_tpu(op, runtime, expected, monkeypatch):
+@pytest.mark.parametrize("op", OPS)
+def test_the_kernels_are_preferred_on_a_tpu(op, runtime, verdict, monkeypatch):
     monkeypatch.setattr(torch_xla.runtime, "device_type", lambda: runtime)
     case = (
         "video_tiny_drop50" if op == "attention" else NAMES[op][0]
     )  # attention's want queries enough
     inputs = list(make(CASES[op][case], device=DEVICE).items())
-    count = adapter_calls.TENSORS[op]
-    assert (
-        explain(op, *[value for _, value in inputs[:count]], **dict(inputs[count:]))["pallas_tpu"]
-        == expected
-    )
+    count = len(OPS[op].tensors)
+    verdicts = explain(op, *[value for _, value in inputs[:count]], **dict(inputs[count:]))
+    assert verdicts["pallas_tpu"] == verdict
 
 
 def test_what_the_kernels_do_not_take_is_said():
     q = torch.zeros(1, 4, 2, 16, device=DEVICE)
-    with use_backend("attention=pallas_tpu"):
+    with use_backend(attention="pallas_tpu"):
         with pytest.raises(ValueError, match="float64 is for the reference"):
             attention(q.double(), q.double(), q.double(), scale=1.0)
         with pytest.raises(ValueError, match="head_dim 12 is not a multiple of 8"):
@@ -101,7 +101,7 @@ def test_what_the_kernels_do_not_take_is_said():
     ("op", "name"), [(op, name) for op, names in NAMES.items() for name in names]
 )
 def test_gradients(op, name, dtype):
-    judged(op, name, test_ops.DTYPES[dtype])
+    judged(op, name, DTYPES[dtype])
 
 
 def test_gradients_without_one_of_lse():
@@ -110,7 +110,7 @@ def test_gradients_without_one_of_lse():
 
 def test_autocast_reaches_the_kernels():
     inputs = make(CASES["attention"]["text"], device=DEVICE)
-    with use_backend("attention=pallas_tpu"):
+    with use_backend(attention="pallas_tpu"):
         with torch.autocast("xla", torch.bfloat16):
             out, lse = attention(**inputs)
         halves = {name: inputs[name].bfloat16() for name in "qkv"}
@@ -122,31 +122,23 @@ def test_autocast_reaches_the_kernels():
 def judged(op, name, dtype, without=()):
     case = CASES[op][name]
     inputs = make(case, dtype)
-    truth = test_ops.run(
-        test_ops.PLAIN[op],
-        op,
-        test_ops.promote(inputs, torch.float64),
-        dtype=dtype,
-        without=without,
-    )
-    yardstick = test_ops.run(test_ops.PLAIN[op], op, inputs, dtype=dtype, without=without)
-    with use_backend(f"{op}=pallas_tpu"):
-        result = test_ops.run(
-            test_ops.OPS[op], op, make(case, dtype, DEVICE), dtype=dtype, without=without
-        )
+    yardstick, truth = expected(op, inputs, dtype, without=without)
+    with use_backend(**{op: "pallas_tpu"}):
+        there = make(case, dtype, DEVICE)
+        result = run(OPS[op].function, op, there, dtype=dtype, without=without)
     result = {name: value.cpu() for name, value in result.items()}
     slack = 2.0 if dtype == torch.float32 else 0.5  # XLA adds one by one on a CPU, torch in a tree
-    test_ops.assert_as_good_as_plain(
-        result, yardstick, truth, dtype, test_ops.cancelled_rows(op, inputs), slack_eps=slack
+    assert_as_good_as_plain(
+        result, yardstick, truth, dtype, cancelled_rows(op, inputs), slack_eps=slack
     )
 
 
 def test_a_repeated_call_is_traced_once():
     inputs = make(CASES["drop_token"]["one_kept"], device=DEVICE)
-    with use_backend("drop_token=pallas_tpu"):
-        test_ops.run(test_ops.OPS["drop_token"], "drop_token", inputs)
+    with use_backend(drop_token="pallas_tpu"):
+        run(OPS["drop_token"].function, "drop_token", inputs)
         before = xla.computation.cache_info()
-        test_ops.run(test_ops.OPS["drop_token"], "drop_token", inputs)
+        run(OPS["drop_token"].function, "drop_token", inputs)
     after = xla.computation.cache_info()
     assert (after.misses, after.hits) == (before.misses, before.hits + 2)
 
@@ -180,10 +172,10 @@ def test_training_steps():
     assert losses[1] != losses[0] and any(
         not torch.equal(value, started[name]) for name, value in here.state_dict().items()
     )
-    for (name, expected), value in zip(here.named_parameters(), there.parameters(), strict=True):
+    for (name, wanted), value in zip(here.named_parameters(), there.parameters(), strict=True):
         torch.testing.assert_close(
             value.detach().cpu(),
-            expected.detach(),
+            wanted.detach(),
             rtol=1e-2,
             atol=2e-4,
             msg=lambda text, name=name: f"{name}: {text}",
@@ -192,7 +184,7 @@ def test_training_steps():
 
 # -- for a TPU ---------------------------------------------------------------------------------------------------------
 
-CALLS = [(op, function) for op in dispatch.OPS for function in ("forward", "backward")]
+CALLS = [(op, function) for op in OPS for function in ("forward", "backward")]
 KERNELS = {("contrastive_lse", "backward"): 2, ("patch_embed", "backward"): 2}  # the others are one
 
 

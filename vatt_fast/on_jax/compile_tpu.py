@@ -85,7 +85,7 @@ def compile_step(
     import jax.numpy as jnp
     from jax.sharding import NamedSharding, PartitionSpec
 
-    from ..kernels.dispatch import lowering_for
+    from ..kernels.settings import lowering_for
     from . import training as jax_loop
 
     if run.batch % len(devices):

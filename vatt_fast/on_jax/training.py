@@ -21,7 +21,7 @@ from ..config import VATTConfig
 from ..data.dataset import Batch
 from ..data.text import Vocabulary
 from ..kernels import sample_keep
-from ..kernels.dispatch import lowering_for
+from ..kernels.settings import lowering_for
 from ..kernels.patch_embed import patchify
 from ..model import VATT
 from ..training.checkpoint import read_state, write_state
