@@ -18,8 +18,11 @@ from vatt_fast.kernels import backends
 ROOT = Path(__file__).resolve().parent.parent
 _STEP = ("vatt_fast/model.py", "vatt_fast/losses.py")
 _BUILD = ("setup.py", "csrc/compile_native.py")
-# not run by the op that is timed: the cases, the tests' rule, other frameworks
-_APART = re.compile(r"cases|ops|flops|parity|backends|\w*jax\w*|xla|pallas\w*|__main__")
+# imported, but not run in what is timed: the cases, the tests' rule, other frameworks
+_APART = re.compile(
+    r"cases|ops|flops|parity|backends|native_interface|encoding|weights|text"
+    r"|\w*jax\w*|xla|pallas\w*|__main__"
+)
 
 
 @functools.cache

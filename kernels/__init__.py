@@ -1,15 +1,17 @@
 """The four ops that carry VATT's cost, usable alone in any trainer.
 
-The names below are functions; the folders of the same name hold their contracts, references and kernels.
+The names below are functions. The folders of the same name hold their contracts, references and
+kernels.
 """
 
-if (
-    __name__ == "kernels"
-):  # transformers looks for another package of this name, and finds this folder where the repository's root is on the path
+# transformers looks for another package of this name, and finds this folder where the repository's
+# root is on the path
+if __name__ == "kernels":
 
     def __getattr__(name: str):
         raise AttributeError(
-            f"this folder is the source of vatt_fast.kernels, not a package 'kernels' that has {name}: import vatt_fast.kernels"
+            "this folder is the source of vatt_fast.kernels, not a package 'kernels' that has"
+            f" {name}: import vatt_fast.kernels"
         )
 
 else:

@@ -31,7 +31,8 @@ def one_device(**tensors: torch.Tensor | None) -> None:
     Raises:
         ValueError: they do not.
     """
-    if len({tensor.device for tensor in tensors.values() if tensor is not None}) > 1:
+    given = [tensor.device for tensor in tensors.values() if tensor is not None]
+    if given.count(given[0]) != len(given):
         devices = [
             f"{name} is on {tensor.device}"
             for name, tensor in tensors.items()

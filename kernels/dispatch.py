@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from .backends import BACKENDS, JAX_BACKENDS, OP_NAMES, PREFERENCE, REFERENCES, Row, load
+from .backends import BACKENDS, JAX_BACKENDS, OP_NAMES, PREFERENCE, REFERENCES, load
 from .settings import jax_platform
 
 
@@ -20,14 +20,16 @@ def choose(op: str, mode: str, name: str, *tensors: Any, **options: Any) -> Any:
     Raises:
         ValueError: the backend asked for by name cannot run this call.
     """
-    framework = _framework(tensors[0])
+    framework = "torch" if isinstance(tensors[0], torch.Tensor) else "jax"
     if name:
         if reason := unsupported(op, name, *tensors, **options):
             raise ValueError(f"{op}: backend {name!r} cannot run this: {reason}")
         return load(op, name, framework)
-    for row in _rows(op, tensors[0]):
-        preferred = row.when is None or row.when(mode, *tensors, **options)
-        if preferred and not unsupported(op, row.backend, *tensors, **options):
+    device = tensors[0].device.type if framework == "torch" else jax_platform()
+    for row in PREFERENCE.get((framework, device), REFERENCES):
+        if row.op != op or not (row.when is None or row.when(mode, *tensors, **options)):
+            continue
+        if not unsupported(op, row.backend, *tensors, **options):
             return load(op, row.backend, framework)
     return load(op, "reference", framework)
 
@@ -52,7 +54,8 @@ def explain(op: str, *tensors: Any, **options: Any) -> dict[str, str]:
         for mode in ("fwd", "bwd")
     }
     verdicts = {}
-    for backend in _known(op, tensors[0]):
+    known = BACKENDS if isinstance(tensors[0], torch.Tensor) else JAX_BACKENDS
+    for backend in known[op]:
         modes = [mode for mode, name in chosen.items() if name == backend]
         verdicts[backend] = unsupported(op, backend, *tensors, **options) or (
             f"preferred ({', '.join(modes)})" if modes else "runs when asked for"
@@ -62,14 +65,16 @@ def explain(op: str, *tensors: Any, **options: Any) -> dict[str, str]:
 
 def unsupported(op: str, name: str, *tensors: Any, **options: Any) -> str | None:
     """The reason why backend ``name`` cannot run this call, or None."""
-    known = _known(op, tensors[0])
+    framework, known = "torch", BACKENDS[op]
+    if not isinstance(tensors[0], torch.Tensor):
+        framework, known = "jax", JAX_BACKENDS[op]
     if name not in known:
         return (
             f"{op} has no such backend; it has {', '.join(known)}"
             f" (ask per op: VATT_FAST_BACKEND={op}=...)"
         )
     try:
-        module = load(op, name, _framework(tensors[0]))
+        module = load(op, name, framework)
     except ModuleNotFoundError as error:
         # a module of ours that is missing is a bug, not a part to install
         if (error.name or __package__).startswith(__package__):
@@ -92,17 +97,3 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
     if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
         return torch.get_autocast_dtype(device.type)
     return None
-
-
-def _framework(tensor: Any) -> str:
-    return "torch" if isinstance(tensor, torch.Tensor) else "jax"
-
-
-def _known(op: str, tensor: Any) -> tuple[str, ...]:
-    return (BACKENDS if _framework(tensor) == "torch" else JAX_BACKENDS)[op]
-
-
-def _rows(op: str, tensor: Any) -> tuple[Row, ...]:
-    framework = _framework(tensor)
-    device = tensor.device.type if framework == "torch" else jax_platform()
-    return tuple(row for row in PREFERENCE.get((framework, device), REFERENCES) if row.op == op)

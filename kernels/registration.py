@@ -70,12 +70,11 @@ class Operator:
         place = {field: i for i, field in enumerate(fields)}
         wanted, sized = wanted or {}, sized or {}
         flags = set(wanted.values())
-        # places of arguments: of the tensors, of options by name, of what autograd saves
+        # places of arguments: of options by name, of what autograd saves, of gradients
         self.count, self.tensors = len(fields), tensors
-        named = [(field, place[field]) for field in fields[tensors:]]
-        self.weighing = [(f, i) for f, i in named if f not in flags or f in weighed]
-        self.forward_options = [(f, i) for f, i in named if f not in flags]
-        self.backward_options = named
+        self.options = fields[tensors:]
+        self.only_backward = flags
+        self.not_weighed = flags - set(weighed)
         self.sized = [(place[field], axis) for field, axis in sized.items()]
         self.sizes = {i for i, _ in self.sized}
         self.kept = [
@@ -109,23 +108,32 @@ class Operator:
 
     def _forward(self, *inputs):
         tensors = inputs[: self.tensors]
-        weighing = {field: inputs[i] for field, i in self.weighing}
-        module = choose(self.name, "fwd", inputs[-1], *tensors, **weighing)
-        results = module.forward(*tensors, **{f: inputs[i] for f, i in self.forward_options})
-        return _each(results, Tensor.contiguous)
+        # the backend's name, which is last, is left over
+        options = all_options = dict(zip(self.options, inputs[self.tensors :]))  # noqa: B905
+        if self.only_backward:
+            options = {name: x for name, x in options.items() if name not in self.only_backward}
+            for flag in self.not_weighed:
+                del all_options[flag]
+        module = choose(self.name, "fwd", inputs[-1], *tensors, **all_options)
+        results = module.forward(*tensors, **options)
+        if isinstance(results, tuple):
+            return tuple([x.contiguous() for x in results])
+        return results.contiguous()
 
     def _fake(self, *inputs):
         return self.fake(self.arguments(*inputs[:-1]))
 
     def _backward(self, *inputs):
         d_outputs, given, saved = self._split(inputs)
-        tensors = list(given[: self.tensors])
-        weighing = {field: given[i] for field, i in self.weighing}
-        like = [d_outputs[0] if i in self.sizes else x for i, x in enumerate(tensors)]
-        module = choose(self.name, "bwd", inputs[-1], *like, **weighing)
-        tensors = [x for i, x in enumerate(tensors) if i not in self.sizes]
+        tensors = like = given[: self.tensors]
         sizes = [given[i][axis] for i, axis in self.sized]
-        options = {field: given[i] for field, i in self.backward_options}
+        if sizes:
+            like = [d_outputs[0] if i in self.sizes else x for i, x in enumerate(tensors)]
+            tensors = [x for i, x in enumerate(tensors) if i not in self.sizes]
+        options = weighed = dict(zip(self.options, given[self.tensors :]))  # noqa: B905
+        if self.not_weighed:
+            weighed = {name: x for name, x in options.items() if name not in self.not_weighed}
+        module = choose(self.name, "bwd", inputs[-1], *like, **weighed)
         found = module.backward(*d_outputs, *tensors, *saved, *sizes, **options)
         found = found if isinstance(found, tuple | list) else (found,)
         results = []
@@ -200,10 +208,6 @@ class Operator:
 
 def _is_tensor(kind: Any) -> bool:
     return kind is Tensor or kind == Tensor | None
-
-
-def _each(results, function):
-    return tuple(map(function, results)) if isinstance(results, tuple) else function(results)
 
 
 # -- one operator --------------------------------------------------------------------------------

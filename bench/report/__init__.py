@@ -133,18 +133,19 @@ def fill(text: str, report: Report) -> str:
 # -- the page ---------------------------------------------------------------------------------
 
 _INTRODUCTION = (
-    "Made by `make report` from committed result lines alone. **Bold** and the thick blue line are "
-    "ours, all else are peers, timed in the same process in turn. Times are p50 with p20 to p80. "
-    f"{STALE} and hollow markers are stale lines: measured on other code or another torch than "
-    "this, or while other machines took more than a twentieth of the processors. Over best peer is "
-    "the median over the rounds of both times' ratio; on a noisy machine it is not the ratio of "
-    "the medians. The share is that of the fastest matmul or copy that any process saw on the "
-    "machine. TFLOP/s counts, for everybody, a backward that computes the scores again, as "
-    "kernels with little memory do: who keeps all scores does less. Peak MiB is what torch allocates: of an op "
-    "beyond its inputs, of a step beyond weights and optimizer state on a CPU and everything on a "
-    "GPU. Process MiB is all that the process held when its first contender ran for the first "
-    "time, compilers included. Under each table stand the commands that measure it again, on a "
-    "machine like its own."
+    "Made by `make report` from committed result lines alone. **Bold** and the thick blue "
+    "line are ours, all else are peers, timed in the same process in turn. Times are p50 with"
+    f" p20 to p80. {STALE} and hollow markers are stale lines: measured on other code or "
+    "another torch than this, or while other machines took more than a twentieth of the "
+    "processors. Over best peer is the median over the rounds of both times' ratio; on a "
+    "noisy machine it is not the ratio of the medians. The share is that of the fastest "
+    "matmul or copy that any process saw on the machine. TFLOP/s counts, for everybody, a "
+    "backward that computes the scores again, as kernels with little memory do: who keeps all"
+    " scores does less. Peak MiB is what torch allocates: of an op beyond its inputs, of a "
+    "step beyond weights and optimizer state on a CPU and everything on a GPU. Process MiB is"
+    " all that the process held when its first contender ran for the first time, compilers "
+    "included. Under each table stand the commands that measure it again, on a machine like "
+    "its own."
 )
 
 

@@ -19,7 +19,9 @@ def check(q: Any, k: Any, v: Any, bias: Any, key_mask: Any, *, heads: int) -> No
         q.ndim == 4
         and k.ndim == 4
         and k.shape == v.shape
-        and all(q.shape[axis] == k.shape[axis] for axis in (0, heads, 3))
+        and q.shape[0] == k.shape[0]
+        and q.shape[heads] == k.shape[heads]
+        and q.shape[3] == k.shape[3]
     )
     if not alike:
         order = ("B, {}, H, head_dim", "B, H, {}, head_dim")[heads == 1]
