@@ -23,8 +23,8 @@ _library = torch.library.Library("vatt_fast", "FRAGMENT")
 
 
 class Operator:
-    """``torch.ops.vatt_fast.<name>`` and ``<name>_backward``: opaque to the compiler, differentiable
-    once, each run by the backend that its last argument names ("" chooses).
+    """``torch.ops.vatt_fast.<name>`` and ``<name>_backward``: opaque to the compiler, with a first
+    derivative, each run by the backend that its last argument names ("" chooses).
 
     ``call`` is the first of the two, and takes all arguments by position, the backend's name last.
 
@@ -51,7 +51,7 @@ class Operator:
         name: str,
         arguments: type,
         fake: Callable[..., Any],
-        flops: Callable[[str, Any], int] | None = None,
+        flops: Callable[[str, Any], int] = lambda mode, shapes: 0,
         *,
         tensors: int,
         outputs: Sequence[str],
@@ -98,11 +98,9 @@ class Operator:
             self._fake_backward,
             self._refuse,
         )
-        if flops:
-            register_flop_formula(getattr(torch.ops.vatt_fast, name))(self._flops)
-            register_flop_formula(getattr(torch.ops.vatt_fast, f"{name}_backward"))(
-                self._backward_flops
-            )
+        count = {name: self._flops, f"{name}_backward": self._backward_flops}
+        for each, formula in count.items():
+            register_flop_formula(getattr(torch.ops.vatt_fast, each))(formula)
 
     # -- what runs inside ------------------------------------------------------------------------
 
@@ -190,10 +188,10 @@ class Operator:
             given[i] = x
         saved, backend = tensors[len(self.kept) :], given.pop()
         if self.optional:
-            d_outputs = [
+            d_outputs = tuple(
                 d if d is not None or name in self.optional else torch.zeros_like(output)
                 for name, d, output in zip(self.outputs, d_outputs, saved, strict=True)
-            ]
+            )
         found = self.call_backward(*d_outputs, *given, *saved, backend)
         found = found if isinstance(found, tuple | list) else (found,)
         results: list[Tensor | None] = [None] * (self.count + 1)

@@ -75,7 +75,7 @@ class Operator:
         self._run.defvjp(self._forward, self._backward)
 
     def call(self, arrays: Arrays, **options: Any) -> Any:
-        sizes = tuple(arrays[each].shape[axis] for each, axis in self.sized.items())  # type: ignore[union-attr]
+        sizes = tuple(jnp.shape(arrays[each])[axis] for each, axis in self.sized.items())
         static = _Static(requested(self.name), tuple(options.items()), sizes)
         return self._run(static, arrays)
 
