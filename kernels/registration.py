@@ -65,7 +65,7 @@ class Operator:
     ):
         self.name, self.arguments, self.fake, self.flops = name, arguments, fake, flops
         self.outputs, self.saved, self.optional, self.instead = outputs, saved, optional, instead
-        kinds = get_type_hints(arguments)
+        kinds: dict[str, Any] = get_type_hints(arguments)
         fields = tuple(kinds)
         place = {field: i for i, field in enumerate(fields)}
         wanted, sized = wanted or {}, sized or {}
@@ -84,7 +84,9 @@ class Operator:
         self.gradients = [(place[f], place.get(wanted.get(f, ""))) for f in gradients]
 
         define = functools.partial(_define, instead=instead)
-        backward = {f"d_{each}": Tensor | None if each in optional else Tensor for each in outputs}
+        backward: dict[str, Any] = {
+            f"d_{each}": Tensor | None if each in optional else Tensor for each in outputs
+        }
         backward |= {f: list[int] if place[f] in self.sizes else kinds[f] for f in fields}
         backward |= dict.fromkeys(saved, Tensor)
         self.call = define(
