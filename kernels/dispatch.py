@@ -84,7 +84,7 @@ def unsupported(op: str, name: str, *tensors: Any, **options: Any) -> str | None
 
 
 def native_bf16(device: torch.device) -> bool:
-    """Whether the device multiplies bf16 in hardware; elsewhere autocast would only slow it down."""
+    """Whether the device multiplies bf16 in hardware; autocast only slows others down."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return device.type == "cpu" and (

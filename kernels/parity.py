@@ -158,7 +158,7 @@ def run(
     pairs = zip(outputs, cast_like(seeds, outputs), strict=True)
     named = dict(zip(OPS[op].outputs, pairs, strict=True))
     used = [pair for name, pair in named.items() if name not in without]
-    torch.autograd.backward(*zip(*used, strict=True))
+    torch.autograd.backward([output for output, _ in used], [seed for _, seed in used])
     result = {name: output.detach() for name, (output, _) in named.items()}
     return result | {
         f"d_{name}": torch.zeros_like(leaf) if leaf.grad is None else leaf.grad

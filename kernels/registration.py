@@ -23,8 +23,8 @@ _library = torch.library.Library("vatt_fast", "FRAGMENT")
 
 
 class Operator:
-    """``torch.ops.vatt_fast.<name>`` and ``<name>_backward``: opaque to the compiler, differentiable
-    once, each run by the backend that its last argument names ("" chooses).
+    """``torch.ops.vatt_fast.<name>`` and ``<name>_backward``: opaque to the compiler, with a first
+    derivative, each run by the backend that its last argument names ("" chooses).
 
     ``call`` is the first of the two, and takes all arguments by position, the backend's name last.
 
@@ -51,7 +51,7 @@ class Operator:
         name: str,
         arguments: type,
         fake: Callable[..., Any],
-        flops: Callable[[str, Any], int] | None = None,
+        flops: Callable[[str, Any], int] = lambda mode, shapes: 0,
         *,
         tensors: int,
         outputs: Sequence[str],
@@ -65,7 +65,7 @@ class Operator:
     ):
         self.name, self.arguments, self.fake, self.flops = name, arguments, fake, flops
         self.outputs, self.saved, self.optional, self.instead = outputs, saved, optional, instead
-        kinds = get_type_hints(arguments)
+        kinds: dict[str, Any] = get_type_hints(arguments)
         fields = tuple(kinds)
         place = {field: i for i, field in enumerate(fields)}
         wanted, sized = wanted or {}, sized or {}
@@ -84,7 +84,9 @@ class Operator:
         self.gradients = [(place[f], place.get(wanted.get(f, ""))) for f in gradients]
 
         define = functools.partial(_define, instead=instead)
-        backward = {f"d_{each}": Tensor | None if each in optional else Tensor for each in outputs}
+        backward: dict[str, Any] = {
+            f"d_{each}": Tensor | None if each in optional else Tensor for each in outputs
+        }
         backward |= {f: list[int] if place[f] in self.sizes else kinds[f] for f in fields}
         backward |= dict.fromkeys(saved, Tensor)
         self.call = define(
@@ -98,11 +100,9 @@ class Operator:
             self._fake_backward,
             self._refuse,
         )
-        if flops:
-            register_flop_formula(getattr(torch.ops.vatt_fast, name))(self._flops)
-            register_flop_formula(getattr(torch.ops.vatt_fast, f"{name}_backward"))(
-                self._backward_flops
-            )
+        count = {name: self._flops, f"{name}_backward": self._backward_flops}
+        for each, formula in count.items():
+            register_flop_formula(getattr(torch.ops.vatt_fast, each))(formula)
 
     # -- what runs inside ------------------------------------------------------------------------
 
@@ -190,10 +190,10 @@ class Operator:
             given[i] = x
         saved, backend = tensors[len(self.kept) :], given.pop()
         if self.optional:
-            d_outputs = [
+            d_outputs = tuple(
                 d if d is not None or name in self.optional else torch.zeros_like(output)
                 for name, d, output in zip(self.outputs, d_outputs, saved, strict=True)
-            ]
+            )
         found = self.call_backward(*d_outputs, *given, *saved, backend)
         found = found if isinstance(found, tuple | list) else (found,)
         results: list[Tensor | None] = [None] * (self.count + 1)

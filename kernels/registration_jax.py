@@ -13,7 +13,7 @@ from .checks import is_float
 from .dispatch import choose
 from .settings import requested
 
-Arrays = dict[str, jax.Array | None]
+Arrays = dict[str, Any]  # of jax.Array, absent ones None
 
 
 class Reference:
@@ -75,7 +75,7 @@ class Operator:
         self._run.defvjp(self._forward, self._backward)
 
     def call(self, arrays: Arrays, **options: Any) -> Any:
-        sizes = tuple(arrays[each].shape[axis] for each, axis in self.sized.items())  # type: ignore[union-attr]
+        sizes = tuple(arrays[each].shape[axis] for each, axis in self.sized.items())
         static = _Static(requested(self.name), tuple(options.items()), sizes)
         return self._run(static, arrays)
 

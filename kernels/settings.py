@@ -1,4 +1,6 @@
-"""Every switch of the kernels, each with the context manager that sets it: backend, platform, tiles, interpreter.
+"""Every switch of the kernels, each with the context manager that sets it.
+
+Backend, platform of JAX code, interpreter of Pallas kernels, tiles of GPU kernels.
 
 They are plain module globals. ``torch.compile`` can guard on those, and not on a ContextVar.
 """

@@ -196,7 +196,7 @@ def exported(call: Call, platform: str) -> jax.export.Exported:
 
 @functools.cache
 def computation(call: Call, platform: str) -> Callable:
-    """tensors -> results: the function as an XLA computation that torch_xla places into its graph."""
+    """tensors -> results: the function as an XLA computation, which torch_xla adds to its graph."""
     import torch_xla.core.xla_builder as xla_builder
 
     lowered = (

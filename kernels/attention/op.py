@@ -3,7 +3,7 @@
 Vaswani et al. 2017, section 3.2; VATT, section 3.2.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -85,7 +85,7 @@ def _fake(given: _Arguments) -> tuple[Tensor, Tensor]:
     return given.q.new_empty(given.q.shape), given.q.new_empty((B, H, T), dtype=dtype)
 
 
-def _flops(mode: str, shapes: _Arguments) -> int:
+def _flops(mode: str, shapes: Any) -> int:
     B, T, H, D = shapes.q
     return flops(mode, B, H, T, shapes.k[1], D)
 

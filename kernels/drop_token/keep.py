@@ -1,4 +1,4 @@
-"""Which tokens of a step stay: drawn on the host, the same on every platform (VATT, section 3.3)."""
+"""Which tokens of a step stay, drawn on the host (VATT, section 3.3)."""
 
 import hashlib
 import math
@@ -22,7 +22,8 @@ def num_kept(num_tokens: int, drop_rate: float) -> int:
     kept = num_tokens - math.ceil(drop_rate * num_tokens - 1e-9)
     if kept < 1:
         raise ValueError(
-            f"drop_rate {drop_rate} keeps none of {num_tokens} tokens; take at most {1 - 1 / num_tokens:.6g}"
+            f"drop_rate {drop_rate} keeps none of {num_tokens} tokens;"
+            f" take at most {1 - 1 / num_tokens:.6g}"
         )
     return kept
 
@@ -37,20 +38,24 @@ def sample_keep(
     per: str = "batch",
     batch: int | None = None,
 ) -> np.ndarray:
-    """Draw the kept indices of one step, on the host: a pure function of its arguments, the same on every platform.
+    """Draw the kept indices of one step, on the host.
 
+    A pure function of its arguments, the same on every platform.
     Every token gets a 64-bit hash of (seed, step, stream, clip, index); the K smallest stay.
 
     Args:
         num_tokens: N. drop_rate: fraction removed, in [0, 1).
-        seed, step: of the run. stream: names what must differ within a step, such as "video/3" for rank 3.
+        seed, step: of the run. stream: names what must differ within a step, such as "video/3" for
+            rank 3.
         per: "batch" draws once for all clips, "clip" once for each of ``batch`` clips.
 
     Returns:
-        int32 indices, distinct and sorted: (K,), or (batch, K) per clip. K = N - ceil(drop_rate * N).
+        int32 indices, distinct and sorted: (K,), or (batch, K) per clip.
+        K = N - ceil(drop_rate * N).
 
     Raises:
-        ValueError: drop_rate outside [0, 1) or keeping nothing, no token, unknown ``per``, or per clip without a batch.
+        ValueError: drop_rate outside [0, 1) or keeping nothing, no token, unknown ``per``, or per
+            clip without a batch.
     """
     if per not in ("batch", "clip"):
         raise ValueError(f"per is {per!r}; it is 'batch' or 'clip'")
@@ -73,7 +78,10 @@ def sample_keep(
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
-    """The output function of SplitMix64 (Steele, Lea and Flood 2014): a bijection of 64 bits without visible structure."""
+    """The output function of SplitMix64 (Steele, Lea and Flood 2014).
+
+    A bijection of 64 bits without visible structure.
+    """
     with np.errstate(over="ignore"):
         x = x + np.uint64(0x9E3779B97F4A7C15)
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -82,14 +90,16 @@ def _mix(x: np.ndarray) -> np.ndarray:
 
 
 def check_keep(keep: Tensor | np.ndarray, num_tokens: int, *, name: str = "keep") -> None:
-    """Host check of indices that were not drawn by ``sample_keep``: integer, at least one, in range, sorted, without repeats.
+    """Host check of indices that were not drawn by ``sample_keep``.
 
+    They are integers, at least one, in range, sorted and without repeats, else ValueError.
     Reads the values: call it where indices enter, not in a step's hot path on a device.
     """
     values = np.asarray(keep.cpu() if isinstance(keep, Tensor) else keep)
     if values.dtype.kind not in "iu" or values.ndim not in (1, 2) or values.size == 0:
         raise ValueError(
-            f"{name} is {values.shape} {values.dtype}; it takes at least one integer index, (K,) or (B, K)"
+            f"{name} is {values.shape} {values.dtype};"
+            " it takes at least one integer index, (K,) or (B, K)"
         )
     if values.min() < 0 or values.max() >= num_tokens:
         raise ValueError(
@@ -97,5 +107,6 @@ def check_keep(keep: Tensor | np.ndarray, num_tokens: int, *, name: str = "keep"
         )
     if (np.diff(values.astype(np.int64), axis=-1) <= 0).any():  # unsigned differences would wrap
         raise ValueError(
-            f"{name} repeats an index or is not sorted; indices must increase: sort them and drop repeats"
+            f"{name} repeats an index or is not sorted; indices must increase:"
+            " sort them and drop repeats"
         )

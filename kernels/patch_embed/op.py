@@ -3,7 +3,7 @@
 DropToken gather, normalisation, projection, position and AGG.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,7 +34,7 @@ def patch_embed(
 ) -> Tensor:
     """Project the kept patches only; dropped ones are neither read nor projected.
 
-        row_n    = patches[keep[n]]                              # already rows keep[n] when gathered
+        row_n    = patches[keep[n]]                            # already rows keep[n] when gathered
         tokens_n = (row_n * scale + shift) @ weight.T + bias + position[keep[n]]
         tokens_0 = agg, when given; patches follow from index 1
 
@@ -51,15 +51,16 @@ def patch_embed(
         position: (N, dim) float, the ready table, after its LayerNorm; or None.
         keep: (K,) or (B, K) int32 or int64, distinct and in range (``drop_token.check_keep``); None
             keeps all.
-        scale, shift: normalise raw values, e.g. 2 / 255 and -1 for uint8 to [-1, 1]. scale is not 0.
+        scale, shift: normalise raw values, e.g. 2 / 255 and -1 for uint8 to [-1, 1]. scale is not
+            0.
         agg: (dim,) float, prepended to every clip; or None.
         patch: patch sizes, (frames, rows, columns) or (samples,); the clip's far end is padded with
             raw zeros.
         gathered: patches already hold only the rows keep[n].
 
     Returns:
-        tokens (B, [1 +] K, dim) in the compute dtype. Gradients for weight, bias, position, agg, and
-        for float patches.
+        tokens (B, [1 +] K, dim) in the compute dtype. Gradients for weight, bias, position, agg,
+        and for float patches.
 
     Raises:
         ValueError: shapes or dtypes that do not fit; or the backend asked for cannot run them.
@@ -69,10 +70,10 @@ def patch_embed(
     dtype = autocast_dtype(patches.device) or weight.dtype
     backend = requested("patch_embed")
     if backend == PLAIN:
-        weight, bias, position, agg = (
-            None if x is None else x.to(dtype) for x in (weight, bias, position, agg)
-        )
-        options = dict(scale=scale, shift=shift, agg=agg, patch=patch, gathered=gathered)
+        position = None if position is None else position.to(dtype)
+        options: dict[str, Any] = dict(scale=scale, shift=shift, patch=patch, gathered=gathered)
+        options["agg"] = None if agg is None else agg.to(dtype)
+        weight, bias = weight.to(dtype), bias.to(dtype)
         return plain.patch_embed(patches, weight, bias, position, keep, **options)
     d_patches = patches.is_floating_point() and patches.requires_grad and torch.is_grad_enabled()
     sizes = list(patch) if patch else None
@@ -110,7 +111,7 @@ def _fake(given: _Arguments) -> Tensor:
     return given.weight.new_empty(shape, dtype=given.dtype)
 
 
-def _flops(mode: str, shapes: _Arguments) -> int:
+def _flops(mode: str, shapes: Any) -> int:
     rows, (dim, values) = _rows(shapes.patches, shapes.keep, shapes.patch), shapes.weight
     return flops(mode, shapes.patches[0], rows, values, dim, d_patches=shapes.d_patches)
 

@@ -25,7 +25,7 @@ def patch_embed(
 ) -> jax.Array:
     """Project the kept patches only; the contract of ``vatt_fast.kernels.patch_embed``, for rows.
 
-        row_n    = patches[keep[n]]                              # already rows keep[n] when gathered
+        row_n    = patches[keep[n]]                            # already rows keep[n] when gathered
         tokens_n = (row_n * scale + shift) @ weight.T + bias + position[keep[n]]
         tokens_0 = agg, when given; patches follow from index 1
 

@@ -1,4 +1,7 @@
-"""The named cases: primary ones are the presets' own sizes, parity ones cover what kernels get wrong, every one can be made."""
+"""The named cases: primary ones have the presets' sizes, parity ones cover what kernels get wrong.
+
+Every one can be made.
+"""
 
 import dataclasses
 import math

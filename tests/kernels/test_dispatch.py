@@ -1,4 +1,4 @@
-"""Which backend runs, why, how one asks for another; what the package imports; and what each op says to bad input."""
+"""Which backend runs, why, how one asks for another; what the package imports; bad input."""
 
 import ast
 import importlib
@@ -31,7 +31,7 @@ from vatt_fast.kernels.dispatch import choose
 from vatt_fast.kernels.ops import OPS
 from vatt_fast.kernels.settings import requested
 
-# -- choosing ----------------------------------------------------------------------------------------------------------
+# -- choosing --------------------------------------------------------------------------------------
 
 
 def attention_inputs(name="ragged_17", **changes):
@@ -60,7 +60,7 @@ class Ran:
 
 @pytest.fixture
 def without_cpp(monkeypatch):
-    """As on a machine without a C++ compiler: what is preferred does not depend on the instruction set."""
+    """As on a machine without a C++ compiler: the preference does not depend on the processor."""
     monkeypatch.setattr(native, "extension", None)
 
 
@@ -274,7 +274,7 @@ def test_objections_of_sdpa_on_cuda(dtype, head_dim, masked, deterministic, obje
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("biased", [False, True])
 def test_the_cuda_calls_of_sdpa_fit_atens_schemas(dtype, masked, biased):
-    """Shapes and arguments only, on fake tensors: no CUDA device is needed, none is shown to compute the right thing."""
+    """Shapes and arguments only, on fake tensors: no CUDA device is needed, no value is checked."""
     with FakeTensorMode():
         q, k, v = torch.empty(2, 37, 3, 4, 64, device="cuda", dtype=dtype).unbind(2)
         key_mask = torch.ones(2, 37, dtype=torch.bool, device="cuda") if masked else None
@@ -331,7 +331,10 @@ def test_objections_of_cudnn(changes, objection):
 
 
 class _FlashAttn(types.ModuleType):
-    """The two functions of flash-attn 2.7 that the backend calls, with their published parameters, computed plainly."""
+    """The two functions of flash-attn 2.7 that the backend calls, with their published parameters.
+
+    They compute plainly.
+    """
 
     @staticmethod
     def _flash_attn_forward(
@@ -359,9 +362,25 @@ class _FlashAttn(types.ModuleType):
 
     @staticmethod
     def _flash_attn_backward(
-        dout, q, k, v, out, softmax_lse, dq, dk, dv, dropout_p, softmax_scale, causal, window_size_left, window_size_right,
-        softcap, alibi_slopes, deterministic, rng_state=None,
-    ):  # fmt: skip
+        dout,
+        q,
+        k,
+        v,
+        out,
+        softmax_lse,
+        dq,
+        dk,
+        dv,
+        dropout_p,
+        softmax_scale,
+        causal,
+        window_size_left,
+        window_size_right,
+        softcap,
+        alibi_slopes,
+        deterministic,
+        rng_state=None,
+    ):
         assert (dropout_p, causal, window_size_left, window_size_right, softcap, alibi_slopes) == (
             0.0,
             False,
@@ -414,7 +433,7 @@ def test_flash_attn_says_when_it_is_not_installed():
         attention(q, q, q, scale=1.0)
 
 
-# -- asking ------------------------------------------------------------------------------------------------------------
+# -- asking ----------------------------------------------------------------------------------------
 
 
 def test_use_backend_nests_and_restores():
@@ -442,7 +461,8 @@ def test_a_bare_name_that_an_op_does_not_have_makes_that_op_raise():
         attention(*tensors, **options)
         with pytest.raises(
             ValueError,
-            match=r"contrastive_lse: backend 'torch_sdpa' cannot run this.*it has native_cpu, reference, triton_gpu, pallas_tpu \(ask per op: VATT_FAST_BACKEND=contrastive_lse=",
+            match=r"contrastive_lse: backend 'torch_sdpa' cannot run this.*it has native_cpu, "
+            r"reference, triton_gpu, pallas_tpu \(ask per op: VATT_FAST_BACKEND=contrastive_lse=",
         ):
             contrastive_lse(**inputs)
 
@@ -556,7 +576,8 @@ def test_the_jax_kernels_do_not_take_tensors_of_a_cpu(op):
     tensors, options = [value for _, value in inputs[:2]], dict(inputs[2:])
     with pytest.raises(
         ValueError,
-        match=r"tensors are on cpu; from torch its kernels are reached on xla \(torch_xla\) and tpu \(torch_tpu\)",
+        match=r"tensors are on cpu; from torch its kernels are reached on xla \(torch_xla\) and tpu"
+        r" \(torch_tpu\)",
     ):
         choose(op, "fwd", "pallas_tpu", *tensors, **options)
 
@@ -593,7 +614,10 @@ with use_backend(attention="pallas_tpu"):
     ],
 )
 def test_the_environment_variable_is_read_at_import(value, expected):
-    code = "from vatt_fast.kernels.settings import requested; print([requested(op) for op in ('attention', 'contrastive_lse')])"
+    code = """
+from vatt_fast.kernels.settings import requested
+print([requested(op) for op in ("attention", "contrastive_lse")])
+"""
     done = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,
@@ -609,9 +633,19 @@ def test_the_environment_variable_is_read_at_import(value, expected):
 def test_explain_covers_every_backend(without_cpp):
     tensors, options = attention_inputs("bias")
     verdicts = explain("attention", *tensors, **options)
-    assert set(verdicts) == set(backends.BACKENDS["attention"]) == {
-        "native_cpu", "triton_gpu", "torch_sdpa", "torch_cudnn", "flash_attn", "pallas_tpu", "reference",
-    }  # fmt: skip
+    assert (
+        set(verdicts)
+        == set(backends.BACKENDS["attention"])
+        == {
+            "native_cpu",
+            "triton_gpu",
+            "torch_sdpa",
+            "torch_cudnn",
+            "flash_attn",
+            "pallas_tpu",
+            "reference",
+        }
+    )
     assert (
         verdicts["torch_sdpa"] == "preferred (fwd, bwd)"
         and verdicts["reference"] == "runs when asked for"
@@ -639,7 +673,7 @@ def test_explain_takes_a_call_with_the_ops_own_defaults():
     ) == set(backends.BACKENDS["patch_embed"])
 
 
-# -- imports -----------------------------------------------------------------------------------------------------------
+# -- imports ---------------------------------------------------------------------------------------
 
 
 def test_the_public_names_are_the_functions_not_their_folders():
@@ -707,11 +741,13 @@ def test_no_module_of_kernels_imports_itself_through_others():
 def test_importing_kernels_loads_neither_jax_nor_triton():
     code = """
 import sys
-for name in ("jax", "triton", "torchvision", "av"):  # importing one raises; torch itself looks for triton and does without
+# importing one raises; torch itself looks for triton and does without
+for name in ("jax", "triton", "torchvision", "av"):
     sys.modules[name] = None
 import vatt_fast.kernels
-print(sorted(name for name in sys.modules if name.startswith("vatt_fast.kernels.") and ("triton" in name or "pallas" in name)))
-print(sorted(name for name in sys.modules if name.startswith("vatt_fast.") and name.split(".")[1] in ("data", "training", "evaluation", "cli")))
+ours = sorted(name for name in sys.modules if name.startswith("vatt_fast."))
+print([name for name in ours if "kernels" in name and ("triton" in name or "pallas" in name)])
+print([name for name in ours if name.split(".")[1] in ("data", "training", "evaluation", "cli")])
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split("\n")[:2] == ["[]", "[]"]
@@ -741,7 +777,10 @@ def test_kernels_are_not_importable_at_top_level(tmp_path):
 
 
 def test_from_the_root_the_name_is_an_empty_package():
-    """Where transformers looks for the other package's version and must find none; our ops must not be registered twice."""
+    """transformers looks there for the other package's version and must find none.
+
+    Our ops must not be registered twice.
+    """
     code = """
 import kernels, vatt_fast.kernels
 print(getattr(kernels, "__version__", "none"), vatt_fast.kernels.attention.__module__)
@@ -755,7 +794,7 @@ kernels.attention
     )
 
 
-# -- bad input ---------------------------------------------------------------------------------------------------------
+# -- bad input -------------------------------------------------------------------------------------
 
 Q = torch.zeros(2, 5, 3, 8)
 ROWS, WEIGHT, BIAS = torch.zeros(2, 6, 12, dtype=torch.uint8), torch.zeros(4, 12), torch.zeros(4)

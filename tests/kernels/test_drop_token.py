@@ -58,7 +58,8 @@ def test_indices_are_distinct_sorted_and_in_range(num_tokens, drop_rate, seed, s
 
 
 def test_golden_values():
-    """The same on every platform and for ever: a resumed run, another rank and the JAX twin draw these."""
+    """The same on every platform and for ever: a resumed run, another rank and the JAX twin draw
+    these."""
     expected = {
         "video/0": [0, 1, 3, 6, 7, 9, 11, 15, 18, 19],
         "audio/3": [3, 4, 6, 7, 9, 10, 11, 15, 16, 19],
@@ -77,7 +78,10 @@ def test_golden_values():
 
 
 def test_the_same_in_another_process():
-    code = "from vatt_fast.kernels import sample_keep; print(sample_keep(50, .8, seed=5, step=6, stream='x').tolist())"
+    code = """
+from vatt_fast.kernels import sample_keep
+print(sample_keep(50, .8, seed=5, step=6, stream='x').tolist())
+"""
     env = os.environ | {"PYTHONHASHSEED": "77"}
     printed = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env=env, check=True

@@ -1,5 +1,6 @@
-"""The battery of tests/test_ops.py on the JAX side: every op, backend and parity case, outputs and every gradient, by the same rule.
+"""The battery of test_ops.py on the JAX side, by the same rule.
 
+Every op, backend and parity case, outputs and every gradient.
 Pallas kernels are interpreted where there is no TPU.
 """
 
@@ -35,7 +36,7 @@ BATTERY = [
 
 
 def judged(op, backend, case, dtype, *, without=()):
-    """Run the op, plain torch and plain torch in fp64 on one draw, and hold the first against the others."""
+    """Hold the op on one draw against plain torch, in the same dtype and in fp64."""
     inputs = make(case, dtype, seed=zlib.crc32(case.name.encode()))
     if op == "patch_embed" and inputs["patch"] is not None:  # the JAX op takes rows
         inputs |= {"patches": patchify(inputs["patches"], inputs["patch"]), "patch": None}

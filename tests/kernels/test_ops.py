@@ -1,7 +1,7 @@
-"""The shared battery: every op on every backend, case and dtype, outputs and every gradient, judged by plain torch's own error.
+"""The shared battery: every op on every backend, case and dtype, judged by plain torch's own error.
 
-A backend is tested from the moment ``dispatch.BACKENDS`` names it. What it objects to is skipped with its own words; a backend that never
-runs fails.
+Outputs and every gradient. A backend is tested from the moment ``backends.BACKENDS`` names it. What
+it cannot run is skipped, with its reason; a backend that never runs fails.
 """
 
 import functools
@@ -35,7 +35,7 @@ from vatt_fast.kernels.parity import (
 )
 from vatt_fast.kernels.settings import force_tiles
 
-# -- parity ------------------------------------------------------------------------------------------------------------
+# -- parity ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -107,7 +107,10 @@ def test_every_value_is_written_and_repeats(op, backend, case, device):
     }
 )
 def test_autocast_casts_what_should_be_cast(op, backend, case, device):
-    """fp32 weights and activations under bf16 autocast: outputs in bf16 (statistics fp32), gradients fp32, no worse than plain's."""
+    """fp32 weights and activations under bf16 autocast: outputs in bf16 (statistics fp32).
+
+    Gradients in fp32, no worse than plain's.
+    """
 
     def autocast():
         return torch.autocast(device, torch.bfloat16)
@@ -127,11 +130,14 @@ def test_autocast_casts_what_should_be_cast(op, backend, case, device):
         )
 
 
-# -- properties --------------------------------------------------------------------------------------------------------
+# -- properties ------------------------------------------------------------------------------------
 
 
 def strided(tensor):
-    """The same values as every second row and column-slice of a larger array whose rest is nan or 77; the last axis stays contiguous."""
+    """The same values as every second row and column-slice of a larger array.
+
+    Its rest is nan or 77; the last axis stays contiguous.
+    """
     if tensor.ndim < 2:
         return tensor
     filler = torch.nan if tensor.is_floating_point() else 77
@@ -235,7 +241,10 @@ def test_a_bias_of_minus_infinity_excludes_a_key(backend):
     ],
 )
 def test_an_empty_set_passes_no_gradient_whatever_comes_in(op, backend, name):
-    """Joining two log-sums of -inf, as devices and streamed chunks do, sends nan back: nothing of it may reach an input."""
+    """Joining two log-sums of -inf, as devices and streamed chunks do, sends nan back.
+
+    Nothing of it may reach an input.
+    """
     inputs = make(CASES[op][name])
     with on_backend(op, backend):
         clean = run(OPS[op].function, op, inputs, dtype=torch.float32)
@@ -308,7 +317,10 @@ def test_dropped_patches_are_not_read(backend, name):
 )
 @pytest.mark.parametrize("device", DEVICES)
 def test_patches_packed_before_the_product(name, dtype, device):
-    """Triton's other way, which small cases do not choose: kept rows written out, multiplied by the library, finished in place."""
+    """Triton's other way, which small cases do not choose.
+
+    Kept rows are written out, multiplied by the library and finished in place.
+    """
     packed = {kernel: {"PACKED": 1} for kernel in ("patch_embed_forward", "patch_embed_weight")}
     with force_tiles(**packed):
         judged("patch_embed", "triton_gpu", CASES["patch_embed"][name], device, DTYPES[dtype])
@@ -325,7 +337,7 @@ def test_attention_backward_in_one_pass(name, device):
 @pytest.mark.parametrize("backend", backends.BACKENDS["contrastive_lse"])
 @pytest.mark.parametrize("name", ["texts", "masked"])
 def test_devices_holding_a_part_each_equal_one(backend, name):
-    """Partial columns joined by a logsumexp: the loss and the gradients of x, y and scale are those of one device."""
+    """Partial columns joined by a logsumexp: loss and gradients are those of one device."""
     inputs = make(CASES["contrastive_lse"][name])
     weights = torch.randn(3, inputs["y"].shape[0])
 
@@ -442,7 +454,7 @@ def test_attention_at_a_real_length(backend, dtype, shape):
     )
 
 
-# -- the references in jax.numpy ---------------------------------------------------------------------------------------
+# -- the references in jax.numpy -------------------------------------------------------------------
 
 JAX_CASES = {
     "attention": ("ragged_37_by_70", "text", "keyless_bias", "all_keyless", "sharp"),

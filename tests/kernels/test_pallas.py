@@ -1,6 +1,8 @@
-"""Pallas kernels on JAX's simulated TPU: memory starts as nan, a read outside a buffer raises, parallel steps run in random order on two cores.
+"""Pallas kernels on JAX's simulated TPU.
 
-A step takes some 10 ms here: tiles are made small instead of inputs large. Whole ops at their own tiles are test_jax_ops.py's business.
+Memory starts as nan, a read outside a buffer raises, parallel steps run in random order on two
+cores. A step takes some 10 ms here: tiles are made small instead of inputs large. Whole ops at
+their own tiles are test_jax_ops.py's business.
 """
 
 import dataclasses
@@ -16,7 +18,13 @@ from jax.experimental.pallas import tpu as pltpu  # noqa: E402
 
 from vatt_fast.kernels import jax_ops, use_backend  # noqa: E402
 from vatt_fast.kernels.attention import pallas_tpu as attention  # noqa: E402
-from vatt_fast.kernels.cases import AttentionCase, DropTokenCase, NCECase, PatchEmbedCase, make  # noqa: E402
+from vatt_fast.kernels.cases import (  # noqa: E402
+    AttentionCase,
+    DropTokenCase,
+    NCECase,
+    PatchEmbedCase,
+    make,
+)
 from vatt_fast.kernels.contrastive_lse import pallas_tpu as nce  # noqa: E402
 from vatt_fast.kernels.drop_token import pallas_tpu as drop_token  # noqa: E402
 from vatt_fast.kernels.ops import OPS  # noqa: E402
@@ -69,7 +77,7 @@ def assert_runs_as_the_reference(op, inputs, order, dtype=torch.float32):
         )
 
 
-# -- drop_token --------------------------------------------------------------------------------------------------------
+# -- drop_token ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -86,7 +94,10 @@ def test_drop_token_column_by_column(per, dtype, order, monkeypatch):
 
 @pytest.mark.parametrize(("dtype", "integers"), [("float32", "int32"), ("bfloat16", "int16")])
 def test_drop_token_moves_bits(dtype, integers):
-    """Whatever they mean, nan and inf among them, and whatever lies beside them; what is dropped has a zero gradient."""
+    """Whatever they mean, nan and inf among them, and whatever lies beside them.
+
+    What is dropped has a zero gradient.
+    """
     bits = jax.random.bits(jax.random.key(0), (2, 21, 128), integers.replace("int", "uint"))
     keep = jnp.array([0, 1, 4, 5, 8, 20], jnp.int32)
 
@@ -117,7 +128,7 @@ def test_drop_token_says_what_does_not_fit():
         )
 
 
-# -- contrastive_lse ---------------------------------------------------------------------------------------------------------------
+# -- contrastive_lse -------------------------------------------------------------------------------
 
 NCE = {
     "whole_tiles": NCECase("", 256, 256, 2, 24),
@@ -181,10 +192,11 @@ def test_nce_tiles_waste_little():
             ), (size, tile, strip)
 
 
-# -- attention ---------------------------------------------------------------------------------------------------------
+# -- attention -------------------------------------------------------------------------------------
 
 ATTENTION = {
-    # one pair a program; the third block of queries is a chunk of 16 and one of 6, the second of keys one of 13
+    # one pair a program; the third block of queries is a chunk of 16 and one of 6, the second of
+    # keys one of 13
     "blocks": (
         AttentionCase("", 2, 70, 45, 2, 16),
         dict(batch=1, heads=1, unroll=1, rows=32, query_chunk=16, key_chunk=32),
@@ -203,9 +215,15 @@ ATTENTION = {
 
 @pytest.mark.parametrize(
     ("name", "dtype"),
-    [("blocks", torch.float32), ("blocks", torch.bfloat16), ("pairs", torch.float32), ("one_query", torch.bfloat16), ("bias_and_mask", torch.float32)],
+    [
+        ("blocks", torch.float32),
+        ("blocks", torch.bfloat16),
+        ("pairs", torch.float32),
+        ("one_query", torch.bfloat16),
+        ("bias_and_mask", torch.float32),
+    ],
     ids=str,
-)  # fmt: skip
+)
 def test_attention_block_by_block(name, dtype, monkeypatch):
     case, cut = ATTENTION[name]
     plan = attention._plan
@@ -231,7 +249,10 @@ def test_attention_joins_keys_that_do_not_fit_at_once(order, monkeypatch):
     [(1, 785), (17, 17), (785, 785), (1201, 1201), (1400, 1400), (3201, 1664), (20_000, 17)],
 )
 def test_attention_plans_stay_within_vmem(queries, keys, dtype, backward):
-    """Blocks cover the arrays; blocks, double buffered, accumulators and a chunk's scores fit the smallest VMEM."""
+    """Blocks cover the arrays, and what a program holds fits the smallest VMEM.
+
+    It holds blocks, double buffered, accumulators and a chunk's scores.
+    """
     plan = attention._plan((8, 16, queries, 64), keys, dtype, backward=backward)
     assert 16 % plan.heads == 0 and 8 % plan.batch == 0 and plan.heads % plan.unroll == 0
     assert plan.rows == queries or (
@@ -248,7 +269,7 @@ def test_attention_plans_stay_within_vmem(queries, keys, dtype, backward):
     assert blocks + sums + scores <= 16 << 20
 
 
-# -- patch_embed -------------------------------------------------------------------------------------------------------
+# -- patch_embed -----------------------------------------------------------------------------------
 
 FLOATS = dict(scale=0.5, shift=0.25)
 PATCH_EMBED = {

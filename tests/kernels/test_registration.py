@@ -1,4 +1,7 @@
-"""Every op as torch sees it: opaque to the compiler, sound under opcheck, counted, exportable, faithful to the backend asked for."""
+"""Every op as torch sees it: opaque to the compiler, sound under opcheck, counted, exportable.
+
+It runs on the backend asked for.
+"""
 
 import pytest
 import torch
@@ -145,7 +148,10 @@ def test_flops_are_counted(op):
 
 @pytest.mark.parametrize("op", OPS)
 def test_shapes_on_a_device_that_is_not_there(op):
-    """Fake CUDA tensors: forward's and backward's rules need no card and no kernel. (Autograd itself would ask the absent device.)"""
+    """Fake CUDA tensors: forward's and backward's rules need no card and no kernel.
+
+    Autograd itself would ask the absent device.
+    """
     for function, args, kwargs in calls_of(op, **inputs_of(op)):
         detached = [value.detach() if isinstance(value, torch.Tensor) else value for value in args]
         expected = function(*detached, **kwargs)
@@ -237,7 +243,10 @@ def test_functional_gradients(op):
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_the_backend_asked_for_runs_forward_and_backward(compiled, monkeypatch):
-    """Asked for outside or inside of compiled code; the backward keeps the forward's choice after the request has ended."""
+    """Asked for outside or inside of compiled code.
+
+    The backward keeps the forward's choice after the request has ended.
+    """
     torch._dynamo.reset()
     ran = []
     q = torch.randn(2, 5, 2, 8, requires_grad=True)

@@ -1,4 +1,7 @@
-"""What kernels.xla is asked for when an op runs forward and backward, from shapes alone; for the checks of tests/xla and tests/torch_tpu."""
+"""What kernels.xla is asked for when an op runs forward and backward, from shapes alone.
+
+For the checks of tests/xla and tests/torch_tpu.
+"""
 
 import torch
 
@@ -15,7 +18,7 @@ TINY = {
 
 
 def inputs_of(op, dtype, device="meta"):
-    """The public op's arguments, tensors without values; a device that is absent needs FakeTensorMode."""
+    """The public op's arguments, tensors without values; an absent device needs FakeTensorMode."""
     inputs = make(CASES[op][TINY[op]], dtype, "meta")
     return {
         name: torch.empty(x.shape, dtype=x.dtype, device=device)

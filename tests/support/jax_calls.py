@@ -46,7 +46,10 @@ def translate(op: str, inputs: dict) -> dict:
 def run(
     op: str, inputs: dict, seeds: list[torch.Tensor], *, without: tuple[str, ...] = ()
 ) -> dict[str, torch.Tensor]:
-    """{output: value, d_input: gradient} of one jitted forward and backward, in torch's layout; as ``parity.run``."""
+    """{output: value, d_input: gradient} of one jitted forward and backward; as ``parity.run``.
+
+    In torch's layout.
+    """
     arguments = translate(op, inputs)
     leaves = {
         name: arguments.pop(name)

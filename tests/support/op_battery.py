@@ -1,4 +1,4 @@
-"""The battery of tests/kernels/test_ops.py: its parameters, and the check that skips in a backend's words."""
+"""The battery's parameters, and its check: what a backend cannot run is skipped with its reason."""
 
 import contextlib
 

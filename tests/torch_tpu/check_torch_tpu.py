@@ -1,5 +1,8 @@
-"""torch_tpu without a TPU: the adapter's operators on fake tensors of its device, the ops' autograd wiring there, and the kernels compiled by
-the libtpu that torch_tpu brings. Nothing runs: that needs a TPU. See run.sh."""
+"""torch_tpu without a TPU: the adapter's operators on fake tensors of its device.
+
+Also the ops' autograd wiring there, and the kernels compiled by the libtpu that torch_tpu brings.
+Nothing runs: that needs a TPU. See run.sh.
+"""
 
 import sys
 from pathlib import Path
@@ -67,7 +70,7 @@ def test_an_operator_is_registered_and_knows_its_results(op, function, dtype):
 @DTYPES
 @pytest.mark.parametrize("op", OPS)
 def test_gradients_are_wired(op, dtype):
-    """The public op's node, called by hand, as autograd's engine has no queue for a device that is absent."""
+    """The public op's node, called by hand: autograd's engine has no queue for an absent device."""
     with FakeTensorMode():
         inputs = inputs_of(op, dtype, DEVICE)
         leaves = {

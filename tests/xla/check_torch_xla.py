@@ -1,5 +1,8 @@
-"""torch_xla on its CPU device: every op through the adapter against the reference, and a training step, kernels interpreted; then the same
-calls lowered for a TPU and compiled by the libtpu that torch_xla brings. See run.sh."""
+"""torch_xla on its CPU device: every op through the adapter against the reference, a training step.
+
+Kernels are interpreted. Then the same calls are lowered for a TPU and compiled by the libtpu that
+torch_xla brings. See run.sh.
+"""
 
 import copy
 import dataclasses
@@ -58,7 +61,7 @@ MODEL = dataclasses.replace(
 )
 
 
-# -- choosing ----------------------------------------------------------------------------------------------------------
+# -- choosing --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -93,7 +96,7 @@ def test_what_the_kernels_do_not_take_is_said():
             attention(q, q.cpu(), q.cpu(), scale=1.0)
 
 
-# -- numbers -----------------------------------------------------------------------------------------------------------
+# -- numbers ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
@@ -144,7 +147,10 @@ def test_a_repeated_call_is_traced_once():
 
 
 def test_training_steps():
-    """Forward, both losses, backward and Adam, twice: the same losses and weights as on the CPU, with the same draw of DropToken."""
+    """Forward, both losses, backward and Adam, twice: losses and weights are those of the CPU.
+
+    With the same draw of DropToken.
+    """
     torch.manual_seed(0)
     here = VATT(MODEL).train()
     there = copy.deepcopy(here).to(DEVICE)
@@ -182,7 +188,7 @@ def test_training_steps():
         )
 
 
-# -- for a TPU ---------------------------------------------------------------------------------------------------------
+# -- for a TPU -------------------------------------------------------------------------------------
 
 CALLS = [(op, function) for op in OPS for function in ("forward", "backward")]
 KERNELS = {("contrastive_lse", "backward"): 2, ("patch_embed", "backward"): 2}  # the others are one
