@@ -175,7 +175,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return given.run(given)
     except ValueError as error:
-        given.parser.error(str(error))
+        return given.parser.error(str(error))  # exits with status 2
 
 
 def _everything(stages: Sequence[str]) -> int:

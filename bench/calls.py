@@ -87,11 +87,11 @@ def _on_road(case: PatchEmbedCase, road: str) -> PatchEmbedCase:
     assert case.origin
     config = preset(case.origin.presets[0])
     if case.origin.modality == "audio":
-        clip, patch = (case.patches * config.audio_patch,), (config.audio_patch,)
-    else:
-        height, width = (case.origin.pixels or side for side in (config.height, config.width))
-        clip, patch = (config.frames, height, width, 3), config.video_patch
-    return dataclasses.replace(case, clip=clip, patch=patch)
+        samples = case.patches * config.audio_patch
+        return dataclasses.replace(case, clip=(samples,), patch=(config.audio_patch,))
+    height, width = (case.origin.pixels or side for side in (config.height, config.width))
+    clip = (config.frames, height, width, 3)
+    return dataclasses.replace(case, clip=clip, patch=config.video_patch)
 
 
 def select(op: str, names: Sequence[str]) -> list[Case]:

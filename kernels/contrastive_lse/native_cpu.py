@@ -24,12 +24,10 @@ import torch
 
 from .. import native
 from ..native import address
+from .bound import needs_running_max
 
 # M clips of x, N clips in all, P texts a clip, T = N * P texts, D dimensions
 
-# exp(-48) / a million clips keeps all its bits in fp32, as does exp(48) * a million; temperatures
-# from 1/48 up
-_MAX_BOUND = 48.0
 # clips, texts: 8 MiB of products; they come back from the cache, and torch is near its full speed
 _CHUNK = (1024, 2048)
 _CHUNK_OF_TILES = (2048, 4096)  # 16 MiB of bf16 weights
@@ -58,8 +56,7 @@ def forward(x, y, *, scale, texts_per_clip, first, x_valid=None, y_valid=None, b
     lses = [total.log_() for total in totals]  # of an empty set -inf
     if peaks:
         lses = [lse.add_(peak) for lse, peak in zip(lses, peaks, strict=True)]
-    row, col, pos = (lse.float() for lse in lses)
-    return row, col, pos
+    return tuple(lse.float() for lse in lses)
 
 
 def backward(
@@ -226,19 +223,19 @@ def _aligned(vectors) -> torch.Tensor:
 
 
 def _running(x, y, scale: float, y_valid, bound: float | None) -> bool:
-    """Whether a running maximum is needed: exp(S), or a sum of it over millions, might leave fp32.
+    """Whether a running maximum is needed.
 
     Where no helpful bound is given, the longest vectors tell, and to look for them takes less time
     than the maxima of many scores.
     """
-    if bound is not None and bound <= _MAX_BOUND:
+    if not needs_running_max(bound):
         return False
     if x.shape[0] * y.shape[0] < _FEW_SCORES:
         return True
     longest = torch.linalg.vector_norm(x, dim=1, dtype=torch.float32).max()
     lengths = torch.linalg.vector_norm(y, dim=1, dtype=torch.float32)
     lengths = lengths if y_valid is None else torch.where(y_valid, lengths, 0.0)
-    return not abs(scale) * float(longest * lengths.max()) <= _MAX_BOUND  # nan is no bound
+    return needs_running_max(abs(scale) * float(longest * lengths.max()))
 
 
 def _gradient(d_lse, lse, running: bool):

@@ -282,9 +282,8 @@ def _layout(patches, patch):
         *sizes, channels = clip.shape[1:]
         strides.append(1 if channels == 1 else stride_c)
         block = (*(1,) * (3 - len(patch)), *patch, channels)
-    names = ("stride_b", "stride_t", "stride_h", "stride_w", "stride_c", "T", "H", "W")
-    names += ("frames", "lines", "columns", "channels")
-    layout = dict(zip(names, (*strides, *sizes, *block), strict=True))
+    names = "stride_b stride_t stride_h stride_w stride_c T H W frames lines columns channels"
+    layout = dict(zip(names.split(), (*strides, *sizes, *block), strict=True))
     return patches, layout
 
 

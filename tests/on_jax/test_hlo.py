@@ -16,7 +16,8 @@ ENTRY %main (a: f32[8,128], b: f32[8,128]) -> f32[8,128] {
   %copy.1 = f32[8,128]{1,0:T(8,128)S(1)} copy(%a)
   %fusion.1 = f32[8,128]{0,1:T(8,128)} fusion(%copy.1), kind=kLoop, calls=%fused
   %transpose.1 = f32[128,8]{0,1:T(8,128)} transpose(%b), dimensions={1,0}
-  %jvp_vatt_attention_forward_.3 = (f32[8,128]{1,0:T(8,128)}, f32[8]{0}) custom-call(%fusion.1, %b), \
+  %jvp_vatt_attention_forward_.3 = (f32[8,128]{1,0:T(8,128)}, f32[8]{0}) \
+custom-call(%fusion.1, %b), \
 custom_call_target="tpu_custom_call"
   %gte = f32[8,128]{1,0:T(8,128)} get-tuple-element(%jvp_vatt_attention_forward_.3), index=0
   %all-gather-start.1 = f32[8,128]{1,0} all-gather-start(%gte), dimensions={0}
