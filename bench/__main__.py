@@ -176,6 +176,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return given.run(given)
     except ValueError as error:
         given.parser.error(str(error))
+        return 2  # not reached: error exits
 
 
 def _everything(stages: Sequence[str]) -> int:

@@ -276,7 +276,7 @@ def markdown(rows: list[Row]) -> str:
         matrix = " / ".join(sorted({row.matrix or "none" for row in group}))
         return (len(group), *most[:3], f"{most[3] / KIB:.0f}", matrix)
 
-    names = ("kernel", "mode", "dtype", "target", "specialisations", "registers", "stack B")
-    names += ("spills", "shared KiB", "matrix")
+    names = ["kernel", "mode", "dtype", "target", "specialisations", "registers", "stack B"]
+    names += ["spills", "shared KiB", "matrix"]
     key = lambda row: (f"{row.op}.{row.kernel}", row.mode, row.dtype, row.target)  # noqa: E731
     return "\n".join([*headings(*names), *heaviest(rows, key, cells)])

@@ -260,8 +260,8 @@ def markdown(rows: list[Row]) -> str:
         sizes = (f"{code / KIB:.0f}", f"{temporary / MIB:.1f}", f"{memory / MIB:.1f}")
         return (f"{len(good)}/{len(group)}", " ".join(sorted(names)), *sizes, copies, seconds)
 
-    names = ("op", "dtype", "chip", "compiled", "kernels", "code KiB", "HBM temporaries MiB")
-    names += ("VMEM MiB", "layout copies", "seconds")
+    names = ["op", "dtype", "chip", "compiled", "kernels", "code KiB", "HBM temporaries MiB"]
+    names += ["VMEM MiB", "layout copies", "seconds"]
     newest = {(row.op, row.case, row.dtype, row.topology, row.alone): row for row in rows}
     key = lambda row: (row.op + " alone" * row.alone, row.dtype, row.topology)  # noqa: E731
     return "\n".join([*headings(*names), *heaviest(newest.values(), key, cells)])

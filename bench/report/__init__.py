@@ -12,8 +12,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench import lines, steps, sweeps
+from bench import lines, sweeps
 from bench.lines import Line, number
+from bench.steps import gflops
 
 from . import figures, step_tables, tables
 from .page import Page
@@ -37,7 +38,7 @@ class Report:
     flops: Flops
 
     @classmethod
-    def read(cls, folder: Path, flops: Flops = steps.gflops) -> "Report":
+    def read(cls, folder: Path, flops: Flops = gflops) -> "Report":
         found = [
             line
             for path in sorted(folder.glob("*.jsonl"))

@@ -76,7 +76,9 @@ def save(panels: Sequence[Panel], columns: int, stem: Path) -> bool:
         styles = _styles(panels)
         handles = [Line2D([], [], label=name, **style) for name, style in styles.items()]
         if any(point.stale for panel in panels for curve in panel.curves for point in curve.points):
-            hollow = dict(color="grey", marker="o", linestyle="", markerfacecolor="white")
+            hollow: dict[str, Any] = dict(
+                color="grey", marker="o", linestyle="", markerfacecolor="white"
+            )
             handles.append(Line2D([], [], label="hollow: stale", **hollow))
         width = min(4.6 * columns, 11.0)
         longest = max(len(str(handle.get_label())) for handle in handles)
@@ -166,7 +168,7 @@ def _log_axes(axis: Any, every_x: Sequence[float]) -> None:
             ticks.append(x)
     axis.set_xticks(ticks, [short(x) for x in ticks])
     low, high = axis.get_ylim()
-    digits = (1.0,) if high > 300 * low else (1.0, 2.0, 5.0)
+    digits: tuple[float, ...] = (1.0,) if high > 300 * low else (1.0, 2.0, 5.0)
     if high <= 8 * low:
         digits = (1.0, 1.5, 2.0, 3.0, 5.0, 7.0)
     axis.yaxis.set_major_locator(LogLocator(subs=digits))
