@@ -86,8 +86,6 @@ def _on_road(case: PatchEmbedCase, road: str) -> PatchEmbedCase:
         return dataclasses.replace(case, gathered=case.kept is not None)
     assert case.origin
     config = preset(case.origin.presets[0])
-    clip: tuple[int, ...]
-    patch: tuple[int, ...]
     if case.origin.modality == "audio":
         samples = case.patches * config.audio_patch
         return dataclasses.replace(case, clip=(samples,), patch=(config.audio_patch,))
