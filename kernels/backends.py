@@ -35,7 +35,7 @@ class Row(NamedTuple):
 def _short(mode, q, k, v, **options) -> bool:
     """Up to the lengths at which the tail of a tile weighs more than its inside.
 
-    Beyond them the libraries' kernels are ahead (NOTES.md).
+    Beyond them the libraries' kernels are ahead (docs/notes/gpu.md).
     """
     return k.shape[1] <= 2048
 
@@ -43,7 +43,7 @@ def _short(mode, q, k, v, **options) -> bool:
 def _backward(mode, *tensors, **options) -> bool:
     """Backward, one pass writes gradients and zeros alike.
 
-    Forward, every gather of rows costs the same (predicted, NOTES.md).
+    Forward, every gather of rows costs the same (predicted, docs/notes/gpu.md).
     """
     return mode == "bwd"
 
@@ -58,7 +58,8 @@ def _bf16_or_few_tokens(mode, q, k, v, **options) -> bool:
     be most of the work (predicted).
 
     fp32: up to the length where the libraries gain less by splitting products among the threads
-    than the splitting costs them (measured on two threads). See NOTES.md.
+    than the splitting costs them (measured on two
+    threads, docs/notes/attention.md).
     """
     if q.dtype == torch.bfloat16:
         return q.shape[1] >= 16 or native.level() == "avx512_bf16"
@@ -74,7 +75,7 @@ def _queries_fill_lanes(mode, q, k, v, **options) -> bool:
     """A TPU's register has 128 lanes of queries.
 
     The scores of a sentence, or of AGG alone, are few: XLA fuses them with what surrounds them,
-    and the kernel's order of axes would cost copies (predicted, NOTES.md).
+    and the kernel's order of axes would cost copies (predicted, docs/notes/jax_tpu.md).
     """
     return (q.shape[1] if isinstance(q, torch.Tensor) else q.shape[2]) >= 64
 

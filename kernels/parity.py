@@ -1,6 +1,6 @@
 """The battery's check as functions: an op's outputs and gradients judged by plain torch's error.
 
-The tolerance rule stands in ``assert_as_good_as_plain`` and in CONTRIBUTING.md. The tests and the
+The tolerance rule stands in ``assert_as_good_as_plain`` and in docs/testing.md. The tests and the
 benchmarks, which time only what is green, both call ``check``.
 """
 
@@ -197,7 +197,7 @@ def assert_as_good_as_plain(
     slack_eps: float = 0.5,
     score_eps: float = 0.0,
 ) -> None:
-    """The tolerance rule (CONTRIBUTING.md): an error of at most twice plain torch's plus a slack.
+    """The tolerance rule (docs/testing.md): an error of at most twice plain torch's plus a slack.
 
     In the worst row at most 8 times plain's worst row plus the slack. Exact where the truth is 0
     or -inf.

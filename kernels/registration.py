@@ -1,8 +1,8 @@
 """Operators of torch from one declaration: ``x``, ``x_backward``, and the gradient that joins them.
 
-They are what ``torch.library.custom_op`` makes, with less work a call (figures in NOTES.md). That
-reads the operator's schema anew at every call, and checks every call for results that share memory
-with inputs or each other; here tests do so (``parity.OwnMemory``).
+They are what ``torch.library.custom_op`` makes, with less work a call (docs/notes/dispatch.md has
+the figures). That reads the operator's schema anew at every call, and checks every call for results
+that share memory with inputs or each other; here tests do so (``parity.OwnMemory``).
 """
 
 import contextlib

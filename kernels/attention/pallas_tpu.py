@@ -73,7 +73,7 @@ def _cut_queries(T: int, keys: int, D: int, dtype: Any, *, backward: bool) -> tu
     """(queries of a chunk, queries of a block).
 
     A chunk is as long as its scores fit: by libtpu's schedules a quarter fewer bundles than chunks
-    of 256 (NOTES.md).
+    of 256 (docs/notes/jax_tpu.md).
     """
     if dtype == jnp.float32:
         # its products split their operands in three and fill the matrix unit anyway

@@ -70,7 +70,7 @@ def backward(
         return reference.backward(d_out, d_lse, q, k, v, out, lse, **options)
     T, dtype = q.shape[1], q.dtype
     if q.device.type == "cpu":
-        # the CPU's half-precision backward is 3 to 20 times slower than the fp32 one (NOTES.md)
+        # the CPU's half-precision backward is 3 to 20 times slower than the fp32 one
         d_out, q, k, v, out = (wide(torch, x) for x in (d_out, q, k, v, out))
     mask, empty = _mask(q, k, bias, key_mask)
     if empty is not None:  # no gradient in, none out; a huge lse makes those rows' probabilities 0
