@@ -408,12 +408,12 @@ def spread(runs: Sequence[Run], measure: str) -> tuple[float, float | None]:
 def accuracy_table(runs: Sequence[Run]) -> str:
     """One row a drop rate, most dropped first: mean and standard deviation over the seeds."""
     headings = ["drop rate", "training GFLOPs a clip", *MEASURES.values(), "seeds"]
-    rows = ["| " + " | ".join(headings) + " |", "|---" * len(headings) + "|"]
+    rows = []
     for steps, drop_rate in sorted({(run.steps, -run.drop_rate) for run in runs}):
         group = [run for run in runs if (run.steps, -run.drop_rate) == (steps, drop_rate)]
         cells = [f"{-drop_rate:.0%}", f"{group[0].train_gflops:.2f}"]
         for measure in MEASURES:
             mean, deviation = spread(group, measure)
             cells.append(f"{mean:.1f}" + (f" ± {deviation:.1f}" if deviation is not None else ""))
-        rows.append("| " + " | ".join([*cells, str(len(group))]) + " |")
-    return "\n".join(rows)
+        rows.append([*cells, len(group)])
+    return lines.markdown_table(headings, rows)
