@@ -22,7 +22,6 @@ import os
 import subprocess
 import sys
 import time
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -34,11 +33,10 @@ from vatt_fast.kernels.ops import OPS
 
 from . import calls, compile, floors, gpu, lines, report, steps, sweeps, tune
 from .machine import DTYPES, H200, ROOT, Ceilings
-from .measure import measure_op
 from .peers import peers
 from .setting import AUTO, Setting, chosen_among, gate, is_measured, native_dtype
 from .sweeps import Cell
-from .timer import first_line, keep_host_memory, side_stream
+from .timer import keep_host_memory
 
 # what `python -m bench` alone runs, cheapest first
 _STAGES = {
@@ -93,10 +91,6 @@ def _parser() -> argparse.ArgumentParser:
     option("--case", nargs="+", help="names, primary, parity or cpu; by default what fits")
     option("--backends", nargs="+", help="ours, auto among them; all of the op unless given")
     option("--peers", nargs="*", help="all of the op unless given; give none for ours alone")
-    option("--no-compiled-peers", action="store_true")
-    option("--clock", choices=["cuda_graph", "cuda_events", "perf_counter"], default="")
-    option("--batch", type=int, help="instead of the case's own")
-    option("--quick", action="store_true", help="one round: exercises the code, kept nowhere")
 
     option = made.add_measured(_steps, "time whole steps, by drop rate", seconds=60, modes=both)
     option(
@@ -111,13 +105,11 @@ def _parser() -> argparse.ArgumentParser:
     option("--batch", type=int, help="clips; 0: the largest power of two up to 256 that fits a GPU")
     option("--features", nargs="+", choices=["no", "yes"], default=["no"])
     option("--contenders", nargs="+", default=["auto", "plain"], help="auto, plain, reference")
-    option("--compile", nargs="*", default=["default"], help="modes of torch.compile")
-    option("--compiled-at", type=float, nargs="*", help="drop rates with them; on a CPU 0.5")
+    option("--compile", nargs="*", default=["default"], help="its modes; on a CPU at rate 0.5")
 
     option = made.add_measured(_scaling, "time ops by size", seconds=30, modes=both)
     option("--op", nargs="+", choices=sweeps.SIZES, default=list(sweeps.SIZES))
     option("--size", type=int, nargs="+", help="tokens, clips or pixels; all unless given")
-    option("--longest", type=float, default=30, help="seconds of a call; slower ones leave")
 
     option = made.add(_accuracy, "pre-train the demo's world by drop rate; 90 minutes on 2 cores")
     option("--drop-rate", type=float, nargs="+", default=list(sweeps.DROP_RATES))
@@ -137,7 +129,6 @@ def _parser() -> argparse.ArgumentParser:
     option("--op", nargs="+", choices=ops, default=ops)
     option("--case", nargs="+", default=["primary"])
     option("--dtype", default="bf16", choices=[*DTYPES])
-    option("--rounds", type=int, default=20)
     option("--out", type=Path, help="keys in it stay; kernels/tiles/<arch>.json unless given")
 
     option = made.add(_compile, "compile kernels for devices that are not here")
@@ -146,10 +137,8 @@ def _parser() -> argparse.ArgumentParser:
     option("--op", nargs="+", choices=ops, default=ops)
     option("--dtype", nargs="+", choices=[*DTYPES])
     option("--case", nargs="+", help="names of cases; all primary ones unless given")
-    option("--alone", action="store_true", help="TPU: attention without its projections")
     option("--schedule", action="store_true", help="TPU: bundles and spills of every kernel")
-    option("--out", type=Path, help="a file for the rows as JSON lines")
-    option("--read", type=Path, help="only print the table of the rows in this file")
+    option("--out", type=Path, help="append the rows to this file, as JSON lines")
 
     option = made.add(_gpu, "everything that waits for a GPU, in stages")
     option("--out", type=Path, required=True, help="folder; continued where it exists")
@@ -210,8 +199,7 @@ def _ops(given: argparse.Namespace) -> int:
     """First the parity check of each backend; then each contender's error at the case itself."""
     keep_host_memory()
     cpu = given.device == "cpu"
-    partial = bool(given.backends or given.peers is not None or given.no_compiled_peers)
-    if given.out is None and (partial or given.quick):
+    if given.out is None and (given.backends or given.peers is not None):
         given.out = ""  # some contenders alone are kept in no file
     status = 0
     for op in given.op:
@@ -221,42 +209,30 @@ def _ops(given: argparse.Namespace) -> int:
         if unknown := sorted(set(given.backends or ()) - {AUTO, *backends.BACKENDS[op]}):
             known = ", ".join(backends.BACKENDS[op])
             raise ValueError(f"unknown backends {', '.join(unknown)}; {op} has {known}")
-        setting, dtype = _setting(
-            given,
-            clock=given.clock,
-            rounds=1 if given.quick else 0,
-            quick=given.quick,
-            backends=tuple(asked) if asked else None,
-            peer_names=None if given.peers is None else tuple(given.peers),
-            compiled_peers=not (given.no_compiled_peers or given.quick),
-        )
-        peers(op, setting.peer_names)
+        names = None if given.peers is None else tuple(given.peers)
+        setting, dtype = _setting(given, backends=tuple(asked) if asked else None, peer_names=names)
+        peers(op, names)
         cases = calls.select(op, given.case or ["cpu" if cpu else "primary"])
-        if given.batch:
-            cases = [calls.at_batch(case, given.batch) for case in cases]
         out = _out(given, setting)
         if given.resume and out:
             cases = [c for c in cases if not is_measured(setting, out, op, c, dtype, given.mode)]
         if cases:
             gate(setting, [op], dtype)
-        for case in cases:
-            if setting.out_of_time:
-                print(f"absent: {op} {case.name}: out of time; --resume continues", flush=True)
-                continue
-            found, absent = measure_op(setting, op, case, dtype, given.mode)
-            sweeps.keep(found, out)
-            for name, reason in absent.items():
-                print(f"absent: {op} {case.name} {dtype}: {name}: {reason}", flush=True)
+        wanted = [(op, case) for case in cases]
+        _tell(sweeps.measure_cases(setting, wanted, dtype, given.mode, out)[1])
         status |= setting.red
     return int(status)
+
+
+def _tell(missing: Sequence[sweeps.Missing]) -> None:
+    for each in missing:
+        print(f"absent: {': '.join(each)}", flush=True)
 
 
 def _steps(given: argparse.Namespace) -> int:
     setting, dtype = _setting(given, clock="perf_counter", rounds=7, warmup=0)
     on_gpu = given.device == "cuda"
-    compiled_at = given.compiled_at
-    if compiled_at is None:
-        compiled_at = given.drop_rate if on_gpu else _COMPILED_AT
+    compiled_at = given.drop_rate if on_gpu else _COMPILED_AT
     steps.formulations(given.contenders, given.compile)  # refuses unknown names
     wanted = []
     for name in given.configuration:
@@ -280,8 +256,7 @@ def _steps(given: argparse.Namespace) -> int:
     if reason := setting.refusal():
         raise SystemExit(f"nothing is timed: {reason}")
     missing = sweeps.measure_cells(setting, wanted, dtype, out)
-    for each in missing:
-        print(f"absent: {': '.join(each)}", flush=True)
+    _tell(missing)
     return int(any(who == "all" or who.startswith("auto") for _, who, _ in missing))
 
 
@@ -304,9 +279,8 @@ def _scaling(given: argparse.Namespace) -> int:
             continue
         gate(setting, [op], dtype, chosen_only=True)
         status |= setting.refusal([op]) is not None
-        options = dict(longest=given.longest, resume=given.resume)
-        for each in sweeps.measure_sizes(setting, op, sizes, dtype, given.mode, out, **options):
-            print(f"absent: {': '.join(each)}", flush=True)
+        options = dict(longest=30.0, resume=given.resume)
+        _tell(sweeps.measure_sizes(setting, op, sizes, dtype, given.mode, out, **options))
     return int(status)
 
 
@@ -331,58 +305,27 @@ def _floors(given: argparse.Namespace) -> int:
 def _tune(given: argparse.Namespace) -> int:
     if not torch.cuda.is_available():
         raise ValueError("tuning measures on a CUDA device, and this torch sees none")
-    setting = Setting(torch.device("cuda"), rounds=given.rounds)
-    path = given.out or tune.installed_path()
-    table, skipped = tune.read_table(path), Counter[str]()
-    status = 0
+    setting = Setting(torch.device("cuda"), rounds=20)
     gate(setting, given.op, given.dtype)
-    for op in given.op:
-        module = tune.tunable(op)
-        refused = setting.refused.get((op, tune.BACKEND))
-        if module is None or refused:
-            print(f"{op}: {refused or 'no Triton backend with candidates'}; not tuned")
-            status |= module is not None
-            continue
-        for case in calls.select(op, given.case):
-            print(f"{op} {case.name}", flush=True)
-            try:
-                with side_stream(setting.device):
-                    tune.tune_case(
-                        op,
-                        case,
-                        DTYPES[given.dtype],
-                        setting.device,
-                        candidates_of=module.TUNING,
-                        table=table,
-                        clock=setting.make_clock(),
-                        rounds=given.rounds,
-                        skipped=skipped,
-                    )
-            except Exception as error:
-                print(f"{op} {case.name}: {first_line(error)}")
-                status = 1
-            tune.write_table(path, table)
-    entries = sum(map(len, table.values()))
-    print(f"{entries} entries in {path.name}; candidates left out: {dict(skipped) or 'none'}")
-    return int(status)
+    wanted = [(op, case) for op in given.op for case in calls.select(op, given.case)]
+    path = given.out or tune.installed_path()
+    missing = tune.tune_cases(setting, wanted, given.dtype, path, tune.read_table(path))
+    for part, reason in missing:
+        print(f"not tuned: {part}: {reason}")
+    return int(any(tune.tunable(part.partition(" ")[0]) for part, _ in missing))
 
 
 def _compile(given: argparse.Namespace) -> int:
-    if given.read:
-        print(compile.read(given.read))
-        return 0
-    what = (given.op, given.case, given.dtype, given.out)
     on_gpu = [each for each in given.target if each in compile.GPUS]
     on_tpu = [each for each in given.target if each in compile.TPUS]
     if on_gpu and on_tpu and given.out:
         raise ValueError("rows of GPUs and of TPUs differ; give --out to each by itself")
     if on_gpu and os.environ.get("TRITON_INTERPRET") == "1":
         raise ValueError("TRITON_INTERPRET is set: kernels are then interpreted; unset it")
-    status = compile.compile_gpu_targets(on_gpu, *what) if on_gpu else 0
-    if on_tpu:
-        options = dict(alone=given.alone, schedule=given.schedule)
-        status |= compile.compile_tpu_targets(on_tpu, *what, **options)
-    return status
+    what = (given.op, given.case, given.dtype, given.out)
+    options = dict(schedule=given.schedule)
+    made = [compile.compile_targets(each, *what, **options) for each in (on_gpu, on_tpu) if each]
+    return max(made)
 
 
 def _gpu(given: argparse.Namespace) -> int:

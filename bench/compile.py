@@ -2,7 +2,6 @@
 
     python -m bench compile --target sm_90 --op attention       # Triton
     python -m bench compile --target v5e --op attention --case video_mbs_drop50 --schedule
-    python -m bench compile --read bench/results/compile_tpu.jsonl   # the table of old rows
 
 *Compiled for*, never run: this says nothing of speed. ``compile_gpu.py`` and ``compile_tpu.py`` say
 what is compiled, what a row tells and what counts as a fault. All GPU targets take about half an
@@ -20,6 +19,8 @@ from typing import Any
 
 from vatt_fast.kernels.cases import CASES, tag
 
+from .lines import markdown_table
+
 GPUS = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
 TPUS = {
     "v4": "v4:2x2x1",
@@ -30,123 +31,74 @@ TPUS = {
 }
 
 
-def cases_of(ops: Iterable[str], names: Sequence[str] | None) -> Iterator[tuple[str, str]]:
-    """(op, case) by name, or every primary one."""
-    for op in ops:
-        for case in CASES[op].values():
-            if case.name in names if names else tag(case) == "primary":
-                yield op, case.name
-
-
-def compile_gpu_targets(
-    targets: Sequence[str],
-    ops: Sequence[str],
-    cases: Sequence[str] | None,
-    dtypes: Sequence[str] | None,
-    out: Path | None,
-) -> int:
-    """Print the table of Triton's kernels and write their rows; 1 where one has a fault.
-
-    Args:
-        dtypes: None: bf16 and fp32, of attention bf16 alone, whose fp32 takes hours.
-    """
-    from . import compile_gpu as gpu  # needs Triton
-
-    rows: list[gpu.Row] = []
-    for op, case in cases_of(ops, cases):
-        for dtype in dtypes or (("bf16",) if op == "attention" else ("bf16", "fp32")):
-            for target in targets:
-                rows += gpu.compile_case(op, case, dtype, target)
-        _progress(f"{op} {case}: {len(gpu.distinct(rows))} distinct kernels so far")
-    rows = gpu.distinct(rows)
-    if out:
-        _write(out, rows, "w")
-    return _conclude(rows, gpu.markdown(rows), "kernels", targets)
-
-
-def compile_tpu_targets(
+def compile_targets(
     targets: Sequence[str],
     ops: Sequence[str],
     cases: Sequence[str] | None,
     dtypes: Sequence[str] | None,
     out: Path | None,
     *,
-    alone: bool,
-    schedule: bool,
+    schedule: bool = False,
 ) -> int:
-    """Print the table of the Pallas kernels and append their rows; 1 where one has a fault.
+    """Print a table of what GPUs or TPUs got and append its rows; 1 where one has a fault.
 
     Args:
-        alone: attention without its projections.
-        schedule: count bundles and spills of every kernel; takes three times as long.
+        cases: None: every primary one.
+        dtypes: None: bf16 and fp32; for GPUs attention in bf16 alone, whose fp32 takes hours.
+        schedule: of TPUs: count bundles and spills of every kernel; takes three times as long.
     """
+    tpu = targets[0] in TPUS
     if schedule:  # read when libtpu is loaded
         os.environ["LIBTPU_INIT_ARGS"] = (
             f"--xla_jf_dump_to={tempfile.mkdtemp()} --xla_jf_dump_llo_text=true"
         )
-    from . import compile_tpu as tpu  # needs JAX and libtpu
-
-    rows: list[tpu.Row] = []
-    for op, case in cases_of(ops, cases):
-        for dtype in dtypes or ("bf16", "fp32"):
+    module: Any
+    if tpu:
+        from . import compile_tpu as module  # needs JAX and libtpu
+    else:
+        from . import compile_gpu as module  # needs Triton
+    rows: list[Any] = []
+    for op, case in _chosen(ops, cases):
+        usual = ("bf16",) if op == "attention" and not tpu else ("bf16", "fp32")
+        for dtype in dtypes or usual:
             for target in targets:
-                row = tpu.compile_case(op, case, dtype, target, alone=alone and op == "attention")
-                rows.append(row)
+                made = module.distinct(module.compile_case(op, case, dtype, target), rows)
+                rows += made
+                told = "; ".join(fault for row in made for fault in row.faults) or "no fault"
+                told = f"{op} {case} {dtype} {target}: {len(made)} rows, {told}"
+                if schedule:
+                    told += f"; bundles {made[0].bundles}, spills {made[0].spills}"
+                print(told, file=sys.stderr, flush=True)
                 if out:
-                    _write(out, [row], "a")
-                told = "".join(
-                    f"  {name} {count} bundles, {row.spills.get(name, 0)} spills"
-                    for name, count in row.bundles.items()
-                )
-                outcome = "; ".join(row.faults) or f"{row.seconds} s"
-                _progress(f"{op} {case} {dtype} {target}: {outcome}{told}")
-    return _conclude(rows, tpu.markdown(rows), "programs", targets)
-
-
-def read(path: Path) -> str:
-    """The table of the rows in a file."""
-    rows = [json.loads(text) for text in path.read_text().splitlines()]
-    if rows and "topology" in rows[0]:
-        from . import compile_tpu as tpu
-
-        return tpu.markdown([tpu.Row(**row) for row in rows])
-    from . import compile_gpu as gpu
-
-    return gpu.markdown([gpu.Row(**row) for row in rows])
-
-
-def heaviest(
-    rows: Iterable[Any], key: Callable[[Any], tuple], cells: Callable[[list[Any]], Sequence[Any]]
-) -> list[str]:
-    """Rows of a table, one a group: its key, then what ``cells`` makes of the group."""
-    groups: dict[tuple, list[Any]] = {}
-    for row in rows:
-        groups.setdefault(key(row), []).append(row)
-    return [
-        "| " + " | ".join(map(str, (*name, *cells(group)))) + " |" for name, group in groups.items()
-    ]
-
-
-def headings(*names: str) -> list[str]:
-    return ["| " + " | ".join(names) + " |", "|---" * len(names) + "|"]
-
-
-def _write(path: Path, rows: Iterable[Any], how: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open(how) as file:
-        file.writelines(json.dumps(asdict(row)) + "\n" for row in rows)
-
-
-def _progress(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
-def _conclude(rows: Sequence[Any], table: str, what: str, targets: Sequence[str]) -> int:
+                    out.parent.mkdir(parents=True, exist_ok=True)
+                    with out.open("a") as file:
+                        file.writelines(json.dumps(asdict(row)) + "\n" for row in made)
     if not rows:
         raise ValueError("no such case; see kernels/cases.py")
-    print(table)
+    print(_table(rows, module.HEADINGS, module.key, module.cells))
     bad = [row for row in rows if row.faults]
     for row in bad:
         print(f"{row.title}: {'; '.join(row.faults)}")
-    print(f"{len(rows)} {what} compiled for {', '.join(targets)}; {len(bad)} with faults")
+    print(f"{len(rows)} rows compiled for {', '.join(targets)}; {len(bad)} with faults")
     return int(bool(bad))
+
+
+def _chosen(ops: Iterable[str], names: Sequence[str] | None) -> Iterator[tuple[str, str]]:
+    for op in ops:
+        for case in CASES[op].values():
+            if case.name in names if names else tag(case) == "primary":
+                yield op, case.name
+
+
+def _table(
+    rows: Iterable[Any],
+    headings: str,
+    key: Callable[[Any], tuple],
+    cells: Callable[[list[Any]], Sequence[Any]],
+) -> str:
+    """A row a group: its key, then what ``cells`` makes of the group."""
+    groups: dict[tuple, list[Any]] = {}
+    for row in rows:
+        groups.setdefault(key(row), []).append(row)
+    told = [(*name, *cells(group)) for name, group in groups.items()]
+    return markdown_table(headings.split(", "), told)

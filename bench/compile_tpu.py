@@ -2,11 +2,10 @@
 
 The public functions of ``kernels.jax_ops`` are lowered for a chip, forward and backward in one
 program. Attention stands between the per-head projections it has in the model, where a layout that
-the kernels do not share with them would show as copies; ``alone`` leaves them out, and most of the
-time with them. How arrays lie outside is the compiler's choice. A row is one case for one chip:
-size of the code, temporaries in HBM, VMEM of the hungriest kernel, copies and transposes that
-change a layout, seconds. With a schedule also each kernel's instruction bundles and spilled
-registers, a loop's body counted once.
+the kernels do not share with them would show as copies. How arrays lie outside is the compiler's
+choice. A row is one case for one chip: size of the code, temporaries in HBM, VMEM of the hungriest
+kernel, copies and transposes that change a layout, seconds. With a schedule also each kernel's
+instruction bundles and spilled registers, a loop's body counted once.
 
 A fault is what does not compile, or layout copies around an attention that the dispatch table
 prefers. Needs ``pip install libtpu``.
@@ -42,7 +41,7 @@ from vatt_fast.kernels.ops import OPS
 from vatt_fast.on_jax import hlo
 
 from . import machine
-from .compile import TPUS, headings, heaviest
+from .compile import TPUS
 from .machine import DTYPES
 
 # where libtpu writes schedules
@@ -61,7 +60,7 @@ class Row:
     case: str
     dtype: str
     topology: str
-    alone: bool  # attention without its projections
+    alone: bool = False  # attention without its projections: rows of old have it
     kernels: list[str] = field(default_factory=list)
     code_bytes: int = 0
     temp_bytes: int = 0
@@ -85,9 +84,7 @@ class Row:
 # -- what is compiled -------------------------------------------------------------------------
 
 
-def program(
-    op: str, case: str, dtype: str, alone: bool = False
-) -> tuple[Callable, dict[str, Any], dict[str, Any]]:
+def program(op: str, case: str, dtype: str) -> tuple[Callable, dict[str, Any], dict[str, Any]]:
     """A function of (differentiable arrays, the other arrays), and the shapes of both.
 
     Fresh at every call: jax keeps traces by identity.
@@ -109,7 +106,6 @@ def program(
             )
             for name in "qkv"
         }
-    if op == "attention" and not alone:
         call, shapes, differentiable = _between_projections(call, CASES[op][case], shapes)
     leaves = {
         name: x
@@ -169,10 +165,11 @@ def device(topology: str) -> SingleDeviceSharding:
     return SingleDeviceSharding(described.devices[0])
 
 
-def compile_case(op: str, case: str, dtype: str, topology: str, *, alone: bool = False) -> Row:
-    row = Row(op, case, dtype, topology, alone)
+def compile_case(op: str, case: str, dtype: str, topology: str) -> list[Row]:
+    """The case's one row."""
+    row = Row(op, case, dtype, topology)
     began = time.perf_counter()
-    function, *shapes = program(op, case, dtype, alone)
+    function, *shapes = program(op, case, dtype)
     free = Format(Layout.AUTO, device(topology))
     try:
         with settings.lowering_for("tpu"), settings.use_backend(**{op: "pallas_tpu"}), _quiet():
@@ -184,7 +181,7 @@ def compile_case(op: str, case: str, dtype: str, topology: str, *, alone: bool =
             compiled = jitted.lower(*shapes).compile()
     except Exception as error:  # whatever libtpu raises is the row's result
         row.faults.append(" ".join(f"{type(error).__name__}: {error}".split())[:600])
-        return row
+        return [row]
     row.seconds = round(time.perf_counter() - began, 1)
     memory, text = compiled.memory_analysis(), compiled.as_text()
     assert memory is not None and text is not None  # libtpu has both
@@ -200,7 +197,7 @@ def compile_case(op: str, case: str, dtype: str, topology: str, *, alone: bool =
     shape = CASES[op][case]
     if row.copies and op == "attention" and min(shape.queries, shape.keys) >= 64:
         row.faults.append(f"{row.copies} layout copies around attention")
-    return row
+    return [row]
 
 
 @contextlib.contextmanager
@@ -247,21 +244,25 @@ def schedules(folder: Path) -> tuple[dict[str, int], dict[str, int]]:
 # -- table ------------------------------------------------------------------------------------
 
 
-def markdown(rows: list[Row]) -> str:
-    """Per op, dtype and chip: how many cases compiled, and the heaviest of each number."""
+def distinct(rows: list[Row], known: list[Row]) -> list[Row]:
+    return rows  # a case is a program of its own
 
-    def cells(group: list[Row]) -> tuple:
-        good = [row for row in group if row.code_bytes]
-        names = {name.removeprefix("vatt_") for row in good for name in row.kernels}
-        code, temporary, memory, copies, seconds = (
-            max((getattr(row, name) for row in good), default=0)
-            for name in ("code_bytes", "temp_bytes", "vmem_bytes", "copies", "seconds")
-        )
-        sizes = (f"{code / KIB:.0f}", f"{temporary / MIB:.1f}", f"{memory / MIB:.1f}")
-        return (f"{len(good)}/{len(group)}", " ".join(sorted(names)), *sizes, copies, seconds)
 
-    names = "op, dtype, chip, compiled, kernels, code KiB, HBM temporaries MiB, VMEM MiB,"
-    names += " layout copies, seconds"
-    newest = {(row.op, row.case, row.dtype, row.topology, row.alone): row for row in rows}
-    key = lambda row: (row.op + " alone" * row.alone, row.dtype, row.topology)  # noqa: E731
-    return "\n".join([*headings(*names.split(", ")), *heaviest(newest.values(), key, cells)])
+HEADINGS = "op, dtype, chip, compiled, kernels, code KiB, HBM temporaries MiB, VMEM MiB, "
+HEADINGS += "layout copies, seconds"
+
+
+def key(row: Row) -> tuple:
+    return row.op, row.dtype, row.topology
+
+
+def cells(group: list[Row]) -> tuple:
+    """How many cases compiled, and the heaviest of each number."""
+    good = [row for row in group if row.code_bytes]
+    names = {name.removeprefix("vatt_") for row in good for name in row.kernels}
+    code, temporary, memory, copies, seconds = (
+        max((getattr(row, name) for row in good), default=0)
+        for name in ("code_bytes", "temp_bytes", "vmem_bytes", "copies", "seconds")
+    )
+    sizes = (f"{code / KIB:.0f}", f"{temporary / MIB:.1f}", f"{memory / MIB:.1f}")
+    return f"{len(good)}/{len(group)}", " ".join(sorted(names)), *sizes, copies, seconds

@@ -24,7 +24,6 @@ import os
 import subprocess
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -37,14 +36,12 @@ from vatt_fast.kernels.ops import OPS
 from . import lines, machine, sweeps, tune
 from .floors import MODES, Mode
 from .machine import DTYPES, ROOT
-from .measure import measure_op
-from .setting import RED, Setting, verdict_of
+from .setting import RED, Setting, is_measured, verdict_of
 from .steps import OF_THE_PAPER
 from .sweeps import Cell
-from .timer import first_line, side_stream
+from .timer import first_line
 
 BUDGET_S = 540.0
-_LATER = "out of time; run the stage again to continue"
 _TESTED = ("fp32", "fp16", "bf16", "fp64")
 _FILES = {
     "ops": "Ops",
@@ -228,81 +225,31 @@ def _pytest(run: Run) -> None:
 
 
 def tune_stage(run: Run) -> None:
-    setting = run.setting(rounds=20)
-    modules = {}
-    for op in _DRY_TUNED if run.dry else OPS:
-        module = tune.tunable(op)
-        reason = "no Triton backend with candidates"
-        if module is not None:
-            reason = setting.refused.get((op, tune.BACKEND), "")
-        if module is None or reason:
-            run.fail("tune", op, reason)
-            continue
-        few = {kernel: tiles[:1] for kernel, tiles in module.TUNING.items()}
-        modules[op] = few if run.dry else module.TUNING
-    if not modules:
-        return
+    wanted = [each for each in _in_turn(run) if not run.dry or each[0] in _DRY_TUNED]
     path = run.out / "tuned" / f"{tune.arch()}.json"
-    installed = {} if run.dry else tune.read_table(tune.installed_path())
-    table = installed | tune.read_table(path)  # entries that are there are not measured again
-    skipped = Counter[str]()
-    for op, case in _in_turn(run):
-        if op not in modules:
-            continue
-        if run.left < 0:
-            run.fail("tune", f"{case.name}: {op}", _LATER)
-            continue
-        try:
-            with side_stream(run.device):
-                tune.tune_case(
-                    op,
-                    case,
-                    DTYPES[run.dtype],
-                    run.device,
-                    candidates_of=modules[op],
-                    table=table,
-                    clock=setting.make_clock(),
-                    rounds=setting.rounds,
-                    skipped=skipped,
-                    deadline=run.deadline,
-                )
-        except Exception as error:
-            run.fail("tune", f"{op} {case.name}", first_line(error))
-        if table:
-            tune.write_table(path, table)
-    if skipped:
-        counts = (f"{reason}: {count}" for reason, count in sorted(skipped.items()))
-        run.fail("tune", "candidates left out", ", ".join(counts))
+    table = {} if run.dry else tune.read_table(tune.installed_path())
+    table |= tune.read_table(path)
+    setting = run.setting(rounds=20)
+    for part, reason in tune.tune_cases(setting, wanted, run.dtype, path, table, few=run.dry):
+        run.fail("tune", part, reason)
 
 
 # -- ops and sizes ----------------------------------------------------------------------------
 
 
 def ops_stage(run: Run) -> None:
-    setting = run.setting()
-    done = {
-        (line.op, line.case, line.mode)
-        for line in lines.measured(run.file("ops"), setting.machine, dtype=run.dtype)
-    }
+    setting, out = run.setting(), run.file("ops")
     modes: Sequence[Mode] = ("fwd", "fwd+bwd") if run.dry else MODES
     for (op, backend), reason in setting.refused.items():
-        run.fail("ops", f"{op} {backend}", reason)
-    for op, case in _in_turn(run):
-        missing = [mode for mode in modes if (op, case.name, mode) not in done]
-        if not missing:
-            continue
-        if run.left < 0:
-            run.fail("ops", f"{case.name}: {op}", _LATER)
-            continue
-        try:
-            found, absent = measure_op(setting, op, case, run.dtype, missing)
-        except Exception as error:
-            run.fail("ops", f"{op} {case.name}", first_line(error))
-            continue
-        sweeps.keep(found, run.file("ops"))
-        for name, reason in absent.items():
-            if (op, name) not in setting.refused:
-                run.fail("ops", f"{op} {case.name}: {name}", reason)
+        run.fail("ops", f"{op}: {backend}", reason)
+    wanted = [
+        (op, case)
+        for op, case in _in_turn(run)
+        if not is_measured(setting, out, op, case, run.dtype, modes)
+    ]
+    for where, who, reason in sweeps.measure_cases(setting, wanted, run.dtype, modes, out)[1]:
+        if (where.partition(" ")[0], who) not in setting.refused:
+            run.fail("ops", f"{where}: {who}", reason)
 
 
 def scaling_stage(run: Run) -> None:

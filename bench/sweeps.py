@@ -142,6 +142,34 @@ def unmeasured(wanted: Sequence[Cell], dtype: str, out: Path, setting: Setting) 
     return [cell for cell in wanted if not measured(cell)]
 
 
+# -- ops --------------------------------------------------------------------------------------
+
+
+def measure_cases(
+    setting: Setting,
+    wanted: Sequence[tuple[str, Case]],
+    dtype: str,
+    modes: Sequence[Mode],
+    out: str | Path | None,
+) -> tuple[list[Line], list[Missing]]:
+    """Measure ops at cases, print and append their lines, until the setting's deadline."""
+    measured: list[Line] = []
+    missing: list[Missing] = []
+    for op, case in wanted:
+        title = f"{op} {case.name}"
+        if setting.out_of_time:
+            missing.append((title, "all", _OUT_OF_TIME))
+            continue
+        try:
+            found, absent = measure_op(setting, op, case, dtype, modes)
+        except Exception as error:  # such as no memory for all contenders' state: others go on
+            found, absent = [], {"all": first_line(error)}
+        keep(found, out)
+        measured += found
+        missing += [(title, who, reason) for who, reason in absent.items()]
+    return measured, missing
+
+
 # -- ops by size ------------------------------------------------------------------------------
 
 _PATCH = (4, 16, 16)
@@ -234,23 +262,21 @@ def measure_sizes(
     missing: list[Missing] = []
     for size in sorted(sizes):
         case = SIZES[op][size]
-        title = f"{op} {case.name}"
         if resume and out and is_measured(setting, out, op, case, dtype, modes):
-            known = lines.measured(out, setting.machine, op=op, case=case.name, dtype=dtype)
-            # the last of each
-            found = list({(line.backend, line.mode): line for line in known}.values())
+            found = lines.measured(out, setting.machine, op=op, case=case.name, dtype=dtype)
         else:
-            if setting.out_of_time:
-                return [*missing, (title, "all", _OUT_OF_TIME)]
             left_out = dict(_too_costly(costs, size, modes, 1e3 * longest, setting.device))
             left_out |= _too_long_to_compile(op, size)
-            try:
-                found, others = _race_without(setting, op, case, dtype, modes, left_out)
-            except Exception as error:  # such as no memory for all contenders' state
-                found, others = [], {"all": first_line(error)}
-            missing += [(title, name, reason) for name, reason in (left_out | others).items()]
-            keep(found, out)
-        for line in found:
+            missing += [(f"{op} {case.name}", who, why) for who, why in left_out.items()]
+            if AUTO in left_out:
+                continue
+            theirs = [peer for peer in peers(op) if setting.compiled_peers or not peer.compiled]
+            names = tuple(peer.name for peer in theirs if peer.name not in left_out)
+            here = dataclasses.replace(setting, backends=(AUTO,), peer_names=names)
+            found, others = measure_cases(here, [(op, case)], dtype, modes, out)
+            missing += others
+        # the last of each
+        for line in {(line.backend, line.mode): line for line in found}.values():
             cost = Cost(size, line.ms_p50, line.peak_bytes or 0)
             costs.setdefault((line.backend, line.mode), []).append(cost)
     return missing
@@ -276,25 +302,6 @@ def _too_long_to_compile(op: str, size: int) -> dict[str, str]:
         return {}
     reason = f"torch.compile takes too long beyond {limit}"
     return {peer.name: reason for peer in peers(op) if peer.compiled}
-
-
-def _race_without(
-    setting: Setting,
-    op: str,
-    case: Case,
-    dtype: str,
-    modes: Sequence[Mode],
-    left_out: dict[str, str],
-) -> tuple[list[Line], dict[str, str]]:
-    if AUTO in left_out:
-        return [], {}
-    theirs = tuple(
-        peer.name
-        for peer in peers(op)
-        if peer.name not in left_out and (setting.compiled_peers or not peer.compiled)
-    )
-    here = dataclasses.replace(setting, backends=(AUTO,), peer_names=theirs)
-    return measure_op(here, op, case, dtype, modes)
 
 
 # -- accuracy by drop rate --------------------------------------------------------------------

@@ -11,7 +11,7 @@ import functools
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -24,7 +24,9 @@ from vatt_fast.kernels.tiles import Tiles
 
 from . import calls
 from .floors import Mode
-from .timer import Call, Clock, first_line, interleaved
+from .machine import DTYPES
+from .setting import Setting
+from .timer import Call, Clock, first_line, interleaved, side_stream
 
 Table = dict[str, dict[str, Tiles]]
 # the kernel's own heuristic stays unless a candidate needs less than this share of its time
@@ -114,6 +116,57 @@ def tune_case(
                 best[kernel] = found
                 for request in asked:
                     table.setdefault(kernel, {}).setdefault(request.key, found)
+
+
+def tune_cases(
+    setting: Setting,
+    wanted: Sequence[tuple[str, Case]],
+    dtype: str,
+    path: Path,
+    table: Table,
+    *,
+    few: bool = False,
+) -> list[tuple[str, str]]:
+    """Tune ops at cases and write the table to ``path`` after each; (what was not tuned, why).
+
+    Args:
+        table: its entries are not measured again.
+        few: one candidate a kernel: exercises the code.
+    """
+    skipped = Counter[str]()
+    missing: dict[str, str] = {}
+    for op, case in wanted:
+        module = tunable(op)
+        if module is None or (op, BACKEND) in setting.refused:
+            reason = setting.refused.get((op, BACKEND), "no Triton backend with candidates")
+            missing[op] = reason
+            continue
+        if setting.out_of_time:
+            missing[f"{op} {case.name}"] = "out of time; run it again to continue"
+            continue
+        few_or_all = slice(1 if few else None)
+        candidates = {kernel: tiles[few_or_all] for kernel, tiles in module.TUNING.items()}
+        print(f"{op} {case.name}", flush=True)
+        try:
+            with side_stream(setting.device):
+                tune_case(
+                    op,
+                    case,
+                    DTYPES[dtype],
+                    setting.device,
+                    candidates_of=candidates,
+                    table=table,
+                    clock=setting.make_clock(),
+                    rounds=setting.rounds,
+                    skipped=skipped,
+                    deadline=setting.deadline,
+                )
+        except Exception as error:
+            missing[f"{op} {case.name}"] = first_line(error)
+        if table:
+            write_table(path, table)
+    print(f"candidates left out: {dict(skipped) or 'none'}")
+    return list(missing.items())
 
 
 class _Work(NamedTuple):

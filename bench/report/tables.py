@@ -299,7 +299,8 @@ _NOISE = (
 def readme(shown: Sequence[Shown]) -> str:
     """At most eight fresh rows, of the machine with the widest instructions that has one."""
     headings = ("case", "dtype", "processor", "ours, ms", "best peer, ms", "times as fast")
-    rows, commands = [], []
+    rows: list[list[str]] = []
+    commands: list[str] = []
     for title, *wanted in _ROWS:
         fresh = [
             each

@@ -139,7 +139,7 @@ def run(text, *more):
 
 def test_a_cell_is_measured_once(small_video, monkeypatch, tmp_path):
     out = tmp_path / "lines.jsonl"
-    asked = "steps --device cpu --configuration small_video --compiled-at --batch 2 --seconds 0"
+    asked = "steps --device cpu --configuration small_video --compile --batch 2 --seconds 0"
     asked += " --dtype fp32"
     assert run(f"{asked} --drop-rate 0.75", "--out", out) == 0
     first = lines.read(out)
