@@ -144,7 +144,6 @@ def _parser() -> argparse.ArgumentParser:
     option("--out", type=Path, required=True, help="folder; continued where it exists")
     option("--stage", nargs="+", default=list(gpu.STAGES), choices=gpu.STAGES)
     option("--budget", type=float, default=gpu.BUDGET_S, help="seconds a stage may take")
-    option("--preset", default="mbs", choices=steps.CONFIGURATIONS, metavar="NAME")
     option("--dry-run", action="store_true", help="on the CPU, smallest cases, one round")
 
     option = made.add(_report, "page, figures and the marked tables of the docs")
@@ -337,7 +336,7 @@ def _gpu(given: argparse.Namespace) -> int:
         command = [sys.executable, "-m", "bench", *sys.argv[1:]]
         return subprocess.call(command, env=environment)
     device = torch.device("cpu" if given.dry_run else "cuda")
-    run = gpu.Run(given.out, device, given.dry_run, given.budget, given.preset)
+    run = gpu.Run(given.out, device, given.dry_run, given.budget)
     return gpu.main(run, given.stage)
 
 

@@ -20,6 +20,7 @@ from vatt_fast.kernels.cases import (
 )
 from vatt_fast.kernels.ops import OPS
 
+from .lines import markdown_table
 from .machine import DTYPES, H200, Ceilings
 
 Mode = Literal["fwd", "bwd", "fwd+bwd"]
@@ -160,40 +161,34 @@ def sheet(ops: Sequence[str] = tuple(CASES), ceilings: Ceilings = H200, dtype: s
     """Markdown: every primary case's floor in each mode, then attention's tiles."""
     headings = ["op", "case", "mode", "GFLOP", "MB", "compute ms", "memory ms", "floor ms"]
     headings += ["bound", "deterministic ms"]
-    lines = [
-        f"Floors in {dtype} at {ceilings.tflops:g} TFLOP/s and {ceilings.gb_per_s:g} GB/s; "
-        "predicted, not measured.",
-        "",
-        "| " + " | ".join(headings) + " |",
-        "|---" * len(headings) + "|",
-        *_floor_rows(ops, ceilings, DTYPES[dtype].itemsize),
-    ]
+    title = f"Floors in {dtype} at {ceilings.tflops:g} TFLOP/s and {ceilings.gb_per_s:g} GB/s; "
+    title += "predicted, not measured."
+    told = [title, markdown_table(headings, _floor_rows(ops, ceilings, DTYPES[dtype].itemsize))]
     if "attention" in ops:
-        lines += ["", *_tile_rows()]
-    return "\n".join(lines)
+        tilings = [*TILINGS, *our_tilings()]
+        names = ["queries x keys", *(each.name for each in tilings)]
+        told += ["Useful share of the computed scores.", markdown_table(names, _tile_rows(tilings))]
+    return "\n\n".join(told)
 
 
-def _floor_rows(ops: Sequence[str], ceilings: Ceilings, itemsize: int) -> Iterator[str]:
+def _floor_rows(ops: Sequence[str], ceilings: Ceilings, itemsize: int) -> Iterator[tuple[str, ...]]:
     for op in ops:
         for name, case in CASES[op].items():
             for mode in MODES if tag(case) == "primary" else ():
                 least, fixed = (work(case, mode, itemsize, deterministic=d) for d in (False, True))
-                compute = least.flops / ceilings.tflops / 1e9
-                memory = least.bytes / ceilings.gb_per_s / 1e6
-                yield (
-                    f"| {op} | {name} | {mode} | {least.flops / 1e9:.4g} | {least.bytes / 1e6:.4g} "
-                    f"| {compute:.3g} | {memory:.3g} | {least.ms(ceilings):.3g} "
-                    f"| {least.bound(ceilings)} | {fixed.ms(ceilings):.3g} |"
+                ms = (
+                    least.flops / ceilings.tflops / 1e9,
+                    least.bytes / ceilings.gb_per_s / 1e6,
+                    least.ms(ceilings),
                 )
+                sizes = (f"{least.flops / 1e9:.4g}", f"{least.bytes / 1e6:.4g}")
+                times = (f"{each:.3g}" for each in ms)
+                last = (least.bound(ceilings), f"{fixed.ms(ceilings):.3g}")
+                yield op, name, mode, *sizes, *times, *last
 
 
-def _tile_rows() -> Iterator[str]:
-    tilings = [*TILINGS, *our_tilings()]
-    yield "Useful share of the computed scores."
-    yield ""
-    yield "| queries x keys | " + " | ".join(name for name, *_ in tilings) + " |"
-    yield "|---" * (1 + len(tilings)) + "|"
+def _tile_rows(tilings: Sequence[Tiling]) -> Iterator[list[str]]:
     cases = (case for case in CASES["attention"].values() if isinstance(case, AttentionCase))
     for queries, keys in sorted({(case.queries, case.keys) for case in cases if case.origin}):
         shares = (f"{useful_share(queries, keys, tiling):.0%}" for tiling in tilings)
-        yield f"| {queries} x {keys} | " + " | ".join(shares) + " |"
+        yield [f"{queries} x {keys}", *shares]

@@ -18,6 +18,7 @@ status is 1 where parity is red.
 import concurrent.futures
 import contextlib
 import dataclasses
+import itertools
 import json
 import multiprocessing
 import os
@@ -42,6 +43,7 @@ from .sweeps import Cell
 from .timer import first_line
 
 BUDGET_S = 540.0
+_PRESET = "mbs"
 _TESTED = ("fp32", "fp16", "bf16", "fp64")
 _FILES = {
     "ops": "Ops",
@@ -67,7 +69,6 @@ class Run:
     device: torch.device
     dry: bool
     budget: float
-    preset: str
     began: float = 0.0
 
     @property
@@ -266,13 +267,8 @@ def scaling_stage(run: Run) -> None:
 
 def _in_turn(run: Run) -> list[tuple[str, Case]]:
     """(op, case): the first case of every op, then the second, ..."""
-    queues = {op: _cases(run, op) for op in OPS}
-    return [
-        (op, queue[i])
-        for i in range(max(map(len, queues.values())))
-        for op, queue in queues.items()
-        if i < len(queue)
-    ]
+    queues = [[(op, case) for case in _cases(run, op)] for op in OPS]
+    return [each for turn in itertools.zip_longest(*queues) for each in turn if each]
 
 
 def _cases(run: Run, op: str) -> list[Case]:
@@ -300,12 +296,12 @@ def step_stage(run: Run) -> None:
         return
     names = ("auto", "plain", "reference")
     wanted = [
-        Cell(run.preset, rate, "fwd+bwd", 0, ("default",), names, features)
+        Cell(_PRESET, rate, "fwd+bwd", 0, ("default",), names, features)
         for features in (False, True)
         for rate in (0.5, 0.0, 0.75)
     ]
     strongest = ("max-autotune-no-cudagraphs",)
-    wanted.append(Cell(run.preset, 0.5, "fwd+bwd", 0, strongest, eager=False))
+    wanted.append(Cell(_PRESET, 0.5, "fwd+bwd", 0, strongest))
     _measure_cells(run, "step", wanted)
 
 
@@ -345,14 +341,17 @@ def summarise(run: Run) -> str:
     if run.dry:
         title = "# Dry run on the CPU: it shows that the stages work, its times mean nothing"
     told = [title, "", f"{machine.name(run.device)}; {versions}; commit {machine.commit()}", ""]
-    told += ["## Parity", "", "| op | backend | dtype | verdict |", "|---|---|---|---|"]
-    for (op, backend), by_dtype in sorted(run.verdicts().items()):
-        for dtype, reason in by_dtype.items():
-            told.append(f"| {op} | {backend} | {dtype} | {reason or 'green'} |")
+    verdicts = [
+        (op, backend, dtype, reason or "green")
+        for (op, backend), by_dtype in sorted(run.verdicts().items())
+        for dtype, reason in by_dtype.items()
+    ]
+    table = lines.markdown_table(("op", "backend", "dtype", "verdict"), verdicts)
+    told += ["## Parity", "", table]
     told += ["", "## Tuned tables", ""]
     for path in sorted((run.out / "tuned").glob("*.json")):
-        table = sorted(tune.read_table(path).items())
-        kernels = ", ".join(f"{kernel} ({len(entries)})" for kernel, entries in table)
+        tuned = sorted(tune.read_table(path).items())
+        kernels = ", ".join(f"{kernel} ({len(entries)})" for kernel, entries in tuned)
         told.append(f"- {path.name}: {kernels}")
     for stage, title in _FILES.items():
         told += ["", f"## {title}", ""]

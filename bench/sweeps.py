@@ -41,7 +41,6 @@ class Cell(NamedTuple):
     compile: tuple[str, ...] = ()  # modes of torch.compile beside eager
     names: tuple[str, ...] = ("auto", "plain")
     features: bool = False  # of all tokens, so that the last block works for them too
-    eager: bool = True
 
     @property
     def case(self) -> str:
@@ -56,11 +55,7 @@ def measure_cell(
     setting: Setting, trainer: Trainer, cell: Cell
 ) -> tuple[list[Line], dict[str, str]]:
     """Lines of a cell, and {contender: reason} of those that are absent or failed."""
-    wanted = [
-        each
-        for each in formulations(cell.names, cell.compile)
-        if cell.eager or each.compile is not None
-    ]
+    wanted = formulations(cell.names, cell.compile)
     batch = cell.batch
     if not batch:
         # reference stores every score: no user's choice, so it sets no batch
@@ -132,11 +127,7 @@ def unmeasured(wanted: Sequence[Cell], dtype: str, out: Path, setting: Setting) 
             if (line.case == cell.case if cell.batch else line.case.startswith(f"{start}_b"))
             and line.case.endswith("_features") == bool(tail)
         ]
-        names = {
-            each.title
-            for each in formulations(("auto",), cell.compile)
-            if cell.eager or each.compile is not None
-        }
+        names = {each.title for each in formulations(("auto",), cell.compile)}
         return "auto" not in cell.names or names <= {line.backend for line in here}
 
     return [cell for cell in wanted if not measured(cell)]
