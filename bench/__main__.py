@@ -21,7 +21,6 @@ import math
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -39,12 +38,12 @@ from .sweeps import Cell
 from .timer import keep_host_memory
 
 # what `python -m bench` alone runs, cheapest first
-_STAGES = {
-    "ops": "ops --device cpu --seconds 30",
-    "small": "steps --device cpu --configuration tiny",
-    "scaling": "scaling --device cpu",
-    "steps": "steps --device cpu",
-}
+_STAGES = (
+    "ops --device cpu --seconds 30 --resume",
+    "steps --device cpu --configuration tiny --resume",
+    "scaling --device cpu --resume",
+    "steps --device cpu --resume",
+)
 _COMPILED_AT = [0.5]  # drop rates with compiled steps on a CPU
 
 
@@ -57,7 +56,6 @@ class _Commands:
             description=__doc__,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        self.parser.add_argument("--stage", nargs="+", choices=_STAGES, default=list(_STAGES))
         self.commands = self.parser.add_subparsers(dest="command", metavar="what")
 
     def add(self, run: Any, help: str) -> Any:
@@ -74,7 +72,6 @@ class _Commands:
         option("--mode", nargs="+", default=["fwd", "fwd+bwd"], choices=modes)
         option("--rounds", type=int, default=0, help="of each race; some unless given")
         option("--seconds", type=float, default=seconds, help="of a race; two rounds at least run")
-        option("--minutes", type=float, help="begin nothing after this long")
         option("--resume", action="store_true", help="leave out what the results hold")
         option("--out", help="append lines to this file; the machine's own unless given, '': none")
         return option
@@ -159,18 +156,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     given = parser.parse_args(arguments)
     if given.command is None:
-        return _everything(given.stage)
+        return _everything()
     try:
         return given.run(given)
     except ValueError as error:
         return given.parser.error(str(error))  # exits with status 2
 
 
-def _everything(stages: Sequence[str]) -> int:
+def _everything() -> int:
     status = 0
-    for stage in stages:
-        print(f"== {stage}: python -m bench {_STAGES[stage]} --resume", flush=True)
-        command = [sys.executable, "-m", "bench", *_STAGES[stage].split(), "--resume"]
+    for stage in _STAGES:
+        print(f"== python -m bench {stage}", flush=True)
+        command = [sys.executable, "-m", "bench", *stage.split()]
         status |= subprocess.call(command, cwd=ROOT)
     return int(status != 0)
 
@@ -180,10 +177,9 @@ def _everything(stages: Sequence[str]) -> int:
 
 def _setting(given: argparse.Namespace, **options: Any) -> tuple[Setting, str]:
     """The setting that options ask for, and the dtype."""
-    deadline = None if given.minutes is None else time.monotonic() + 60 * given.minutes
     options |= dict(rounds=given.rounds or options.get("rounds", 0))
     device = torch.device(given.device)
-    made = Setting(device, seconds=given.seconds, deadline=deadline, **options)
+    made = Setting(device, seconds=given.seconds, **options)
     return made, given.dtype or native_dtype(device)
 
 

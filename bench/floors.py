@@ -1,12 +1,10 @@
 """What a case costs at least: its bytes, and the time at given ceilings. Pure functions of cases.
 
 ``python -m bench floors`` prints the sheet. Bytes count every input once and every output once;
-FLOPs are the op's own (``ops.OPS[op].flops``). Attention's sheet also says which share of the
-scores that a kernel's tiles compute is asked for: lengths such as 393, 785 and 1569 sit just past a
-tile's edge.
+FLOPs are the op's own (``ops.OPS[op].flops``).
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple
 
 from vatt_fast.kernels.cases import (
@@ -103,72 +101,17 @@ def _patch_embed_bytes(case: PatchEmbedCase, backward: bool, itemsize: int) -> i
     return patches + tokens + weights + position + index
 
 
-# -- tiles ------------------------------------------------------------------------------------
-
-Padding = Callable[[int], int]  # length -> length that is computed
-
-
-class Tiling(NamedTuple):
-    """How far a kernel pads the queries and the keys."""
-
-    name: str
-    queries: Padding
-    keys: Padding
-
-
-def padded_to(block: int) -> Padding:
-    return lambda length: -(-length // block) * block
-
-
-TILINGS: tuple[Tiling, ...] = (
-    Tiling("192x192 (FA3)", padded_to(192), padded_to(192)),
-    Tiling("128x128 (FA2, Triton tutorial)", padded_to(128), padded_to(128)),
-    Tiling("64x64, key tail by 16", padded_to(64), padded_to(16)),
-)
-
-
-def useful_share(queries: int, keys: int, tiling: Tiling) -> float:
-    """Scores asked for / scores computed."""
-    return queries * keys / (tiling.queries(queries) * tiling.keys(keys))
-
-
-def our_tilings() -> list[Tiling]:
-    """Tiles that the Triton forward kernel offers the tuner; none where Triton is absent."""
-    try:
-        from vatt_fast.kernels.attention import triton_tiles
-    except ImportError:
-        return []
-
-    def ours(block: int, tail: Callable[..., int], *arch: str) -> Padding:
-        return lambda length: length // block * block + tail(length, block, *arch)
-
-    candidates = triton_tiles.TUNING["attention_forward"]
-    sizes = {(each["BLOCK_T"], each["BLOCK_S"]) for each in candidates}
-    return [
-        Tiling(
-            f"ours {rows}x{columns}",
-            ours(rows, triton_tiles.last_tile, "sm_90"),
-            ours(columns, triton_tiles.tail),
-        )
-        for rows, columns in sorted(sizes)
-    ]
-
-
 # -- sheet ------------------------------------------------------------------------------------
 
 
 def sheet(ops: Sequence[str] = tuple(CASES), ceilings: Ceilings = H200, dtype: str = "bf16") -> str:
-    """Markdown: every primary case's floor in each mode, then attention's tiles."""
+    """Markdown: every primary case's floor in each mode."""
     headings = ["op", "case", "mode", "GFLOP", "MB", "compute ms", "memory ms", "floor ms"]
     headings += ["bound", "deterministic ms"]
     title = f"Floors in {dtype} at {ceilings.tflops:g} TFLOP/s and {ceilings.gb_per_s:g} GB/s; "
     title += "predicted, not measured."
-    told = [title, markdown_table(headings, _floor_rows(ops, ceilings, DTYPES[dtype].itemsize))]
-    if "attention" in ops:
-        tilings = [*TILINGS, *our_tilings()]
-        names = ["queries x keys", *(each.name for each in tilings)]
-        told += ["Useful share of the computed scores.", markdown_table(names, _tile_rows(tilings))]
-    return "\n\n".join(told)
+    rows = _floor_rows(ops, ceilings, DTYPES[dtype].itemsize)
+    return f"{title}\n\n{markdown_table(headings, rows)}"
 
 
 def _floor_rows(ops: Sequence[str], ceilings: Ceilings, itemsize: int) -> Iterator[tuple[str, ...]]:
@@ -185,10 +128,3 @@ def _floor_rows(ops: Sequence[str], ceilings: Ceilings, itemsize: int) -> Iterat
                 times = (f"{each:.3g}" for each in ms)
                 last = (least.bound(ceilings), f"{fixed.ms(ceilings):.3g}")
                 yield op, name, mode, *sizes, *times, *last
-
-
-def _tile_rows(tilings: Sequence[Tiling]) -> Iterator[list[str]]:
-    cases = (case for case in CASES["attention"].values() if isinstance(case, AttentionCase))
-    for queries, keys in sorted({(case.queries, case.keys) for case in cases if case.origin}):
-        shares = (f"{useful_share(queries, keys, tiling):.0%}" for tiling in tilings)
-        yield [f"{queries} x {keys}", *shares]

@@ -30,13 +30,13 @@ from pathlib import Path
 
 import torch
 
-from vatt_fast.kernels import backends, parity
+from vatt_fast.kernels import backends
 from vatt_fast.kernels.cases import CASES, Case, tag
 from vatt_fast.kernels.ops import OPS
 
 from . import lines, machine, sweeps, tune
 from .floors import MODES, Mode
-from .machine import DTYPES, ROOT
+from .machine import ROOT
 from .setting import RED, Setting, is_measured, verdict_of
 from .steps import OF_THE_PAPER
 from .sweeps import Cell
@@ -162,7 +162,9 @@ def parity_stage(run: Run) -> None:
     if run.dry:
         for op, case in _DRY_CASES.items():
             for name in ("reference", "triton_gpu"):
-                _note(run, op, name, run.dtype, _dry_verdict(op, name, case, run))
+                few = [CASES[op][case]]
+                reason = verdict_of(op, name, run.dtype, run.device, cases=few)
+                _note(run, op, name, run.dtype, reason)
         return
     jobs = [
         (op, name, dtype)
@@ -179,16 +181,6 @@ def parity_stage(run: Run) -> None:
             reason = f"{RED}: {first_line(error)}" if error else future.result()
             _note(run, *futures[future], reason)
     _pytest(run)
-
-
-def _dry_verdict(op: str, name: str, case: str, run: Run) -> str | None:
-    try:
-        parity.check(op, name, CASES[op][case], DTYPES[run.dtype], run.device.type)
-    except ValueError as error:
-        return f"no parity case ran: {error}"
-    except AssertionError as error:
-        return f"{RED}: {first_line(error)}"
-    return None
 
 
 def _note(run: Run, op: str, backend: str, dtype: str, reason: str | None) -> None:

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import math
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -380,7 +380,6 @@ def measure_accuracy(
     clips: tuple[int, int],
     folder: Path,
     out: Path,
-    report: Callable[[object], None] = print,
 ) -> list[Run]:
     """Append the runs that the file does not hold, and return all of these steps and clips."""
     # all rates before the next seed: an interrupted command leaves runs that can be compared
@@ -393,7 +392,7 @@ def measure_accuracy(
                 out.parent.mkdir(parents=True, exist_ok=True)
                 with out.open("a") as file:
                     file.write(json.dumps(dataclasses.asdict(run)) + "\n")
-                report(run)
+                print(run)
     return [run for run in read_runs(out) if (run.steps, run.clips) == (steps, clips[0])]
 
 

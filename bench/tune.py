@@ -73,7 +73,6 @@ def tune_case(
     rounds: int,
     function: Callable | None = None,
     skipped: Counter | None = None,
-    report: Callable[[str], None] = print,
     deadline: float | None = None,
 ) -> None:
     """Add to ``table`` the fastest tiles of every kernel that the case runs under a new key.
@@ -90,7 +89,7 @@ def tune_case(
     modes: tuple[Mode, ...] = ("fwd", "bwd")
     best: dict[str, Tiles] = {}
     for mode in modes:
-        work = _Work(op, function, inputs, sets, mode, dtype, clock, rounds, skipped, report)
+        work = _Work(op, function, inputs, sets, mode, dtype, clock, rounds, skipped)
         under = _requests(work, candidates_of)
         planned = {
             kernel
@@ -107,7 +106,7 @@ def tune_case(
                 )
                 continue
             if deadline is not None and time.monotonic() > deadline:
-                report(f"{op} {case.name}: out of time before {kernel}")
+                print(f"{op} {case.name}: out of time before {kernel}")
                 return
             # without an entry the kernel's heuristic answers, and is a candidate like the others
             options = _distinct([dict(asked[0].heuristic), *candidates_of[kernel]])
@@ -181,7 +180,6 @@ class _Work(NamedTuple):
     clock: Clock
     rounds: int
     skipped: Counter
-    report: Callable[[str], None]
 
 
 def _is_plan(candidate: Tiles) -> bool:
@@ -255,7 +253,7 @@ def _fastest(
                 ]
         except Exception as error:
             work.skipped[type(error).__name__] += 1
-            work.report(f"  {kernel} {name}: {first_line(error)}")
+            print(f"  {kernel} {name}: {first_line(error)}")
     failed: dict[str, str] = {}
     times = interleaved(ready, rounds=work.rounds, warmup=2, clock=work.clock, failed=failed)
     work.skipped.update(reason.partition(":")[0] for reason in failed.values())
@@ -266,7 +264,7 @@ def _fastest(
     if heuristic in times:
         if times[best].p50 > _MARGIN * times[heuristic].p50:
             best = heuristic
-        work.report(
+        print(
             f"  {kernel}: {best} {times[best].p50:.4f} ms, "
             f"heuristic {times[heuristic].p50:.4f} ms, {len(times)} candidates"
         )

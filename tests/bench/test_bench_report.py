@@ -398,17 +398,3 @@ def test_commands_are_those_of_the_parser(cuda):
             assert given.drop_rate == [each.drop_rate]
             assert given.features == ["yes" if at.features else "no"]
             assert at.configuration in steps.CONFIGURATIONS
-
-
-def test_a_command_in_full():
-    assert tables.command(line()) == (
-        "python -m bench ops --op attention --case video_bbs_drop50_b1 --dtype fp32 --mode fwd"
-    )
-    assert tables.command(line(case="scaling_tokens_785")) == (
-        "python -m bench scaling --op attention --size 785 --dtype fp32 --mode fwd"
-    )
-    step = line("step", "mbs_32x224x224_drop50_b1", versions={"torch": "2.13.0", "cuda": "13.0"})
-    assert tables.command(step) == (
-        "python -m bench steps --configuration mbs_32x224x224 --drop-rate 0.5 --batch 1 "
-        "--dtype fp32 --mode fwd --device cuda"
-    )
