@@ -17,7 +17,7 @@ with --resume, continues with what the results do not hold for this code.
 
 # argparse: a machine lent for a measurement has torch, not necessarily the command line's extras
 import argparse
-import math
+import itertools
 import os
 import subprocess
 import sys
@@ -31,7 +31,7 @@ from vatt_fast.kernels import backends
 from vatt_fast.kernels.ops import OPS
 
 from . import calls, compile, floors, gpu, lines, report, steps, sweeps, tune
-from .machine import DTYPES, H200, ROOT, Ceilings
+from .machine import DTYPES, ROOT
 from .peers import peers
 from .setting import AUTO, Setting, chosen_among, gate, is_measured, native_dtype
 from .sweeps import Cell
@@ -119,8 +119,6 @@ def _parser() -> argparse.ArgumentParser:
     option = made.add(_floors, "print what every case costs at least")
     option("--op", nargs="+", choices=ops, default=ops)
     option("--dtype", choices=[*DTYPES], default="bf16")
-    option("--tflops", type=float, default=H200.tflops, help="matmul ceiling")
-    option("--gb-per-s", type=float, default=H200.gb_per_s, help="copy ceiling")
 
     option = made.add(_tune, "tune the Triton kernels' tiles on this GPU")
     option("--op", nargs="+", choices=ops, default=ops)
@@ -229,19 +227,16 @@ def _steps(given: argparse.Namespace) -> int:
     on_gpu = given.device == "cuda"
     compiled_at = given.drop_rate if on_gpu else _COMPILED_AT
     steps.formulations(given.contenders, given.compile)  # refuses unknown names
+    if given.batch == 0 and not on_gpu:
+        raise ValueError("--batch 0 fits the batch to a GPU's memory; on a CPU give a number")
     wanted = []
-    for name in given.configuration:
-        batch = given.batch
-        if batch is None:
-            batch = 32 if name == "tiny" else 16 if on_gpu else 1
-        if not batch and not on_gpu:
-            raise ValueError("--batch 0 fits the batch to a GPU's memory; on a CPU give a number")
-        for mode in given.mode:
-            for rate in given.drop_rate:
-                modes = tuple(given.compile) if rate in compiled_at else ()
-                for features in (each == "yes" for each in given.features):
-                    names = tuple(given.contenders)
-                    wanted.append(Cell(name, rate, mode, batch, modes, names, features))
+    choices = (given.configuration, given.mode, given.drop_rate, given.features)
+    for name, mode, rate, features in itertools.product(*choices):
+        usual = 32 if name == "tiny" else 16 if on_gpu else 1
+        batch = usual if given.batch is None else given.batch
+        modes = tuple(given.compile) if rate in compiled_at else ()
+        names = tuple(given.contenders)
+        wanted.append(Cell(name, rate, mode, batch, modes, names, features == "yes"))
     out = _out(given, setting)
     if given.resume and out:
         wanted = sweeps.unmeasured(wanted, dtype, out, setting)
@@ -291,9 +286,7 @@ def _accuracy(given: argparse.Namespace) -> int:
 
 
 def _floors(given: argparse.Namespace) -> int:
-    if not all(math.isfinite(each) and each > 0 for each in (given.tflops, given.gb_per_s)):
-        raise ValueError("ceilings must be positive")
-    print(floors.sheet(given.op, Ceilings(given.tflops, given.gb_per_s), given.dtype))
+    print(floors.sheet(given.op, given.dtype))
     return 0
 
 

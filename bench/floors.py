@@ -25,8 +25,6 @@ Mode = Literal["fwd", "bwd", "fwd+bwd"]
 MODES: tuple[Mode, ...] = ("fwd", "bwd", "fwd+bwd")
 _STATISTIC = 4  # bytes of an lse
 _INDEX = 4  # bytes of a kept index
-# a backward without atomics computes the scores once more: products of it, over those needed
-_DETERMINISTIC = {"attention": (14, 10), "contrastive_lse": (8, 6)}
 
 # B batch, T queries, S keys, H heads, N patches or clips, K kept, M clips of x
 
@@ -52,20 +50,11 @@ def op_of(case: Case) -> str:
     return kinds.get(type(case), "patch_embed")
 
 
-def work(case: Case, mode: Mode, itemsize: int = 2, *, deterministic: bool = False) -> Work:
-    """Least work of an op on a case.
-
-    Args:
-        itemsize: bytes of the compute dtype.
-        deterministic: the backward computes the scores once more, as a kernel of two passes does.
-    """
-    op = op_of(case)
-    flops = OPS[op].flops(case, mode)
-    if deterministic and mode != "fwd" and op in _DETERMINISTIC:
-        more, usual = _DETERMINISTIC[op]
-        flops += OPS[op].flops(case, "bwd") * (more - usual) // usual
+def work(case: Case, mode: Mode, itemsize: int = 2) -> Work:
+    """Least work of an op on a case, whose compute dtype has ``itemsize`` bytes."""
     parts = ("fwd", "bwd") if mode == "fwd+bwd" else (mode,)
-    return Work(flops, sum(_bytes(case, part == "bwd", itemsize) for part in parts))
+    size = sum(_bytes(case, part == "bwd", itemsize) for part in parts)
+    return Work(OPS[op_of(case)].flops(case, mode), size)
 
 
 def _bytes(case: Case, backward: bool, itemsize: int) -> int:
@@ -104,10 +93,10 @@ def _patch_embed_bytes(case: PatchEmbedCase, backward: bool, itemsize: int) -> i
 # -- sheet ------------------------------------------------------------------------------------
 
 
-def sheet(ops: Sequence[str] = tuple(CASES), ceilings: Ceilings = H200, dtype: str = "bf16") -> str:
-    """Markdown: every primary case's floor in each mode."""
-    headings = ["op", "case", "mode", "GFLOP", "MB", "compute ms", "memory ms", "floor ms"]
-    headings += ["bound", "deterministic ms"]
+def sheet(ops: Sequence[str] = tuple(CASES), dtype: str = "bf16") -> str:
+    """Markdown: every primary case's floor in each mode, by an H200's ceilings."""
+    ceilings = H200
+    headings = ["op", "case", "mode", "GFLOP", "MB", "compute ms", "memory ms", "floor ms", "bound"]
     title = f"Floors in {dtype} at {ceilings.tflops:g} TFLOP/s and {ceilings.gb_per_s:g} GB/s; "
     title += "predicted, not measured."
     rows = _floor_rows(ops, ceilings, DTYPES[dtype].itemsize)
@@ -118,7 +107,7 @@ def _floor_rows(ops: Sequence[str], ceilings: Ceilings, itemsize: int) -> Iterat
     for op in ops:
         for name, case in CASES[op].items():
             for mode in MODES if tag(case) == "primary" else ():
-                least, fixed = (work(case, mode, itemsize, deterministic=d) for d in (False, True))
+                least = work(case, mode, itemsize)
                 ms = (
                     least.flops / ceilings.tflops / 1e9,
                     least.bytes / ceilings.gb_per_s / 1e6,
@@ -126,5 +115,4 @@ def _floor_rows(ops: Sequence[str], ceilings: Ceilings, itemsize: int) -> Iterat
                 )
                 sizes = (f"{least.flops / 1e9:.4g}", f"{least.bytes / 1e6:.4g}")
                 times = (f"{each:.3g}" for each in ms)
-                last = (least.bound(ceilings), f"{fixed.ms(ceilings):.3g}")
-                yield op, name, mode, *sizes, *times, *last
+                yield op, name, mode, *sizes, *times, least.bound(ceilings)

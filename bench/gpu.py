@@ -37,6 +37,7 @@ from vatt_fast.kernels.ops import OPS
 from . import lines, machine, sweeps, tune
 from .floors import MODES, Mode
 from .machine import ROOT
+from .report import tables
 from .setting import RED, Setting, is_measured, verdict_of
 from .steps import OF_THE_PAPER
 from .sweeps import Cell
@@ -348,7 +349,7 @@ def summarise(run: Run) -> str:
     for stage, title in _FILES.items():
         told += ["", f"## {title}", ""]
         if measured := lines.read(run.file(stage)):
-            told.append(lines.markdown(measured))
+            told.append(tables.every_line(tables.current(measured)))
     told += ["", "## What did not run or failed", ""]
     told += _grouped(run.failures()) or ["Nothing."]
     return "\n".join(told) + "\n"

@@ -156,15 +156,6 @@ def markdown_table(headings: Sequence[str], rows: Iterable[Sequence[Any]]) -> st
     return "\n".join(f"| {' | '.join(map(str, row))} |" for row in made)
 
 
-def markdown(lines: Sequence[Line]) -> str:
-    """One table; ours in bold, faster first within a case and mode."""
-    groups: dict[tuple, list[Line]] = {}
-    for line in lines:
-        groups.setdefault((line.op, line.case, line.dtype, line.mode), []).append(line)
-    ordered = (sorted(group, key=lambda line: line.ms_p50) for group in groups.values())
-    return markdown_table(HEADINGS, [cells(line) for group in ordered for line in group])
-
-
 def number(value: float) -> str:
     """Four digits, and no exponent for something large."""
     return f"{value:.4g}" if abs(value) < 999.5 else f"{value:.0f}"

@@ -199,18 +199,10 @@ class Cost(NamedTuple):
     peak_bytes: int
 
 
-def predict(known: Sequence[Cost], size: int) -> Cost:
-    """A call of another size, by the growth between the two largest known; squared after one."""
-    *_, before, last = (known[0], *known) if len(known) == 1 else known
-
-    def grown(value: str) -> float:
-        small, large = max(1, getattr(before, value)), max(1, getattr(last, value))
-        power = 2.0
-        if before is not last:
-            power = math.log(large / small) / math.log(last.size / before.size)
-        return large * (size / last.size) ** min(2.0, max(1.0, power))
-
-    return Cost(size, grown("ms"), int(grown("peak_bytes")))
+def predict(last: Cost, size: int) -> Cost:
+    """A call of another size, if both grow with its square, as the costliest do."""
+    growth = (size / last.size) ** 2
+    return Cost(size, last.ms * growth, int(last.peak_bytes * growth))
 
 
 def too_much(expected: Cost, longest_ms: float, free: int) -> str | None:
@@ -246,10 +238,10 @@ def measure_sizes(
 ) -> list[Missing]:
     """Append the lines of an op, smallest size first, until the setting's deadline.
 
-    A contender that, by its growth so far, would take longer than ``longest`` seconds for a call,
+    A contender that, by its last call, would take longer than ``longest`` seconds for a call,
     or more memory than is free, leaves the race at that size.
     """
-    costs: dict[tuple[str, str], list[Cost]] = {}
+    costs: dict[tuple[str, str], Cost] = {}
     missing: list[Missing] = []
     for size in sorted(sizes):
         case = SIZES[op][size]
@@ -266,15 +258,13 @@ def measure_sizes(
             here = dataclasses.replace(setting, backends=(AUTO,), peer_names=names)
             found, others = measure_cases(here, [(op, case)], dtype, modes, out)
             missing += others
-        # the last of each
-        for line in {(line.backend, line.mode): line for line in found}.values():
-            cost = Cost(size, line.ms_p50, line.peak_bytes or 0)
-            costs.setdefault((line.backend, line.mode), []).append(cost)
+        for line in found:  # the last of each
+            costs[line.backend, line.mode] = Cost(size, line.ms_p50, line.peak_bytes or 0)
     return missing
 
 
 def _too_costly(
-    costs: dict[tuple[str, str], list[Cost]],
+    costs: dict[tuple[str, str], Cost],
     size: int,
     modes: Sequence[Mode],
     longest_ms: float,
