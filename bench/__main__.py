@@ -132,8 +132,10 @@ def _parser() -> argparse.ArgumentParser:
     option("--op", nargs="+", choices=ops, default=ops)
     option("--dtype", nargs="+", choices=[*DTYPES])
     option("--case", nargs="+", help="names of cases; all primary ones unless given")
+    option("--alone", action="store_true", help="TPU: attention without its projections")
     option("--schedule", action="store_true", help="TPU: bundles and spills of every kernel")
     option("--out", type=Path, help="append the rows to this file, as JSON lines")
+    option("--read", type=Path, help="only print the table of the rows in this file")
 
     option = made.add(_gpu, "everything that waits for a GPU, in stages")
     option("--out", type=Path, required=True, help="folder; continued where it exists")
@@ -304,6 +306,9 @@ def _tune(given: argparse.Namespace) -> int:
 
 
 def _compile(given: argparse.Namespace) -> int:
+    if given.read:
+        print(compile.read(given.read))
+        return 0
     on_gpu = [each for each in given.target if each in compile.GPUS]
     on_tpu = [each for each in given.target if each in compile.TPUS]
     if on_gpu and on_tpu and given.out:
@@ -311,7 +316,7 @@ def _compile(given: argparse.Namespace) -> int:
     if on_gpu and os.environ.get("TRITON_INTERPRET") == "1":
         raise ValueError("TRITON_INTERPRET is set: kernels are then interpreted; unset it")
     what = (given.op, given.case, given.dtype, given.out)
-    options = dict(schedule=given.schedule)
+    options = dict(schedule=given.schedule, alone=given.alone)
     made = [compile.compile_targets(each, *what, **options) for each in (on_gpu, on_tpu) if each]
     return max(made)
 

@@ -2,6 +2,7 @@
 
     python -m bench compile --target sm_90 --op attention       # Triton
     python -m bench compile --target v5e --op attention --case video_mbs_drop50 --schedule
+    python -m bench compile --read bench/results/compile_tpu.jsonl   # the table of old rows
 
 *Compiled for*, never run: this says nothing of speed. ``compile_gpu.py`` and ``compile_tpu.py`` say
 what is compiled, what a row tells and what counts as a fault. All GPU targets take about half an
@@ -12,7 +13,7 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -38,13 +39,15 @@ def compile_targets(
     dtypes: Sequence[str] | None,
     out: Path | None,
     *,
-    schedule: bool = False,
+    schedule: bool,
+    alone: bool,
 ) -> int:
     """Print a table of what GPUs or TPUs got and append its rows; 1 where one has a fault.
 
     Args:
         cases: None: every primary one.
         dtypes: None: bf16 and fp32; for GPUs attention in bf16 alone, whose fp32 takes hours.
+        alone: of TPUs: attention without its projections.
         schedule: of TPUs: count bundles and spills of every kernel; takes three times as long.
     """
     tpu = targets[0] in TPUS
@@ -52,17 +55,16 @@ def compile_targets(
         os.environ["LIBTPU_INIT_ARGS"] = (
             f"--xla_jf_dump_to={tempfile.mkdtemp()} --xla_jf_dump_llo_text=true"
         )
-    module: Any
-    if tpu:
-        from . import compile_tpu as module  # needs JAX and libtpu
-    else:
-        from . import compile_gpu as module  # needs Triton
+    module = _module(tpu)
+    options = dict(alone=alone) if tpu else {}
     rows: list[Any] = []
     for op, case in _chosen(ops, cases):
         usual = ("bf16",) if op == "attention" and not tpu else ("bf16", "fp32")
         for dtype in dtypes or usual:
             for target in targets:
-                made = module.distinct(module.compile_case(op, case, dtype, target), rows)
+                made = module.distinct(
+                    module.compile_case(op, case, dtype, target, **options), rows
+                )
                 rows += made
                 told = "; ".join(fault for row in made for fault in row.faults) or "no fault"
                 told = f"{op} {case} {dtype} {target}: {len(made)} rows, {told}"
@@ -75,7 +77,7 @@ def compile_targets(
                         file.writelines(json.dumps(asdict(row)) + "\n" for row in made)
     if not rows:
         raise ValueError("no such case; see kernels/cases.py")
-    print(_table(rows, module.HEADINGS, module.key, module.cells))
+    print(_table(rows, module))
     bad = [row for row in rows if row.faults]
     for row in bad:
         print(f"{row.title}: {'; '.join(row.faults)}")
@@ -90,15 +92,27 @@ def _chosen(ops: Iterable[str], names: Sequence[str] | None) -> Iterator[tuple[s
                 yield op, case.name
 
 
-def _table(
-    rows: Iterable[Any],
-    headings: str,
-    key: Callable[[Any], tuple],
-    cells: Callable[[list[Any]], Sequence[Any]],
-) -> str:
-    """A row a group: its key, then what ``cells`` makes of the group."""
+def _module(tpu: bool) -> Any:
+    if tpu:
+        from . import compile_tpu  # needs JAX and libtpu
+
+        return compile_tpu
+    from . import compile_gpu  # needs Triton
+
+    return compile_gpu
+
+
+def read(path: Path) -> str:
+    """The table of the rows in a file."""
+    records = [json.loads(text) for text in path.read_text().splitlines()]
+    module = _module("topology" in records[0])
+    return _table(module.distinct([module.Row(**each) for each in records], []), module)
+
+
+def _table(rows: Iterable[Any], module: Any) -> str:
+    """A row a group: its key, then what the module's ``cells`` makes of the group."""
     groups: dict[tuple, list[Any]] = {}
     for row in rows:
-        groups.setdefault(key(row), []).append(row)
-    told = [(*name, *cells(group)) for name, group in groups.items()]
-    return markdown_table(headings.split(", "), told)
+        groups.setdefault(module.key(row), []).append(row)
+    told = [(*name, *module.cells(group)) for name, group in groups.items()]
+    return markdown_table(module.HEADINGS.split(", "), told)

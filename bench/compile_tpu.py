@@ -2,10 +2,11 @@
 
 The public functions of ``kernels.jax_ops`` are lowered for a chip, forward and backward in one
 program. Attention stands between the per-head projections it has in the model, where a layout that
-the kernels do not share with them would show as copies. How arrays lie outside is the compiler's
-choice. A row is one case for one chip: size of the code, temporaries in HBM, VMEM of the hungriest
-kernel, copies and transposes that change a layout, seconds. With a schedule also each kernel's
-instruction bundles and spilled registers, a loop's body counted once.
+the kernels do not share with them would show as copies; ``alone`` leaves them out, and most of the
+time with them. How arrays lie outside is the compiler's choice. A row is one case for one chip:
+size of the code, temporaries in HBM, VMEM of the hungriest kernel, copies and transposes that
+change a layout, seconds. With a schedule also each kernel's instruction bundles and spilled
+registers, a loop's body counted once.
 
 A fault is what does not compile, or layout copies around an attention that the dispatch table
 prefers. Needs ``pip install libtpu``.
@@ -60,7 +61,7 @@ class Row:
     case: str
     dtype: str
     topology: str
-    alone: bool = False  # attention without its projections: rows of old have it
+    alone: bool  # attention without its projections
     kernels: list[str] = field(default_factory=list)
     code_bytes: int = 0
     temp_bytes: int = 0
@@ -84,7 +85,9 @@ class Row:
 # -- what is compiled -------------------------------------------------------------------------
 
 
-def program(op: str, case: str, dtype: str) -> tuple[Callable, dict[str, Any], dict[str, Any]]:
+def program(
+    op: str, case: str, dtype: str, alone: bool = False
+) -> tuple[Callable, dict[str, Any], dict[str, Any]]:
     """A function of (differentiable arrays, the other arrays), and the shapes of both.
 
     Fresh at every call: jax keeps traces by identity.
@@ -106,6 +109,7 @@ def program(op: str, case: str, dtype: str) -> tuple[Callable, dict[str, Any], d
             )
             for name in "qkv"
         }
+    if op == "attention" and not alone:
         call, shapes, differentiable = _between_projections(call, CASES[op][case], shapes)
     leaves = {
         name: x
@@ -165,11 +169,13 @@ def device(topology: str) -> SingleDeviceSharding:
     return SingleDeviceSharding(described.devices[0])
 
 
-def compile_case(op: str, case: str, dtype: str, topology: str) -> list[Row]:
+def compile_case(
+    op: str, case: str, dtype: str, topology: str, *, alone: bool = False
+) -> list[Row]:
     """The case's one row."""
-    row = Row(op, case, dtype, topology)
+    row = Row(op, case, dtype, topology, alone and op == "attention")
     began = time.perf_counter()
-    function, *shapes = program(op, case, dtype)
+    function, *shapes = program(op, case, dtype, row.alone)
     free = Format(Layout.AUTO, device(topology))
     try:
         with settings.lowering_for("tpu"), settings.use_backend(**{op: "pallas_tpu"}), _quiet():
@@ -245,7 +251,9 @@ def schedules(folder: Path) -> tuple[dict[str, int], dict[str, int]]:
 
 
 def distinct(rows: list[Row], known: list[Row]) -> list[Row]:
-    return rows  # a case is a program of its own
+    """The last of each: a case is a program of its own."""
+    fields = ("op", "case", "dtype", "topology", "alone")
+    return list({tuple(getattr(row, each) for each in fields): row for row in rows}.values())
 
 
 HEADINGS = "op, dtype, chip, compiled, kernels, code KiB, HBM temporaries MiB, VMEM MiB, "
@@ -253,7 +261,7 @@ HEADINGS += "layout copies, seconds"
 
 
 def key(row: Row) -> tuple:
-    return row.op, row.dtype, row.topology
+    return row.op + " alone" * row.alone, row.dtype, row.topology
 
 
 def cells(group: list[Row]) -> tuple:

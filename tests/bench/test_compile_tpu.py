@@ -1,7 +1,5 @@
 """Kernels through the real TPU compiler, no device needed: a part of ``bench compile``."""
 
-import json
-
 import pytest
 
 pytest.importorskip("jax", reason="compiling for a TPU needs jax, which is not installed")
@@ -10,7 +8,7 @@ pytest.importorskip("libtpu", reason="compiling for a TPU needs libtpu, which is
 import jax
 import jax.numpy as jnp
 
-from bench import compile_tpu, lines
+from bench import __main__, lines
 from bench.compile_tpu import compile_case
 from vatt_fast.kernels import dispatch, settings
 from vatt_fast.kernels.attention import pallas_tpu as attention
@@ -50,8 +48,7 @@ def test_the_table_chooses_for_what_is_compiled(queries, stays):
     assert verdicts[stays] == "preferred (fwd, bwd)"
 
 
-def test_committed_rows_make_a_table():
-    texts = (lines.RESULTS / "compile_tpu.jsonl").read_text().splitlines()
-    rows = [compile_tpu.Row(**json.loads(text)) for text in texts]
-    group = [row for row in rows if compile_tpu.key(row) == ("attention", "bf16", "v5e")]
-    assert compile_tpu.cells([row for row in group if not row.alone])[0] == "7/7"
+def test_old_rows_are_read_as_a_table(capsys):
+    rows = lines.RESULTS / "compile_tpu.jsonl"
+    assert __main__.main(["compile", "--read", str(rows)]) == 0
+    assert "| attention | bf16 | v5e | 7/7 |" in capsys.readouterr().out

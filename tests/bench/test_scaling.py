@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from bench_lines import no_gate
 
 from bench import __main__, floors, lines, sweeps
 from bench.sweeps import Cost, predict, too_much
@@ -39,14 +40,8 @@ def small(monkeypatch):
     cases = {
         size: AttentionCase(f"scaling_tokens_{size}", 1, size, size, 2, 16) for size in (5, 40)
     }
-
-    def green(here, ops, dtype, **options):
-        for op in ops:
-            here.set_verdict(op, "reference", None)
-
     monkeypatch.setitem(sweeps.SIZES, "attention", cases)
-    monkeypatch.setattr(__main__, "gate", green)
-    monkeypatch.setattr(__main__, "keep_host_memory", lambda: None)  # of the test process
+    no_gate(monkeypatch)
 
 
 def run(*arguments):

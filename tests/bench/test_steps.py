@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from bench_lines import LINE, command
+from bench_lines import LINE, command, no_gate
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench import __main__, contenders, lines, measure, setting, steps, sweeps
@@ -122,15 +122,6 @@ def small_video(monkeypatch):
     monkeypatch.setitem(steps.CONFIGURATIONS, "small_video", made)
     no_gate(monkeypatch)
     return config
-
-
-def no_gate(monkeypatch):
-    def green(here, ops, dtype, **options):
-        for op in ops:
-            here.set_verdict(op, "reference", None)
-
-    monkeypatch.setattr(__main__, "gate", green)
-    monkeypatch.setattr(__main__, "keep_host_memory", lambda: None)  # of the test process
 
 
 def run(text, *more):
