@@ -77,9 +77,8 @@ class GFLOPs(NamedTuple):
     published: float | None
     convention: float  # as the paper counts: all patches projected, two texts
     true: float  # kept patches projected, features of all tokens, the configuration's own texts
-    timed: (
-        float  # as true, but the last blocks work for AGG alone: what our contenders are timed at
-    )
+    # as true, but the last blocks work for AGG alone: what our contenders are timed at
+    timed: float
 
 
 def gflops(name: str, drop_rate: float) -> GFLOPs | None:

@@ -154,11 +154,8 @@ def test_modes_run_what_they_say():
             out.register_hook(lambda grad: runs.update(["backward"]))
         return (out,)
 
-    for mode, expected in (
-        ("fwd", (3, 0)),
-        ("bwd", (1, 3)),
-        ("fwd+bwd", (4, 3)),
-    ):  # fwd+bwd looks at the outputs' shapes first
+    # fwd+bwd looks at the outputs' shapes first
+    for mode, expected in {"fwd": (3, 0), "bwd": (1, 3), "fwd+bwd": (4, 3)}.items():
         runs.clear()
         call = calls.call(function, "attention", inputs, mode)
         for _ in range(3):
