@@ -351,10 +351,10 @@ def test_the_readmes_table_shows_fresh_rows_with_their_commands():
     rows = [row for row in text.splitlines() if row.startswith("| ")][2:]
     assert len(rows) == 4
     where = f"{DEVICE} (amx_bf16)"
-    row = f"| attention, 785 tokens, forward | bf16 | {where} | 4 | 7.5 (sdpa_flash) | 1.85 |"
+    row = f"| attention, 2 x 785 tokens, forward | bf16 | {where} | 4 | 7.5 (sdpa_flash) | 1.85 |"
     assert rows[0] == row
     assert rows[1].startswith(f"| attention, 1569 tokens, with backward | fp32 | {DEVICE} | 9 |")
-    assert rows[2].startswith(f"| half of a clip's patches, with backward | bf16 | {where} | 8 |")
+    assert rows[2].startswith(f"| half of two clips' patches, with backward | bf16 | {where} | 8 |")
     assert "whole training step" in rows[3]
     assert text.count("10 %") == 1 and text.count("    python -m bench ") == 4
     assert tables.readme([]) == "No fresh lines exist yet."
