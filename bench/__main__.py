@@ -17,12 +17,10 @@ with --resume, continues with what the results do not hold for this code.
 
 # argparse: a machine lent for a measurement has torch, not necessarily the command line's extras
 import argparse
-import math
+import itertools
 import os
 import subprocess
 import sys
-import time
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -33,20 +31,19 @@ from vatt_fast.kernels import backends
 from vatt_fast.kernels.ops import OPS
 
 from . import calls, compile, floors, gpu, lines, report, steps, sweeps, tune
-from .machine import DTYPES, H200, ROOT, Ceilings
-from .measure import measure_op
+from .machine import DTYPES, ROOT
 from .peers import peers
 from .setting import AUTO, Setting, chosen_among, gate, is_measured, native_dtype
 from .sweeps import Cell
-from .timer import first_line, keep_host_memory, side_stream
+from .timer import keep_host_memory
 
 # what `python -m bench` alone runs, cheapest first
-_STAGES = {
-    "ops": "ops --device cpu --seconds 30",
-    "small": "steps --device cpu --configuration tiny",
-    "scaling": "scaling --device cpu",
-    "steps": "steps --device cpu",
-}
+_STAGES = (
+    "ops --device cpu --seconds 30 --resume",
+    "steps --device cpu --configuration tiny --resume",
+    "scaling --device cpu --resume",
+    "steps --device cpu --resume",
+)
 _COMPILED_AT = [0.5]  # drop rates with compiled steps on a CPU
 
 
@@ -59,7 +56,6 @@ class _Commands:
             description=__doc__,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        self.parser.add_argument("--stage", nargs="+", choices=_STAGES, default=list(_STAGES))
         self.commands = self.parser.add_subparsers(dest="command", metavar="what")
 
     def add(self, run: Any, help: str) -> Any:
@@ -76,7 +72,6 @@ class _Commands:
         option("--mode", nargs="+", default=["fwd", "fwd+bwd"], choices=modes)
         option("--rounds", type=int, default=0, help="of each race; some unless given")
         option("--seconds", type=float, default=seconds, help="of a race; two rounds at least run")
-        option("--minutes", type=float, help="begin nothing after this long")
         option("--resume", action="store_true", help="leave out what the results hold")
         option("--out", help="append lines to this file; the machine's own unless given, '': none")
         return option
@@ -93,10 +88,6 @@ def _parser() -> argparse.ArgumentParser:
     option("--case", nargs="+", help="names, primary, parity or cpu; by default what fits")
     option("--backends", nargs="+", help="ours, auto among them; all of the op unless given")
     option("--peers", nargs="*", help="all of the op unless given; give none for ours alone")
-    option("--no-compiled-peers", action="store_true")
-    option("--clock", choices=["cuda_graph", "cuda_events", "perf_counter"], default="")
-    option("--batch", type=int, help="instead of the case's own")
-    option("--quick", action="store_true", help="one round: exercises the code, kept nowhere")
 
     option = made.add_measured(_steps, "time whole steps, by drop rate", seconds=60, modes=both)
     option(
@@ -111,13 +102,11 @@ def _parser() -> argparse.ArgumentParser:
     option("--batch", type=int, help="clips; 0: the largest power of two up to 256 that fits a GPU")
     option("--features", nargs="+", choices=["no", "yes"], default=["no"])
     option("--contenders", nargs="+", default=["auto", "plain"], help="auto, plain, reference")
-    option("--compile", nargs="*", default=["default"], help="modes of torch.compile")
-    option("--compiled-at", type=float, nargs="*", help="drop rates with them; on a CPU 0.5")
+    option("--compile", nargs="*", default=["default"], help="its modes; on a CPU at rate 0.5")
 
     option = made.add_measured(_scaling, "time ops by size", seconds=30, modes=both)
     option("--op", nargs="+", choices=sweeps.SIZES, default=list(sweeps.SIZES))
     option("--size", type=int, nargs="+", help="tokens, clips or pixels; all unless given")
-    option("--longest", type=float, default=30, help="seconds of a call; slower ones leave")
 
     option = made.add(_accuracy, "pre-train the demo's world by drop rate; 90 minutes on 2 cores")
     option("--drop-rate", type=float, nargs="+", default=list(sweeps.DROP_RATES))
@@ -130,14 +119,11 @@ def _parser() -> argparse.ArgumentParser:
     option = made.add(_floors, "print what every case costs at least")
     option("--op", nargs="+", choices=ops, default=ops)
     option("--dtype", choices=[*DTYPES], default="bf16")
-    option("--tflops", type=float, default=H200.tflops, help="matmul ceiling")
-    option("--gb-per-s", type=float, default=H200.gb_per_s, help="copy ceiling")
 
     option = made.add(_tune, "tune the Triton kernels' tiles on this GPU")
     option("--op", nargs="+", choices=ops, default=ops)
     option("--case", nargs="+", default=["primary"])
     option("--dtype", default="bf16", choices=[*DTYPES])
-    option("--rounds", type=int, default=20)
     option("--out", type=Path, help="keys in it stay; kernels/tiles/<arch>.json unless given")
 
     option = made.add(_compile, "compile kernels for devices that are not here")
@@ -148,14 +134,13 @@ def _parser() -> argparse.ArgumentParser:
     option("--case", nargs="+", help="names of cases; all primary ones unless given")
     option("--alone", action="store_true", help="TPU: attention without its projections")
     option("--schedule", action="store_true", help="TPU: bundles and spills of every kernel")
-    option("--out", type=Path, help="a file for the rows as JSON lines")
+    option("--out", type=Path, help="append the rows to this file, as JSON lines")
     option("--read", type=Path, help="only print the table of the rows in this file")
 
     option = made.add(_gpu, "everything that waits for a GPU, in stages")
     option("--out", type=Path, required=True, help="folder; continued where it exists")
     option("--stage", nargs="+", default=list(gpu.STAGES), choices=gpu.STAGES)
     option("--budget", type=float, default=gpu.BUDGET_S, help="seconds a stage may take")
-    option("--preset", default="mbs", choices=steps.CONFIGURATIONS, metavar="NAME")
     option("--dry-run", action="store_true", help="on the CPU, smallest cases, one round")
 
     option = made.add(_report, "page, figures and the marked tables of the docs")
@@ -171,18 +156,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     given = parser.parse_args(arguments)
     if given.command is None:
-        return _everything(given.stage)
+        return _everything()
     try:
         return given.run(given)
     except ValueError as error:
         return given.parser.error(str(error))  # exits with status 2
 
 
-def _everything(stages: Sequence[str]) -> int:
+def _everything() -> int:
     status = 0
-    for stage in stages:
-        print(f"== {stage}: python -m bench {_STAGES[stage]} --resume", flush=True)
-        command = [sys.executable, "-m", "bench", *_STAGES[stage].split(), "--resume"]
+    for stage in _STAGES:
+        print(f"== python -m bench {stage}", flush=True)
+        command = [sys.executable, "-m", "bench", *stage.split()]
         status |= subprocess.call(command, cwd=ROOT)
     return int(status != 0)
 
@@ -192,10 +177,9 @@ def _everything(stages: Sequence[str]) -> int:
 
 def _setting(given: argparse.Namespace, **options: Any) -> tuple[Setting, str]:
     """The setting that options ask for, and the dtype."""
-    deadline = None if given.minutes is None else time.monotonic() + 60 * given.minutes
     options |= dict(rounds=given.rounds or options.get("rounds", 0))
     device = torch.device(given.device)
-    made = Setting(device, seconds=given.seconds, deadline=deadline, **options)
+    made = Setting(device, seconds=given.seconds, **options)
     return made, given.dtype or native_dtype(device)
 
 
@@ -210,8 +194,7 @@ def _ops(given: argparse.Namespace) -> int:
     """First the parity check of each backend; then each contender's error at the case itself."""
     keep_host_memory()
     cpu = given.device == "cpu"
-    partial = bool(given.backends or given.peers is not None or given.no_compiled_peers)
-    if given.out is None and (partial or given.quick):
+    if given.out is None and (given.backends or given.peers is not None):
         given.out = ""  # some contenders alone are kept in no file
     status = 0
     for op in given.op:
@@ -221,56 +204,41 @@ def _ops(given: argparse.Namespace) -> int:
         if unknown := sorted(set(given.backends or ()) - {AUTO, *backends.BACKENDS[op]}):
             known = ", ".join(backends.BACKENDS[op])
             raise ValueError(f"unknown backends {', '.join(unknown)}; {op} has {known}")
-        setting, dtype = _setting(
-            given,
-            clock=given.clock,
-            rounds=1 if given.quick else 0,
-            quick=given.quick,
-            backends=tuple(asked) if asked else None,
-            peer_names=None if given.peers is None else tuple(given.peers),
-            compiled_peers=not (given.no_compiled_peers or given.quick),
-        )
-        peers(op, setting.peer_names)
+        names = None if given.peers is None else tuple(given.peers)
+        setting, dtype = _setting(given, backends=tuple(asked) if asked else None, peer_names=names)
+        peers(op, names)
         cases = calls.select(op, given.case or ["cpu" if cpu else "primary"])
-        if given.batch:
-            cases = [calls.at_batch(case, given.batch) for case in cases]
         out = _out(given, setting)
         if given.resume and out:
             cases = [c for c in cases if not is_measured(setting, out, op, c, dtype, given.mode)]
         if cases:
             gate(setting, [op], dtype)
-        for case in cases:
-            if setting.out_of_time:
-                print(f"absent: {op} {case.name}: out of time; --resume continues", flush=True)
-                continue
-            found, absent = measure_op(setting, op, case, dtype, given.mode)
-            sweeps.keep(found, out)
-            for name, reason in absent.items():
-                print(f"absent: {op} {case.name} {dtype}: {name}: {reason}", flush=True)
+        wanted = [(op, case) for case in cases]
+        _tell(sweeps.measure_cases(setting, wanted, dtype, given.mode, out)[1])
         status |= setting.red
     return int(status)
+
+
+def _tell(missing: Sequence[sweeps.Missing]) -> None:
+    for each in missing:
+        print(f"absent: {': '.join(each)}", flush=True)
 
 
 def _steps(given: argparse.Namespace) -> int:
     setting, dtype = _setting(given, clock="perf_counter", rounds=7, warmup=0)
     on_gpu = given.device == "cuda"
-    compiled_at = given.compiled_at
-    if compiled_at is None:
-        compiled_at = given.drop_rate if on_gpu else _COMPILED_AT
+    compiled_at = given.drop_rate if on_gpu else _COMPILED_AT
     steps.formulations(given.contenders, given.compile)  # refuses unknown names
+    if given.batch == 0 and not on_gpu:
+        raise ValueError("--batch 0 fits the batch to a GPU's memory; on a CPU give a number")
     wanted = []
-    for name in given.configuration:
-        batch = given.batch
-        if batch is None:
-            batch = 32 if name == "tiny" else 16 if on_gpu else 1
-        if not batch and not on_gpu:
-            raise ValueError("--batch 0 fits the batch to a GPU's memory; on a CPU give a number")
-        for mode in given.mode:
-            for rate in given.drop_rate:
-                modes = tuple(given.compile) if rate in compiled_at else ()
-                for features in (each == "yes" for each in given.features):
-                    names = tuple(given.contenders)
-                    wanted.append(Cell(name, rate, mode, batch, modes, names, features))
+    choices = (given.configuration, given.mode, given.drop_rate, given.features)
+    for name, mode, rate, features in itertools.product(*choices):
+        usual = 32 if name == "tiny" else 16 if on_gpu else 1
+        batch = usual if given.batch is None else given.batch
+        modes = tuple(given.compile) if rate in compiled_at else ()
+        names = tuple(given.contenders)
+        wanted.append(Cell(name, rate, mode, batch, modes, names, features == "yes"))
     out = _out(given, setting)
     if given.resume and out:
         wanted = sweeps.unmeasured(wanted, dtype, out, setting)
@@ -280,8 +248,7 @@ def _steps(given: argparse.Namespace) -> int:
     if reason := setting.refusal():
         raise SystemExit(f"nothing is timed: {reason}")
     missing = sweeps.measure_cells(setting, wanted, dtype, out)
-    for each in missing:
-        print(f"absent: {': '.join(each)}", flush=True)
+    _tell(missing)
     return int(any(who == "all" or who.startswith("auto") for _, who, _ in missing))
 
 
@@ -304,9 +271,8 @@ def _scaling(given: argparse.Namespace) -> int:
             continue
         gate(setting, [op], dtype, chosen_only=True)
         status |= setting.refusal([op]) is not None
-        options = dict(longest=given.longest, resume=given.resume)
-        for each in sweeps.measure_sizes(setting, op, sizes, dtype, given.mode, out, **options):
-            print(f"absent: {': '.join(each)}", flush=True)
+        options = dict(longest=30.0, resume=given.resume)
+        _tell(sweeps.measure_sizes(setting, op, sizes, dtype, given.mode, out, **options))
     return int(status)
 
 
@@ -322,67 +288,37 @@ def _accuracy(given: argparse.Namespace) -> int:
 
 
 def _floors(given: argparse.Namespace) -> int:
-    if not all(math.isfinite(each) and each > 0 for each in (given.tflops, given.gb_per_s)):
-        raise ValueError("ceilings must be positive")
-    print(floors.sheet(given.op, Ceilings(given.tflops, given.gb_per_s), given.dtype))
+    print(floors.sheet(given.op, given.dtype))
     return 0
 
 
 def _tune(given: argparse.Namespace) -> int:
     if not torch.cuda.is_available():
         raise ValueError("tuning measures on a CUDA device, and this torch sees none")
-    setting = Setting(torch.device("cuda"), rounds=given.rounds)
-    path = given.out or tune.installed_path()
-    table, skipped = tune.read_table(path), Counter[str]()
-    status = 0
+    setting = Setting(torch.device("cuda"), rounds=20)
     gate(setting, given.op, given.dtype)
-    for op in given.op:
-        module = tune.tunable(op)
-        refused = setting.refused.get((op, tune.BACKEND))
-        if module is None or refused:
-            print(f"{op}: {refused or 'no Triton backend with candidates'}; not tuned")
-            status |= module is not None
-            continue
-        for case in calls.select(op, given.case):
-            print(f"{op} {case.name}", flush=True)
-            try:
-                with side_stream(setting.device):
-                    tune.tune_case(
-                        op,
-                        case,
-                        DTYPES[given.dtype],
-                        setting.device,
-                        candidates_of=module.TUNING,
-                        table=table,
-                        clock=setting.make_clock(),
-                        rounds=given.rounds,
-                        skipped=skipped,
-                    )
-            except Exception as error:
-                print(f"{op} {case.name}: {first_line(error)}")
-                status = 1
-            tune.write_table(path, table)
-    entries = sum(map(len, table.values()))
-    print(f"{entries} entries in {path.name}; candidates left out: {dict(skipped) or 'none'}")
-    return int(status)
+    wanted = [(op, case) for op in given.op for case in calls.select(op, given.case)]
+    path = given.out or tune.installed_path()
+    missing = tune.tune_cases(setting, wanted, given.dtype, path, tune.read_table(path))
+    for part, reason in missing:
+        print(f"not tuned: {part}: {reason}")
+    return int(any(tune.tunable(part.partition(" ")[0]) for part, _ in missing))
 
 
 def _compile(given: argparse.Namespace) -> int:
     if given.read:
         print(compile.read(given.read))
         return 0
-    what = (given.op, given.case, given.dtype, given.out)
     on_gpu = [each for each in given.target if each in compile.GPUS]
     on_tpu = [each for each in given.target if each in compile.TPUS]
     if on_gpu and on_tpu and given.out:
         raise ValueError("rows of GPUs and of TPUs differ; give --out to each by itself")
     if on_gpu and os.environ.get("TRITON_INTERPRET") == "1":
         raise ValueError("TRITON_INTERPRET is set: kernels are then interpreted; unset it")
-    status = compile.compile_gpu_targets(on_gpu, *what) if on_gpu else 0
-    if on_tpu:
-        options = dict(alone=given.alone, schedule=given.schedule)
-        status |= compile.compile_tpu_targets(on_tpu, *what, **options)
-    return status
+    what = (given.op, given.case, given.dtype, given.out)
+    options = dict(schedule=given.schedule, alone=given.alone)
+    made = [compile.compile_targets(each, *what, **options) for each in (on_gpu, on_tpu) if each]
+    return max(made)
 
 
 def _gpu(given: argparse.Namespace) -> int:
@@ -394,7 +330,7 @@ def _gpu(given: argparse.Namespace) -> int:
         command = [sys.executable, "-m", "bench", *sys.argv[1:]]
         return subprocess.call(command, env=environment)
     device = torch.device("cpu" if given.dry_run else "cuda")
-    run = gpu.Run(given.out, device, given.dry_run, given.budget, given.preset)
+    run = gpu.Run(given.out, device, given.dry_run, given.budget)
     return gpu.main(run, given.stage)
 
 

@@ -13,12 +13,14 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from vatt_fast.kernels.cases import CASES, tag
+
+from .lines import markdown_table
 
 GPUS = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
 TPUS = {
@@ -30,123 +32,87 @@ TPUS = {
 }
 
 
-def cases_of(ops: Iterable[str], names: Sequence[str] | None) -> Iterator[tuple[str, str]]:
-    """(op, case) by name, or every primary one."""
-    for op in ops:
-        for case in CASES[op].values():
-            if case.name in names if names else tag(case) == "primary":
-                yield op, case.name
-
-
-def compile_gpu_targets(
-    targets: Sequence[str],
-    ops: Sequence[str],
-    cases: Sequence[str] | None,
-    dtypes: Sequence[str] | None,
-    out: Path | None,
-) -> int:
-    """Print the table of Triton's kernels and write their rows; 1 where one has a fault.
-
-    Args:
-        dtypes: None: bf16 and fp32, of attention bf16 alone, whose fp32 takes hours.
-    """
-    from . import compile_gpu as gpu  # needs Triton
-
-    rows: list[gpu.Row] = []
-    for op, case in cases_of(ops, cases):
-        for dtype in dtypes or (("bf16",) if op == "attention" else ("bf16", "fp32")):
-            for target in targets:
-                rows += gpu.compile_case(op, case, dtype, target)
-        _progress(f"{op} {case}: {len(gpu.distinct(rows))} distinct kernels so far")
-    rows = gpu.distinct(rows)
-    if out:
-        _write(out, rows, "w")
-    return _conclude(rows, gpu.markdown(rows), "kernels", targets)
-
-
-def compile_tpu_targets(
+def compile_targets(
     targets: Sequence[str],
     ops: Sequence[str],
     cases: Sequence[str] | None,
     dtypes: Sequence[str] | None,
     out: Path | None,
     *,
-    alone: bool,
     schedule: bool,
+    alone: bool,
 ) -> int:
-    """Print the table of the Pallas kernels and append their rows; 1 where one has a fault.
+    """Print a table of what GPUs or TPUs got and append its rows; 1 where one has a fault.
 
     Args:
-        alone: attention without its projections.
-        schedule: count bundles and spills of every kernel; takes three times as long.
+        cases: None: every primary one.
+        dtypes: None: bf16 and fp32; for GPUs attention in bf16 alone, whose fp32 takes hours.
+        alone: of TPUs: attention without its projections.
+        schedule: of TPUs: count bundles and spills of every kernel; takes three times as long.
     """
+    tpu = targets[0] in TPUS
     if schedule:  # read when libtpu is loaded
         os.environ["LIBTPU_INIT_ARGS"] = (
             f"--xla_jf_dump_to={tempfile.mkdtemp()} --xla_jf_dump_llo_text=true"
         )
-    from . import compile_tpu as tpu  # needs JAX and libtpu
-
-    rows: list[tpu.Row] = []
-    for op, case in cases_of(ops, cases):
-        for dtype in dtypes or ("bf16", "fp32"):
+    module = _module(tpu)
+    options = dict(alone=alone) if tpu else {}
+    rows: list[Any] = []
+    for op, case in _chosen(ops, cases):
+        usual = ("bf16",) if op == "attention" and not tpu else ("bf16", "fp32")
+        for dtype in dtypes or usual:
             for target in targets:
-                row = tpu.compile_case(op, case, dtype, target, alone=alone and op == "attention")
-                rows.append(row)
-                if out:
-                    _write(out, [row], "a")
-                told = "".join(
-                    f"  {name} {count} bundles, {row.spills.get(name, 0)} spills"
-                    for name, count in row.bundles.items()
+                made = module.distinct(
+                    module.compile_case(op, case, dtype, target, **options), rows
                 )
-                outcome = "; ".join(row.faults) or f"{row.seconds} s"
-                _progress(f"{op} {case} {dtype} {target}: {outcome}{told}")
-    return _conclude(rows, tpu.markdown(rows), "programs", targets)
+                rows += made
+                told = "; ".join(fault for row in made for fault in row.faults) or "no fault"
+                told = f"{op} {case} {dtype} {target}: {len(made)} rows, {told}"
+                if schedule:
+                    told += f"; bundles {made[0].bundles}, spills {made[0].spills}"
+                print(told, file=sys.stderr, flush=True)
+                if out:
+                    out.parent.mkdir(parents=True, exist_ok=True)
+                    with out.open("a") as file:
+                        file.writelines(json.dumps(asdict(row)) + "\n" for row in made)
+    if not rows:
+        raise ValueError("no such case; see kernels/cases.py")
+    print(_table(rows, module))
+    bad = [row for row in rows if row.faults]
+    for row in bad:
+        print(f"{row.title}: {'; '.join(row.faults)}")
+    print(f"{len(rows)} rows compiled for {', '.join(targets)}; {len(bad)} with faults")
+    return int(bool(bad))
+
+
+def _chosen(ops: Iterable[str], names: Sequence[str] | None) -> Iterator[tuple[str, str]]:
+    for op in ops:
+        for case in CASES[op].values():
+            if case.name in names if names else tag(case) == "primary":
+                yield op, case.name
+
+
+def _module(tpu: bool) -> Any:
+    if tpu:
+        from . import compile_tpu  # needs JAX and libtpu
+
+        return compile_tpu
+    from . import compile_gpu  # needs Triton
+
+    return compile_gpu
 
 
 def read(path: Path) -> str:
     """The table of the rows in a file."""
-    rows = [json.loads(text) for text in path.read_text().splitlines()]
-    if rows and "topology" in rows[0]:
-        from . import compile_tpu as tpu
-
-        return tpu.markdown([tpu.Row(**row) for row in rows])
-    from . import compile_gpu as gpu
-
-    return gpu.markdown([gpu.Row(**row) for row in rows])
+    records = [json.loads(text) for text in path.read_text().splitlines()]
+    module = _module("topology" in records[0])
+    return _table(module.distinct([module.Row(**each) for each in records], []), module)
 
 
-def heaviest(
-    rows: Iterable[Any], key: Callable[[Any], tuple], cells: Callable[[list[Any]], Sequence[Any]]
-) -> list[str]:
-    """Rows of a table, one a group: its key, then what ``cells`` makes of the group."""
+def _table(rows: Iterable[Any], module: Any) -> str:
+    """A row a group: its key, then what the module's ``cells`` makes of the group."""
     groups: dict[tuple, list[Any]] = {}
     for row in rows:
-        groups.setdefault(key(row), []).append(row)
-    return [
-        "| " + " | ".join(map(str, (*name, *cells(group)))) + " |" for name, group in groups.items()
-    ]
-
-
-def headings(*names: str) -> list[str]:
-    return ["| " + " | ".join(names) + " |", "|---" * len(names) + "|"]
-
-
-def _write(path: Path, rows: Iterable[Any], how: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open(how) as file:
-        file.writelines(json.dumps(asdict(row)) + "\n" for row in rows)
-
-
-def _progress(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
-def _conclude(rows: Sequence[Any], table: str, what: str, targets: Sequence[str]) -> int:
-    if not rows:
-        raise ValueError("no such case; see kernels/cases.py")
-    print(table)
-    bad = [row for row in rows if row.faults]
-    for row in bad:
-        print(f"{row.title}: {'; '.join(row.faults)}")
-    print(f"{len(rows)} {what} compiled for {', '.join(targets)}; {len(bad)} with faults")
-    return int(bool(bad))
+        groups.setdefault(module.key(row), []).append(row)
+    told = [(*name, *module.cells(group)) for name, group in groups.items()]
+    return markdown_table(module.HEADINGS.split(", "), told)

@@ -26,7 +26,6 @@ from triton.runtime.jit import JITFunction
 
 from vatt_fast.kernels.cases import CASES, make
 
-from .compile import headings, heaviest
 from .machine import DTYPES
 
 KIB = 1024
@@ -252,31 +251,31 @@ def _cuobjdump(option: str, path: str) -> str:
     return subprocess.run([tool, option, path], check=True, capture_output=True, text=True).stdout
 
 
-# -- tables -----------------------------------------------------------------------------------
+# -- table ------------------------------------------------------------------------------------
 
 
-def distinct(rows: list[Row]) -> list[Row]:
-    """One row a kernel, target and outcome: cases that meet the same specialisation are one."""
+def distinct(rows: list[Row], known: list[Row]) -> list[Row]:
+    """Those that are not ``known``: cases that meet the same specialisation are one row."""
     fields = ("kernel", "mode", "dtype", "target", "tiles", "registers", "spills", "shared_bytes")
-    seen: dict[tuple, Row] = {}
-    for row in rows:
-        what = (*(getattr(row, field) for field in fields), *row.faults)
-        seen.setdefault(what, row)
-    return list(seen.values())
+
+    def what(row: Row) -> tuple:
+        return (*(getattr(row, field) for field in fields), *row.faults)
+
+    seen = {what(row) for row in known}
+    return [row for key, row in {what(row): row for row in rows}.items() if key not in seen]
 
 
-def markdown(rows: list[Row]) -> str:
-    """Per kernel, mode, dtype and target: the heaviest of its specialisations."""
+HEADINGS = "kernel, mode, dtype, target, specialisations, registers, stack B, spills, shared KiB, "
+HEADINGS += "matrix"
 
-    def cells(group: list[Row]) -> tuple:
-        most = [
-            max(getattr(row, field) for row in group)
-            for field in ("registers", "stack_bytes", "spills", "shared_bytes")
-        ]
-        matrix = " / ".join(sorted({row.matrix or "none" for row in group}))
-        return (len(group), *most[:3], f"{most[3] / KIB:.0f}", matrix)
 
-    names = "kernel, mode, dtype, target, specialisations, registers, stack B, spills, shared KiB,"
-    names += " matrix"
-    key = lambda row: (f"{row.op}.{row.kernel}", row.mode, row.dtype, row.target)  # noqa: E731
-    return "\n".join([*headings(*names.split(", ")), *heaviest(rows, key, cells)])
+def key(row: Row) -> tuple:
+    return f"{row.op}.{row.kernel}", row.mode, row.dtype, row.target
+
+
+def cells(group: list[Row]) -> tuple:
+    """The heaviest of a kernel's specialisations."""
+    fields = ("registers", "stack_bytes", "spills", "shared_bytes")
+    *most, shared = (max(getattr(row, field) for row in group) for field in fields)
+    matrix = " / ".join(sorted({row.matrix or "none" for row in group}))
+    return len(group), *most, f"{shared / KIB:.0f}", matrix

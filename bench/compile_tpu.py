@@ -42,7 +42,7 @@ from vatt_fast.kernels.ops import OPS
 from vatt_fast.on_jax import hlo
 
 from . import machine
-from .compile import TPUS, headings, heaviest
+from .compile import TPUS
 from .machine import DTYPES
 
 # where libtpu writes schedules
@@ -169,10 +169,13 @@ def device(topology: str) -> SingleDeviceSharding:
     return SingleDeviceSharding(described.devices[0])
 
 
-def compile_case(op: str, case: str, dtype: str, topology: str, *, alone: bool = False) -> Row:
-    row = Row(op, case, dtype, topology, alone)
+def compile_case(
+    op: str, case: str, dtype: str, topology: str, *, alone: bool = False
+) -> list[Row]:
+    """The case's one row."""
+    row = Row(op, case, dtype, topology, alone and op == "attention")
     began = time.perf_counter()
-    function, *shapes = program(op, case, dtype, alone)
+    function, *shapes = program(op, case, dtype, row.alone)
     free = Format(Layout.AUTO, device(topology))
     try:
         with settings.lowering_for("tpu"), settings.use_backend(**{op: "pallas_tpu"}), _quiet():
@@ -184,7 +187,7 @@ def compile_case(op: str, case: str, dtype: str, topology: str, *, alone: bool =
             compiled = jitted.lower(*shapes).compile()
     except Exception as error:  # whatever libtpu raises is the row's result
         row.faults.append(" ".join(f"{type(error).__name__}: {error}".split())[:600])
-        return row
+        return [row]
     row.seconds = round(time.perf_counter() - began, 1)
     memory, text = compiled.memory_analysis(), compiled.as_text()
     assert memory is not None and text is not None  # libtpu has both
@@ -200,7 +203,7 @@ def compile_case(op: str, case: str, dtype: str, topology: str, *, alone: bool =
     shape = CASES[op][case]
     if row.copies and op == "attention" and min(shape.queries, shape.keys) >= 64:
         row.faults.append(f"{row.copies} layout copies around attention")
-    return row
+    return [row]
 
 
 @contextlib.contextmanager
@@ -247,21 +250,27 @@ def schedules(folder: Path) -> tuple[dict[str, int], dict[str, int]]:
 # -- table ------------------------------------------------------------------------------------
 
 
-def markdown(rows: list[Row]) -> str:
-    """Per op, dtype and chip: how many cases compiled, and the heaviest of each number."""
+def distinct(rows: list[Row], known: list[Row]) -> list[Row]:
+    """The last of each: a case is a program of its own."""
+    fields = ("op", "case", "dtype", "topology", "alone")
+    return list({tuple(getattr(row, each) for each in fields): row for row in rows}.values())
 
-    def cells(group: list[Row]) -> tuple:
-        good = [row for row in group if row.code_bytes]
-        names = {name.removeprefix("vatt_") for row in good for name in row.kernels}
-        code, temporary, memory, copies, seconds = (
-            max((getattr(row, name) for row in good), default=0)
-            for name in ("code_bytes", "temp_bytes", "vmem_bytes", "copies", "seconds")
-        )
-        sizes = (f"{code / KIB:.0f}", f"{temporary / MIB:.1f}", f"{memory / MIB:.1f}")
-        return (f"{len(good)}/{len(group)}", " ".join(sorted(names)), *sizes, copies, seconds)
 
-    names = "op, dtype, chip, compiled, kernels, code KiB, HBM temporaries MiB, VMEM MiB,"
-    names += " layout copies, seconds"
-    newest = {(row.op, row.case, row.dtype, row.topology, row.alone): row for row in rows}
-    key = lambda row: (row.op + " alone" * row.alone, row.dtype, row.topology)  # noqa: E731
-    return "\n".join([*headings(*names.split(", ")), *heaviest(newest.values(), key, cells)])
+HEADINGS = "op, dtype, chip, compiled, kernels, code KiB, HBM temporaries MiB, VMEM MiB, "
+HEADINGS += "layout copies, seconds"
+
+
+def key(row: Row) -> tuple:
+    return row.op + " alone" * row.alone, row.dtype, row.topology
+
+
+def cells(group: list[Row]) -> tuple:
+    """How many cases compiled, and the heaviest of each number."""
+    good = [row for row in group if row.code_bytes]
+    names = {name.removeprefix("vatt_") for row in good for name in row.kernels}
+    code, temporary, memory, copies, seconds = (
+        max((getattr(row, name) for row in good), default=0)
+        for name in ("code_bytes", "temp_bytes", "vmem_bytes", "copies", "seconds")
+    )
+    sizes = (f"{code / KIB:.0f}", f"{temporary / MIB:.1f}", f"{memory / MIB:.1f}")
+    return f"{len(good)}/{len(group)}", " ".join(sorted(names)), *sizes, copies, seconds

@@ -62,7 +62,11 @@ def of_op(
         errors: dict[str, float] = {}
         no_backward: str | None = None
         try:
-            function = _function(setting, op, case, name, peer)
+            function: Function | str
+            if peer is None:
+                function = calls.on_backend(op, "" if name == AUTO else name)
+            else:
+                function = peer.build(case, setting.device)
             if isinstance(function, str):
                 absent[name] = function
                 continue
@@ -73,7 +77,7 @@ def of_op(
             continue
         if peer is None and (reason := calls.red(errors, plain, DTYPES[dtype])):
             absent[name] = setting.refused[op, name] = reason
-            setting.report(f"RED: {op} {name} on {case.name} {dtype}: {reason}; it is not timed")
+            print(f"RED: {op} {name} on {case.name} {dtype}: {reason}; it is not timed")
         elif peer is not None and peer.alike and not max(errors.values()) < 1:
             absent[name] = f"it computes something else: errors {errors}"
         else:
@@ -87,14 +91,6 @@ def _refused(setting: Setting, op: str, name: str) -> str | None:
     if interpreted(name, setting.device):
         return "Triton's interpreter runs it here: that takes no time worth telling"
     return setting.refusal([op]) if name == AUTO else setting.refused.get((op, name))
-
-
-def _function(
-    setting: Setting, op: str, case: Case, name: str, peer: Peer | None
-) -> Function | str:
-    if peer is None:
-        return calls.on_backend(op, "" if name == AUTO else name)
-    return peer.build(case, setting.device)
 
 
 def _build(

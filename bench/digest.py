@@ -3,7 +3,9 @@
 A line is stale once the digest of today's sources is another. The digest ignores what cannot change
 a time: comments, docstrings, formatting, imports, and the file that a definition stands in. A
 Python file counts as its top-level statements, a C++ file as its tokens. Which files belong to a
-line follows from the imports and includes themselves, beginning at the backend that ran.
+line follows from the imports and includes themselves, beginning at the backend that ran. For "auto"
+all backends of an op's rows in PREFERENCE count, but not the rows' conditions: a row that now holds
+for other sizes leaves lines fresh whose backend is no longer the one that ran.
 """
 
 import ast

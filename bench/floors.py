@@ -1,12 +1,10 @@
 """What a case costs at least: its bytes, and the time at given ceilings. Pure functions of cases.
 
 ``python -m bench floors`` prints the sheet. Bytes count every input once and every output once;
-FLOPs are the op's own (``ops.OPS[op].flops``). Attention's sheet also says which share of the
-scores that a kernel's tiles compute is asked for: lengths such as 393, 785 and 1569 sit just past a
-tile's edge.
+FLOPs are the op's own (``ops.OPS[op].flops``).
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple
 
 from vatt_fast.kernels.cases import (
@@ -20,14 +18,13 @@ from vatt_fast.kernels.cases import (
 )
 from vatt_fast.kernels.ops import OPS
 
+from .lines import markdown_table
 from .machine import DTYPES, H200, Ceilings
 
 Mode = Literal["fwd", "bwd", "fwd+bwd"]
 MODES: tuple[Mode, ...] = ("fwd", "bwd", "fwd+bwd")
 _STATISTIC = 4  # bytes of an lse
 _INDEX = 4  # bytes of a kept index
-# a backward without atomics computes the scores once more: products of it, over those needed
-_DETERMINISTIC = {"attention": (14, 10), "contrastive_lse": (8, 6)}
 
 # B batch, T queries, S keys, H heads, N patches or clips, K kept, M clips of x
 
@@ -53,20 +50,11 @@ def op_of(case: Case) -> str:
     return kinds.get(type(case), "patch_embed")
 
 
-def work(case: Case, mode: Mode, itemsize: int = 2, *, deterministic: bool = False) -> Work:
-    """Least work of an op on a case.
-
-    Args:
-        itemsize: bytes of the compute dtype.
-        deterministic: the backward computes the scores once more, as a kernel of two passes does.
-    """
-    op = op_of(case)
-    flops = OPS[op].flops(case, mode)
-    if deterministic and mode != "fwd" and op in _DETERMINISTIC:
-        more, usual = _DETERMINISTIC[op]
-        flops += OPS[op].flops(case, "bwd") * (more - usual) // usual
+def work(case: Case, mode: Mode, itemsize: int = 2) -> Work:
+    """Least work of an op on a case, whose compute dtype has ``itemsize`` bytes."""
     parts = ("fwd", "bwd") if mode == "fwd+bwd" else (mode,)
-    return Work(flops, sum(_bytes(case, part == "bwd", itemsize) for part in parts))
+    size = sum(_bytes(case, part == "bwd", itemsize) for part in parts)
+    return Work(OPS[op_of(case)].flops(case, mode), size)
 
 
 def _bytes(case: Case, backward: bool, itemsize: int) -> int:
@@ -102,98 +90,29 @@ def _patch_embed_bytes(case: PatchEmbedCase, backward: bool, itemsize: int) -> i
     return patches + tokens + weights + position + index
 
 
-# -- tiles ------------------------------------------------------------------------------------
-
-Padding = Callable[[int], int]  # length -> length that is computed
-
-
-class Tiling(NamedTuple):
-    """How far a kernel pads the queries and the keys."""
-
-    name: str
-    queries: Padding
-    keys: Padding
-
-
-def padded_to(block: int) -> Padding:
-    return lambda length: -(-length // block) * block
-
-
-TILINGS: tuple[Tiling, ...] = (
-    Tiling("192x192 (FA3)", padded_to(192), padded_to(192)),
-    Tiling("128x128 (FA2, Triton tutorial)", padded_to(128), padded_to(128)),
-    Tiling("64x64, key tail by 16", padded_to(64), padded_to(16)),
-)
-
-
-def useful_share(queries: int, keys: int, tiling: Tiling) -> float:
-    """Scores asked for / scores computed."""
-    return queries * keys / (tiling.queries(queries) * tiling.keys(keys))
-
-
-def our_tilings() -> list[Tiling]:
-    """Tiles that the Triton forward kernel offers the tuner; none where Triton is absent."""
-    try:
-        from vatt_fast.kernels.attention import triton_tiles
-    except ImportError:
-        return []
-
-    def ours(block: int, tail: Callable[..., int], *arch: str) -> Padding:
-        return lambda length: length // block * block + tail(length, block, *arch)
-
-    candidates = triton_tiles.TUNING["attention_forward"]
-    sizes = {(each["BLOCK_T"], each["BLOCK_S"]) for each in candidates}
-    return [
-        Tiling(
-            f"ours {rows}x{columns}",
-            ours(rows, triton_tiles.last_tile, "sm_90"),
-            ours(columns, triton_tiles.tail),
-        )
-        for rows, columns in sorted(sizes)
-    ]
-
-
 # -- sheet ------------------------------------------------------------------------------------
 
 
-def sheet(ops: Sequence[str] = tuple(CASES), ceilings: Ceilings = H200, dtype: str = "bf16") -> str:
-    """Markdown: every primary case's floor in each mode, then attention's tiles."""
-    headings = ["op", "case", "mode", "GFLOP", "MB", "compute ms", "memory ms", "floor ms"]
-    headings += ["bound", "deterministic ms"]
-    lines = [
-        f"Floors in {dtype} at {ceilings.tflops:g} TFLOP/s and {ceilings.gb_per_s:g} GB/s; "
-        "predicted, not measured.",
-        "",
-        "| " + " | ".join(headings) + " |",
-        "|---" * len(headings) + "|",
-        *_floor_rows(ops, ceilings, DTYPES[dtype].itemsize),
-    ]
-    if "attention" in ops:
-        lines += ["", *_tile_rows()]
-    return "\n".join(lines)
+def sheet(ops: Sequence[str] = tuple(CASES), dtype: str = "bf16") -> str:
+    """Markdown: every primary case's floor in each mode, by an H200's ceilings."""
+    ceilings = H200
+    headings = ["op", "case", "mode", "GFLOP", "MB", "compute ms", "memory ms", "floor ms", "bound"]
+    title = f"Floors in {dtype} at {ceilings.tflops:g} TFLOP/s and {ceilings.gb_per_s:g} GB/s; "
+    title += "predicted, not measured."
+    rows = _floor_rows(ops, ceilings, DTYPES[dtype].itemsize)
+    return f"{title}\n\n{markdown_table(headings, rows)}"
 
 
-def _floor_rows(ops: Sequence[str], ceilings: Ceilings, itemsize: int) -> Iterator[str]:
+def _floor_rows(ops: Sequence[str], ceilings: Ceilings, itemsize: int) -> Iterator[tuple[str, ...]]:
     for op in ops:
         for name, case in CASES[op].items():
             for mode in MODES if tag(case) == "primary" else ():
-                least, fixed = (work(case, mode, itemsize, deterministic=d) for d in (False, True))
-                compute = least.flops / ceilings.tflops / 1e9
-                memory = least.bytes / ceilings.gb_per_s / 1e6
-                yield (
-                    f"| {op} | {name} | {mode} | {least.flops / 1e9:.4g} | {least.bytes / 1e6:.4g} "
-                    f"| {compute:.3g} | {memory:.3g} | {least.ms(ceilings):.3g} "
-                    f"| {least.bound(ceilings)} | {fixed.ms(ceilings):.3g} |"
+                least = work(case, mode, itemsize)
+                ms = (
+                    least.flops / ceilings.tflops / 1e9,
+                    least.bytes / ceilings.gb_per_s / 1e6,
+                    least.ms(ceilings),
                 )
-
-
-def _tile_rows() -> Iterator[str]:
-    tilings = [*TILINGS, *our_tilings()]
-    yield "Useful share of the computed scores."
-    yield ""
-    yield "| queries x keys | " + " | ".join(name for name, *_ in tilings) + " |"
-    yield "|---" * (1 + len(tilings)) + "|"
-    cases = (case for case in CASES["attention"].values() if isinstance(case, AttentionCase))
-    for queries, keys in sorted({(case.queries, case.keys) for case in cases if case.origin}):
-        shares = (f"{useful_share(queries, keys, tiling):.0%}" for tiling in tilings)
-        yield f"| {queries} x {keys} | " + " | ".join(shares) + " |"
+                sizes = (f"{least.flops / 1e9:.4g}", f"{least.bytes / 1e6:.4g}")
+                times = (f"{each:.3g}" for each in ms)
+                yield op, name, mode, *sizes, *times, least.bound(ceilings)

@@ -18,33 +18,33 @@ status is 1 where parity is red.
 import concurrent.futures
 import contextlib
 import dataclasses
+import itertools
 import json
 import multiprocessing
 import os
 import subprocess
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
-from vatt_fast.kernels import backends, parity
+from vatt_fast.kernels import backends
 from vatt_fast.kernels.cases import CASES, Case, tag
 from vatt_fast.kernels.ops import OPS
 
 from . import lines, machine, sweeps, tune
 from .floors import MODES, Mode
-from .machine import DTYPES, ROOT
-from .measure import measure_op
-from .setting import RED, Setting, verdict_of
+from .machine import ROOT
+from .report import tables
+from .setting import RED, Setting, is_measured, verdict_of
 from .steps import OF_THE_PAPER
 from .sweeps import Cell
-from .timer import first_line, side_stream
+from .timer import first_line
 
 BUDGET_S = 540.0
-_LATER = "out of time; run the stage again to continue"
+_PRESET = "mbs"
 _TESTED = ("fp32", "fp16", "bf16", "fp64")
 _FILES = {
     "ops": "Ops",
@@ -70,7 +70,6 @@ class Run:
     device: torch.device
     dry: bool
     budget: float
-    preset: str
     began: float = 0.0
 
     @property
@@ -164,7 +163,9 @@ def parity_stage(run: Run) -> None:
     if run.dry:
         for op, case in _DRY_CASES.items():
             for name in ("reference", "triton_gpu"):
-                _note(run, op, name, run.dtype, _dry_verdict(op, name, case, run))
+                few = [CASES[op][case]]
+                reason = verdict_of(op, name, run.dtype, run.device, cases=few)
+                _note(run, op, name, run.dtype, reason)
         return
     jobs = [
         (op, name, dtype)
@@ -181,16 +182,6 @@ def parity_stage(run: Run) -> None:
             reason = f"{RED}: {first_line(error)}" if error else future.result()
             _note(run, *futures[future], reason)
     _pytest(run)
-
-
-def _dry_verdict(op: str, name: str, case: str, run: Run) -> str | None:
-    try:
-        parity.check(op, name, CASES[op][case], DTYPES[run.dtype], run.device.type)
-    except ValueError as error:
-        return f"no parity case ran: {error}"
-    except AssertionError as error:
-        return f"{RED}: {first_line(error)}"
-    return None
 
 
 def _note(run: Run, op: str, backend: str, dtype: str, reason: str | None) -> None:
@@ -228,81 +219,31 @@ def _pytest(run: Run) -> None:
 
 
 def tune_stage(run: Run) -> None:
-    setting = run.setting(rounds=20)
-    modules = {}
-    for op in _DRY_TUNED if run.dry else OPS:
-        module = tune.tunable(op)
-        reason = "no Triton backend with candidates"
-        if module is not None:
-            reason = setting.refused.get((op, tune.BACKEND), "")
-        if module is None or reason:
-            run.fail("tune", op, reason)
-            continue
-        few = {kernel: tiles[:1] for kernel, tiles in module.TUNING.items()}
-        modules[op] = few if run.dry else module.TUNING
-    if not modules:
-        return
+    wanted = [each for each in _in_turn(run) if not run.dry or each[0] in _DRY_TUNED]
     path = run.out / "tuned" / f"{tune.arch()}.json"
-    installed = {} if run.dry else tune.read_table(tune.installed_path())
-    table = installed | tune.read_table(path)  # entries that are there are not measured again
-    skipped = Counter[str]()
-    for op, case in _in_turn(run):
-        if op not in modules:
-            continue
-        if run.left < 0:
-            run.fail("tune", f"{case.name}: {op}", _LATER)
-            continue
-        try:
-            with side_stream(run.device):
-                tune.tune_case(
-                    op,
-                    case,
-                    DTYPES[run.dtype],
-                    run.device,
-                    candidates_of=modules[op],
-                    table=table,
-                    clock=setting.make_clock(),
-                    rounds=setting.rounds,
-                    skipped=skipped,
-                    deadline=run.deadline,
-                )
-        except Exception as error:
-            run.fail("tune", f"{op} {case.name}", first_line(error))
-        if table:
-            tune.write_table(path, table)
-    if skipped:
-        counts = (f"{reason}: {count}" for reason, count in sorted(skipped.items()))
-        run.fail("tune", "candidates left out", ", ".join(counts))
+    table = {} if run.dry else tune.read_table(tune.installed_path())
+    table |= tune.read_table(path)
+    setting = run.setting(rounds=20)
+    for part, reason in tune.tune_cases(setting, wanted, run.dtype, path, table, few=run.dry):
+        run.fail("tune", part, reason)
 
 
 # -- ops and sizes ----------------------------------------------------------------------------
 
 
 def ops_stage(run: Run) -> None:
-    setting = run.setting()
-    done = {
-        (line.op, line.case, line.mode)
-        for line in lines.measured(run.file("ops"), setting.machine, dtype=run.dtype)
-    }
+    setting, out = run.setting(), run.file("ops")
     modes: Sequence[Mode] = ("fwd", "fwd+bwd") if run.dry else MODES
     for (op, backend), reason in setting.refused.items():
-        run.fail("ops", f"{op} {backend}", reason)
-    for op, case in _in_turn(run):
-        missing = [mode for mode in modes if (op, case.name, mode) not in done]
-        if not missing:
-            continue
-        if run.left < 0:
-            run.fail("ops", f"{case.name}: {op}", _LATER)
-            continue
-        try:
-            found, absent = measure_op(setting, op, case, run.dtype, missing)
-        except Exception as error:
-            run.fail("ops", f"{op} {case.name}", first_line(error))
-            continue
-        sweeps.keep(found, run.file("ops"))
-        for name, reason in absent.items():
-            if (op, name) not in setting.refused:
-                run.fail("ops", f"{op} {case.name}: {name}", reason)
+        run.fail("ops", f"{op}: {backend}", reason)
+    wanted = [
+        (op, case)
+        for op, case in _in_turn(run)
+        if not is_measured(setting, out, op, case, run.dtype, modes)
+    ]
+    for where, who, reason in sweeps.measure_cases(setting, wanted, run.dtype, modes, out)[1]:
+        if (where.partition(" ")[0], who) not in setting.refused:
+            run.fail("ops", f"{where}: {who}", reason)
 
 
 def scaling_stage(run: Run) -> None:
@@ -319,13 +260,8 @@ def scaling_stage(run: Run) -> None:
 
 def _in_turn(run: Run) -> list[tuple[str, Case]]:
     """(op, case): the first case of every op, then the second, ..."""
-    queues = {op: _cases(run, op) for op in OPS}
-    return [
-        (op, queue[i])
-        for i in range(max(map(len, queues.values())))
-        for op, queue in queues.items()
-        if i < len(queue)
-    ]
+    queues = [[(op, case) for case in _cases(run, op)] for op in OPS]
+    return [each for turn in itertools.zip_longest(*queues) for each in turn if each]
 
 
 def _cases(run: Run, op: str) -> list[Case]:
@@ -353,12 +289,12 @@ def step_stage(run: Run) -> None:
         return
     names = ("auto", "plain", "reference")
     wanted = [
-        Cell(run.preset, rate, "fwd+bwd", 0, ("default",), names, features)
+        Cell(_PRESET, rate, "fwd+bwd", 0, ("default",), names, features)
         for features in (False, True)
         for rate in (0.5, 0.0, 0.75)
     ]
     strongest = ("max-autotune-no-cudagraphs",)
-    wanted.append(Cell(run.preset, 0.5, "fwd+bwd", 0, strongest, eager=False))
+    wanted.append(Cell(_PRESET, 0.5, "fwd+bwd", 0, strongest))
     _measure_cells(run, "step", wanted)
 
 
@@ -398,19 +334,22 @@ def summarise(run: Run) -> str:
     if run.dry:
         title = "# Dry run on the CPU: it shows that the stages work, its times mean nothing"
     told = [title, "", f"{machine.name(run.device)}; {versions}; commit {machine.commit()}", ""]
-    told += ["## Parity", "", "| op | backend | dtype | verdict |", "|---|---|---|---|"]
-    for (op, backend), by_dtype in sorted(run.verdicts().items()):
-        for dtype, reason in by_dtype.items():
-            told.append(f"| {op} | {backend} | {dtype} | {reason or 'green'} |")
+    verdicts = [
+        (op, backend, dtype, reason or "green")
+        for (op, backend), by_dtype in sorted(run.verdicts().items())
+        for dtype, reason in by_dtype.items()
+    ]
+    table = lines.markdown_table(("op", "backend", "dtype", "verdict"), verdicts)
+    told += ["## Parity", "", table]
     told += ["", "## Tuned tables", ""]
     for path in sorted((run.out / "tuned").glob("*.json")):
-        table = sorted(tune.read_table(path).items())
-        kernels = ", ".join(f"{kernel} ({len(entries)})" for kernel, entries in table)
+        tuned = sorted(tune.read_table(path).items())
+        kernels = ", ".join(f"{kernel} ({len(entries)})" for kernel, entries in tuned)
         told.append(f"- {path.name}: {kernels}")
     for stage, title in _FILES.items():
         told += ["", f"## {title}", ""]
         if measured := lines.read(run.file(stage)):
-            told.append(lines.markdown(measured))
+            told.append(tables.every_line(tables.current(measured)))
     told += ["", "## What did not run or failed", ""]
     told += _grouped(run.failures()) or ["Nothing."]
     return "\n".join(told) + "\n"

@@ -91,6 +91,12 @@ def file_of(device: str, versions: dict[str, str]) -> Path:
     return RESULTS / f"{slug(device, versions.get('instructions', ''))}.jsonl"
 
 
+def files(folder: Path = RESULTS) -> list[Path]:
+    """Those with lines: not what was compiled, nor the runs of accuracy."""
+    found = sorted(folder.glob("*.jsonl"))
+    return [path for path in found if not path.name.startswith(("compile_", "accuracy"))]
+
+
 def append(path: str | Path, lines: Iterable[Line]) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -145,16 +151,9 @@ HEADINGS = [
 ]
 
 
-def markdown(lines: Sequence[Line]) -> str:
-    """One table; ours in bold, faster first within a case and mode."""
-    groups: dict[tuple, list[Line]] = {}
-    for line in lines:
-        groups.setdefault((line.op, line.case, line.dtype, line.mode), []).append(line)
-    rows = ["| " + " | ".join(HEADINGS) + " |", "|" + "---|" * len(HEADINGS)]
-    for group in groups.values():
-        for line in sorted(group, key=lambda line: line.ms_p50):
-            rows.append("| " + " | ".join(cells(line)) + " |")
-    return "\n".join(rows)
+def markdown_table(headings: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    made = [headings, ["---"] * len(headings), *rows]
+    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in made)
 
 
 def number(value: float) -> str:
@@ -189,22 +188,5 @@ def cells(line: Line) -> list[str]:
 
 def describe(line: Line) -> str:
     """One line for the terminal."""
-    speed = "another model or loss"
-    if line.share_of_ceiling is not None:
-        value, unit = (
-            (line.tflops, "TFLOP/s") if line.tflops is not None else (line.gb_per_s, "GB/s")
-        )
-        speed = f"{value:9.3f} {unit} {line.share_of_ceiling:6.1%}"
-    if line.clips_per_second is not None:
-        speed = f"{line.clips_per_second:9.2f} clips/s {speed}"
-    error = "" if line.error is None else f"  error {line.error:.1e} ({line.error_of})"
-    ratio = ""
-    if line.speedup_over_best_peer is not None:
-        ratio = f"  {line.speedup_over_best_peer:.2f}x best peer ({line.best_peer}"
-        ratio += f" {line.best_peer_ms_p50:.4g} ms)"
-    return (
-        f"{line.op:15} {line.case:28} {line.dtype} {line.mode:7} "
-        f"{'*' if line.ours else ' '}{line.backend:24} {line.ms_p50:10.4f} ms "
-        f"({line.ms_p20:.4f}..{line.ms_p80:.4f}) {speed}{error}"
-        f"  peak {mebibytes(line.peak_bytes or 0):>8} MiB  {line.clock}{ratio}"
-    )
+    peer = f" ({line.best_peer} {number(line.best_peer_ms_p50 or 0)} ms)" if line.best_peer else ""
+    return "  ".join(cell for cell in cells(line) if cell) + peer

@@ -18,9 +18,7 @@ _FRESH = {"cb6562b19d", "f8f91e64af", "628a216d0f"}
 
 def main(folder: Path = lines.RESULTS) -> None:
     """Rewrite the files of result lines in a folder."""
-    for path in sorted(folder.glob("*.jsonl")):
-        if path.name.startswith("compile_") or path.name == "accuracy.jsonl":
-            continue
+    for path in lines.files(folder):
         stamped = [
             replace(line, source=lines.source_of(line)) if line.commit in _FRESH else line
             for line in lines.read(path)

@@ -1,7 +1,7 @@
 """What all measurements of one process share: device, clock, ceilings, and what parity allows."""
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,6 @@ class Setting:
     # (op, backend) -> why parity forbids timing; and those that passed
     refused: dict[tuple[str, str], str] = field(default_factory=dict)
     green: set[tuple[str, str]] = field(default_factory=set)
-    report: Callable[[str], None] = print
 
     def __post_init__(self):
         cuda = self.device.type == "cuda"
@@ -114,7 +113,7 @@ class Setting:
         """
         now = machine.measure_ceilings(self.device, DTYPES[dtype], quick=self.quick)
         if dtype not in self.ceilings:
-            self.report(
+            print(
                 f"ceilings on {self.device_name}: {now.tflops:.4g} TFLOP/s in {dtype}, "
                 f"copy {now.gb_per_s:.4g} GB/s"
             )
@@ -142,13 +141,16 @@ def interpreted(backend: str, device: torch.device) -> bool:
 
 
 def verdict_of(
-    op: str, backend: str, dtype: str, device: torch.device, deadline: float | None = None
+    op: str,
+    backend: str,
+    dtype: str,
+    device: torch.device,
+    deadline: float | None = None,
+    cases: Iterable[Case] | None = None,
 ) -> str | None:
     """Run the battery's check at every parity case of the op: None is green, else the reason."""
-    passed, failures, objection = 0, [], ""
-    for case in CASES[op].values():
-        if tag(case) != "parity":
-            continue
+    passed, failures, unsupported = 0, [], ""
+    for case in cases or (case for case in CASES[op].values() if tag(case) == "parity"):
         if deadline is not None and time.monotonic() > deadline:
             return "its parity checks ran out of time"
         try:
@@ -157,12 +159,12 @@ def verdict_of(
         except ValueError as error:
             if "cannot run this" not in str(error):
                 raise
-            objection = str(error)
+            unsupported = str(error)
         except Exception as error:  # a wrong value, or whatever a broken kernel raises
             failures.append(f"{case.name}: {first_line(error)}")
     if failures:
         return f"{RED}: {len(failures)} failed, {passed} passed; {failures[0]}"
-    return None if passed else f"no parity case ran: {objection}"
+    return None if passed else f"no parity case ran: {unsupported}"
 
 
 def gate(setting: Setting, ops: Iterable[str], dtype: str, *, chosen_only: bool = False) -> None:
@@ -181,7 +183,7 @@ def gate(setting: Setting, ops: Iterable[str], dtype: str, *, chosen_only: bool 
             reason = verdict_of(op, name, dtype, setting.device, setting.deadline)
             setting.set_verdict(op, name, reason)
             if reason and RED in reason:
-                setting.report(f"{op} {name}: {reason}")
+                print(f"{op} {name}: {reason}")
 
 
 def is_measured(

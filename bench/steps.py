@@ -77,9 +77,8 @@ class GFLOPs(NamedTuple):
     published: float | None
     convention: float  # as the paper counts: all patches projected, two texts
     true: float  # kept patches projected, features of all tokens, the configuration's own texts
-    timed: (
-        float  # as true, but the last blocks work for AGG alone: what our contenders are timed at
-    )
+    # as true, but the last blocks work for AGG alone: what our contenders are timed at
+    timed: float
 
 
 def gflops(name: str, drop_rate: float) -> GFLOPs | None:
@@ -113,9 +112,12 @@ def gflops(name: str, drop_rate: float) -> GFLOPs | None:
 class Formulation:
     """How one contender runs the model."""
 
-    name: str
-    backend: str
+    name: str  # auto, reference, plain
     compile: str | None = None  # a mode of torch.compile
+
+    @property
+    def backend(self) -> str:
+        return "" if self.ours else self.name
 
     @property
     def ours(self) -> bool:
@@ -141,13 +143,12 @@ def formulations(names: Sequence[str], compile_modes: Sequence[str]) -> list[For
     Raises:
         ValueError: an unknown name.
     """
-    backends = {"auto": "", "reference": "reference", "plain": "plain"}
-    if unknown := sorted(set(names) - set(backends)):
+    if unknown := sorted(set(names) - {"auto", "reference", "plain"}):
         raise ValueError(
-            f"unknown contenders {', '.join(unknown)}; there are {', '.join(backends)}"
+            f"unknown contenders {', '.join(unknown)}; there are auto, reference, plain"
         )
     return [
-        Formulation(name, backends[name], mode)
+        Formulation(name, mode)
         for name in names
         for mode in (None, *(compile_modes if name != "reference" else ()))
     ]

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import math
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,7 +41,6 @@ class Cell(NamedTuple):
     compile: tuple[str, ...] = ()  # modes of torch.compile beside eager
     names: tuple[str, ...] = ("auto", "plain")
     features: bool = False  # of all tokens, so that the last block works for them too
-    eager: bool = True
 
     @property
     def case(self) -> str:
@@ -56,11 +55,7 @@ def measure_cell(
     setting: Setting, trainer: Trainer, cell: Cell
 ) -> tuple[list[Line], dict[str, str]]:
     """Lines of a cell, and {contender: reason} of those that are absent or failed."""
-    wanted = [
-        each
-        for each in formulations(cell.names, cell.compile)
-        if cell.eager or each.compile is not None
-    ]
+    wanted = formulations(cell.names, cell.compile)
     batch = cell.batch
     if not batch:
         # reference stores every score: no user's choice, so it sets no batch
@@ -132,14 +127,38 @@ def unmeasured(wanted: Sequence[Cell], dtype: str, out: Path, setting: Setting) 
             if (line.case == cell.case if cell.batch else line.case.startswith(f"{start}_b"))
             and line.case.endswith("_features") == bool(tail)
         ]
-        names = {
-            each.title
-            for each in formulations(("auto",), cell.compile)
-            if cell.eager or each.compile is not None
-        }
+        names = {each.title for each in formulations(("auto",), cell.compile)}
         return "auto" not in cell.names or names <= {line.backend for line in here}
 
     return [cell for cell in wanted if not measured(cell)]
+
+
+# -- ops --------------------------------------------------------------------------------------
+
+
+def measure_cases(
+    setting: Setting,
+    wanted: Sequence[tuple[str, Case]],
+    dtype: str,
+    modes: Sequence[Mode],
+    out: str | Path | None,
+) -> tuple[list[Line], list[Missing]]:
+    """Measure ops at cases, print and append their lines, until the setting's deadline."""
+    measured: list[Line] = []
+    missing: list[Missing] = []
+    for op, case in wanted:
+        title = f"{op} {case.name}"
+        if setting.out_of_time:
+            missing.append((title, "all", _OUT_OF_TIME))
+            continue
+        try:
+            found, absent = measure_op(setting, op, case, dtype, modes)
+        except Exception as error:  # such as no memory for all contenders' state: others go on
+            found, absent = [], {"all": first_line(error)}
+        keep(found, out)
+        measured += found
+        missing += [(title, who, reason) for who, reason in absent.items()]
+    return measured, missing
 
 
 # -- ops by size ------------------------------------------------------------------------------
@@ -180,18 +199,10 @@ class Cost(NamedTuple):
     peak_bytes: int
 
 
-def predict(known: Sequence[Cost], size: int) -> Cost:
-    """A call of another size, by the growth between the two largest known; squared after one."""
-    *_, before, last = (known[0], *known) if len(known) == 1 else known
-
-    def grown(value: str) -> float:
-        small, large = max(1, getattr(before, value)), max(1, getattr(last, value))
-        power = 2.0
-        if before is not last:
-            power = math.log(large / small) / math.log(last.size / before.size)
-        return large * (size / last.size) ** min(2.0, max(1.0, power))
-
-    return Cost(size, grown("ms"), int(grown("peak_bytes")))
+def predict(last: Cost, size: int) -> Cost:
+    """A call of another size, if both grow with its square, as the costliest do."""
+    growth = (size / last.size) ** 2
+    return Cost(size, last.ms * growth, int(last.peak_bytes * growth))
 
 
 def too_much(expected: Cost, longest_ms: float, free: int) -> str | None:
@@ -227,37 +238,33 @@ def measure_sizes(
 ) -> list[Missing]:
     """Append the lines of an op, smallest size first, until the setting's deadline.
 
-    A contender that, by its growth so far, would take longer than ``longest`` seconds for a call,
+    A contender that, by its last call, would take longer than ``longest`` seconds for a call,
     or more memory than is free, leaves the race at that size.
     """
-    costs: dict[tuple[str, str], list[Cost]] = {}
+    costs: dict[tuple[str, str], Cost] = {}
     missing: list[Missing] = []
     for size in sorted(sizes):
         case = SIZES[op][size]
-        title = f"{op} {case.name}"
         if resume and out and is_measured(setting, out, op, case, dtype, modes):
-            known = lines.measured(out, setting.machine, op=op, case=case.name, dtype=dtype)
-            # the last of each
-            found = list({(line.backend, line.mode): line for line in known}.values())
+            found = lines.measured(out, setting.machine, op=op, case=case.name, dtype=dtype)
         else:
-            if setting.out_of_time:
-                return [*missing, (title, "all", _OUT_OF_TIME)]
             left_out = dict(_too_costly(costs, size, modes, 1e3 * longest, setting.device))
             left_out |= _too_long_to_compile(op, size)
-            try:
-                found, others = _race_without(setting, op, case, dtype, modes, left_out)
-            except Exception as error:  # such as no memory for all contenders' state
-                found, others = [], {"all": first_line(error)}
-            missing += [(title, name, reason) for name, reason in (left_out | others).items()]
-            keep(found, out)
-        for line in found:
-            cost = Cost(size, line.ms_p50, line.peak_bytes or 0)
-            costs.setdefault((line.backend, line.mode), []).append(cost)
+            missing += [(f"{op} {case.name}", who, why) for who, why in left_out.items()]
+            if AUTO in left_out:
+                continue
+            theirs = [peer for peer in peers(op) if setting.compiled_peers or not peer.compiled]
+            names = tuple(peer.name for peer in theirs if peer.name not in left_out)
+            here = dataclasses.replace(setting, backends=(AUTO,), peer_names=names)
+            found, others = measure_cases(here, [(op, case)], dtype, modes, out)
+            missing += others
+        for line in found:  # the last of each
+            costs[line.backend, line.mode] = Cost(size, line.ms_p50, line.peak_bytes or 0)
     return missing
 
 
 def _too_costly(
-    costs: dict[tuple[str, str], list[Cost]],
+    costs: dict[tuple[str, str], Cost],
     size: int,
     modes: Sequence[Mode],
     longest_ms: float,
@@ -276,25 +283,6 @@ def _too_long_to_compile(op: str, size: int) -> dict[str, str]:
         return {}
     reason = f"torch.compile takes too long beyond {limit}"
     return {peer.name: reason for peer in peers(op) if peer.compiled}
-
-
-def _race_without(
-    setting: Setting,
-    op: str,
-    case: Case,
-    dtype: str,
-    modes: Sequence[Mode],
-    left_out: dict[str, str],
-) -> tuple[list[Line], dict[str, str]]:
-    if AUTO in left_out:
-        return [], {}
-    theirs = tuple(
-        peer.name
-        for peer in peers(op)
-        if peer.name not in left_out and (setting.compiled_peers or not peer.compiled)
-    )
-    here = dataclasses.replace(setting, backends=(AUTO,), peer_names=theirs)
-    return measure_op(here, op, case, dtype, modes)
 
 
 # -- accuracy by drop rate --------------------------------------------------------------------
@@ -382,7 +370,6 @@ def measure_accuracy(
     clips: tuple[int, int],
     folder: Path,
     out: Path,
-    report: Callable[[object], None] = print,
 ) -> list[Run]:
     """Append the runs that the file does not hold, and return all of these steps and clips."""
     # all rates before the next seed: an interrupted command leaves runs that can be compared
@@ -395,7 +382,7 @@ def measure_accuracy(
                 out.parent.mkdir(parents=True, exist_ok=True)
                 with out.open("a") as file:
                     file.write(json.dumps(dataclasses.asdict(run)) + "\n")
-                report(run)
+                print(run)
     return [run for run in read_runs(out) if (run.steps, run.clips) == (steps, clips[0])]
 
 
@@ -408,12 +395,12 @@ def spread(runs: Sequence[Run], measure: str) -> tuple[float, float | None]:
 def accuracy_table(runs: Sequence[Run]) -> str:
     """One row a drop rate, most dropped first: mean and standard deviation over the seeds."""
     headings = ["drop rate", "training GFLOPs a clip", *MEASURES.values(), "seeds"]
-    rows = ["| " + " | ".join(headings) + " |", "|---" * len(headings) + "|"]
+    rows = []
     for steps, drop_rate in sorted({(run.steps, -run.drop_rate) for run in runs}):
         group = [run for run in runs if (run.steps, -run.drop_rate) == (steps, drop_rate)]
         cells = [f"{-drop_rate:.0%}", f"{group[0].train_gflops:.2f}"]
         for measure in MEASURES:
             mean, deviation = spread(group, measure)
             cells.append(f"{mean:.1f}" + (f" ± {deviation:.1f}" if deviation is not None else ""))
-        rows.append("| " + " | ".join([*cells, str(len(group))]) + " |")
-    return "\n".join(rows)
+        rows.append([*cells, len(group)])
+    return lines.markdown_table(headings, rows)

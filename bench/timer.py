@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch._C._profiler import _EventType
 
@@ -35,30 +36,25 @@ class Timing:
 
     @property
     def p20(self) -> float:
-        return _percentile(self.ms, 0.2)
+        return _percentile(self.ms, 20)
 
     @property
     def p50(self) -> float:
-        return _percentile(self.ms, 0.5)
+        return _percentile(self.ms, 50)
 
     @property
     def p80(self) -> float:
-        return _percentile(self.ms, 0.8)
+        return _percentile(self.ms, 80)
 
     def speedup_over(self, other: "Timing") -> float:
         """Median over the rounds of other / self: what both met in one round cancels."""
-        return _percentile(
-            [theirs / ours for ours, theirs in zip(self.ms, other.ms, strict=True)], 0.5
-        )
+        ratios = [theirs / ours for ours, theirs in zip(self.ms, other.ms, strict=True)]
+        return _percentile(ratios, 50)
 
 
-def _percentile(values: Sequence[float], fraction: float) -> float:
+def _percentile(values: Sequence[float], percent: float) -> float:
     """Linear between the sorted values."""
-    ordered = sorted(values)
-    place = fraction * (len(ordered) - 1)
-    low = int(place)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (place - low) * (ordered[high] - ordered[low])
+    return float(np.percentile(values, percent))
 
 
 class Clock(Protocol):

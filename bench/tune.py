@@ -11,7 +11,7 @@ import functools
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -24,7 +24,9 @@ from vatt_fast.kernels.tiles import Tiles
 
 from . import calls
 from .floors import Mode
-from .timer import Call, Clock, first_line, interleaved
+from .machine import DTYPES
+from .setting import Setting
+from .timer import Call, Clock, first_line, interleaved, side_stream
 
 Table = dict[str, dict[str, Tiles]]
 # the kernel's own heuristic stays unless a candidate needs less than this share of its time
@@ -71,7 +73,6 @@ def tune_case(
     rounds: int,
     function: Callable | None = None,
     skipped: Counter | None = None,
-    report: Callable[[str], None] = print,
     deadline: float | None = None,
 ) -> None:
     """Add to ``table`` the fastest tiles of every kernel that the case runs under a new key.
@@ -88,7 +89,7 @@ def tune_case(
     modes: tuple[Mode, ...] = ("fwd", "bwd")
     best: dict[str, Tiles] = {}
     for mode in modes:
-        work = _Work(op, function, inputs, sets, mode, dtype, clock, rounds, skipped, report)
+        work = _Work(op, function, inputs, sets, mode, dtype, clock, rounds, skipped)
         under = _requests(work, candidates_of)
         planned = {
             kernel
@@ -105,7 +106,7 @@ def tune_case(
                 )
                 continue
             if deadline is not None and time.monotonic() > deadline:
-                report(f"{op} {case.name}: out of time before {kernel}")
+                print(f"{op} {case.name}: out of time before {kernel}")
                 return
             # without an entry the kernel's heuristic answers, and is a candidate like the others
             options = _distinct([dict(asked[0].heuristic), *candidates_of[kernel]])
@@ -114,6 +115,57 @@ def tune_case(
                 best[kernel] = found
                 for request in asked:
                     table.setdefault(kernel, {}).setdefault(request.key, found)
+
+
+def tune_cases(
+    setting: Setting,
+    wanted: Sequence[tuple[str, Case]],
+    dtype: str,
+    path: Path,
+    table: Table,
+    *,
+    few: bool = False,
+) -> list[tuple[str, str]]:
+    """Tune ops at cases and write the table to ``path`` after each; (what was not tuned, why).
+
+    Args:
+        table: its entries are not measured again.
+        few: one candidate a kernel: exercises the code.
+    """
+    skipped = Counter[str]()
+    missing: dict[str, str] = {}
+    for op, case in wanted:
+        module = tunable(op)
+        if module is None or (op, BACKEND) in setting.refused:
+            reason = setting.refused.get((op, BACKEND), "no Triton backend with candidates")
+            missing[op] = reason
+            continue
+        if setting.out_of_time:
+            missing[f"{op} {case.name}"] = "out of time; run it again to continue"
+            continue
+        few_or_all = slice(1 if few else None)
+        candidates = {kernel: tiles[few_or_all] for kernel, tiles in module.TUNING.items()}
+        print(f"{op} {case.name}", flush=True)
+        try:
+            with side_stream(setting.device):
+                tune_case(
+                    op,
+                    case,
+                    DTYPES[dtype],
+                    setting.device,
+                    candidates_of=candidates,
+                    table=table,
+                    clock=setting.make_clock(),
+                    rounds=setting.rounds,
+                    skipped=skipped,
+                    deadline=setting.deadline,
+                )
+        except Exception as error:
+            missing[f"{op} {case.name}"] = first_line(error)
+        if table:
+            write_table(path, table)
+    print(f"candidates left out: {dict(skipped) or 'none'}")
+    return list(missing.items())
 
 
 class _Work(NamedTuple):
@@ -128,7 +180,6 @@ class _Work(NamedTuple):
     clock: Clock
     rounds: int
     skipped: Counter
-    report: Callable[[str], None]
 
 
 def _is_plan(candidate: Tiles) -> bool:
@@ -202,7 +253,7 @@ def _fastest(
                 ]
         except Exception as error:
             work.skipped[type(error).__name__] += 1
-            work.report(f"  {kernel} {name}: {first_line(error)}")
+            print(f"  {kernel} {name}: {first_line(error)}")
     failed: dict[str, str] = {}
     times = interleaved(ready, rounds=work.rounds, warmup=2, clock=work.clock, failed=failed)
     work.skipped.update(reason.partition(":")[0] for reason in failed.values())
@@ -213,7 +264,7 @@ def _fastest(
     if heuristic in times:
         if times[best].p50 > _MARGIN * times[heuristic].p50:
             best = heuristic
-        work.report(
+        print(
             f"  {kernel}: {best} {times[best].p50:.4f} ms, "
             f"heuristic {times[heuristic].p50:.4f} ms, {len(times)} candidates"
         )

@@ -14,15 +14,11 @@ from pathlib import Path
 
 from bench import lines, sweeps
 from bench.lines import Line, number
-from bench.steps import gflops
 
-from . import figures, step_tables, tables
-from .page import Page
-from .step_tables import Flops
-from .tables import STALE, Shown, Table, grouped, scaled, title_of
+from . import figures, tables
+from .page import page
+from .tables import STALE, Shown, grouped, scaled, title_of
 
-# files of the results folder with other records than lines.Line
-_COMPILED, _ACCURACY = "compile_", "accuracy.jsonl"
 _NO_LINES = "no result lines in {}: `python -m bench ops` makes the first"
 
 
@@ -35,21 +31,15 @@ class Report:
     scaling: Sequence[Shown]
     steps: Sequence[Shown]
     runs: Sequence[sweeps.Run]
-    flops: Flops
 
     @classmethod
-    def read(cls, folder: Path, flops: Flops = gflops) -> "Report":
-        found = [
-            line
-            for path in sorted(folder.glob("*.jsonl"))
-            if not path.name.startswith(_COMPILED) and path.name != _ACCURACY
-            for line in lines.read(path)
-        ]
+    def read(cls, folder: Path) -> "Report":
+        found = [line for path in lines.files(folder) for line in lines.read(path)]
         shown = tables.current(tables.of_one_ceiling(found))
         whole = [each for each in shown if each.line.op == "step"]
         sized = [each for each in shown if scaled(each.line)]
         ops = [each for each in shown if each.line.op != "step" and not scaled(each.line)]
-        return cls(folder, ops, sized, whole, sweeps.read_runs(folder / _ACCURACY), flops)
+        return cls(folder, ops, sized, whole, sweeps.read_runs(folder / sweeps.ACCURACY.name))
 
     @property
     def lines(self) -> list[Shown]:
@@ -60,9 +50,9 @@ class Report:
 
 
 def _by_machine(
-    shown: Sequence[Shown], subject: Callable[[Line], str]
-) -> dict[tuple[str, str], list[Shown]]:
-    """By machine; without those that have only stale lines of what another has fresh ones of."""
+    shown: Sequence[Shown], subject: Callable[[Line], str], table: Callable[[list[Shown]], str]
+) -> str:
+    """A table a machine; without those that have only stale lines of what another has fresh."""
     fresh = {(subject(each.line), each.line.machine) for each in shown if not each.stale}
     told = {about for about, _ in fresh}
     kept = [
@@ -70,32 +60,20 @@ def _by_machine(
         for each in shown
         if subject(each.line) not in told or (subject(each.line), each.line.machine) in fresh
     ]
-    return grouped(kept, lambda line: line.machine)
-
-
-def _configuration(line: Line) -> str:
-    at = tables.step(line)
-    assert at
-    return at.configuration
+    groups = grouped(kept, lambda line: line.machine)
+    made = [f"{title_of(machine)}:\n\n{table(group)}" for machine, group in groups.items()]
+    return "\n\n".join(made) or "No lines exist yet."
 
 
 def _steps(report: Report) -> str:
-    if not report.steps:
-        return "No lines of whole steps exist yet."
-    parts = []
-    for machine, shown in _by_machine(report.steps, _configuration).items():
-        table = step_tables.summary(step_tables.groups(shown), report.flops)
-        parts += [f"{title_of(machine)}:", table.markdown()]
-    return "\n\n".join(parts)
+    def table(shown: list[Shown]) -> str:
+        return tables.by_drop_rate(tables.step_groups(shown))
+
+    return _by_machine(report.steps, lambda line: tables.step(line).configuration, table)
 
 
 def _ops(report: Report) -> str:
-    if not report.ops:
-        return "No lines of ops exist yet."
-    return "\n\n".join(
-        f"{title_of(machine)}:\n\n{tables.glance(shown).markdown()}"
-        for machine, shown in _by_machine(report.ops, lambda line: line.op).items()
-    )
+    return _by_machine(report.ops, lambda line: line.op, tables.glance)
 
 
 def _accuracy(report: Report) -> str:
@@ -134,54 +112,51 @@ def fill(text: str, report: Report) -> str:
 # -- the page ---------------------------------------------------------------------------------
 
 _INTRODUCTION = (
-    "Made by `make report` from committed result lines alone. **Bold** and the thick blue "
-    "line are ours, all else are peers, timed in the same process in turn. Times are p50 with"
-    f" p20 to p80. {STALE} and hollow markers are stale lines: measured on other code or "
-    "another torch than this, or while other machines took more than a twentieth of the "
-    "processors. Over best peer is the median over the rounds of both times' ratio; on a "
-    "noisy machine it is not the ratio of the medians. The share is that of the fastest "
-    "matmul or copy that any process saw on the machine. TFLOP/s counts, for everybody, a "
-    "backward that computes the scores again, as kernels with little memory do: who keeps all"
-    " scores does less. Peak MiB is what torch allocates: of an op beyond its inputs, of a "
-    "step beyond weights and optimizer state on a CPU and everything on a GPU. Process MiB is"
-    " all that the process held when its first contender ran for the first time, compilers "
-    "included. Under each table stand the commands that measure it again, on a machine like "
-    "its own."
+    "Made by `make report` from committed result lines alone. **Bold** and the thick blue line are "
+    "ours, all else are peers, timed in the same process in turn. Times are p50 with p20 to p80. "
+    f"{STALE} and hollow markers are stale lines: measured on other code or another torch than "
+    "this, or while other machines took more than a twentieth of the processors. Over best peer is "
+    "the median over the rounds of both times' ratio. The share is that of the fastest matmul or "
+    "copy that any process saw on the machine. TFLOP/s counts, for everybody, a backward that "
+    "computes the scores again, as kernels with little memory do: who keeps all scores does less. "
+    "Peak MiB is what torch allocates: of an op beyond its inputs, of a step beyond weights and "
+    "optimizer state on a CPU and everything on a GPU."
 )
 
 
 def write(report: Report, out: Path) -> Path:
     """The page and its figures below ``out``."""
-    page = Page("vatt_fast: what was measured")
-    page.paragraph(_INTRODUCTION)
-    for sentence in absent(report):
-        page.paragraph(sentence)
+
+    def drawn(made: dict[Path, str]) -> list[str]:
+        return [f"![{caption}]({path.relative_to(out)})" for path, caption in made.items()]
+
+    folder = out / "figures"
+    blocks = [_INTRODUCTION, *absent(report)]
     for machine, shown in grouped(report.lines, lambda line: line.machine).items():
-        _machine(page, report, machine, shown, out / "figures")
+        blocks += [f"## {title_of(machine)}", facts([each.line for each in shown])]
+        whole, ops, sized = (
+            [each for each in part if each.line.machine == machine]
+            for part in (report.steps, report.ops, report.scaling)
+        )
+        if whole:
+            groups = tables.step_groups(whole)
+            blocks += ["### Whole steps by drop rate", tables.by_drop_rate(groups)]
+            for group in groups:
+                blocks += drawn(figures.drop_rate(group, folder))
+            blocks.append(tables.every_line(whole))
+        if ops:
+            blocks += ["### Ops", tables.glance(ops), tables.every_line(ops)]
+        if sized:
+            blocks += ["### Ops by size", *drawn(figures.scaling(sized, folder))]
+            blocks.append(tables.every_line(sized))
     if report.runs:
-        page.heading(2, "Accuracy by drop rate")
-        where, commits = (
-            _join(getattr(run, field) for run in report.runs) for field in ("device", "commit")
-        )
-        page.paragraph(
-            f"The demo's world on {where}, {_span(run.date for run in report.runs)}, at {commits}. "
-            "Whether the code has changed since is not told here."
-        )
-        _figures(page, figures.accuracies(report.runs, out / "figures"))
-        title = "Mean and standard deviation over the seeds, in percent"
-        text = sweeps.accuracy_table(report.runs)
-        page.table(Table.read(title, text, ("python -m bench accuracy",)))
-    page.heading(2, "Beside this page")
-    folder = os.path.relpath(report.folder, out)
-    compiled = sorted(report.folder.glob(f"{_COMPILED}*.md"))
-    told = [
-        f"[{path.name}]({folder}/{path.name}): what was only compiled, and for what"
-        for path in compiled
-    ]
-    page.items([*told, f"[the result lines]({folder}/), one file a machine"])
+        blocks += ["## Accuracy by drop rate", *drawn(figures.accuracies(report.runs, folder))]
+        blocks.append(_accuracy(report))
+    there = os.path.relpath(report.folder, out)
+    blocks.append(f"## Beside this page\n\n- [the result lines]({there}/), one file a machine")
     out.mkdir(parents=True, exist_ok=True)
     path = out / "report.html"
-    path.write_text(page.html())
+    path.write_text(page("vatt_fast: what was measured", blocks))
     return path
 
 
@@ -190,75 +165,33 @@ def absent(report: Report) -> list[str]:
     found = [each.line for each in report.lines]
     if not found:
         return [f"There are {_NO_LINES.format(report.folder.name)}."]
+    nothing = "nothing here says how fast its kernels are."
     told = []
     if not any(line.cuda for line in found):
-        told.append(
-            "No line was measured on a GPU: nothing here says how fast the GPU kernels are."
-        )
+        told.append(f"No line was measured on a GPU: {nothing}")
     if not any(line.machine[1] == "amx_bf16" for line in found):
-        told.append(
-            "No line was measured on a CPU with AMX: nothing here says how fast the C++ kernels "
-            "are on one."
-        )
+        told.append(f"No line was measured on a CPU with AMX: {nothing}")
     return told
 
 
-def _machine(
-    page: Page, report: Report, machine: tuple[str, str], shown: Sequence[Shown], folder: Path
-) -> None:
-    page.heading(2, title_of(machine))
-    page.items(facts([each.line for each in shown]))
-    whole, ops, sized = (
-        [each for each in part if each.line.machine == machine]
-        for part in (report.steps, report.ops, report.scaling)
-    )
-    if whole:
-        page.heading(3, "Whole steps by drop rate")
-        for group in step_tables.groups(whole):
-            page.table(step_tables.table(group, report.flops))
-            _figures(page, figures.drop_rate(group, report.flops, folder))
-    if ops:
-        page.heading(3, "Ops")
-        page.table(tables.glance(ops))
-        for table in tables.ops(ops):
-            page.table(table)
-    if sized:
-        page.heading(3, "Ops by size")
-        _figures(page, figures.scaling(sized, folder))
-        for table in tables.scaling(sized):
-            page.table(table)
-
-
-def _figures(page: Page, made: dict[Path, str]) -> None:
-    for stem, caption in made.items():
-        page.figure(stem, caption)
-
-
-def facts(measured: Sequence[Line]) -> list[str]:
+def facts(measured: Sequence[Line]) -> str:
     """Dates, versions and measured ceilings of a machine, as far as its lines tell."""
     versions: dict[str, list[str]] = {}
     ceilings: dict[str, float] = {}
     for line in measured:  # whose shares are of one ceiling by now
         for name, version in line.versions.items():
             versions.setdefault(name, []).append(version)
-        for speed, name in (
-            (line.tflops, f"TFLOP/s in a {line.dtype} matmul"),
-            (line.gb_per_s, "GB/s in a copy"),
-        ):
-            if speed and line.share_of_ceiling:
-                ceilings[name] = speed / line.share_of_ceiling
-    dates, commits = _span(line.date for line in measured), _join(line.commit for line in measured)
-    found = [
-        f"{len(measured)} lines, {dates}, at {commits}",
-        ", ".join(f"{name} {_join(each)}" for name, each in versions.items()),
-    ]
-    told = ", ".join(f"{number(ceiling)} {name}" for name, ceiling in ceilings.items())
-    return [*found, f"the fastest seen, which shares are of: {told}"] if told else found
-
-
-def _span(dates: Iterable[str]) -> str:
-    first, *others = sorted(set(dates))
-    return f"{first} to {others[-1]}" if others else first
+        unit = f"TFLOP/s in a {line.dtype} matmul" if line.tflops else "GB/s in a copy"
+        if found := tables.ceiling(line):
+            ceilings[unit] = found
+    first, *_, last = sorted(line.date for line in [measured[0], *measured])
+    dates = first if first == last else f"{first} to {last}"
+    told = [f"{len(measured)} lines, {dates}, at {_join(line.commit for line in measured)}"]
+    told.append(", ".join(f"{name} {_join(each)}" for name, each in versions.items()))
+    if ceilings:
+        fastest = ", ".join(f"{number(each)} {unit}" for unit, each in ceilings.items())
+        told.append(f"the fastest seen, which shares are of: {fastest}")
+    return "\n".join(f"- {each}" for each in told)
 
 
 def _join(values: Iterable[str]) -> str:

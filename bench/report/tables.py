@@ -1,19 +1,21 @@
 """Result lines as the report shows them.
 
-Which line speaks for a measurement, the command that measures it again, and tables with both.
+Which line speaks for a measurement, the command that measures it again, and tables of them.
 """
 
 import re
 import textwrap
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
-from bench import lines
-from bench.lines import Line, number, times
+from bench import lines, steps
+from bench.lines import Line, markdown_table, number, times
 from bench.setting import AUTO
 
 NONE, STALE = "\N{EN DASH}", "\N{DAGGER}"
+MODES = {"fwd+bwd": "training step", "fwd": "inference"}  # of whole steps
+_PERCENTS = (75, 50, 25, 0)  # the paper's drop rates, and its order
 
 
 class Shown(NamedTuple):
@@ -37,6 +39,12 @@ def current(found_lines: Iterable[Line]) -> list[Shown]:
     return list(found.values())
 
 
+def ceiling(line: Line) -> float | None:
+    """What the line's share is of, in TFLOP/s or GB/s."""
+    speed = line.tflops or line.gb_per_s or 0.0
+    return speed / line.share_of_ceiling if line.share_of_ceiling else None
+
+
 def of_one_ceiling(measured: Iterable[Line]) -> list[Line]:
     """Shares of the highest ceiling that any process measured on the machine.
 
@@ -45,28 +53,19 @@ def of_one_ceiling(measured: Iterable[Line]) -> list[Line]:
     """
     measured = list(measured)
     highest: dict[tuple, float] = {}
+
+    def kind(line: Line) -> tuple:
+        # a copy's bytes have no dtype
+        return (line.machine, line.dtype) if line.tflops else (line.machine,)
+
     for line in measured:
-        if ceiling := _ceiling(line):
-            highest[_kind(line)] = max(ceiling, highest.get(_kind(line), 0.0))
+        highest[kind(line)] = max(ceiling(line) or 0.0, highest.get(kind(line), 0.0))
     return [
-        replace(line, share_of_ceiling=_speed(line) / highest[_kind(line)])
-        if _ceiling(line)
+        replace(line, share_of_ceiling=line.share_of_ceiling * own / highest[kind(line)])
+        if line.share_of_ceiling and (own := ceiling(line))
         else line
         for line in measured
     ]
-
-
-def _speed(line: Line) -> float:
-    return line.tflops or line.gb_per_s or 0.0
-
-
-def _ceiling(line: Line) -> float | None:
-    return _speed(line) / line.share_of_ceiling if line.share_of_ceiling else None
-
-
-def _kind(line: Line) -> tuple:
-    # a copy's bytes have no dtype
-    return (line.machine, line.dtype) if line.tflops else (line.machine,)
 
 
 def title_of(machine: tuple[str, str]) -> str:
@@ -107,9 +106,12 @@ def scaled(line: Line) -> Scaled | None:
     return Scaled(found[1], int(found[2])) if found else None
 
 
-def step(line: Line) -> Step | None:
-    if line.op != "step":
-        return None
+def step(line: Line) -> Step:
+    """Of a line of a whole step.
+
+    Raises:
+        ValueError: the case has another form.
+    """
     found = re.fullmatch(r"(.+)_drop(\d+)_b(\d+)(_features)?", line.case)
     if not found:
         raise ValueError(
@@ -122,7 +124,8 @@ def step(line: Line) -> Step | None:
 def command(line: Line) -> str:
     """What measures the line again, on a machine like its own."""
     shared = f"--dtype {line.dtype} --mode {line.mode}{' --device cuda' if line.cuda else ''}"
-    if at := step(line):
+    if line.op == "step":
+        at = step(line)
         rate = f"{at.percent / 100 if line.drop_rate is None else line.drop_rate:g}"
         features = " --features yes" if at.features else ""
         return (
@@ -137,104 +140,29 @@ def command(line: Line) -> str:
 # -- tables ------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Table:
-    """Cells are markdown: bold, code and links; "" is a dash, " " stays empty."""
-
-    title: str
-    headings: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    stale: tuple[str, ...] = ()  # reasons, for the footnote
-    commands: tuple[str, ...] = ()
-
-    @classmethod
-    def of(
-        cls,
-        title: str,
-        headings: Sequence[str],
-        rows: Iterable[Sequence[str]],
-        shown: Sequence[Shown],
-    ) -> "Table":
-        """With the reasons and the commands of the lines in it."""
-        filled = [[cell or NONE for cell in row] for row in rows]
-        stale = dict.fromkeys(each.stale for each in shown if each.stale)
-        commands = dict.fromkeys(command(each.line) for each in shown)
-        return cls(title, headings, filled, tuple(stale), tuple(commands))
-
-    @classmethod
-    def read(cls, title: str, markdown: str, commands: tuple[str, ...]) -> "Table":
-        headings, _, *rows = (
-            [cell.strip() for cell in row.strip("|").split("|")] for row in markdown.splitlines()
-        )
-        return cls(title, headings, rows, commands=commands)
-
-    def markdown(self) -> str:
-        rows = (self.headings, ["---"] * len(self.headings), *self.rows)
-        table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-        return f"{table}\n\n{self.footnote()}" if self.stale else table
-
-    def footnote(self) -> str:
-        return f"{STALE} stale: {'; '.join(self.stale)}." if self.stale else ""
+def _table(headings: Sequence[str], rows: Iterable[Sequence[str]], shown: Iterable[Shown]) -> str:
+    """Markdown with a footnote on the stale lines among ``shown``; an empty cell is a dash."""
+    made = markdown_table(headings, [[cell or NONE for cell in row] for row in rows])
+    reasons = dict.fromkeys(each.stale for each in shown if each.stale)
+    return f"{made}\n\n{STALE} stale: {'; '.join(map(str, reasons))}." if reasons else made
 
 
-_BACKEND = lines.HEADINGS.index("backend")
-
-
-def _line_table(
-    title: str, lead: dict[str, Callable[[Line], str]], shown: Sequence[Shown]
-) -> Table:
-    """A row a line, faster first where ``lead``, the columns before the figures, is the same."""
-    groups = grouped(shown, lambda line: tuple(value(line) for value in lead.values()))
+def every_line(shown: Sequence[Shown]) -> str:
+    """A row a line, faster first within a case, dtype and mode."""
     rows = []
-    for first, group in groups.items():
+    for group in grouped(shown, lambda line: (line.op, line.case, line.dtype, line.mode)).values():
         for each in sorted(group, key=lambda each: each.line.ms_p50):
-            backend, ms, *others = lines.cells(each.line)[_BACKEND:]
-            rows.append([*first, backend, each.mark(ms), *others])
-    return Table.of(title, [*lead, *lines.HEADINGS[_BACKEND:]], rows, shown)
-
-
-def ops(shown: Iterable[Shown]) -> list[Table]:
-    """A table a case of an op, its dtypes and modes below each other."""
-    groups = grouped(shown, lambda line: (line.op, line.case))
-    lead: dict[str, Callable[[Line], str]] = {
-        "dtype": lambda line: line.dtype,
-        "mode": lambda line: line.mode,
-    }
-    return [_line_table(f"{op}, {case}", lead, group) for (op, case), group in groups.items()]
-
-
-def scaling(shown: Iterable[Shown]) -> list[Table]:
-    """A table an op, dtype and mode, smaller sizes first."""
-    tables = []
-    for (op, dtype, mode, variable), group in grouped(shown, _sweep).items():
-        lead: dict[str, Callable[[Line], str]] = {variable: lambda line: str(_size(line))}
-        tables.append(
-            _line_table(
-                f"{op} by {variable}, {dtype}, {mode}",
-                lead,
-                sorted(group, key=lambda each: _size(each.line)),
-            )
-        )
-    return tables
-
-
-def _sweep(line: Line) -> tuple[str, str, str, str]:
-    at = scaled(line)
-    assert at
-    return line.op, line.dtype, line.mode, at.variable
-
-
-def _size(line: Line) -> int:
-    at = scaled(line)
-    assert at
-    return at.size
+            cells = lines.cells(each.line)
+            at = lines.HEADINGS.index("ms_p50")
+            rows.append([*cells[:at], each.mark(cells[at]), *cells[at + 1 :]])
+    return _table(lines.HEADINGS, rows, shown)
 
 
 _GLANCE = ["op", "case", "dtype", "mode", "ours", "ms", "best peer", "its ms"]
 _GLANCE += ["over best peer", "share of ceiling"]
 
 
-def glance(shown: Iterable[Shown]) -> Table:
+def glance(shown: Iterable[Shown]) -> str:
     """A row a case, dtype and mode: ours beside the best peer of the same process."""
     rows: list[list[str]] = []
     told: list[Shown] = []
@@ -250,8 +178,7 @@ def glance(shown: Iterable[Shown]) -> Table:
         mine = [f"**{line.backend}**", ours.mark(number(line.ms_p50))]
         peer = [line.best_peer or "", peer_ms, times(line.speedup_over_best_peer)]
         rows.append([*names, *mine, *peer, share])
-    # the commands stand with each case
-    return replace(Table.of("Ours beside the best peer", _GLANCE, rows, told), commands=())
+    return _table(_GLANCE, rows, told)
 
 
 def chosen(group: Iterable[Shown]) -> Shown | None:
@@ -260,43 +187,128 @@ def chosen(group: Iterable[Shown]) -> Shown | None:
     return min(ours, key=lambda e: (e.line.backend != AUTO, e.line.ms_p50), default=None)
 
 
+# -- whole steps, drop rates as columns as in the paper's Tables 5 and 6 ----------------------
+
+
+class Group(NamedTuple):
+    """What can be compared: one configuration on one machine, at one batch and in one dtype."""
+
+    configuration: str
+    machine: tuple[str, str]
+    dtype: str
+    batch: int
+    features: bool
+    shown: Sequence[Shown]
+
+    @property
+    def title(self) -> str:
+        tail = ", features of all tokens" if self.features else ""
+        return f"{self.configuration}, {self.dtype}, batch {self.batch}{tail}"
+
+    def by_backend(self, mode: str) -> dict[str, dict[int, Shown]]:
+        """{backend: {drop rate in percent: line}}, ours first."""
+        here = [each for each in self.shown if each.line.mode == mode]
+        here.sort(key=lambda each: not each.line.ours)
+        return {
+            backend: {step(each.line).percent: each for each in group}
+            for backend, group in grouped(here, lambda line: line.backend).items()
+        }
+
+    def gflops(self) -> dict[int, steps.GFLOPs]:
+        """By drop rate in percent, where they are known."""
+        percents = {*_PERCENTS, *(step(each.line).percent for each in self.shown)}
+        found = {p: steps.gflops(self.configuration, p / 100) for p in sorted(percents)[::-1]}
+        return {percent: each for percent, each in found.items() if each is not None}
+
+
+def step_groups(shown: Iterable[Shown]) -> list[Group]:
+    def key(line: Line) -> Group:
+        at = step(line)
+        return Group(at.configuration, line.machine, line.dtype, at.batch, at.features, shown=())
+
+    return [group._replace(shown=members) for group, members in grouped(shown, key).items()]
+
+
+def by_drop_rate(found: Sequence[Group]) -> str:
+    """Three rows a configuration, for groups of one machine: GFLOPs, training and inference."""
+    shown = [each for group in found for each in group.shown]
+    percents = sorted({*_PERCENTS, *(step(each.line).percent for each in shown)}, reverse=True)
+    rows = []
+    for group in found:
+        block: dict[str, Mapping[int, str]] = {}
+        if counted := group.gflops():
+            block["GFLOPs of a clip, forward, as timed (published)"] = {
+                p: f"{number(each.timed)}{f' ({each.published:.1f})' if each.published else ''}"
+                for p, each in counted.items()
+            }
+        for mode, name in MODES.items():
+            if backends := group.by_backend(mode):
+                block[f"{name}, ms"] = {p: _duel(backends, p) for p in percents}
+        for i, (what, cells) in enumerate(block.items()):
+            title = group.title if i == 0 else " "
+            rows.append([title, what, *(cells.get(percent, "") for percent in percents)])
+    headings = ["configuration", "drop rate", *(f"{percent} %" for percent in percents)]
+    return _table(headings, rows, shown)
+
+
+def _duel(backends: Mapping[str, Mapping[int, Shown]], percent: int) -> str:
+    """The fastest of ours in bold, the best peer and how they compare."""
+    here = sorted(
+        (by[percent] for by in backends.values() if percent in by), key=lambda e: e.line.ms_p50
+    )
+    ours = next((each for each in here if each.line.ours), None)
+    peer = next((each for each in here if not each.line.ours), None)
+    texts = []
+    if ours:
+        texts.append(ours.mark(f"**{ours.line.backend} {number(ours.line.ms_p50)}**"))
+    if ours and ours.line.best_peer and ours.line.best_peer_ms_p50:  # of the same process
+        texts.append(f"{ours.line.best_peer} {number(ours.line.best_peer_ms_p50)}")
+    elif peer:
+        texts.append(peer.mark(f"{peer.line.backend} {number(peer.line.ms_p50)}"))
+    if ours and ours.line.speedup_over_best_peer is not None:
+        texts.append(times(ours.line.speedup_over_best_peer))
+    return ", ".join(texts)
+
+
 # -- the README's table -----------------------------------------------------------------------
 
-# what a row says, and the line it is: (op, cases of which the first with a fresh line counts, mode)
-_ROWS: tuple[tuple[str, str, tuple[str, ...], str], ...] = (
-    ("attention, 785 tokens, forward", "attention", ("video_bbs_drop50_b1",), "fwd"),
-    ("attention, 785 tokens, with backward", "attention", ("video_bbs_drop50_b1",), "fwd+bwd"),
-    ("attention, 1569 tokens, forward", "attention", ("video_bbs_drop0_b1",), "fwd"),
-    ("attention, 1569 tokens, with backward", "attention", ("video_bbs_drop0_b1",), "fwd+bwd"),
-    (
-        "contrastive loss, 8192 clips, with backward",
-        "contrastive_lse",
-        ("va_bbs_one_device_b8192",),
-        "fwd+bwd",
-    ),
-    (
-        "patch projection, half of a clip, with backward",
-        "patch_embed",
-        ("video_mbs_drop50_b2_rows", "video_mbs_drop50_b2"),
-        "fwd+bwd",
-    ),
-    ("whole training step, MBS, half dropped", "step", ("mbs_32x224x224_drop50_b1",), "fwd+bwd"),
-    ("whole inference, MBS, nothing dropped", "step", ("mbs_32x224x224_drop0_b1",), "fwd"),
+# what a row says, and the line it is: op, case, mode; of one title the first with a fresh line
+_ROWS: tuple[tuple[str, str, str, str], ...] = (
+    ("attention, 2 x 785 tokens", "attention", "video_mbs_drop50_b2", "fwd"),
+    ("attention, 2 x 785 tokens", "attention", "video_mbs_drop50_b2", "fwd+bwd"),
+    ("attention, 1569 tokens", "attention", "video_bbs_drop0_b1", "fwd"),
+    ("attention, 1569 tokens", "attention", "video_bbs_drop0_b1", "fwd+bwd"),
+    ("contrastive loss, 8192 clips", "contrastive_lse", "va_bbs_one_device_b8192", "fwd+bwd"),
+    ("half of two clips' patches", "patch_embed", "video_mbs_drop50_b2_rows", "fwd+bwd"),
+    ("half of two clips' patches", "patch_embed", "video_mbs_drop50_b2", "fwd+bwd"),
+    ("whole training step, MBS, half dropped", "step", "mbs_32x224x224_drop50_b1", "fwd+bwd"),
+    ("whole inference, MBS, nothing dropped", "step", "mbs_32x224x224_drop0_b1", "fwd"),
 )
 _LEVELS = ("amx_bf16", "avx512_bf16", "avx512", "avx2")
 _NOISE = (
-    "How many times as fast is the median over the rounds, each a ratio of neighbours in time. "
-    "A difference below 10 % is noise on these shared machines."
+    "The ratio is the median over the rounds. "
+    "A difference below 10 % is noise on these shared machines. Each row again:"
 )
 
 
 def readme(shown: Sequence[Shown]) -> str:
     """At most eight fresh rows, of the machine with the widest instructions that has one."""
     headings = ("case", "dtype", "processor", "ours, ms", "best peer, ms", "times as fast")
-    rows, commands = [], []
-    for title, op, cases, mode in _ROWS:
-        line = _fresh(shown, op, cases, mode)
-        if line is None or line.best_peer is None or line.best_peer_ms_p50 is None:
+    rows: list[list[str]] = []
+    commands: list[str] = []
+    for title, *wanted in _ROWS:
+        if wanted[0] != "step":
+            title += ", forward" if wanted[-1] == "fwd" else ", with backward"
+        fresh = [
+            each
+            for each in shown
+            if [each.line.op, each.line.case, each.line.mode] == wanted and not each.stale
+        ]
+        by_machine = grouped(fresh, lambda line: (_rank(line), line.machine, line.dtype))
+        lead = (chosen(by_machine[key]) for key in sorted(by_machine))
+        line = next((each.line for each in lead if each is not None), None)
+        told = any(row[0] == title for row in rows)
+        if line is None or line.best_peer is None or line.best_peer_ms_p50 is None or told:
             continue
         peer = f"{number(line.best_peer_ms_p50)} ({line.best_peer})"
         where = title_of(line.machine).replace("(R)", "")
@@ -305,23 +317,8 @@ def readme(shown: Sequence[Shown]) -> str:
         commands.append(command(line))
     if not rows:
         return "No fresh lines exist yet."
-    table = Table("", headings, rows).markdown()
     listed = "\n".join(f"    {each}" for each in dict.fromkeys(commands))
-    return f"{table}\n\n{textwrap.fill(f'{_NOISE} Each row again:', 100)}\n\n{listed}"
-
-
-def _fresh(shown: Sequence[Shown], op: str, cases: Sequence[str], mode: str) -> Line | None:
-    for case in cases:
-        here = [
-            each
-            for each in shown
-            if (each.line.op, each.line.case, each.line.mode) == (op, case, mode) and not each.stale
-        ]
-        by_machine = grouped(here, lambda line: (_rank(line), line.machine, line.dtype))
-        for key in sorted(by_machine):
-            if (found := chosen(by_machine[key])) is not None:
-                return found.line
-    return None
+    return f"{markdown_table(headings, rows)}\n\n{textwrap.fill(_NOISE, 100)}\n\n{listed}"
 
 
 def _rank(line: Line) -> int:

@@ -47,34 +47,28 @@ def compile_part(out, op, cases, targets):
 
 
 @pytest.mark.parametrize(
-    ("changes", "ttir", "fault"),
+    ("changes", "rows", "fault"),
     [
-        (
-            {},
-            "tt.dot %a, %b, %c : tensor<64x64xbf16> * tensor<64x128xbf16> -> tensor<64x128xf32>",
-            None,
-        ),
-        (
-            dict(matrix="HMMA"),
-            "tt.dot %a, %b, %c -> tensor<64x128xf32>",
-            "no HGMMA for matmul tiles of [64] rows",
-        ),
-        (dict(matrix="HMMA"), "tt.dot %a, %b, %c -> tensor<32x128xf32>", None),
-        (dict(matrix=""), "tt.dot %a, %b, %c -> tensor<32x128xf32>", "no HMMA"),
-        (dict(matrix=""), "tt.reduce", None),
-        (dict(matrix="", dtype="fp32"), "tt.dot %a, %b, %c -> tensor<64x128xf32>", None),
-        (dict(spills=3), "", "3 spills"),
-        (dict(spills=3, mode="bwd"), "", None),
-        (dict(shared_bytes=240_000), "", "240000 bytes of shared memory, the limit is 232448"),
-        (dict(shared_bytes=240_000, dtype="fp32"), "", "the limit is"),
+        ({}, 64, None),
+        (dict(matrix="HMMA"), 64, "no HGMMA for matmul tiles of [64] rows"),
+        (dict(matrix="HMMA"), 32, None),
+        (dict(matrix=""), 32, "no HMMA"),
+        (dict(matrix=""), None, None),  # no matmul
+        (dict(matrix="", dtype="fp32"), 64, None),
+        (dict(spills=3), None, "3 spills"),
+        (dict(spills=3, mode="bwd"), None, None),
+        (dict(shared_bytes=240_000), None, "240000 bytes of shared memory, the limit is 232448"),
+        (dict(shared_bytes=240_000, dtype="fp32"), None, "the limit is"),
     ],
 )
-def test_what_breaks_a_rule_is_named(changes, ttir, fault):
+def test_what_breaks_a_rule_is_named(changes, rows, fault):
     fields = dict(op="attention", case="c", dtype="bf16", mode="fwd", kernel="k", target="sm_90")
     fields |= dict(tiles="", registers=99, stack_bytes=0, spills=0, shared_bytes=1000)
     fields |= dict(matrix="HGMMA", faults=[])
     from bench import compile_gpu  # imports triton
 
+    dot = f"tt.dot %a, %b, %c : tensor<{rows}x64xbf16> -> tensor<{rows}x128xf32>"
+    ttir = dot if rows else "tt.reduce"
     kernel = SimpleNamespace(asm={"ttir": ttir}, metadata=SimpleNamespace(num_warps=4))
     faults = compile_gpu._faults(compile_gpu.Row(**fields | changes), kernel)
     assert [fault in found for found in faults] == ([True] if fault else [])

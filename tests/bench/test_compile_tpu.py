@@ -29,14 +29,14 @@ PARTS = {
 @pytest.mark.parametrize(("op", "dtype"), PARTS)
 def test_kernels_compile_within_the_rules(op, dtype):
     case, chip = PARTS[op, dtype]
-    row = compile_case(op, case, dtype, chip)
+    (row,) = compile_case(op, case, dtype, chip)
     assert not row.faults and any(name.startswith(f"vatt_{op}") for name in row.kernels), row
     assert row.code_bytes > 0 and 0 < row.vmem_bytes <= 16 << 20, row
 
 
 def test_what_a_kernel_refuses_is_a_fault_and_never_the_reference(monkeypatch):
     monkeypatch.setattr(attention, "_BIAS_SIDE", 8)
-    row = compile_case("attention", "text_bbs", "bf16", "v5e")
+    (row,) = compile_case("attention", "text_bbs", "bf16", "v5e")
     assert not row.kernels and "a bias of 17 x 17 does not fit" in row.faults[0]
 
 

@@ -39,7 +39,7 @@ def test_the_dry_run_passes_every_stage(tmp_path):
 
 
 def test_the_summary_tells_failures_and_red_parity(tmp_path):
-    one = gpu.Run(tmp_path, CPU, True, 1.0, "tiny")
+    one = gpu.Run(tmp_path, CPU, True, 1.0)
     for case in ("this", "that"):
         one.fail("ops", f"attention {case}: flex", "RuntimeError: no")
     one.fail("tune", "contrastive_lse", "out of time")

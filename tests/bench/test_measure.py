@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench import __main__, calls, floors, lines, machine, measure, setting
 from bench.measure import measure_op
+from bench.report import tables
 from bench.setting import Setting
 from vatt_fast.kernels import parity
 from vatt_fast.kernels.cases import CASES, AttentionCase, make, tag
@@ -56,32 +57,10 @@ def test_floors_count_what_the_ops_register(op, name):
     assert counter.get_total_flops() == floors.work(case, "fwd+bwd").flops
 
 
-def test_useful_shares_are_the_targets():
-    """TARGETS' figures: FA3's tile, the usual tile, and 64-row tiles with a key tail."""
-    found = {
-        length: [
-            round(100 * floors.useful_share(length, length, tiling)) for tiling in floors.TILINGS
-        ]
-        for length in (393, 785, 1569)
-    }
-    assert found == {393: [47, 59, 86], 785: [67, 77, 93], 1569: [82, 89, 97]}
-    assert floors.useful_share(64, 33, floors.TILINGS[2]) == 33 / 48
-
-
-def test_useful_shares_of_our_tiles():
-    """The last tiles are the smallest powers of two that cover the rest, of queries at least 64."""
-    pytest.importorskip("triton")
-    ours = {tiling.name: tiling for tiling in floors.our_tilings()}
-    assert floors.useful_share(128, 128, ours["ours 128x64"]) == 1
-    assert floors.useful_share(393, 393, ours["ours 128x64"]) == 393**2 / ((384 + 16) * (384 + 16))
-    assert floors.useful_share(280, 33, ours["ours 128x64"]) == 280 * 33 / ((256 + 64) * 64)
-
-
 def test_floors_of_one_case_by_hand():
     case = AttentionCase("by_hand", 2, 3, 5, 7, 8)
     operands = 2 * (2 * 2 * 3 * 7 * 8 + 2 * 2 * 5 * 7 * 8)
     assert floors.work(case, "fwd") == (4 * 2 * 7 * 3 * 5 * 8, operands + 4 * 2 * 7 * 3)
-    assert floors.work(case, "bwd", deterministic=True).flops == 14 * 2 * 7 * 3 * 5 * 8
     ceilings = machine.Ceilings(tflops=1e-9, gb_per_s=1e-6)  # 1 FLOP and 1 byte a millisecond
     work = floors.Work(flops=30, bytes=20)
     assert (work.ms(ceilings), work.bound(ceilings)) == (30, "compute")
@@ -92,8 +71,7 @@ def test_the_sheet_holds_every_primary_case(capsys):
     sheet = floors.sheet()
     rows = [f"| {op} | {name} | {mode} |" for op, name in PRIMARY for mode in floors.MODES]
     assert all(sheet.count(row) == 1 for row in rows)
-    assert "| 393 x 393 | 47% | 59% | 86% |" in sheet
-    assert __main__.main(["floors", "--op", "contrastive_lse", "--tflops", "100"]) == 0
+    assert __main__.main(["floors", "--op", "contrastive_lse"]) == 0
     printed = capsys.readouterr().out
     assert "va_bbs_one_device" in printed and "video" not in printed
 
@@ -176,11 +154,8 @@ def test_modes_run_what_they_say():
             out.register_hook(lambda grad: runs.update(["backward"]))
         return (out,)
 
-    for mode, expected in (
-        ("fwd", (3, 0)),
-        ("bwd", (1, 3)),
-        ("fwd+bwd", (4, 3)),
-    ):  # fwd+bwd looks at the outputs' shapes first
+    # fwd+bwd looks at the outputs' shapes first
+    for mode, expected in {"fwd": (3, 0), "bwd": (1, 3), "fwd+bwd": (4, 3)}.items():
         runs.clear()
         call = calls.call(function, "attention", inputs, mode)
         for _ in range(3):
@@ -200,89 +175,54 @@ class ToldTimes:
         return lambda i: ms
 
 
-def test_when_ours_cannot_be_captured_all_peers_race_with_it_again(monkeypatch):
-    """By graphs flash is the best peer, by events eager is."""
-    clocks = {"cuda_graph": ToldTimes(None, 3.0, 1.0), "cuda_events": ToldTimes(4.0, 5.0, 6.0)}
-    setting = Setting(
-        CPU,
-        rounds=2,
-        warmup=1,
-        backends=("reference",),
-        peer_names=("eager", "sdpa_flash"),
-        quick=True,
-    )
-    setting.clock = "cuda_graph"
-    monkeypatch.setattr(setting, "make_clock", lambda name="": clocks[name or setting.clock])
-    found, _ = measure_op(setting, "attention", CASES["attention"]["ragged_17"], "fp32", ["fwd"])
-    ours = next(line for line in found if line.ours)
-    assert (ours.clock, ours.ms_p50, ours.best_peer, ours.best_peer_ms_p50) == (
-        "cuda_events",
-        4.0,
-        "eager",
-        5.0,
-    )
-
-
-def test_what_cannot_be_captured_is_compared_with_ours_by_the_same_clock(monkeypatch):
-    """By graphs ours takes 1 ms and eager 3; by events flash takes 2, ours 4 and eager 5."""
-    clocks = {"cuda_graph": ToldTimes(1.0, 3.0, None), "cuda_events": ToldTimes(2.0, 4.0, 5.0)}
+@pytest.mark.parametrize(
+    ("graphs", "events", "again", "ours"),
+    [
+        # by graphs flash is the best peer, by events eager is
+        (
+            (None, 3.0, 1.0),
+            (4.0, 5.0, 6.0),
+            ["reference", "eager", "sdpa_flash"],
+            ("cuda_events", 4.0, "eager", 5.0, 1.25),
+        ),
+        # by graphs ours takes 1 ms and eager 3; by events flash takes 2, ours 4 and eager 5
+        (
+            (1.0, 3.0, None),
+            (2.0, 4.0, 5.0),
+            ["sdpa_flash", "reference", "eager"],
+            ("cuda_events", 4.0, "sdpa_flash", 2.0, 0.5),
+        ),
+    ],
+    ids=["ours", "a peer"],
+)
+def test_what_no_graph_captures_races_again_by_events(graphs, events, again, ours, monkeypatch):
+    clocks = {"cuda_graph": ToldTimes(*graphs), "cuda_events": ToldTimes(*events)}
     raced, interleaved = [], measure.interleaved
-    monkeypatch.setattr(
-        measure,
-        "interleaved",
-        lambda calls, **options: raced.append([*calls]) or interleaved(calls, **options),
-    )
-    setting = Setting(
-        CPU,
-        rounds=2,
-        warmup=1,
-        backends=("reference",),
-        peer_names=("eager", "sdpa_flash"),
-        quick=True,
-    )
-    setting.clock = "cuda_graph"
-    monkeypatch.setattr(setting, "make_clock", lambda name="": clocks[name or setting.clock])
-    found, absent = measure_op(
-        setting, "attention", CASES["attention"]["ragged_17"], "fp32", ["fwd"]
-    )
-    assert not absent
-    assert {line.backend: line.clock for line in found} == {
-        "reference": "cuda_events",
-        "eager": "cuda_graph",
-        "sdpa_flash": "cuda_events",
-    }
-    assert "sdpa_flash (launches counted)" in lines.markdown(found)
-    assert raced == [
-        ["reference", "eager", "sdpa_flash"],
-        ["sdpa_flash", "reference", "eager"],
-    ]  # again with whom it is compared
-    ours = next(line for line in found if line.ours)
-    assert ours.ms_p50 == 4.0 and (
-        ours.best_peer,
-        ours.best_peer_ms_p50,
-        ours.speedup_over_best_peer,
-    ) == ("sdpa_flash", 2.0, 0.5)
+
+    def overheard(calls, **options):
+        raced.append([*calls])
+        return interleaved(calls, **options)
+
+    monkeypatch.setattr(measure, "interleaved", overheard)
+    here = quick(("reference",), ("eager", "sdpa_flash"), rounds=2, warmup=1)
+    here.clock = "cuda_graph"
+    monkeypatch.setattr(here, "make_clock", lambda name="": clocks[name or here.clock])
+    found, absent = measure_op(here, "attention", CASES["attention"]["ragged_17"], "fp32", ["fwd"])
+    assert not absent and raced == [["reference", "eager", "sdpa_flash"], again]
+    assert any("(launches counted)" in lines.cells(line)[4] for line in found)
+    (line,) = (line for line in found if line.ours)
+    told = (line.clock, line.ms_p50, line.best_peer, line.best_peer_ms_p50)
+    assert (*told, line.speedup_over_best_peer) == ours
 
 
 def test_a_line_holds_what_was_measured():
-    setting = Setting(
-        CPU,
-        rounds=3,
-        warmup=1,
-        backends=("reference",),
-        peer_names=("eager", "sdpa_flash"),
-        quick=True,
-    )
-    found, absent = measure_op(
-        setting, "attention", CASES["attention"]["ragged_17"], "fp32", ["fwd", "bwd", "fwd+bwd"]
-    )
+    here = quick(("reference",), ("eager", "sdpa_flash"), rounds=3)
+    case, modes = CASES["attention"]["ragged_17"], ["fwd", "bwd", "fwd+bwd"]
+    found, absent = measure_op(here, "attention", case, "fp32", modes)
     assert not absent and len(found) == 9
     for line in found:
-        assert (
-            line.ms_p20 <= line.ms_p50 <= line.ms_p80
-            and line.rounds == 3
-            and line.clock == "perf_counter"
-        )
+        assert line.ms_p20 <= line.ms_p50 <= line.ms_p80
+        assert (line.rounds, line.clock) == (3, "perf_counter")
         assert (line.tflops is None) != (line.gb_per_s is None) and line.share_of_ceiling > 0
         assert (line.peak_bytes is None) if line.mode == "bwd" else line.peak_bytes > 0
         assert line.error < 1e-6 and line.versions["torch"] == torch.__version__
@@ -309,7 +249,7 @@ def test_gpu_clocks_agree_with_the_floor(clock):
 # -- the gate ---------------------------------------------------------------------------------
 
 
-def test_the_gate_asks_the_batterys_check(monkeypatch):
+def test_the_gate_asks_the_batterys_check(monkeypatch, capsys):
     asked = []
 
     def check(op, backend, case, dtype, device="cpu"):
@@ -321,14 +261,12 @@ def test_the_gate_asks_the_batterys_check(monkeypatch):
 
     monkeypatch.setattr(setting.parity, "check", check)
     here = quick(("reference", "torch_sdpa", "native_cpu", "triton_gpu"), ())
-    reports = []
-    here.report = reports.append
     setting.gate(here, ["attention"], "bf16")
     cases = sum(tag(case) == "parity" for case in CASES["attention"].values())
     assert asked.count(("attention", "torch_sdpa", torch.bfloat16, "cpu")) == cases
     assert here.green == {("attention", "reference")}
     assert "parity is red: " in here.refused["attention", "torch_sdpa"]
-    assert "plain torch 1.00e-07" in reports[0]
+    assert "plain torch 1.00e-07" in capsys.readouterr().out
     assert "no extension" in here.refused["attention", "native_cpu"]
     assert "triton_gpu" not in {backend for _, backend, *_ in asked}  # it would be interpreted
     assert "parity is red: attention torch_sdpa" in here.refusal(["attention"])
@@ -340,7 +278,6 @@ def test_a_wrong_kernel_is_red_and_not_timed(monkeypatch):
         OPS["drop_token"], function=lambda tokens, keep: 1.01 * tokens[:, : keep.shape[-1]]
     )
     here = quick(("reference",), ("gather",))
-    here.report = lambda text: None
     with monkeypatch.context() as patch:
         patch.setitem(OPS, "drop_token", wrong)
         setting.gate(here, ["drop_token"], "fp32")
@@ -349,31 +286,24 @@ def test_a_wrong_kernel_is_red_and_not_timed(monkeypatch):
     assert "parity is red" in absent["reference"] and here.red
 
 
-def test_what_is_wrong_at_the_case_is_not_timed(monkeypatch):
+def test_what_is_wrong_at_the_case_is_not_timed(monkeypatch, capsys):
     here = quick(("reference",), ("materialised",))
-    reports = []
-    here.report = reports.append
-    exact_of = calls.truth
+    values = calls.values
 
-    def truth(op, inputs, dtype):  # from the op as it is; then it breaks
-        exact = exact_of(op, inputs, dtype)
-        plain = OPS[op].function
+    def broken(function, op, inputs, *seeds):
+        return values(function, op, inputs | wrong(function), *seeds)
 
-        def broken(**given):
-            found = plain(**given | {"scale": given["scale"] * 1.01})
-            return found if setting_of(op) == "reference" else plain(**given)
+    def wrong(function):  # of the backend alone: truth and plain come before it
+        broken.calls += 1
+        return {"scale": torch.tensor(9.0)} if broken.calls == 3 else {}
 
-        monkeypatch.setitem(OPS, op, dataclasses.replace(OPS[op], function=broken))
-        return exact
-
-    from vatt_fast.kernels.settings import requested as setting_of
-
-    monkeypatch.setattr(calls, "truth", truth)
+    broken.calls = 0
+    monkeypatch.setattr(calls, "values", broken)
     case = CASES["contrastive_lse"]["texts"]
     found, absent = measure_op(here, "contrastive_lse", case, "fp32", ["fwd"])
     assert [line.backend for line in found] == ["materialised"]
     assert "error beyond twice plain torch's" in absent["reference"]
-    assert any(text.startswith("RED") for text in reports)
+    assert "RED: contrastive_lse reference" in capsys.readouterr().out
 
 
 # -- lines and the command --------------------------------------------------------------------
@@ -390,10 +320,10 @@ def test_lines_survive_a_file(tmp_path):
         file.write('{"op": "atten')  # a killed run
     assert lines.read(path) == [LINE, peer]
     assert lines.read(tmp_path / "none.jsonl") == []
-    table = lines.markdown([LINE, peer]).splitlines()
-    assert len(table) == 4 and "| eager | 1 |" in table[2]
-    row = "**reference** | 2 | 1..3 of 5 | 1.5 TFLOP/s | 25% | 1.0e-03 (out) | 2.0 | 1.25x |"
-    assert row in table[3]
+    table = tables.every_line(tables.current([LINE, peer])).splitlines()
+    assert len(table) == 6 and "| eager | 1 " in table[2]
+    row = "| 1..3 of 5 | 1.5 TFLOP/s | 25% | 1.0e-03 (out) | 2.0 | 1.25x |"
+    assert "| **reference** | 2 " in table[3] and row in table[3]
 
 
 def test_a_machine_is_told_by_processor_and_instructions():
@@ -436,7 +366,7 @@ def test_the_command_gates_times_and_writes(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(__main__, "keep_host_memory", lambda: None)  # of the test process
     out = tmp_path / "lines.jsonl"
     asked = "ops --device cpu --op drop_token --case ragged one_kept --dtype fp32 --rounds 2"
-    only = "--backends reference --no-compiled-peers"
+    only = "--backends reference --peers gather"
     assert __main__.main([*asked.split(), *only.split(), "--out", str(out)]) == 0
     found = lines.read(out)
     assert {(line.case, line.mode, line.backend) for line in found} == {
@@ -447,7 +377,7 @@ def test_the_command_gates_times_and_writes(tmp_path, capsys, monkeypatch):
     }
     assert all(lines.stale(line) is None for line in found)
     printed = capsys.readouterr().out
-    assert "best peer" in printed and "ceilings on" in printed
+    assert "x (gather " in printed and "ceilings on" in printed
     again = [*asked.split(), *only.split(), "--resume", "--out", str(out)]
     assert __main__.main(again) == 0 and lines.read(out) == found  # nothing is measured twice
     with pytest.raises(SystemExit):

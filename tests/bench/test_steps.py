@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from bench_lines import LINE, command
+from bench_lines import LINE, command, no_gate
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench import __main__, contenders, lines, measure, setting, steps, sweeps
@@ -124,22 +124,13 @@ def small_video(monkeypatch):
     return config
 
 
-def no_gate(monkeypatch):
-    def green(here, ops, dtype, **options):
-        for op in ops:
-            here.set_verdict(op, "reference", None)
-
-    monkeypatch.setattr(__main__, "gate", green)
-    monkeypatch.setattr(__main__, "keep_host_memory", lambda: None)  # of the test process
-
-
 def run(text, *more):
     return __main__.main([*text.split(), *map(str, more)])
 
 
 def test_a_cell_is_measured_once(small_video, monkeypatch, tmp_path):
     out = tmp_path / "lines.jsonl"
-    asked = "steps --device cpu --configuration small_video --compiled-at --batch 2 --seconds 0"
+    asked = "steps --device cpu --configuration small_video --compile --batch 2 --seconds 0"
     asked += " --dtype fp32"
     assert run(f"{asked} --drop-rate 0.75", "--out", out) == 0
     first = lines.read(out)

@@ -69,9 +69,7 @@ def test_tuning_keeps_the_fastest_tiles_that_are_right(monkeypatch):
         "fake_one": blocks[2:],
     }
     table, skipped = {}, Counter()
-    options = dict(
-        candidates_of=candidates, clock=clock, rounds=2, function=function, report=lambda text: None
-    )
+    options = dict(candidates_of=candidates, clock=clock, rounds=2, function=function)
     case = AttentionCase("fake", 2, 5, 5, 2, 8)
     tune.tune_case("attention", case, torch.float32, CPU, table=table, skipped=skipped, **options)
     best = {"BLOCK": 128, "num_warps": 4}
@@ -98,9 +96,7 @@ def test_the_heuristic_stays_unless_something_is_faster(monkeypatch):
     candidates = {"fake_forward": [{"BLOCK": 128, "num_warps": 4}]}
     table = {}
     case = AttentionCase("fake", 2, 5, 5, 2, 8)
-    options = dict(
-        candidates_of=candidates, clock=clock, rounds=1, function=function, report=lambda text: None
-    )
+    options = dict(candidates_of=candidates, clock=clock, rounds=1, function=function)
     tune.tune_case("attention", case, torch.float32, CPU, table=table, **options)
     assert table == {"fake_forward": {"fp32 queries=5": {"BLOCK": 64, "num_warps": 4}}}
 
