@@ -15,7 +15,7 @@ Lines go to bench/results/<machine>.jsonl. A command that measures may be killed
 with --resume, continues with what the results do not hold for this code.
 """
 
-# argparse: a machine lent for a measurement has torch, not necessarily the command line's extras
+# argparse: a GPU machine has torch, but not necessarily the extras of vatt-fast's command line
 import argparse
 import itertools
 import os

@@ -13,6 +13,7 @@ import torch
 from oracle import recording
 from training_runs import metrics, settings, write_media
 
+from vatt_fast.cli import main
 from vatt_fast.config import PRESETS
 from vatt_fast.model import VATT, create_model
 from vatt_fast.training import step as step_module
@@ -285,3 +286,13 @@ def test_bad_settings_are_named_before_anything_is_written(folder, tmp_path, cha
     with pytest.raises(ValueError, match=message):
         pretrain(dataclasses.replace(settings(folder, tmp_path / "out"), **changes), progress=False)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("verb", ["pretrain", "demo", "compile-tpu"])
+def test_an_options_help_is_its_own(verb, capsys):
+    """A comment above a field would be the help of all fields up to the next empty line."""
+    with pytest.raises(SystemExit):
+        main([verb, "--help"])
+    said = [line.strip(" │") for line in capsys.readouterr().out.splitlines()]
+    helps = [line for line in said if len(line) > 40 and not line.startswith("-")]
+    assert helps and len(set(helps)) == len(helps)

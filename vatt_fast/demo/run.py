@@ -48,8 +48,7 @@ class DemoConfig:
     train_clips: int = 1200
     test_clips: int = 200
     seed: int = 0
-    # train on captions of other clips: retrieval must then stay near chance
-    shuffle_captions: bool = False
+    shuffle_captions: bool = False  # captions of other clips: retrieval must stay near chance
     learning_rate: float = 1.5e-3
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     framework: Literal["torch", "jax"] = "torch"

@@ -27,9 +27,8 @@ class CompileTPUConfig:
     """A training step and the TPU slice it is for."""
 
     preset: str = "medium_base_small"  # short: mbs; or bbs, lbs, ma (modality-agnostic), tiny
-    recipe: Recipe = "paper"  # the bundle of choices of the paper's text, or of the released code
-    # chip and slice: v4:2x2x1, v5e:4x4, v5p:2x2x2, v6e:2x2, tpu7x:2x2x1, ...
-    topology: str = "v5e:2x2"
+    recipe: Recipe = "paper"  # the paper's choices, or the released code's
+    topology: str = "v5e:2x2"  # chip and slice: v4:2x2x1, v5e:4x4, v5p:2x2x2, tpu7x:2x2x1, ...
     batch: int = 64  # clips of a step, all devices together
     drop_rate: float = 0.5  # of DropToken
     drop_per: DropPer = "batch"  # whether clips share a draw of DropToken
@@ -38,8 +37,7 @@ class CompileTPUConfig:
     recompute: bool = False  # keep only the blocks' inputs for the backward pass
     hbm_gb: float | None = None  # memory of one device; None: what the chip has
     json: bool = False  # print JSON
-    # append the report, with settings and versions, to this file as a line of JSON
-    out: str | None = None
+    out: str | None = None  # append report, settings and versions to this file, a line of JSON
 
     def __post_init__(self):
         if self.batch < 1:

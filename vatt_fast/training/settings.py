@@ -31,37 +31,40 @@ class PretrainConfig:
     1.5e-3).
     """
 
+    # The comments are the options' help. One above a field holds until the next empty line.
+
     data: str  # folder of media files; with captions.json, or video and audio alone are trained
+
     # run folder: config.json, model.safetensors, vocabulary.txt, checkpoint.safetensors,
     # metrics.jsonl, TensorBoard events
     out: str
+
     # base_base_small (bbs), medium_base_small (mbs), large_base_small (lbs), agnostic_medium (ma)
     # or tiny
     preset: str = "tiny"
-    recipe: Literal["paper", "released"] = "paper"
+
+    recipe: Literal["paper", "released"] = "paper"  # the paper's choices, or the released code's
     steps: int = 500_000
-    batch_size: int = 2048
+    batch_size: int = 2048  # clips of a step
     drop_rate: float = 0.5  # fraction of video and audio patches removed by DropToken
-    drop_per: Literal["batch", "clip"] = "batch"
-    learning_rate: float = 1e-4
+    drop_per: Literal["batch", "clip"] = "batch"  # whether the clips of a batch share a draw
+    learning_rate: float = 1e-4  # after the warm-up
     final_learning_rate: float = 5e-5
     warmup_steps: int = 10_000
     schedule: Schedule = "quarter_cosine"
     adam_eps: float = 1e-8
     max_words: int = 65536  # size of the vocabulary built from the captions
     seed: int = 0
-    # train on captions of other clips: retrieval must then stay near chance
-    shuffle_captions: bool = False
-    # auto: bf16 autocast where the device computes it natively
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    shuffle_captions: bool = False  # captions of other clips: retrieval must stay near chance
+    precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 where the device computes it
     framework: Literal["torch", "jax"] = "torch"  # jax: all devices of this host share the batch
     shard_weights: bool = False  # jax: weights and Adam's state lie in shards over the devices
     recompute: bool = False  # jax: keep only the blocks' inputs for the backward pass
     device: str = "auto"
-    workers: int = 2
+    workers: int = 2  # processes that read clips; 0: none
     cache: str | None = None  # keep decoded clips here; for small data sets that fit the disk
-    log_every: int = 10
-    checkpoint_every: int = 500
+    log_every: int = 10  # steps
+    checkpoint_every: int = 500  # steps
 
     def __post_init__(self):
         for name in ("steps", "batch_size", "log_every", "checkpoint_every"):
