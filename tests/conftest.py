@@ -6,9 +6,11 @@ be asked for before they are imported. Without a TPU, JAX runs on the CPU, and l
 installed, only compiles.
 """
 
+import hashlib
 import importlib.util
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -23,6 +25,15 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 _root = Path(__file__).resolve().parent.parent
+
+# torch.compile keeps graphs on disk, and its key knows nothing of our operators' arguments: graphs
+# of other sources must not be found
+_sources = b"".join(path.read_bytes() for path in sorted((_root / "kernels").rglob("*.py")))
+os.environ.setdefault(
+    "TORCHINDUCTOR_CACHE_DIR",
+    str(Path(tempfile.gettempdir(), f"vatt_fast_{hashlib.sha256(_sources).hexdigest()[:12]}")),
+)
+
 sys.path[:] = [entry for entry in sys.path if entry not in ("", str(_root))]
 
 from vatt_fast.devices import has_a_tpu, without_a_tpu  # noqa: E402

@@ -302,7 +302,11 @@ def test_compiles_as_one_graph(inputs):
     [("specific", "text"), ("agnostic", "text"), ("specific", "audio"), ("specific", "video")],
 )
 def test_compiles_with_dynamic_shapes(kind, name):
-    """Lengths become symbols; position tables are resampled to them."""
+    """Lengths become symbols; position tables are resampled to them.
+
+    The config's own length, where nothing is resampled, is a graph of its own, and so are float
+    clips that need padding.
+    """
     torch.manual_seed(0)
     towers: dict = {
         m: dataclasses.replace(SMALL.video, depth=1) for m in ("video", "audio", "text")
@@ -311,7 +315,7 @@ def test_compiles_with_dynamic_shapes(kind, name):
     clips = {
         "text": [torch.randint(1, 30, (2, 2, words)) for words in (9, 7, 12)],
         "audio": [torch.rand(2, samples) for samples in (900, 1500, 700)],
-        "video": [torch.rand(2, frames, 24, 48, 3) * 2 - 1 for frames in (8, 12, 10)],
+        "video": [torch.rand(2, frames, 24, 48, 3) * 2 - 1 for frames in (12, 16, 20)],
     }[name]
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")

@@ -135,9 +135,9 @@ def test_a_plain_installs_extension_is_found_from_a_checkout(tmp_path, other):
 @built
 def test_a_call_that_says_something_else_names_the_argument():
     """Arguments are keywords: one that a binding lacks, or that it is not given, is an error."""
-    with pytest.raises(TypeError, match="keep_stride: int"):
+    with pytest.raises(TypeError, match="keep_stride"):
         native.extension.drop_token_take(tokens=0, keep_step=0)
-    with pytest.raises(TypeError, match="first_own: int"):
+    with pytest.raises(TypeError, match="first_own"):
         native.extension.ContrastiveLseChunk(products=0, first=0)
     with pytest.raises(TypeError, match="incompatible function arguments"):
         native.extension.patch_embed_finish_weight(*range(10))
