@@ -31,7 +31,7 @@ from vatt_fast.kernels import backends
 from vatt_fast.kernels.ops import OPS
 
 from . import calls, compile, floors, gpu, lines, report, steps, sweeps, tune
-from .machine import DTYPES, ROOT
+from .machine import DTYPES, GPUS, ROOT, TPUS
 from .peers import peers
 from .setting import AUTO, Setting, chosen_among, gate, is_measured, native_dtype
 from .sweeps import Cell
@@ -127,8 +127,8 @@ def _parser() -> argparse.ArgumentParser:
     option("--out", type=Path, help="keys in it stay; kernels/tiles/<arch>.json unless given")
 
     option = made.add(_compile, "compile kernels for devices that are not here")
-    targets = [*compile.GPUS, *compile.TPUS]
-    option("--target", nargs="+", choices=targets, default=list(compile.GPUS))
+    targets = [*GPUS, *TPUS]
+    option("--target", nargs="+", choices=targets, default=list(GPUS))
     option("--op", nargs="+", choices=ops, default=ops)
     option("--dtype", nargs="+", choices=[*DTYPES])
     option("--case", nargs="+", help="names of cases; all primary ones unless given")
@@ -309,8 +309,8 @@ def _compile(given: argparse.Namespace) -> int:
     if given.read:
         print(compile.read(given.read))
         return 0
-    on_gpu = [each for each in given.target if each in compile.GPUS]
-    on_tpu = [each for each in given.target if each in compile.TPUS]
+    on_gpu = [each for each in given.target if each in GPUS]
+    on_tpu = [each for each in given.target if each in TPUS]
     if on_gpu and on_tpu and given.out:
         raise ValueError("rows of GPUs and of TPUs differ; give --out to each by itself")
     if on_gpu and os.environ.get("TRITON_INTERPRET") == "1":

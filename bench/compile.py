@@ -21,15 +21,7 @@ from typing import Any
 from vatt_fast.kernels.cases import CASES, tag
 
 from .lines import markdown_table
-
-GPUS = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
-TPUS = {
-    "v4": "v4:2x2x1",
-    "v5e": "v5e:2x2",
-    "v5p": "v5p:2x2x1",
-    "v6e": "v6e:2x2",
-    "tpu7x": "tpu7x:2x2x1",
-}
+from .machine import TPUS
 
 
 def compile_targets(

@@ -42,8 +42,7 @@ from vatt_fast.kernels.ops import OPS
 from vatt_fast.on_jax import hlo
 
 from . import machine
-from .compile import TPUS
-from .machine import DTYPES
+from .machine import DTYPES, TPUS
 
 # where libtpu writes schedules
 _DUMP = re.search(r"xla_jf_dump_to=(\S+)", os.environ.get("LIBTPU_INIT_ARGS", ""))

@@ -15,6 +15,15 @@ from vatt_fast.kernels import native
 
 from .timer import Clock, EventClock, HostClock, interleaved
 
+# what kernels are compiled for, with or without the device
+GPUS = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
+TPUS = {
+    "v4": "v4:2x2x1",
+    "v5e": "v5e:2x2",
+    "v5p": "v5p:2x2x1",
+    "v6e": "v6e:2x2",
+    "tpu7x": "tpu7x:2x2x1",
+}
 ROOT = Path(__file__).resolve().parent.parent
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 

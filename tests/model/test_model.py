@@ -359,7 +359,7 @@ def test_create_model_takes_presets_and_short_names():
         (lambda m, i: m.encode(text="a dog"), "has no vocabulary"),
         (lambda m, i: m.encode(), "nothing to encode"),
     ],
-)  # fmt: skip
+)
 def test_bad_input_is_named(inputs, call, message):
     with pytest.raises(ValueError, match=message):
         call(VATT(SMALL).eval(), inputs)

@@ -227,8 +227,11 @@ def test_a_run_folder_is_a_model(folder, tmp_path):
         video=folder / "0.mp4", audio=folder / "0.mp4", text=["clip number 0", "the end"]
     )
     assert {name: tuple(z.shape) for name, z in out.items()} == {
-        "z_video_va": (1, 64), "z_video_vt": (1, 64), "z_audio_va": (1, 64), "z_text_vt": (2, 64),
-    }  # fmt: skip
+        "z_video_va": (1, 64),
+        "z_video_vt": (1, 64),
+        "z_audio_va": (1, 64),
+        "z_text_vt": (2, 64),
+    }
     for z in out.values():
         torch.testing.assert_close(z.norm(dim=-1), torch.ones(len(z)))
     assert torch.equal(
