@@ -3,10 +3,10 @@
     python -m bench.migrate_lines
 
 Until commit 628a216 a line was stale where a later commit had touched what it measured. By that
-rule all 470 lines of the commits below were fresh at 628a216. What they ran has changed since in its
-wording, its files and the calls between them, and a step is given other patch rows; kernels and
-steps were compared old against new then, and were level. Lines of other commits stay without a digest, and so
-stay stale. Files take the name of their machine and its instruction level.
+rule all 470 lines of the commits below were fresh at 628a216. What they ran has changed since in
+its wording, its files and the calls between them, and a step is given other patch rows; kernels and
+steps were compared old against new then, and were level. Lines of other commits stay without a
+digest, and so stay stale. Files take the name of their machine and its instruction level.
 """
 
 from dataclasses import replace

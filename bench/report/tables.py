@@ -4,6 +4,7 @@ Which line speaks for a measurement, the command that measures it again, and tab
 """
 
 import re
+import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -143,7 +144,10 @@ def _table(headings: Sequence[str], rows: Iterable[Sequence[str]], shown: Iterab
     """Markdown with a footnote on the stale lines among ``shown``; an empty cell is a dash."""
     made = markdown_table(headings, [[cell or NONE for cell in row] for row in rows])
     reasons = dict.fromkeys(each.stale for each in shown if each.stale)
-    return f"{made}\n\n{STALE} stale: {'; '.join(map(str, reasons))}." if reasons else made
+    if not reasons:
+        return made
+    footnote = f"{STALE} stale: {'; '.join(map(str, reasons))}."
+    return f"{made}\n\n{textwrap.fill(footnote, 100)}"
 
 
 def every_line(shown: Sequence[Shown]) -> str:
