@@ -213,6 +213,7 @@ def _join_kernel(
 
 def forward(x, y, *, scale, texts_per_clip, first, x_valid=None, y_valid=None, bound=None):
     x, y = _rows(x), _rows(y)
+    x_valid, y_valid = _mask(x_valid), _mask(y_valid)
     (M, D), T = x.shape, y.shape[0]
     running, precision = needs_running_max(bound), _precision(x)
     blocks = _choose("forward", x.dtype, M, T, D, precision)
@@ -409,6 +410,7 @@ def backward(
     bound=None,
 ):
     x, y = _rows(x), _rows(y)
+    x_valid, y_valid = _mask(x_valid), _mask(y_valid)
     d_row, d_col, d_pos, row, col, pos = (
         vector.contiguous() for vector in (d_row, d_col, d_pos, row, col, pos)
     )
@@ -474,6 +476,11 @@ class _Sum:
 def _rows(vectors):
     """Kernels and matrix products read rows of any stride whose elements are contiguous."""
     return vectors if vectors.stride(-1) == 1 else vectors.contiguous()
+
+
+def _mask(valid):
+    """Kernels read masks as contiguous; a column of one or an expanded value is not."""
+    return None if valid is None else valid.contiguous()
 
 
 def _precision(x) -> str:

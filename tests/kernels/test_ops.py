@@ -136,13 +136,18 @@ def test_autocast_casts_what_should_be_cast(op, backend, case, device):
 def strided(tensor):
     """The same values as every second row and column-slice of a larger array.
 
-    Its rest is nan or 77; the last axis stays contiguous.
+    Its rest is nan, 77 or the opposite of the mask; the last axis of a matrix stays contiguous,
+    that of a vector does not.
     """
-    if tensor.ndim < 2:
-        return tensor
+    if tensor.dtype == torch.bool:
+        return torch.stack((tensor, ~tensor), -1)[..., 0]
     filler = torch.nan if tensor.is_floating_point() else 77
-    shape = (*(2 * size for size in tensor.shape[:-1]), tensor.shape[-1] + 3)
-    index = (*(slice(1, None, 2) for _ in tensor.shape[:-1]), slice(2, 2 + tensor.shape[-1]))
+    every_second = tensor.shape if tensor.ndim == 1 else tensor.shape[:-1]
+    shape = tuple(2 * size for size in every_second)
+    index = tuple(slice(1, None, 2) for _ in every_second)
+    if tensor.ndim > 1:
+        shape += (tensor.shape[-1] + 3,)
+        index += (slice(2, 2 + tensor.shape[-1]),)
     base = torch.full(shape, filler, dtype=tensor.dtype, device=tensor.device)
     base[index] = tensor
     return base[index]
@@ -150,15 +155,14 @@ def strided(tensor):
 
 @battery()
 def test_strided_equals_contiguous(op, backend, case, device):
-    floats = {name for name in (*OPS[op].differentiable, "patches")}
-    inputs = {
-        name: value.contiguous() if name in floats and value is not None else value
-        for name, value in make(case, device=device).items()
-    }
-    views = {
-        name: strided(value) if name in floats and isinstance(value, torch.Tensor) else value
-        for name, value in inputs.items()
-    }
+    def changed(inputs, change):
+        return {
+            name: change(value) if isinstance(value, torch.Tensor) and value.ndim else value
+            for name, value in inputs.items()
+        }
+
+    inputs = changed(make(case, device=device), torch.Tensor.contiguous)
+    views = changed(inputs, strided)
     with on_backend(op, backend):
         contiguous, other = (
             run(OPS[op].function, op, version, dtype=torch.float32) for version in (inputs, views)
@@ -167,6 +171,33 @@ def test_strided_equals_contiguous(op, backend, case, device):
         torch.testing.assert_close(
             other[name], value, rtol=1e-5, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}"
         )
+
+
+@pytest.mark.parametrize(
+    ("op", "backend", "name", "mask"),
+    [
+        (op, backend, name, mask)
+        for op, name, mask in (
+            ("attention", "keyless", "key_mask"),
+            ("contrastive_lse", "masked", "x_valid"),
+            ("contrastive_lse", "masked", "y_valid"),
+        )
+        for backend in backends.BACKENDS[op]
+    ],
+)
+@pytest.mark.parametrize("value", [True, False])
+def test_a_mask_may_be_one_value_expanded(op, backend, name, mask, value):
+    """It lies in one byte: what reads it as if it were contiguous reads beyond."""
+    inputs = make(CASES[op][name])
+    full = torch.full_like(inputs[mask], value)
+    one = torch.tensor(value).expand(full.shape)
+    with on_backend(op, backend):
+        expected, found = (
+            run(OPS[op].function, op, inputs | {mask: each}, dtype=torch.float32)
+            for each in (full, one)
+        )
+    for key, each in expected.items():
+        assert torch.equal(found[key], each), key
 
 
 @pytest.mark.parametrize("backend", backends.BACKENDS["attention"])
