@@ -50,10 +50,16 @@ def arch() -> str:
 def dot_precision(dtype: torch.dtype) -> str:
     """``input_precision`` of a kernel's tl.dot.
 
-    fp32 operands are rounded to tf32 only where torch's own products are.
+    fp32 operands are rounded to tf32 only where torch's own products are, and on architectures
+    that have it. The interpreter rounds nothing.
     """
-    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
-    return "tf32" if tf32 else "ieee"
+    # fp32_precision follows the older switches; allow_tf32 raises once this one was set
+    rounded = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if rounded and not interpreted() and _has_tf32(arch()) else "ieee"
+
+
+def _has_tf32(arch: str) -> bool:
+    return arch == "gfx942" or arch.startswith("sm_")
 
 
 @triton.jit

@@ -13,7 +13,7 @@ import triton.language as tl
 
 from .. import tiles
 from ..tiles import Tiles
-from ..triton_common import arch, dot_precision, interpreted, unsupported_operands
+from ..triton_common import arch, dot_precision, unsupported_operands
 from .bound import needs_running_max
 
 # M clips of x, N clips in all, P texts a clip, T = N * P texts, D dimensions, R row splits,
@@ -215,7 +215,7 @@ def forward(x, y, *, scale, texts_per_clip, first, x_valid=None, y_valid=None, b
     x, y = _rows(x), _rows(y)
     x_valid, y_valid = _mask(x_valid), _mask(y_valid)
     (M, D), T = x.shape, y.shape[0]
-    running, precision = needs_running_max(bound), _precision(x)
+    running, precision = needs_running_max(bound), dot_precision(x.dtype)
     blocks = _choose("forward", x.dtype, M, T, D, precision)
     R, C = _splits(M, T, blocks)
     scratch_shape = (2 if running else 1, 2 * C * M + R * T)
@@ -415,7 +415,7 @@ def backward(
         vector.contiguous() for vector in (d_row, d_col, d_pos, row, col, pos)
     )
     (M, D), T = x.shape, y.shape[0]
-    running, precision = needs_running_max(bound), _precision(x)
+    running, precision = needs_running_max(bound), dot_precision(x.dtype)
     clips, texts = _chunk(M, T, x.element_size())
     blocks = {"GROUP_M": 8} | _choose("weights", x.dtype, clips, texts, D, precision)
 
@@ -481,10 +481,6 @@ def _rows(vectors):
 def _mask(valid):
     """Kernels read masks as contiguous; a column of one or an expanded value is not."""
     return None if valid is None else valid.contiguous()
-
-
-def _precision(x) -> str:
-    return "ieee" if interpreted() else dot_precision(x.dtype)
 
 
 # -- tiles -------------------------------------------------------------------------------------
