@@ -24,7 +24,8 @@ _FEW_TOKENS = {"avx2": 48, "avx512": 256, "avx512_bf16": 512, "amx_bf16": 256}
 class Row(NamedTuple):
     """A backend of an op, and where it is the faster choice.
 
-    ``when(mode, *tensors, **options)`` with mode "fwd" or "bwd" says so; None: everywhere.
+    ``when(mode, *tensors, lse_grad, **options)`` with mode "fwd" or "bwd" says so; None:
+    everywhere. ``lse_grad``: a backward has a gradient of attention's lse to take.
     """
 
     op: str
@@ -32,12 +33,18 @@ class Row(NamedTuple):
     when: Callable[..., bool] | None = None
 
 
-def _short(mode, q, k, v, **options) -> bool:
+def _short_on_matrix_units(mode, q, k, v, bias_grad=False, **options) -> bool:
     """Up to the lengths at which the tail of a tile weighs more than its inside.
 
-    Beyond them the libraries' kernels are ahead (docs/notes/gpu.md).
+    Beyond them the libraries' kernels are ahead (docs/notes/gpu.md). So they are in fp32, whose
+    products ours unroll without a matrix unit; but a trainable bias has a gradient only here.
     """
-    return k.shape[1] <= 2048
+    return k.shape[1] <= 2048 and (q.dtype.itemsize == 2 or bias_grad)
+
+
+def _no_lse_gradient(mode, *tensors, lse_grad=False, **options) -> bool:
+    """torch's backward knows no gradient of lse: with one it is the reference, in O(T S) memory."""
+    return not lse_grad
 
 
 def _backward(mode, *tensors, **options) -> bool:
@@ -106,15 +113,15 @@ REFERENCES = tuple(Row(op, "reference") for op in OP_NAMES)
 PREFERENCE: dict[tuple[str, str], tuple[Row, ...]] = {
     ("torch", "cpu"): (
         Row("attention", "native_cpu", _bf16_or_few_tokens),
-        Row("attention", "torch_sdpa"),
+        Row("attention", "torch_sdpa", _no_lse_gradient),
         Row("drop_token", "native_cpu"),
         Row("contrastive_lse", "native_cpu"),
         Row("patch_embed", "native_cpu", _vectorised),
         *REFERENCES,
     ),
     ("torch", "cuda"): (
-        Row("attention", "triton_gpu", _short),
-        Row("attention", "torch_sdpa"),
+        Row("attention", "triton_gpu", _short_on_matrix_units),
+        Row("attention", "torch_sdpa", _no_lse_gradient),
         Row("attention", "triton_gpu"),
         Row("attention", "torch_cudnn", _not_yet_measured),
         Row("attention", "flash_attn", _not_yet_measured),

@@ -8,13 +8,16 @@ from .backends import BACKENDS, JAX_BACKENDS, OP_NAMES, PREFERENCE, REFERENCES, 
 from .settings import jax_platform
 
 
-def choose(op: str, mode: str, name: str, *tensors: Any, **options: Any) -> Any:
+def choose(
+    op: str, mode: str, name: str, *tensors: Any, lse_grad: bool = False, **options: Any
+) -> Any:
     """The module that runs ``op``.
 
     Args:
         mode: "fwd" or "bwd".
         name: a backend, which then runs or raises; "" for the first preferred backend that can run
             the call, and at last the reference.
+        lse_grad: the backward has a gradient of attention's lse to take.
         tensors, options: as the backend's ``unsupported`` takes them.
 
     Raises:
@@ -27,7 +30,9 @@ def choose(op: str, mode: str, name: str, *tensors: Any, **options: Any) -> Any:
         return load(op, name, framework)
     device = tensors[0].device.type if framework == "torch" else jax_platform()
     for row in PREFERENCE.get((framework, device), REFERENCES):
-        if row.op != op or not (row.when is None or row.when(mode, *tensors, **options)):
+        if row.op != op:
+            continue
+        if not (row.when is None or row.when(mode, *tensors, lse_grad=lse_grad, **options)):
             continue
         if not unsupported(op, row.backend, *tensors, **options):
             return load(op, row.backend, framework)

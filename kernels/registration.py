@@ -133,7 +133,11 @@ class Operator:
         options = weighed = dict(zip(self.options, given[self.tensors :]))  # noqa: B905
         if self.not_weighed:
             weighed = {name: x for name, x in options.items() if name not in self.not_weighed}
-        module = choose(self.name, "bwd", inputs[-1], *like, **weighed)
+        used = {
+            f"{name}_grad": d_outputs[self.outputs.index(name)] is not None
+            for name in self.optional
+        }
+        module = choose(self.name, "bwd", inputs[-1], *like, **used, **weighed)
         found = module.backward(*d_outputs, *tensors, *saved, *sizes, **options)
         found = found if isinstance(found, tuple | list) else (found,)
         results = []

@@ -120,9 +120,40 @@ def test_automatic_falls_to_the_reference_where_the_preferred_objects(ran):
 
 def test_sdpa_hands_over_to_the_reference_when_lse_has_a_gradient(ran):
     (q, k, v), options = attention_inputs()
-    out, lse = attention(q.requires_grad_(), k, v, **options)
-    (out.sum() + lse.sum()).backward()
-    assert ran == ["torch_sdpa.forward", "torch_sdpa.backward", "reference.backward"]
+    for name in ("", "torch_sdpa"):
+        with use_backend(attention=name):
+            out, lse = attention(q.requires_grad_(), k, v, **options)
+        (out.sum() + lse.sum()).backward()
+    chosen, asked_for = ran[:2], ran[2:]
+    assert chosen == ["torch_sdpa.forward", "reference.backward"]
+    assert asked_for == ["torch_sdpa.forward", "torch_sdpa.backward", "reference.backward"]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tokens", "options", "forward", "backward"),
+    [
+        (torch.float16, 785, {}, "triton_gpu", "triton_gpu"),
+        (torch.float16, 2100, {}, "torch_sdpa", "torch_sdpa"),
+        (torch.float16, 2100, dict(lse_grad=True), "torch_sdpa", "triton_gpu"),
+        (torch.float32, 785, {}, "torch_sdpa", "torch_sdpa"),
+        (torch.float32, 785, dict(lse_grad=True), "torch_sdpa", "triton_gpu"),
+        # torch has no gradient of a bias, and no backward without atomics
+        (torch.float32, 17, dict(bias_grad=True), "triton_gpu", "triton_gpu"),
+        (torch.float32, 785, dict(deterministic=True), "triton_gpu", "triton_gpu"),
+    ],
+)
+def test_what_attention_runs_on_cuda(dtype, tokens, options, forward, backward):
+    pytest.importorskip("triton", reason="without triton all of it is torch's")
+    lse_grad = options.pop("lse_grad", False)
+    with FakeTensorMode():
+        q = torch.empty(2, tokens, 3, 64, dtype=dtype, device="cuda")
+        if "bias_grad" in options:
+            options["bias"] = torch.empty(3, tokens, tokens, device="cuda")
+        found = [
+            choose("attention", mode, "", q, q, q, scale=1.0, **grads, **options)
+            for mode, grads in (("fwd", {}), ("bwd", dict(lse_grad=lse_grad)))
+        ]
+    assert [module.__name__.rpartition(".")[2] for module in found] == [forward, backward]
 
 
 def test_the_backend_of_the_forward_is_that_of_the_backward(ran):
