@@ -3,10 +3,18 @@
 Where they run, for which architecture, and a few device functions.
 """
 
+import functools
+import os
+import shutil
+import sysconfig
+from pathlib import Path
+
 import torch
 import triton
 import triton.language as tl
 
+_OLDEST_TRITON = (3, 5)  # that the kernels were compiled with
+_LEAST_CAPABILITY = (8, 0)  # of NVIDIA's: what Triton supports, and bf16 needs
 LOG2E = tl.constexpr(1.4426950408889634)  # exp(x) = exp2(x * LOG2E)
 LN2 = tl.constexpr(0.6931471805599453)
 
@@ -22,9 +30,12 @@ def interpreted() -> bool:
 def unsupported_operands(*operands: torch.Tensor | float | None) -> str | None:
     """The reason why Triton cannot take these operands here; shapes are not looked at."""
     given = [tensor for tensor in operands if isinstance(tensor, torch.Tensor)]
-    device = given[0].device.type
-    if device != "cuda" and not interpreted():
-        return f"tensors are on {device}; Triton runs there only with TRITON_INTERPRET=1"
+    device = given[0].device
+    if not interpreted():
+        if device.type != "cuda":
+            return f"tensors are on {device.type}; Triton runs there only with TRITON_INTERPRET=1"
+        if reason := unsupported_machine() or _unsupported_gpu(device.index):
+            return reason
     for tensor in given:
         if tensor.dtype == torch.float64:
             return "float64 is for the reference"
@@ -34,6 +45,38 @@ def unsupported_operands(*operands: torch.Tensor | float | None) -> str | None:
 
 
 BF16_INTERPRETED = "Triton's interpreter multiplies the raw bits of bfloat16"
+
+
+@functools.cache
+def unsupported_machine() -> str | None:
+    """The reason why Triton cannot compile and launch kernels here, whatever the GPU.
+
+    It builds its launcher in C at first use.
+    """
+    if tuple(map(int, triton.__version__.split(".")[:2])) < _OLDEST_TRITON:
+        oldest = ".".join(map(str, _OLDEST_TRITON))
+        return f"triton {triton.__version__} is older than {oldest}, the oldest that was tried"
+    if triton.knobs.build.impl is not None:
+        return None  # the user's own way to build
+    compilers = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
+    if not any(map(shutil.which, compilers)):
+        return f"Triton needs a C compiler and finds no {' or '.join(compilers)}; install one"
+    folders = [sysconfig.get_paths()["include"]]
+    for variable in ("CPATH", "C_INCLUDE_PATH"):
+        folders += filter(None, os.environ.get(variable, "").split(os.pathsep))
+    if not any(Path(folder, "Python.h").exists() for folder in folders):
+        return f"Triton needs Python's headers and finds no {folders[0]}/Python.h; install them"
+    return None
+
+
+@functools.cache
+def _unsupported_gpu(index: int | None) -> str | None:
+    if torch.version.hip or not torch.cuda.is_available():
+        return None
+    found = torch.cuda.get_device_capability(index)
+    if found >= _LEAST_CAPABILITY:
+        return None
+    return f"the GPU has compute capability {found[0]}.{found[1]}; Triton needs 8.0"
 
 
 def arch() -> str:

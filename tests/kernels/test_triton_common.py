@@ -1,11 +1,19 @@
 """What the Triton kernels share: where they can run, for which architecture, at which precision."""
 
+import re
+from types import SimpleNamespace
+
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 pytest.importorskip("triton", reason="the kernels import triton, which is not installed")
 
-from vatt_fast.kernels import triton_common
+import triton
+
+from vatt_fast.kernels import dispatch, triton_common
+from vatt_fast.kernels.cases import CASES, make
+from vatt_fast.kernels.ops import OPS
 
 
 @pytest.fixture
@@ -56,3 +64,84 @@ def test_products_round_to_tf32_where_torch_does_and_the_device_can(
         assert triton_common.dot_precision(torch.bfloat16) == "ieee"
     finally:
         torch.set_float32_matmul_precision("highest")
+
+
+# -- what keeps Triton from running ----------------------------------------------------------------
+
+
+def without_a_compiler(monkeypatch, tmp_path):
+    monkeypatch.setattr(triton_common, "shutil", SimpleNamespace(which=lambda name: None))
+
+
+def without_pythons_headers(monkeypatch, tmp_path):
+    python = SimpleNamespace(get_paths=lambda: {"include": str(tmp_path)})
+    monkeypatch.setattr(triton_common, "sysconfig", python)
+
+
+def with_an_old_triton(monkeypatch, tmp_path):
+    monkeypatch.setattr(triton, "__version__", "3.4.0")
+
+
+def with_an_old_gpu(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
+
+
+@pytest.fixture
+def machine(monkeypatch, tmp_path, compiled_for):
+    """Change the machine; what was found out about it is forgotten before and after."""
+    caches = triton_common.unsupported_machine, triton_common._unsupported_gpu
+
+    def change(how):
+        how(monkeypatch, tmp_path)
+        for each in caches:
+            each.cache_clear()
+
+    compiled_for("sm_90")
+    monkeypatch.setenv("CC", "cc_of_the_test")
+    path = SimpleNamespace(which=lambda name: name if name == "cc_of_the_test" else None)
+    monkeypatch.setattr(triton_common, "shutil", path)
+    (tmp_path / "include").mkdir()
+    (tmp_path / "include" / "Python.h").touch()
+    python = SimpleNamespace(get_paths=lambda: {"include": str(tmp_path / "include")})
+    monkeypatch.setattr(triton_common, "sysconfig", python)
+    change(lambda *_: None)
+    yield change
+    monkeypatch.undo()
+    for each in caches:
+        each.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("how", "reason"),
+    [
+        (without_a_compiler, "Triton needs a C compiler and finds no cc_of_the_test"),
+        (without_pythons_headers, "Python's headers and finds no .*/Python.h"),
+        (with_an_old_triton, "triton 3.4.0 is older than 3.5"),
+        (with_an_old_gpu, "the GPU has compute capability 7.5; Triton needs 8.0"),
+    ],
+)
+@pytest.mark.parametrize("op", OPS)
+def test_what_keeps_triton_from_running_is_an_objection(machine, op, how, reason):
+    """Without one the choice falls on Triton, and the first call raises from inside it."""
+    cases = {"attention": "text", "drop_token": "ragged"}
+    case = CASES[op].get(cases.get(op, ""), next(iter(CASES[op].values())))
+    inputs = make(case, torch.float16)
+    with FakeTensorMode():
+        options = {
+            name: torch.empty(value.shape, dtype=value.dtype, device="cuda")
+            if isinstance(value, torch.Tensor)
+            else value
+            for name, value in inputs.items()
+        }
+        tensors = [options.pop(name) for name in OPS[op].tensors]
+
+        def chosen():
+            module = dispatch.choose(op, "bwd", "", *tensors, **options)
+            return module.__name__.rpartition(".")[2]
+
+        assert chosen() == "triton_gpu"
+        machine(how)
+        assert chosen() in ("reference", "torch_sdpa")
+        found = dispatch.explain(op, *tensors, **options)["triton_gpu"]
+    assert re.search(reason, found), found
