@@ -57,11 +57,6 @@ def _spline(n_old: int) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(knots), torch.from_numpy(second)
 
 
-@torch.compiler.assume_constant_result
-def _distance_buckets(num_buckets: int, max_distance: int) -> Tensor:
-    return torch.from_numpy(distance_buckets(num_buckets, max_distance))
-
-
 class PositionTable(nn.Module):
     """One learned table per axis; a token's position is the LayerNorm of its rows' sum."""
 
@@ -85,7 +80,7 @@ class PositionTable(nn.Module):
 def _resample(table: Tensor, length: int) -> Tensor:
     """(n, dim) -> (length, dim); see ``positions.resample_matrix``."""
     wide = torch.promote_types(table.dtype, torch.float32)
-    knots, second = (part.to(table.device, wide) for part in _spline(table.shape[0]))
+    knots, second = (_send(part, table.device).to(wide) for part in _spline(table.shape[0]))
     index = torch.arange(length, device=table.device)
     return evaluate_spline(knots, second, index, length, xp=torch).to(table.dtype) @ table
 
@@ -116,7 +111,7 @@ class PatchTokens(nn.Module):
             patches = _fill_patches(patches, how.patch, how.pad_value)
         if isinstance(keep, np.ndarray):
             keep = torch.from_numpy(keep)
-        keep = None if keep is None else keep.to(patches.device)
+        keep = None if keep is None else _send(keep, patches.device)
         position = self.position(how.grid)
         embed = functools.partial(
             patch_embed,
@@ -278,6 +273,9 @@ class Encoder(nn.Module):
         self.relative_bias = (
             nn.Parameter(torch.randn(buckets, tower.num_heads) * tower.dim**-0.5) if t5 else None
         )
+        self.distance_buckets: Tensor | None
+        self.register_buffer("distance_buckets", None, persistent=False)
+        self._place_buckets()
         self.blocks = nn.ModuleList(
             Block(tower, t5=t5, dropout=dropout) for _ in range(tower.depth)
         )
@@ -296,13 +294,25 @@ class Encoder(nn.Module):
         return F.dropout(self.norm(x), self.dropout, self.training)
 
     def _bias(self, length: int) -> Tensor | None:
-        if self.relative_bias is None:
+        if self.relative_bias is None or self.distance_buckets is None:
             return None
-        device, m = self.relative_bias.device, self.max_distance
-        index = torch.arange(length, device=device)
+        m = self.max_distance
+        index = torch.arange(length, device=self.relative_bias.device)
         distance = (index[:, None] - index).clamp(-m, m)  # of query and key
-        buckets = _distance_buckets(self.relative_bias.shape[0], m).to(device)[distance + m]
+        buckets = self.distance_buckets[distance + m]
         return self.relative_bias[buckets].permute(2, 0, 1)  # (H, T, T)
+
+    def _place_buckets(self) -> None:
+        """Where the weights are: a copy from the host in each forward would wait for the device."""
+        if self.relative_bias is not None:
+            buckets = distance_buckets(self.relative_bias.shape[0], self.max_distance)
+            self.distance_buckets = torch.tensor(buckets, device=self.relative_bias.device)
+
+    def _apply(self, fn, recurse=True):
+        """Of ``to``, ``to_empty`` and others: the buckets follow, and hold their values again."""
+        super()._apply(fn, recurse)
+        self._place_buckets()
+        return self
 
 
 # -- common space ----------------------------------------------------------------------------------
@@ -639,3 +649,12 @@ def _norm(dim: int, t5: bool) -> nn.Module:
 
 def _prepend(agg: Tensor, tokens: Tensor) -> Tensor:
     return torch.cat((agg.to(tokens.dtype).expand(tokens.shape[0], 1, -1), tokens), 1)
+
+
+def _send(x: Tensor, device: torch.device) -> Tensor:
+    """x on ``device``. On its way to a GPU nobody waits for what the GPU has still to do."""
+    pin = x.device.type == "cpu" and device.type == "cuda" and torch.cuda.is_available()
+    # a graph would replay the copy, from memory that has long been another's
+    if pin and not torch.compiler.is_compiling() and not torch.cuda.is_current_stream_capturing():
+        x = x.pin_memory()
+    return x.to(device, non_blocking=True)

@@ -5,6 +5,8 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import vatt_fast as vf
 from vatt_fast import model as model_module
@@ -337,6 +339,74 @@ def test_create_model_takes_presets_and_short_names():
         assert vf.create_model("mbs", recipe="released").config == preset(
             "medium_base_small", "released"
         )
+
+
+class FromHost(TorchDispatchMode):
+    """Counts operations that take a tensor of the CPU and give one of another device."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **kwargs or {})
+        results = result if isinstance(result, tuple | list) else (result,)
+        if function.namespace == "aten" and any(
+            isinstance(each, torch.Tensor) and each.device.type != "cpu" for each in results
+        ):
+            given = [each for each in pytree.tree_leaves(args) if isinstance(each, torch.Tensor)]
+            if any(each.device.type == "cpu" and each.ndim for each in given):
+                self.found.append(str(function))
+        return result
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_step_copies_nothing_from_the_host(name, inputs):
+    """On a GPU each copy waits for all that was enqueued before, and no graph can hold it."""
+    config = CONFIGS[name]
+    with torch.device("meta"):
+        model = VATT(config).train()
+    keeps = model.sample_keep(0.5, seed=0, step=0)
+    given = {key: value.to("meta") for key, value in (inputs | keeps).items()}
+    with FromHost() as copies:
+        loss = vatt_loss(model(**given), config, scale=model.scale())
+        loss.total.backward()
+    assert copies.found == []
+    with FromHost() as copies:  # it does count: indices on the host, once for each tower
+        model(**given | keeps)
+    assert copies.found == ["aten._to_copy.default"] * 2
+
+
+@pytest.mark.parametrize("capturing", [False, True])
+def test_what_goes_to_a_gpu_is_pinned_first(monkeypatch, capturing):
+    class Recorder:
+        device, calls = torch.device("cpu"), ()
+
+        def pin_memory(self):
+            self.calls += ("pin_memory",)
+            return self
+
+        def to(self, device, non_blocking):
+            self.calls += (device.type, non_blocking)
+            return self
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    pinned = () if capturing else ("pin_memory",)
+    sent = model_module._send(Recorder(), torch.device("cuda"))
+    assert sent.calls == (*pinned, "cuda", True)
+    assert model_module._send(Recorder(), torch.device("cpu")).calls == ("cpu", True)
+
+
+def test_the_buckets_of_distances_survive_a_model_without_memory():
+    """They are no weights: what fills in the weights does not know them."""
+    model = VATT(SMALL)
+    expected = model.text_encoder.distance_buckets
+    with torch.device("meta"):
+        empty = VATT(SMALL)
+    empty.to_empty(device="cpu").load_state_dict(model.state_dict())
+    assert torch.equal(empty.text_encoder.distance_buckets, expected) and expected.any()
+    assert not [name for name in model.state_dict() if "buckets" in name]
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,9 @@ from training_runs import metrics, settings, write_media
 
 from vatt_fast.cli import main
 from vatt_fast.config import PRESETS
+from vatt_fast.data.clips import Batch
 from vatt_fast.model import VATT, create_model
+from vatt_fast.training import loop as loop_module
 from vatt_fast.training import step as step_module
 from vatt_fast.training.loop import CHECKPOINT, METRICS, pretrain
 from vatt_fast.training.schedule import learning_rate
@@ -39,6 +41,32 @@ def folder(tmp_path_factory):
 
 def run(config, **options):
     return pretrain(config, model_config=MODEL, progress=False, **options)
+
+
+@pytest.mark.parametrize("pinned", [False, True])
+def test_batches_go_to_a_gpu_from_pinned_memory(folder, tmp_path, monkeypatch, pinned):
+    """Out of pageable memory the copy waits for the end of the last step."""
+    seen, original = [], loop_module.loader
+
+    def loader(*args, pin_memory, **options):
+        seen.append(pin_memory)
+        return original(*args, **options)
+
+    class Trainer(step_module.TorchTrainer):
+        def __init__(self, *args):
+            super().__init__(*args)
+            assert self.pin_memory == (self.device.type == "cuda")
+            self.pin_memory = pinned
+
+    def to(self, device, non_blocking=False):
+        seen.append(non_blocking)
+        return self
+
+    monkeypatch.setattr(loop_module, "loader", loader)
+    monkeypatch.setattr(loop_module, "TorchTrainer", Trainer)
+    monkeypatch.setattr(Batch, "to", to)
+    run(settings(folder, tmp_path, steps=1, warmup_steps=0, device="cpu"))
+    assert seen == [pinned, pinned]
 
 
 def test_schedules_as_released():

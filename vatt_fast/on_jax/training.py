@@ -311,6 +311,7 @@ class JaxTrainer:
     """The JAX model on all devices of this host."""
 
     start_method: str | None = "spawn"  # JAX's threads do not survive a fork
+    pin_memory = False
 
     def __init__(self, run: PretrainConfig, config: VATTConfig, vocabulary: Vocabulary):
         devices = pick_devices(run.device)

@@ -71,7 +71,8 @@ def pretrain(
     out.mkdir(parents=True, exist_ok=True)
     logger = MetricsLog(out, start)
 
-    batches = loader(dataset, start, run.steps, run.workers, start_method=trainer.start_method)
+    options: dict[str, Any] = dict(pin_memory=trainer.pin_memory, start_method=trainer.start_method)
+    batches = loader(dataset, start, run.steps, run.workers, **options)
     quiet = None if progress else True
     bar = tqdm(total=run.steps, initial=start, desc="pretrain", unit="step", disable=quiet)
     began, clips = time.perf_counter(), 0

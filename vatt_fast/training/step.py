@@ -25,6 +25,7 @@ class Trainer(Protocol):
 
     devices: int  # that share this process's batch
     start_method: str | None  # of the loader's worker processes; None: Python's default
+    pin_memory: bool  # batches are wanted in page-locked memory
 
     def restore(self, path: Path, identity: dict[str, Any]) -> int:
         """Continue from a checkpoint; returns the number of steps done."""
@@ -48,6 +49,7 @@ class TorchTrainer:
 
     def __init__(self, run: PretrainConfig, config: VATTConfig, vocabulary: Vocabulary):
         self.run, self.device = run, pick_device(run.device)
+        self.pin_memory = self.device.type == "cuda"
         self.autocast = autocast(run.precision, self.device)
         self._model = initial_model(config, vocabulary, run.seed).to(self.device).train()
         trainable = [p for p in self._model.parameters() if p.requires_grad]
@@ -61,7 +63,8 @@ class TorchTrainer:
     def step(self, batch: Batch, step: int, rate: float) -> VATTLoss:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        batch = batch.to(self.device)
+        # the copy out of pageable memory would wait for the last step's end
+        batch = batch.to(self.device, non_blocking=self.pin_memory)
         loss = train_step(self._model, self.optimizer, batch, self.run, step, self.autocast)
         va, vt = (None if part is None else part.detach() for part in (loss.va, loss.vt))
         return VATTLoss(loss.total.detach(), va, vt)
