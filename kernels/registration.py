@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch._functorch.autograd_function import enable_single_level_autograd_function
 from torch.autograd import forward_ad
-from torch.utils.flop_counter import register_flop_formula
 
+from . import flop_formulas
 from .dispatch import autocast_dtype, choose
 
 _library = torch.library.Library("vatt_fast", "FRAGMENT")
@@ -100,9 +100,8 @@ class Operator:
             self._fake_backward,
             self._refuse,
         )
-        count = {name: self._flops, f"{name}_backward": self._backward_flops}
-        for each, formula in count.items():
-            register_flop_formula(getattr(torch.ops.vatt_fast, each))(formula)
+        flop_formulas.add(getattr(torch.ops.vatt_fast, name), self._flops)
+        flop_formulas.add(getattr(torch.ops.vatt_fast, f"{name}_backward"), self._backward_flops)
 
     # -- what runs inside ------------------------------------------------------------------------
 

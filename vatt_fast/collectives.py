@@ -5,7 +5,6 @@ Both are differentiable, and identities on a single device.
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional as dist_functional
 from torch import Tensor
 
 
@@ -28,9 +27,16 @@ def gather(x: Tensor) -> Tensor:
         parts = [torch.empty_like(x) for _ in range(world_size())]
         dist.all_gather(parts, x.contiguous())
         return torch.stack(parts)
-    return torch.stack(list(dist_functional.all_gather(x.contiguous())))
+    return torch.stack(list(_differentiable().all_gather(x.contiguous())))
 
 
 def total(x: Tensor) -> Tensor:
     """Sum of x over devices; the gradient is summed over devices too."""
-    return dist_functional.all_reduce(x) if world_size() > 1 else x
+    return _differentiable().all_reduce(x) if world_size() > 1 else x
+
+
+def _differentiable():
+    """Imported on use, because its package writes a module to a temporary folder first."""
+    import torch.distributed.nn.functional
+
+    return torch.distributed.nn.functional

@@ -51,7 +51,13 @@ from .weights import WEIGHTS, load_weights, read_folder, save_model
 # lengths may be symbolic in torch.compile, so constants depend on the weights' sizes alone
 
 
-@torch.compiler.assume_constant_result
+def _constant_when_compiled(function):
+    """``torch.compiler.assume_constant_result``, which imports the whole compiler to set this."""
+    function._dynamo_marked_constant = True
+    return function
+
+
+@_constant_when_compiled
 def _spline(n_old: int) -> tuple[Tensor, Tensor]:
     knots, second = spline(n_old)
     return torch.from_numpy(knots), torch.from_numpy(second)

@@ -29,6 +29,8 @@ def check(
     if weight.ndim != 2 or weight.shape[1] != values or not is_float(weight):
         raise ValueError(f"weight is {shown(weight)}; it must be float (dim, k) with k = {values}")
     dim = weight.shape[0]
+    if bias is None:
+        raise ValueError(f"bias is None; it must be float ({dim},), zeros for none")
     for name, vector in (("bias", bias), ("agg", agg)):
         if vector is not None and (tuple(vector.shape) != (dim,) or not is_float(vector)):
             raise ValueError(f"{name} is {shown(vector)}; it must be float ({dim},)")

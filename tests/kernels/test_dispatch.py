@@ -716,6 +716,30 @@ def test_the_public_names_are_the_functions_not_their_folders():
         assert isinstance(getattr(vatt_fast.kernels, name), types.FunctionType), name
 
 
+def test_importing_is_light():
+    """Beside torch: no compiler, no Triton, no JAX, and few megabytes."""
+    code = """
+import sys, torch
+before = set(sys.modules)
+import vatt_fast
+print(*{name.split(".")[0] for name in set(sys.modules) - before})
+print([name for name in ("torch._dynamo", "torch.distributed.nn", "sympy") if name in sys.modules])
+from torch.utils.flop_counter import FlopCounterMode
+from vatt_fast.kernels import patch_embed
+with FlopCounterMode(display=False) as counter:
+    patch_embed(torch.rand(1, 4, 6), torch.rand(8, 6), torch.rand(8), scale=1.0, shift=0.0)
+print(counter.get_total_flops())
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    packages = set(done[0].split()) - {"torch"}
+    assert packages <= {"vatt_fast", "safetensors", "numpy"}, packages
+    assert done[1] == "[]"
+    # the formulas are there although the counter was imported last
+    assert int(done[2]) == 2 * 4 * 6 * 8
+
+
 def test_kernels_import_nothing_of_the_model():
     """Only their own relative modules, torch, numpy, and lazily jax."""
     folder = Path(vatt_fast.kernels.__file__).parent
@@ -905,6 +929,10 @@ X, Y = torch.zeros(3, 8), torch.zeros(6, 8)
             r"bias is \(3,\) torch.float32; it must be float \(4,\)",
         ),
         (lambda: patch_embed(ROWS, WEIGHT, BIAS.int(), **PIXELS), "bias is .* torch.int32"),
+        (
+            lambda: patch_embed(ROWS, WEIGHT, None, **PIXELS),
+            r"bias is None; it must be float \(4,\), zeros for none",
+        ),
         (lambda: patch_embed(ROWS, WEIGHT, BIAS, agg=BIAS[:3], **PIXELS), r"agg is \(3,\)"),
         (
             lambda: patch_embed(ROWS, WEIGHT, BIAS, torch.zeros(5, 4), **PIXELS),
