@@ -9,7 +9,7 @@
     python -m bench compile --target sm_90        # kernels through the real compilers, no device
     python -m bench tune                # the Triton kernels' tiles, on a GPU
     python -m bench gpu --out DIR       # everything that waits for a GPU
-    python -m bench report              # page, figures and the tables of the docs, from the lines
+    python -m bench report              # figures, and the tables of the docs, from the lines
 
 Lines go to bench/results/<machine>.jsonl. A command that measures may be killed at any time and,
 with --resume, continues with what the results do not hold for this code.
@@ -143,9 +143,9 @@ def _parser() -> argparse.ArgumentParser:
     option("--budget", type=float, default=gpu.BUDGET_S, help="seconds a stage may take")
     option("--dry-run", action="store_true", help="on the CPU, smallest cases, one round")
 
-    option = made.add(_report, "page, figures and the marked tables of the docs")
+    option = made.add(_report, "figures, and the marked tables of the docs")
     option("--results", type=Path, default=lines.RESULTS, help="folder of result lines")
-    option("--out", type=Path, default=ROOT / "bench", help="folder of report.html and figures/")
+    option("--out", type=Path, default=ROOT / "bench" / "figures", help="folder of the figures")
     pages = [ROOT / "README.md", ROOT / "docs" / "benchmarks.md"]
     option("--pages", type=Path, nargs="*", default=pages, help="their marked tables are made anew")
     option("--check", action="store_true", help="write nothing; 1 where a table would change")

@@ -22,7 +22,7 @@ from vatt_fast.inputs import sample_keeps
 from vatt_fast.kernels import use_backend
 from vatt_fast.losses import vatt_loss
 from vatt_fast.model import VATT, VATTOutput
-from vatt_fast.paper_tables import convention_flops, flops_table
+from vatt_fast.paper_tables import flops_table
 
 from .floors import Mode
 from .timer import Call
@@ -71,38 +71,19 @@ CONFIGURATIONS: dict[str, Configuration] = {
 }
 
 
-class GFLOPs(NamedTuple):
-    """Forward, one clip."""
+def gflops(name: str, drop_rate: float) -> tuple[float, float | None]:
+    """Of a clip forward, of a name in ``OF_THE_PAPER``: as timed, and as published if it was.
 
-    published: float | None
-    convention: float  # as the paper counts: all patches projected, two texts
-    true: float  # kept patches projected, features of all tokens, the configuration's own texts
-    # as true, but the last blocks work for AGG alone: what our contenders are timed at
-    timed: float
-
-
-def gflops(name: str, drop_rate: float) -> GFLOPs | None:
-    """None for what is in none of the paper's tables."""
-    if name not in OF_THE_PAPER:
-        return None
+    As timed: kept patches projected, the configuration's own texts, the last blocks for AGG alone.
+    """
     config, modalities, published_as = OF_THE_PAPER[name]
+    counted = true_flops(config, drop_rate, features=False, modalities=modalities)
     published = {
         (row["table"], row["configuration"], row["drop_rate"]): row["published_gflops"]
         for row in flops_table()
     }
-    convention = convention_flops(
-        config.with_recipe("released"),  # the model that the profiler saw
-        drop_rate,
-        modalities=modalities,
-        # the graph that the paper's rows are of
-        training=modalities == MODALITIES or drop_rate > 0,
-    )
-    true, timed = (
-        sum(true_flops(config, drop_rate, features=each, modalities=modalities).values()) / 1e9
-        for each in (True, False)
-    )
     found = published.get((*published_as, drop_rate)) if published_as else None
-    return GFLOPs(found, convention / 1e9, true, timed)
+    return sum(counted.values()) / 1e9, found
 
 
 # -- formulations -----------------------------------------------------------------------------
