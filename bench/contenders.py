@@ -46,44 +46,48 @@ def of_op(
     exact = calls.truth(op, inputs, DTYPES[dtype])
     plain = parity.errors(calls.values(calls.on_backend(op, "plain"), op, inputs), exact)
     sets = calls.input_sets(case, DTYPES[dtype], setting.device)
-    candidates: list[tuple[str, Peer | None]] = [
-        (name, None) for name in setting.backends or (AUTO, *backends.BACKENDS[op])
+
+    def ours(name: str) -> Contender | str:
+        if reason := _refused(setting, op, name):
+            return reason
+        function = calls.on_backend(op, "" if name == AUTO else name)
+        errors, no_backward = _errors(function, op, inputs, exact)
+        if reason := calls.red(errors, plain, DTYPES[dtype]):
+            setting.set_verdict(op, name, reason)
+            print(f"RED: {op} {name} on {case.name} {dtype}: {reason}; it is not timed")
+            return reason
+        build = functools.partial(_build, function, op, sets, no_backward)
+        return Contender(name, True, build, errors=errors)
+
+    def theirs(peer: Peer) -> Contender | str:
+        function = peer.build(case, setting.device)
+        if isinstance(function, str):
+            return function
+        errors, no_backward = _errors(function, op, inputs, exact) if peer.alike else ({}, None)
+        if not max(errors.values(), default=0) < 1:
+            return f"it computes something else: errors {errors}"
+        build = functools.partial(_build, function, op, sets, no_backward)
+        return Contender(peer.name, False, build, peer.alike, peer.package, errors)
+
+    candidates: list[tuple[str, Callable[[], Contender | str]]] = [
+        (name, functools.partial(ours, name))
+        for name in setting.backends or (AUTO, *backends.BACKENDS[op])
     ]
     candidates += [
-        (each.name, each)
+        (each.name, functools.partial(theirs, each))
         for each in peers(op, setting.peer_names)
         if setting.compiled_peers or not each.compiled or setting.peer_names
     ]
     found: list[Contender] = []
-    for name, peer in candidates:
-        if peer is None and (reason := _refused(setting, op, name)):
-            absent[name] = reason
-            continue
-        errors: dict[str, float] = {}
-        no_backward: str | None = None
+    for name, made in candidates:
         try:
-            function: Function | str
-            if peer is None:
-                function = calls.on_backend(op, "" if name == AUTO else name)
-            else:
-                function = peer.build(case, setting.device)
-            if isinstance(function, str):
-                absent[name] = function
-                continue
-            if peer is None or peer.alike:
-                errors, no_backward = _errors(function, op, inputs, exact)
+            contender = made()
         except Exception as error:
-            absent[name] = first_line(error)
-            continue
-        if peer is None and (reason := calls.red(errors, plain, DTYPES[dtype])):
-            absent[name] = setting.refused[op, name] = reason
-            print(f"RED: {op} {name} on {case.name} {dtype}: {reason}; it is not timed")
-        elif peer is not None and peer.alike and not max(errors.values()) < 1:
-            absent[name] = f"it computes something else: errors {errors}"
+            contender = first_line(error)
+        if isinstance(contender, str):
+            absent[name] = contender
         else:
-            build = functools.partial(_build, function, op, sets, no_backward)
-            alike, package = (peer.alike, peer.package) if peer else (True, None)
-            found.append(Contender(name, peer is None, build, alike, package, errors))
+            found.append(contender)
     return found
 
 

@@ -37,9 +37,8 @@ class Setting:
     seconds: float | None = None  # instead: of the rounds of each race; at least two are run
     tiles: str = ""  # which tuned table is in use, where it is not the installed one
     ceilings: dict[str, Ceilings] = field(default_factory=dict)
-    # (op, backend) -> why parity forbids timing; and those that passed
-    refused: dict[tuple[str, str], str] = field(default_factory=dict)
-    green: set[tuple[str, str]] = field(default_factory=set)
+    # (op, backend) -> why parity forbids timing, None where it is green
+    verdicts: dict[tuple[str, str], str | None] = field(default_factory=dict)
 
     def __post_init__(self):
         cuda = self.device.type == "cuda"
@@ -75,26 +74,26 @@ class Setting:
         return {"deadline": time.monotonic() + self.seconds, "least": 2}
 
     def set_verdict(self, op: str, backend: str, reason: str | None) -> None:
-        """What parity said of a backend: None where it is green."""
-        self.refused.pop((op, backend), None)
-        self.green.discard((op, backend))
-        if reason:
-            self.refused[op, backend] = reason
-        else:
-            self.green.add((op, backend))
+        self.verdicts[op, backend] = reason
+
+    @property
+    def refused(self) -> dict[tuple[str, str], str]:
+        return {pair: reason for pair, reason in self.verdicts.items() if reason}
 
     def refusal(self, ops: Iterable[str] = tuple(OPS)) -> str | None:
         """Why what dispatch chooses among, in a whole step or as "auto", may not be timed.
 
         All of it must be green, except for what cannot run here.
         """
-        chosen = {op: chosen_among(op, self.device) for op in ops}
-        pairs = [(op, name) for op, names in chosen.items() for name in names]
-        if red := [pair for pair in pairs if RED in self.refused.get(pair, "")]:
-            return f"{RED}: {', '.join(' '.join(pair) for pair in red)}"
-        if dark := [op for op in chosen if not any(of == op for of, _ in self.green & {*pairs})]:
-            return f"no parity check of {', '.join(dark)} has passed here"
-        return None
+        red, unchecked = [], []
+        for op in ops:
+            names = chosen_among(op, self.device)
+            red += [f"{op} {name}" for name in names if RED in self.refused.get((op, name), "")]
+            if not any(self.verdicts.get((op, name), "unchecked") is None for name in names):
+                unchecked.append(op)
+        if red:
+            return f"{RED}: {', '.join(red)}"
+        return f"no parity check of {', '.join(unchecked)} has passed here" if unchecked else None
 
     @property
     def red(self) -> bool:

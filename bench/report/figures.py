@@ -172,8 +172,8 @@ def save(panels: Sequence[Panel], columns: int, path: Path) -> None:
         axes = figure.subplots(rows, columns, squeeze=False).flat
         for panel, axis in zip(panels, axes, strict=False):
             _draw(panel, axis, styles)
-        place = dict(loc="outside lower center", ncols=legend_columns, borderaxespad=0.8)
-        figure.legend(handles=handles, frameon=False, handlelength=4.4, **place)
+        shape: dict[str, Any] = dict(ncols=legend_columns, handlelength=4.4, borderaxespad=0.8)
+        figure.legend(handles=handles, loc="outside lower center", frameon=False, **shape)
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=120, metadata={"Software": None})  # a version would change bytes
 
