@@ -70,7 +70,6 @@ class _Commands:
         option("--device", default=here, choices=["cpu", "cuda"])
         option("--dtype", choices=[*DTYPES], help="bf16 where the hardware multiplies it, or fp32")
         option("--mode", nargs="+", default=["fwd", "fwd+bwd"], choices=modes)
-        option("--rounds", type=int, default=0, help="of each race; some unless given")
         option("--seconds", type=float, default=seconds, help="of a race; two rounds at least run")
         option("--resume", action="store_true", help="leave out what the results hold")
         option("--out", help="append lines to this file; the machine's own unless given, '': none")
@@ -101,7 +100,6 @@ def _parser() -> argparse.ArgumentParser:
     option("--drop-rate", type=float, nargs="+", default=list(sweeps.DROP_RATES))
     option("--batch", type=int, help="clips; 0: the largest power of two up to 256 that fits a GPU")
     option("--features", nargs="+", choices=["no", "yes"], default=["no"])
-    option("--contenders", nargs="+", default=["auto", "plain"], help="auto, plain, reference")
     option("--compile", nargs="*", default=["default"], help="its modes; on a CPU at rate 0.5")
 
     option = made.add_measured(_scaling, "time ops by size", seconds=30, modes=both)
@@ -177,7 +175,6 @@ def _everything() -> int:
 
 def _setting(given: argparse.Namespace, **options: Any) -> tuple[Setting, str]:
     """The setting that options ask for, and the dtype."""
-    options |= dict(rounds=given.rounds or options.get("rounds", 0))
     device = torch.device(given.device)
     made = Setting(device, seconds=given.seconds, **options)
     return made, given.dtype or native_dtype(device)
@@ -198,18 +195,18 @@ def _ops(given: argparse.Namespace) -> int:
         given.out = ""  # some contenders alone are kept in no file
     status = 0
     for op in given.op:
+        known = (AUTO, *backends.BACKENDS[op])
+        if unknown := sorted(set(given.backends or ()) - {*known}):
+            raise ValueError(f"unknown backends {', '.join(unknown)}; {op} has {', '.join(known)}")
         # what a user gets, and those it is chosen among; the others would be refused one by one
         chosen = [AUTO, *chosen_among(op, torch.device("cpu"))] if cpu else None
         asked = given.backends or chosen
-        if unknown := sorted(set(given.backends or ()) - {AUTO, *backends.BACKENDS[op]}):
-            known = ", ".join(backends.BACKENDS[op])
-            raise ValueError(f"unknown backends {', '.join(unknown)}; {op} has {known}")
         names = None if given.peers is None else tuple(given.peers)
-        setting, dtype = _setting(given, backends=tuple(asked) if asked else None, peer_names=names)
-        peers(op, names)
+        peers(op, names)  # refuses unknown names before anything is measured
+        setting, dtype = _setting(given, backends=asked and tuple(asked), peer_names=names)
         cases = calls.select(op, given.case or ["cpu" if cpu else "primary"])
         out = _out(given, setting)
-        if given.resume and out:
+        if given.resume:
             cases = [c for c in cases if not is_measured(setting, out, op, c, dtype, given.mode)]
         if cases:
             gate(setting, [op], dtype)
@@ -227,8 +224,6 @@ def _tell(missing: Sequence[sweeps.Missing]) -> None:
 def _steps(given: argparse.Namespace) -> int:
     setting, dtype = _setting(given, clock="perf_counter", rounds=7, warmup=0)
     on_gpu = given.device == "cuda"
-    compiled_at = given.drop_rate if on_gpu else _COMPILED_AT
-    steps.formulations(given.contenders, given.compile)  # refuses unknown names
     if given.batch == 0 and not on_gpu:
         raise ValueError("--batch 0 fits the batch to a GPU's memory; on a CPU give a number")
     wanted = []
@@ -236,9 +231,8 @@ def _steps(given: argparse.Namespace) -> int:
     for name, mode, rate, features in itertools.product(*choices):
         usual = 32 if name == "tiny" else 16 if on_gpu else 1
         batch = usual if given.batch is None else given.batch
-        modes = tuple(given.compile) if rate in compiled_at else ()
-        names = tuple(given.contenders)
-        wanted.append(Cell(name, rate, mode, batch, modes, names, features == "yes"))
+        modes = tuple(given.compile) if on_gpu or rate in _COMPILED_AT else ()
+        wanted.append(Cell(name, rate, mode, batch, modes, features=features == "yes"))
     out = _out(given, setting)
     if given.resume and out:
         wanted = sweeps.unmeasured(wanted, dtype, out, setting)
@@ -263,11 +257,8 @@ def _scaling(given: argparse.Namespace) -> int:
         if unknown := sorted(set(sizes) - set(cases)):
             told, known = (", ".join(map(str, each)) for each in (unknown, cases))
             raise ValueError(f"{op} has no size {told}; it has {known}")
-        done = (
-            given.resume and out and is_measured(setting, out, op, cases[size], dtype, given.mode)
-            for size in sizes
-        )
-        if all(done):
+        done = (is_measured(setting, out, op, cases[n], dtype, given.mode) for n in sizes)
+        if given.resume and all(done):
             continue
         gate(setting, [op], dtype, chosen_only=True)
         status |= setting.refusal([op]) is not None

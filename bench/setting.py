@@ -173,11 +173,11 @@ def gate(setting: Setting, ops: Iterable[str], dtype: str, *, chosen_only: bool 
         chosen_only: only those that dispatch may choose, as a whole step runs them.
     """
     for op in ops:
-        names: Sequence[str] = setting.backends or backends.BACKENDS[op]
-        if chosen_only or AUTO in (setting.backends or ()):
-            names = chosen_among(op, setting.device)
-        for name in names:
-            if interpreted(name, setting.device):
+        names = [] if chosen_only else list(setting.backends or backends.BACKENDS[op])
+        if chosen_only or AUTO in names:
+            names += chosen_among(op, setting.device)
+        for name in dict.fromkeys(names):
+            if name == AUTO or interpreted(name, setting.device):
                 continue
             reason = verdict_of(op, name, dtype, setting.device, setting.deadline)
             setting.set_verdict(op, name, reason)
@@ -186,9 +186,11 @@ def gate(setting: Setting, ops: Iterable[str], dtype: str, *, chosen_only: bool 
 
 
 def is_measured(
-    setting: Setting, out: str | Path, op: str, case: Case, dtype: str, modes: Sequence[Mode]
+    setting: Setting, out: Path | None, op: str, case: Case, dtype: str, modes: Sequence[Mode]
 ) -> bool:
     """Whether ``out`` holds fresh lines of "auto" in all modes, or of ours where not asked for."""
+    if out is None:
+        return False
     found = lines.measured(out, setting.machine, op=op, case=case.name, dtype=dtype, ours=True)
     wanted = None if setting.backends and AUTO not in setting.backends else AUTO
     return set(modes) <= {line.mode for line in found if wanted in (None, line.backend)}

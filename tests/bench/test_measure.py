@@ -259,6 +259,12 @@ def test_the_gate_asks_the_batterys_check(monkeypatch, capsys):
     assert "triton_gpu" not in {backend for _, backend, *_ in asked}  # it would be interpreted
     assert "parity is red: attention torch_sdpa" in here.refusal(["attention"])
     assert "no parity check of drop_token has passed" in here.refusal(["drop_token"])
+    asked.clear()
+    setting.gate(quick(("auto", "torch_cudnn"), ()), ["attention"], "bf16")  # and who was named
+    assert {name for _, name, *_ in asked} == {
+        *setting.chosen_among("attention", CPU),
+        "torch_cudnn",
+    }
 
 
 def test_a_wrong_kernel_is_red_and_not_timed(monkeypatch):
@@ -353,7 +359,7 @@ def test_what_measuring_writes_makes_no_tree_dirty(tmp_path, monkeypatch):
 def test_the_command_gates_times_and_writes(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(__main__, "keep_host_memory", lambda: None)  # of the test process
     out = tmp_path / "lines.jsonl"
-    asked = "ops --device cpu --op drop_token --case ragged one_kept --dtype fp32 --rounds 2"
+    asked = "ops --device cpu --op drop_token --case ragged one_kept --dtype fp32 --seconds 0"
     only = "--backends reference --peers gather"
     assert __main__.main([*asked.split(), *only.split(), "--out", str(out)]) == 0
     found = lines.read(out)

@@ -4,23 +4,19 @@ import dataclasses
 
 import pytest
 import torch
-from bench_lines import no_gate
+from bench_lines import LINE, no_gate
 
 from bench import __main__, floors, lines, sweeps
-from bench.sweeps import Cost, predict, too_much
 from vatt_fast.kernels.cases import AttentionCase
 
 CPU = torch.device("cpu")
 
 
-def test_costs_grow_with_the_square():
-    assert predict(Cost(10, 2.0, 100), 30) == (30, pytest.approx(18.0), 900)
-
-
 def test_who_would_take_too_much_is_told_why():
-    assert too_much(Cost(1, 999.0, 2**30), 1000.0, 2**31) is None
-    assert "about 2 s, more than 1" in too_much(Cost(1, 2000.0, 0), 1000.0, 2**31)
-    assert "about 4 GiB, 2 are free" in too_much(Cost(1, 1.0, 2**32), 1000.0, 2**31)
+    last = dataclasses.replace(LINE, ms_p50=100.0, peak_bytes=2**28)
+    assert sweeps.too_much(last, 4, 1.0, 2**31) is None
+    assert "about 2 s, more than 1" in sweeps.too_much(last, 20, 1.0, 2**33)
+    assert "about 4 GiB, 2 are free" in sweeps.too_much(last, 16, 2.0, 2**31)
     assert 2**20 < sweeps.free_bytes(CPU) < 2**45
 
 
@@ -59,7 +55,7 @@ def test_a_size_is_measured_once_and_the_slow_leave(small, monkeypatch, tmp_path
     assert {(line.case, line.rounds) for line in first} == {("scaling_tokens_5", 2)}
     # as if a peer had taken long at the small size; of an earlier run the last of each counts
     slow = [
-        dataclasses.replace(line, ms_p50=1e5 if line.backend == "eager" else 1.0) for line in first
+        dataclasses.replace(line, ms_p50=1e3 if line.backend == "eager" else 1.0) for line in first
     ]
     out.unlink()
     lines.append(out, [dataclasses.replace(line, ms_p50=1.0) for line in slow])

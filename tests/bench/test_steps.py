@@ -56,9 +56,7 @@ def test_every_formulation_of_the_step_has_the_same_loss(features):
     assert len(set(losses["reference"].tolist())) == 3  # it trains
 
 
-def test_unknown_formulations_are_refused_and_reference_is_not_compiled():
-    with pytest.raises(ValueError, match="unknown contenders fast"):
-        steps.formulations(("fast",), ())
+def test_reference_is_not_compiled():
     found = steps.formulations(("auto", "reference"), ("default", "max-autotune"))
     titles = [each.title for each in found]
     assert titles == ["auto", "auto_compiled", "auto_max-autotune", "reference"]
