@@ -46,55 +46,47 @@ def of_op(
     exact = calls.truth(op, inputs, DTYPES[dtype])
     plain = parity.errors(calls.values(calls.on_backend(op, "plain"), op, inputs), exact)
     sets = calls.input_sets(case, DTYPES[dtype], setting.device)
-
-    def ours(name: str) -> Contender | str:
-        if reason := _refused(setting, op, name):
-            return reason
-        function = calls.on_backend(op, "" if name == AUTO else name)
-        errors, no_backward = _errors(function, op, inputs, exact)
-        if reason := calls.red(errors, plain, DTYPES[dtype]):
-            setting.set_verdict(op, name, reason)
-            print(f"RED: {op} {name} on {case.name} {dtype}: {reason}; it is not timed")
-            return reason
-        build = functools.partial(_build, function, op, sets, no_backward)
-        return Contender(name, True, build, errors=errors)
-
-    def theirs(peer: Peer) -> Contender | str:
-        function = peer.build(case, setting.device)
-        if isinstance(function, str):
-            return function
-        errors, no_backward = _errors(function, op, inputs, exact) if peer.alike else ({}, None)
-        if not max(errors.values(), default=0) < 1:
-            return f"it computes something else: errors {errors}"
-        build = functools.partial(_build, function, op, sets, no_backward)
-        return Contender(peer.name, False, build, peer.alike, peer.package, errors)
-
-    candidates: list[tuple[str, Callable[[], Contender | str]]] = [
-        (name, functools.partial(ours, name))
-        for name in setting.backends or (AUTO, *backends.BACKENDS[op])
-    ]
-    candidates += [
-        (each.name, functools.partial(theirs, each))
+    backend = functools.partial(_backend, setting, op)
+    names = setting.backends or (AUTO, *backends.BACKENDS[op])
+    ours = [Peer(op, name, functools.partial(backend, name)) for name in names]
+    theirs = [
+        each
         for each in peers(op, setting.peer_names)
         if setting.compiled_peers or not each.compiled or setting.peer_names
     ]
     found: list[Contender] = []
-    for name, made in candidates:
+    for each in (*ours, *theirs):
+        errors: dict[str, float] = {}
+        no_backward: str | None = None
         try:
-            contender = made()
+            function = each.build(case, setting.device)
+            if not isinstance(function, str) and each.alike:
+                errors, no_backward = _errors(function, op, inputs, exact)
         except Exception as error:
-            contender = first_line(error)
-        if isinstance(contender, str):
-            absent[name] = contender
+            function = first_line(error)
+        if isinstance(function, str):
+            absent[each.name] = function
+        elif each in ours and (reason := calls.red(errors, plain, DTYPES[dtype])):
+            absent[each.name] = reason
+            setting.set_verdict(op, each.name, reason)
+            print(f"RED: {op} {each.name} on {case.name} {dtype}: {reason}; it is not timed")
+        elif each in theirs and not max(errors.values(), default=0) < 1:
+            absent[each.name] = f"it computes something else: errors {errors}"
         else:
-            found.append(contender)
+            build = functools.partial(_build, function, op, sets, no_backward)
+            made = Contender(each.name, each in ours, build, each.alike, each.package, errors)
+            found.append(made)
     return found
 
 
-def _refused(setting: Setting, op: str, name: str) -> str | None:
-    if interpreted(name, setting.device):
+def _backend(
+    setting: Setting, op: str, name: str, case: Case, device: torch.device
+) -> Function | str:
+    """Ours, built as a peer is; or why it may not be timed."""
+    if interpreted(name, device):
         return "Triton's interpreter runs it here: that takes no time worth telling"
-    return setting.refusal([op]) if name == AUTO else setting.refused.get((op, name))
+    reason = setting.refusal([op]) if name == AUTO else setting.refused.get((op, name))
+    return reason or calls.on_backend(op, "" if name == AUTO else name)
 
 
 def _build(
