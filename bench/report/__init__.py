@@ -20,7 +20,7 @@ from .tables import Shown, grouped, scaled, title_of
 
 @dataclass(frozen=True)
 class Report:
-    """What the lines of a folder say, sorted by what they measure."""
+    """What lines say, sorted by what they measure, and runs of accuracy."""
 
     ops: Sequence[Shown]
     scaling: Sequence[Shown]
@@ -28,13 +28,17 @@ class Report:
     runs: Sequence[sweeps.Run]
 
     @classmethod
-    def read(cls, folder: Path) -> "Report":
-        found = [line for path in lines.files(folder) for line in lines.read(path)]
-        shown = tables.current(tables.of_one_ceiling(found))
+    def of(cls, measured: Sequence[Line], runs: Sequence[sweeps.Run]) -> "Report":
+        shown = tables.current(tables.of_one_ceiling(measured))
         whole = [each for each in shown if each.line.op == "step"]
         sized = [each for each in shown if scaled(each.line)]
         ops = [each for each in shown if each.line.op != "step" and not scaled(each.line)]
-        return cls(ops, sized, whole, sweeps.read_runs(folder / sweeps.ACCURACY.name))
+        return cls(ops, sized, whole, runs)
+
+    @classmethod
+    def read(cls, folder: Path) -> "Report":
+        measured = [line for path in lines.files(folder) for line in lines.read(path)]
+        return cls.of(measured, sweeps.read_runs(folder / sweeps.ACCURACY.name))
 
 
 # -- tables of the docs -----------------------------------------------------------------------
