@@ -18,12 +18,7 @@ from vatt_fast.kernels.cases import CASES, AttentionCase, make, tag
 from vatt_fast.kernels.ops import OPS
 
 CPU = torch.device("cpu")
-PRIMARY = [
-    (op, name)
-    for op, cases in CASES.items()
-    for name, case in cases.items()
-    if tag(case) == "primary"
-]
+PRIMARY = [(op, n) for op in CASES for n, case in CASES[op].items() if tag(case) == "primary"]
 SMALL = {
     "attention": "ragged_17",
     "drop_token": "ragged",
@@ -33,9 +28,8 @@ SMALL = {
 
 
 def quick(backends, names, **options):
-    return Setting(
-        CPU, **dict(rounds=1, warmup=0, quick=True, backends=backends, peer_names=names) | options
-    )
+    options = dict(rounds=1, warmup=0, quick=True) | options
+    return Setting(CPU, backends=backends, peer_names=names, **options)
 
 
 # -- floors -----------------------------------------------------------------------------------
@@ -45,15 +39,9 @@ def quick(backends, names, **options):
 def test_floors_count_what_the_ops_register(op, name):
     """FLOPs are those of the ops' own formulas, on shapes alone, at a small batch."""
     case = dataclasses.replace(CASES[op][name], batch=2)
-    inputs = make(case, torch.bfloat16)
-    inputs = {
-        key: value.to("meta") if isinstance(value, torch.Tensor) else value
-        for key, value in inputs.items()
-    }
-    function = calls.on_backend(op, "reference")
-    counter = FlopCounterMode(display=False)
-    with counter:
-        calls.values(function, op, inputs)
+    inputs = make(case, torch.bfloat16, "meta")
+    with FlopCounterMode(display=False) as counter:
+        calls.values(calls.on_backend(op, "reference"), op, inputs)
     assert counter.get_total_flops() == floors.work(case, "fwd+bwd").flops
 
 
@@ -91,15 +79,9 @@ def test_every_case_of_the_cpu_can_be_asked_for_by_name(op):
 
 
 def test_patches_are_read_by_the_road_that_a_case_names():
-    rows, clip, audio, tiny = calls.select(
-        "patch_embed",
-        [
-            "video_mbs_drop50_b2_rows",
-            "video_mbs_drop0_b2_clip",
-            "audio_bbs_drop50_clip",
-            "video_tiny_drop50_clip",
-        ],
-    )
+    names = ("video_mbs_drop50_b2_rows", "video_mbs_drop0_b2_clip")
+    names += ("audio_bbs_drop50_clip", "video_tiny_drop50_clip")
+    rows, clip, audio, tiny = calls.select("patch_embed", names)
     assert rows.gathered and make(rows, torch.float32)["patches"].shape == (2, 784, 3072)
     assert clip.kept is None and clip.clip == (32, 224, 224, 3) and clip.patch == (4, 16, 16)
     assert audio.clip == (153600,) and audio.patch == (128,)
@@ -281,17 +263,14 @@ def test_a_wrong_kernel_is_red_and_not_timed(monkeypatch):
 
 
 def test_what_is_wrong_at_the_case_is_not_timed(monkeypatch, capsys):
-    here = quick(("reference",), ("materialised",))
-    values = calls.values
+    here, values = quick(("reference",), ("materialised",)), calls.values
+    asked = Counter()
 
     def broken(function, op, inputs, *seeds):
-        return values(function, op, inputs | wrong(function), *seeds)
+        asked["values"] += 1  # truth and plain come before the backend
+        wrong = {"scale": torch.tensor(9.0)} if asked["values"] == 3 else {}
+        return values(function, op, inputs | wrong, *seeds)
 
-    def wrong(function):  # of the backend alone: truth and plain come before it
-        broken.calls += 1
-        return {"scale": torch.tensor(9.0)} if broken.calls == 3 else {}
-
-    broken.calls = 0
     monkeypatch.setattr(calls, "values", broken)
     case = CASES["contrastive_lse"]["texts"]
     found, absent = measure_op(here, "contrastive_lse", case, "fp32", ["fwd"])
@@ -333,26 +312,22 @@ def test_what_measuring_writes_makes_no_tree_dirty(tmp_path, monkeypatch):
         command = ["git", "-c", "user.name=a", "-c", "user.email=a@b", *arguments]
         subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
 
-    def commit():
+    def commit_with(names, text):
+        for name in names:
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).write_text(text)
         machine.commit.cache_clear()
         return machine.commit()
 
     monkeypatch.setenv("VATT_FAST_COMMIT", "1234567890")
     monkeypatch.setattr(machine, "ROOT", tmp_path)
-    assert commit() == "1234567890"  # no checkout
     written = ("bench/results/cpu.jsonl", "bench/figures/a.png", "README.md", "docs/a.md")
-    for name in (*written, "kernels/a.py"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text("1\n")
-    git("init")
-    git("add", ".")
-    git("commit", "-m", "one")
-    clean = commit()
-    for name in written:
-        (tmp_path / name).write_text("2\n")
-    assert commit() == clean and len(clean) == 10
-    (tmp_path / "kernels/a.py").write_text("2\n")
-    assert commit() == f"{clean}-dirty"
+    assert commit_with((*written, "kernels/a.py"), "1\n") == "1234567890"  # no checkout
+    for arguments in (("init",), ("add", "."), ("commit", "-m", "one")):
+        git(*arguments)
+    clean = commit_with((), "")
+    assert commit_with(written, "2\n") == clean and len(clean) == 10
+    assert commit_with(("kernels/a.py",), "2\n") == f"{clean}-dirty"
     machine.commit.cache_clear()
 
 
