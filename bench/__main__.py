@@ -98,8 +98,7 @@ def _parser() -> argparse.ArgumentParser:
         help=", ".join(steps.CONFIGURATIONS),
     )
     option("--drop-rate", type=float, nargs="+", default=list(sweeps.DROP_RATES))
-    option("--batch", type=int, help="clips; 0: the largest power of two up to 256 that fits a GPU")
-    option("--features", nargs="+", choices=["no", "yes"], default=["no"])
+    option("--batch", type=int, help="clips; 1 on a CPU and 16 on a GPU, of tiny 32, unless given")
     option("--compile", nargs="*", default=["default"], help="its modes; on a CPU at rate 0.5")
 
     option = made.add_measured(_scaling, "time ops by size", seconds=30, modes=both)
@@ -224,15 +223,11 @@ def _tell(missing: Sequence[sweeps.Missing]) -> None:
 def _steps(given: argparse.Namespace) -> int:
     setting, dtype = _setting(given, clock="perf_counter", rounds=7, warmup=0)
     on_gpu = given.device == "cuda"
-    if given.batch == 0 and not on_gpu:
-        raise ValueError("--batch 0 fits the batch to a GPU's memory; on a CPU give a number")
     wanted = []
-    choices = (given.configuration, given.mode, given.drop_rate, given.features)
-    for name, mode, rate, features in itertools.product(*choices):
+    for name, mode, rate in itertools.product(given.configuration, given.mode, given.drop_rate):
         usual = 32 if name == "tiny" else 16 if on_gpu else 1
-        batch = usual if given.batch is None else given.batch
         modes = tuple(given.compile) if on_gpu or rate in _COMPILED_AT else ()
-        wanted.append(Cell(name, rate, mode, batch, modes, features=features == "yes"))
+        wanted.append(Cell(name, rate, mode, given.batch or usual, modes))
     out = _out(given, setting)
     if given.resume and out:
         wanted = sweeps.unmeasured(wanted, dtype, out, setting)

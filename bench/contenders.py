@@ -113,12 +113,10 @@ def _errors(
 # -- of a step --------------------------------------------------------------------------------
 
 
-def of_step(
-    trainer: Trainer, formulations: Sequence[Formulation], *, features: bool = False
-) -> list[Contender]:
+def of_step(trainer: Trainer, formulations: Sequence[Formulation]) -> list[Contender]:
     """The model by each formulation; for video alone also VideoMAE's tower."""
     found = [
-        Contender(each.title, each.ours, functools.partial(_model_calls, trainer, each, features))
+        Contender(each.title, each.ours, functools.partial(_model_calls, trainer, each))
         for each in formulations
     ]
     if trainer.modalities == ("video",):
@@ -127,12 +125,8 @@ def of_step(
     return found
 
 
-def _model_calls(
-    trainer: Trainer, formulation: Formulation, features: bool, mode: Mode
-) -> Sequence[Call]:
-    if mode == "fwd":
-        return trainer.inference_of(formulation)
-    return trainer.step_of(formulation, features)
+def _model_calls(trainer: Trainer, formulation: Formulation, mode: Mode) -> Sequence[Call]:
+    return trainer.inference_of(formulation) if mode == "fwd" else trainer.step_of(formulation)
 
 
 def _videomae_calls(trainer: Trainer, mode: Mode) -> Sequence[Call] | str:

@@ -89,16 +89,11 @@ def gflops(name: str, drop_rate: float) -> tuple[float, float | None]:
 # -- formulations -----------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True)
-class Formulation:
+class Formulation(NamedTuple):
     """How one contender runs the model."""
 
-    name: str  # auto, reference, plain
+    name: str  # auto: ours, or plain
     compile: str | None = None  # a mode of torch.compile
-
-    @property
-    def backend(self) -> str:
-        return "" if self.ours else self.name
 
     @property
     def ours(self) -> bool:
@@ -117,15 +112,8 @@ class Formulation:
 
 
 def formulations(names: Sequence[str], compile_modes: Sequence[str]) -> list[Formulation]:
-    """Each of ``names`` (auto, reference, plain) eager and under each mode of torch.compile.
-
-    reference is eager only: it stores every score, and is no user's choice.
-    """
-    return [
-        Formulation(name, mode)
-        for name in names
-        for mode in (None, *(compile_modes if name != "reference" else ()))
-    ]
+    """Each of ``names`` eager and under each mode of torch.compile."""
+    return [Formulation(name, mode) for name in names for mode in (None, *compile_modes)]
 
 
 # -- batches ----------------------------------------------------------------------------------
@@ -218,24 +206,22 @@ class Trainer:
     def forget_gradients(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
 
-    def step_of(self, formulation: Formulation, features: bool = False) -> list[Call]:
+    def step_of(self, formulation: Formulation) -> list[Call]:
         """Training steps, each returning its loss; the model is put in training mode."""
         self.model.train()
 
         def loss_of(batch: dict[str, Tensor]) -> Tensor:
-            output = self.model(**batch, features=features)
-            loss = self._loss(output)
-            if features:  # something asks for them: a head on each
-                found = (getattr(output, f"{each}_features") for each in self.modalities)
-                loss = loss + 0.0 * sum(each.float().mean() for each in found)
-            return loss
+            output = self.model(**batch)
+            if self.head is not None:
+                return classification_loss(self._scores(output))
+            return vatt_loss(output, self.config, scale=self.model.scale()).total
 
         function = formulation.compiled(loss_of)
 
         def step(batch: dict[str, Tensor]) -> Tensor:
             # first: the last step's gradients would lie beside this one's activations
             self.forget_gradients()
-            with use_backend(formulation.backend):
+            with use_backend("" if formulation.ours else formulation.name):
                 with self.autocast():
                     loss = function(batch)
                 loss.backward()
@@ -262,7 +248,11 @@ class Trainer:
         function = formulation.compiled(outputs_of)
 
         def infer(batch: dict[str, Tensor]) -> Tensor:
-            with use_backend(formulation.backend), self.autocast(), torch.no_grad():
+            with (
+                use_backend("" if formulation.ours else formulation.name),
+                self.autocast(),
+                torch.no_grad(),
+            ):
                 return function(batch)
 
         return [functools.partial(infer, batch) for batch in self.batches]
@@ -270,38 +260,9 @@ class Trainer:
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
-    def fitting_batch(
-        self, drop_rate: float, start: int, contenders: Sequence[Formulation], features: bool
-    ) -> int:
-        """The largest of start, start / 2, ... at which every eager training step fits the device.
-
-        Raises:
-            torch.OutOfMemoryError: not even one clip fits.
-        """
-        batch = start
-        while True:
-            try:
-                self.set_batch(batch, drop_rate, "fwd+bwd")
-                for formulation in contenders:
-                    if formulation.compile is None:
-                        self.step_of(formulation, features)[0]()
-                return batch
-            except torch.OutOfMemoryError:
-                if batch == 1:
-                    raise
-                batch //= 2
-            finally:
-                self.forget_gradients()
-                torch.cuda.empty_cache()
-
     def _scores(self, output: VATTOutput) -> Tensor:
         assert self.head is not None
         return self.head(getattr(output, f"{self.modalities[0]}_pooled"))
-
-    def _loss(self, output: VATTOutput) -> Tensor:
-        if self.head is None:
-            return vatt_loss(output, self.config, scale=self.model.scale()).total
-        return classification_loss(self._scores(output))
 
 
 def classification_loss(scores: Tensor) -> Tensor:

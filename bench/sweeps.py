@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import json
 import math
-import re
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -30,6 +29,14 @@ DROP_RATES = (0.75, 0.5, 0.25, 0.0)
 Missing = tuple[str, str, str]  # what was not measured, of whom, why
 
 
+def keep(found: Sequence[Line], out: str | Path | None) -> None:
+    """Print lines, and append them to a file where there is one."""
+    for line in found:
+        print(lines.describe(line), flush=True)
+    if out:
+        lines.append(out, found)
+
+
 def _in_turn(
     setting: Setting,
     wanted: Iterable[tuple[str, Callable[[], tuple[list[Line], Absent]]]],
@@ -46,10 +53,7 @@ def _in_turn(
             found, absent = measure()
         except Exception as error:  # such as no memory for all contenders' state: others go on
             found, absent = [], {"all": first_line(error)}
-        for line in found:
-            print(lines.describe(line), flush=True)
-        if out:
-            lines.append(out, found)
+        keep(found, out)
         measured += found
         missing += [(title, who, reason) for who, reason in absent.items()]
     return measured, missing
@@ -64,18 +68,12 @@ class Cell(NamedTuple):
     configuration: str
     drop_rate: float
     mode: Mode
-    batch: int  # 0: the largest power of two up to 256 that fits a GPU
+    batch: int
     compile: tuple[str, ...] = ()  # modes of torch.compile beside eager
-    names: tuple[str, ...] = ("auto", "plain")
-    features: bool = False  # of all tokens, so that the last block works for them too
 
     @property
     def case(self) -> str:
-        return self.at(self.batch)
-
-    def at(self, batch: int) -> str:
-        tail = "_features" if self.features else ""
-        return f"{self.configuration}_drop{round(100 * self.drop_rate)}_b{batch}{tail}"
+        return f"{self.configuration}_drop{round(100 * self.drop_rate)}_b{self.batch}"
 
 
 def measure_cells(
@@ -99,25 +97,16 @@ def measure_cells(
 def _measure_cell(
     setting: Setting, trainer: Trainer, cell: Cell, dtype: str
 ) -> tuple[list[Line], Absent]:
-    wanted = formulations(cell.names, cell.compile)
-    batch = cell.batch
-    if not batch:
-        # reference stores every score: no user's choice, so it sets no batch
-        fitted = [each for each in wanted if each.name != "reference"]
-        batch = trainer.fitting_batch(cell.drop_rate, 256, fitted, cell.features)
-    trainer.set_batch(batch, cell.drop_rate, cell.mode)
+    _, rate, mode, batch, compile_modes = cell
+    trainer.set_batch(batch, rate, mode)
+    config, modalities = trainer.config, trainer.modalities
     counted = true_flops(
-        trainer.config,
-        cell.drop_rate,
-        features=cell.features,
-        batch=batch,
-        mode=cell.mode,
-        modalities=trainer.modalities,
+        config, rate, features=False, batch=batch, mode=mode, modalities=modalities
     )
     work = Work(sum(counted.values()), 0)
-    dropout = trainer.config.dropout if cell.mode != "fwd" else 0.0
-    task = Task("step", cell.at(batch), dtype, cell.mode, work, cell.drop_rate, batch, dropout)
-    present = contenders.of_step(trainer, wanted, features=cell.features)
+    dropout = config.dropout if mode != "fwd" else 0.0
+    task = Task("step", cell.case, dtype, mode, work, rate, batch, dropout)
+    present = contenders.of_step(trainer, formulations(("auto", "plain"), compile_modes))
     with many_compilations():
         return race(setting, task, present, between=trainer.forget_gradients)
 
@@ -126,13 +115,9 @@ def unmeasured(wanted: Sequence[Cell], dtype: str, out: Path, setting: Setting) 
     """Cells without a fresh line of ours, or of ours compiled where that is wanted."""
 
     def measured(cell: Cell) -> bool:
-        known = lines.measured(
-            out, setting.machine, op="step", mode=cell.mode, dtype=dtype, ours=True
-        )
-        case = re.escape(cell.case).replace("_b0", r"_b\d+")  # batch 0: whichever fitted
-        here = {line.backend for line in known if re.fullmatch(case, line.case)}
-        names = {each.title for each in formulations(("auto",), cell.compile)}
-        return "auto" not in cell.names or names <= here
+        what = dict(op="step", case=cell.case, mode=cell.mode, dtype=dtype, ours=True)
+        found = {line.backend for line in lines.measured(out, setting.machine, **what)}
+        return {each.title for each in formulations(("auto",), cell.compile)} <= found
 
     return [cell for cell in wanted if not measured(cell)]
 

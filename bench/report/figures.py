@@ -125,7 +125,7 @@ def steps(shown: Sequence[Shown], folder: Path) -> Iterator[Path]:
     for group in tables.step_groups(shown):
         panels = [_by_drop_rate(group, mode) for mode in MODES]
         parts = (lines.slug(*group.machine), group.configuration, group.dtype, f"b{group.batch}")
-        path = folder / f"{'_'.join(parts)}{'_features' if group.features else ''}_time.png"
+        path = folder / f"{'_'.join(parts)}_time.png"
         save(panels, len(panels), path)
         yield path
 

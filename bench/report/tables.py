@@ -98,7 +98,6 @@ class Step(NamedTuple):
     configuration: str
     percent: int
     batch: int
-    features: bool
 
 
 def scaled(line: Line) -> Scaled | None:
@@ -112,13 +111,11 @@ def step(line: Line) -> Step:
     Raises:
         ValueError: the case has another form.
     """
-    found = re.fullmatch(r"(.+)_drop(\d+)_b(\d+)(_features)?", line.case)
+    found = re.fullmatch(r"(.+)_drop(\d+)_b(\d+)", line.case)
     if not found:
-        raise ValueError(
-            f"a step's case is {line.case!r}; it must be <configuration>_drop<percent>_b<batch>, "
-            "or that with _features"
-        )
-    return Step(found[1], int(found[2]), int(found[3]), bool(found[4]))
+        form = "<configuration>_drop<percent>_b<batch>"
+        raise ValueError(f"a step's case is {line.case!r}; it must be {form}")
+    return Step(found[1], int(found[2]), int(found[3]))
 
 
 def command(line: Line) -> str:
@@ -201,19 +198,17 @@ class Group(NamedTuple):
     machine: tuple[str, str]
     dtype: str
     batch: int
-    features: bool
     shown: Sequence[Shown]
 
     @property
     def title(self) -> str:
-        tail = ", features of all tokens" if self.features else ""
-        return f"{self.configuration}, {self.dtype}, batch {self.batch}{tail}"
+        return f"{self.configuration}, {self.dtype}, batch {self.batch}"
 
 
 def step_groups(shown: Iterable[Shown]) -> list[Group]:
     def key(line: Line) -> Group:
         at = step(line)
-        return Group(at.configuration, line.machine, line.dtype, at.batch, at.features, shown=())
+        return Group(at.configuration, line.machine, line.dtype, at.batch, shown=())
 
     return [group._replace(shown=members) for group, members in grouped(shown, key).items()]
 

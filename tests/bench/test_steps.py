@@ -21,10 +21,10 @@ CPU = torch.device("cpu")
 TINY = PRESETS["tiny"]
 
 
-def trained(name, drop_rate, *, batch=3, features=False, config=TINY, modalities=steps.MODALITIES):
+def trained(name, drop_rate, *, batch=3, config=TINY, modalities=steps.MODALITIES):
     trainer = steps.Trainer(config, CPU, torch.float32, modalities)
     trainer.set_batch(batch, drop_rate, "fwd+bwd")
-    return trainer, trainer.step_of(steps.formulations((name,), ())[0], features)
+    return trainer, trainer.step_of(steps.Formulation(name))
 
 
 # -- batches and formulations -----------------------------------------------------------------
@@ -45,21 +45,19 @@ def test_training_takes_kept_rows_and_inference_whole_clips():
     assert set(steps.make_batch(TINY, 2, 0.0, "fwd", CPU, 1, ("video",))) == {"video"}
 
 
-@pytest.mark.parametrize("features", [False, True])
-def test_every_formulation_of_the_step_has_the_same_loss(features):
+def test_ours_and_plain_have_the_same_loss():
     losses = {}
-    for name in ("auto", "reference", "plain"):
-        _, (one, other) = trained(name, 0.5, features=features)
+    for name in ("auto", "plain"):
+        _, (one, other) = trained(name, 0.5)
         losses[name] = torch.stack([one(), other(), one()])
-    for loss in losses.values():
-        torch.testing.assert_close(loss, losses["reference"], rtol=1e-4, atol=1e-5)
-    assert len(set(losses["reference"].tolist())) == 3  # it trains
+    torch.testing.assert_close(losses["auto"], losses["plain"], rtol=1e-4, atol=1e-5)
+    assert len(set(losses["auto"].tolist())) == 3  # it trains
 
 
-def test_reference_is_not_compiled():
-    found = steps.formulations(("auto", "reference"), ("default", "max-autotune"))
-    titles = [each.title for each in found]
-    assert titles == ["auto", "auto_compiled", "auto_max-autotune", "reference"]
+def test_a_formulation_is_named_by_its_compilation():
+    titles = [each.title for each in steps.formulations(("auto", "plain"), ("default", "max"))]
+    names = ("auto", "auto_compiled", "auto_max", "plain", "plain_compiled", "plain_max")
+    assert titles == [*names]
 
 
 def test_a_training_step_pays_for_kept_tokens_alone():
@@ -192,18 +190,17 @@ def test_a_cell_is_done_when_ours_is(small_video, monkeypatch, tmp_path):
     monkeypatch.setattr(lines, "stale", lambda line: None)
     here = Setting(CPU, quick=True)
     cell = Cell("small_video", 0.5, "fwd", 2, ("default",))
-    fitted = cell._replace(batch=0)
     line = dataclasses.replace(LINE, op="step", case=cell.case, dtype="fp32")
     line = dataclasses.replace(line, device=here.device_name, versions=here.versions)
     out = tmp_path / "lines.jsonl"
     for backend, ours, left in (
-        ("plain_compiled", False, 2),
-        ("auto", True, 2),
-        ("auto_compiled", True, 0),
+        ("plain_compiled", False, True),
+        ("auto", True, True),
+        ("auto_compiled", True, False),
     ):
         lines.append(out, [dataclasses.replace(line, backend=backend, ours=ours)])
-        assert len(sweeps.unmeasured([cell, fitted], "fp32", out, here)) == left, backend
-    assert sweeps.unmeasured([cell._replace(features=True)], "fp32", out, here)
+        assert bool(sweeps.unmeasured([cell], "fp32", out, here)) == left, backend
+    assert sweeps.unmeasured([cell._replace(batch=4)], "fp32", out, here)
 
 
 @pytest.mark.parametrize("mode", ["fwd", "fwd+bwd"])
