@@ -103,7 +103,6 @@ def _parser() -> argparse.ArgumentParser:
 
     option = made.add_measured(_scaling, "time ops by size", seconds=30, modes=both)
     option("--op", nargs="+", choices=sweeps.SIZES, default=list(sweeps.SIZES))
-    option("--size", type=int, nargs="+", help="tokens, clips or pixels; all unless given")
 
     option = made.add(_accuracy, "pre-train the demo's world by drop rate; 90 minutes on 2 cores")
     option("--drop-rate", type=float, nargs="+", default=list(sweeps.DROP_RATES))
@@ -247,18 +246,14 @@ def _scaling(given: argparse.Namespace) -> int:
     out = _out(given, setting)
     status = 0
     for op in given.op:
-        cases = sweeps.SIZES[op]
-        sizes = given.size or list(cases)
-        if unknown := sorted(set(sizes) - set(cases)):
-            told, known = (", ".join(map(str, each)) for each in (unknown, cases))
-            raise ValueError(f"{op} has no size {told}; it has {known}")
-        done = (is_measured(setting, out, op, cases[n], dtype, given.mode) for n in sizes)
+        sizes = sweeps.SIZES[op]
+        done = (is_measured(setting, out, op, c, dtype, given.mode) for c in sizes.values())
         if given.resume and all(done):
             continue
         gate(setting, [op], dtype, chosen_only=True)
         status |= setting.refusal([op]) is not None
         options = dict(longest=30.0, resume=given.resume)
-        _tell(sweeps.measure_sizes(setting, op, sizes, dtype, given.mode, out, **options))
+        _tell(sweeps.measure_sizes(setting, op, [*sizes], dtype, given.mode, out, **options))
     return int(status)
 
 
