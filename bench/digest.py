@@ -53,7 +53,7 @@ def files(
     ops = list(backends.BACKENDS) if op == "step" else [op]
     found: set[Path] = set()
     if ours:
-        name = re.split("_compiled|_max-autotune", backend)[0]
+        name = re.split("_compiled|_max-autotune| ", backend)[0]  # tiles may follow the backend
         for each in ops:
             found |= _op_files(each, name, dtype, cuda)
     if best_peer or not ours:

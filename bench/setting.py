@@ -80,20 +80,22 @@ class Setting:
     def refused(self) -> dict[tuple[str, str], str]:
         return {pair: reason for pair, reason in self.verdicts.items() if reason}
 
+    @property
+    def green(self) -> set[tuple[str, str]]:
+        return {pair for pair, reason in self.verdicts.items() if reason is None}
+
     def refusal(self, ops: Iterable[str] = tuple(OPS)) -> str | None:
         """Why what dispatch chooses among, in a whole step or as "auto", may not be timed.
 
         All of it must be green, except for what cannot run here.
         """
-        red, unchecked = [], []
-        for op in ops:
-            names = chosen_among(op, self.device)
-            red += [f"{op} {name}" for name in names if RED in self.refused.get((op, name), "")]
-            if not any(self.verdicts.get((op, name), "unchecked") is None for name in names):
-                unchecked.append(op)
-        if red:
-            return f"{RED}: {', '.join(red)}"
-        return f"no parity check of {', '.join(unchecked)} has passed here" if unchecked else None
+        chosen = {op: chosen_among(op, self.device) for op in ops}
+        pairs = [(op, name) for op, names in chosen.items() for name in names]
+        if red := [pair for pair in pairs if RED in self.refused.get(pair, "")]:
+            return f"{RED}: {', '.join(' '.join(pair) for pair in red)}"
+        if dark := [op for op in chosen if not any(of == op for of, _ in self.green & {*pairs})]:
+            return f"no parity check of {', '.join(dark)} has passed here"
+        return None
 
     @property
     def red(self) -> bool:
