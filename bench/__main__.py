@@ -9,7 +9,7 @@
     python -m bench compile --target sm_90        # kernels through the real compilers, no device
     python -m bench tune                # the Triton kernels' tiles, on a GPU
     python -m bench gpu --out DIR       # everything that waits for a GPU
-    python -m bench report              # page, figures and the tables of the docs, from the lines
+    python -m bench report              # figures, and the tables of the docs, from the lines
 
 Lines go to bench/results/<machine>.jsonl. A command that measures may be killed at any time and,
 with --resume, continues with what the results do not hold for this code.
@@ -70,7 +70,6 @@ class _Commands:
         option("--device", default=here, choices=["cpu", "cuda"])
         option("--dtype", choices=[*DTYPES], help="bf16 where the hardware multiplies it, or fp32")
         option("--mode", nargs="+", default=["fwd", "fwd+bwd"], choices=modes)
-        option("--rounds", type=int, default=0, help="of each race; some unless given")
         option("--seconds", type=float, default=seconds, help="of a race; two rounds at least run")
         option("--resume", action="store_true", help="leave out what the results hold")
         option("--out", help="append lines to this file; the machine's own unless given, '': none")
@@ -99,14 +98,11 @@ def _parser() -> argparse.ArgumentParser:
         help=", ".join(steps.CONFIGURATIONS),
     )
     option("--drop-rate", type=float, nargs="+", default=list(sweeps.DROP_RATES))
-    option("--batch", type=int, help="clips; 0: the largest power of two up to 256 that fits a GPU")
-    option("--features", nargs="+", choices=["no", "yes"], default=["no"])
-    option("--contenders", nargs="+", default=["auto", "plain"], help="auto, plain, reference")
+    option("--batch", type=int, help="clips; 1 on a CPU and 16 on a GPU, of tiny 32, unless given")
     option("--compile", nargs="*", default=["default"], help="its modes; on a CPU at rate 0.5")
 
     option = made.add_measured(_scaling, "time ops by size", seconds=30, modes=both)
     option("--op", nargs="+", choices=sweeps.SIZES, default=list(sweeps.SIZES))
-    option("--size", type=int, nargs="+", help="tokens, clips or pixels; all unless given")
 
     option = made.add(_accuracy, "pre-train the demo's world by drop rate; 90 minutes on 2 cores")
     option("--drop-rate", type=float, nargs="+", default=list(sweeps.DROP_RATES))
@@ -143,9 +139,9 @@ def _parser() -> argparse.ArgumentParser:
     option("--budget", type=float, default=gpu.BUDGET_S, help="seconds a stage may take")
     option("--dry-run", action="store_true", help="on the CPU, smallest cases, one round")
 
-    option = made.add(_report, "page, figures and the marked tables of the docs")
+    option = made.add(_report, "figures, and the marked tables of the docs")
     option("--results", type=Path, default=lines.RESULTS, help="folder of result lines")
-    option("--out", type=Path, default=ROOT / "bench", help="folder of report.html and figures/")
+    option("--out", type=Path, default=ROOT / "bench" / "figures", help="folder of the figures")
     pages = [ROOT / "README.md", ROOT / "docs" / "benchmarks.md"]
     option("--pages", type=Path, nargs="*", default=pages, help="their marked tables are made anew")
     option("--check", action="store_true", help="write nothing; 1 where a table would change")
@@ -177,7 +173,6 @@ def _everything() -> int:
 
 def _setting(given: argparse.Namespace, **options: Any) -> tuple[Setting, str]:
     """The setting that options ask for, and the dtype."""
-    options |= dict(rounds=given.rounds or options.get("rounds", 0))
     device = torch.device(given.device)
     made = Setting(device, seconds=given.seconds, **options)
     return made, given.dtype or native_dtype(device)
@@ -198,18 +193,18 @@ def _ops(given: argparse.Namespace) -> int:
         given.out = ""  # some contenders alone are kept in no file
     status = 0
     for op in given.op:
+        known = (AUTO, *backends.BACKENDS[op])
+        if unknown := sorted(set(given.backends or ()) - {*known}):
+            raise ValueError(f"unknown backends {', '.join(unknown)}; {op} has {', '.join(known)}")
         # what a user gets, and those it is chosen among; the others would be refused one by one
         chosen = [AUTO, *chosen_among(op, torch.device("cpu"))] if cpu else None
         asked = given.backends or chosen
-        if unknown := sorted(set(given.backends or ()) - {AUTO, *backends.BACKENDS[op]}):
-            known = ", ".join(backends.BACKENDS[op])
-            raise ValueError(f"unknown backends {', '.join(unknown)}; {op} has {known}")
         names = None if given.peers is None else tuple(given.peers)
-        setting, dtype = _setting(given, backends=tuple(asked) if asked else None, peer_names=names)
-        peers(op, names)
+        peers(op, names)  # refuses unknown names before anything is measured
+        setting, dtype = _setting(given, backends=asked and tuple(asked), peer_names=names)
         cases = calls.select(op, given.case or ["cpu" if cpu else "primary"])
         out = _out(given, setting)
-        if given.resume and out:
+        if given.resume:
             cases = [c for c in cases if not is_measured(setting, out, op, c, dtype, given.mode)]
         if cases:
             gate(setting, [op], dtype)
@@ -227,18 +222,11 @@ def _tell(missing: Sequence[sweeps.Missing]) -> None:
 def _steps(given: argparse.Namespace) -> int:
     setting, dtype = _setting(given, clock="perf_counter", rounds=7, warmup=0)
     on_gpu = given.device == "cuda"
-    compiled_at = given.drop_rate if on_gpu else _COMPILED_AT
-    steps.formulations(given.contenders, given.compile)  # refuses unknown names
-    if given.batch == 0 and not on_gpu:
-        raise ValueError("--batch 0 fits the batch to a GPU's memory; on a CPU give a number")
     wanted = []
-    choices = (given.configuration, given.mode, given.drop_rate, given.features)
-    for name, mode, rate, features in itertools.product(*choices):
+    for name, mode, rate in itertools.product(given.configuration, given.mode, given.drop_rate):
         usual = 32 if name == "tiny" else 16 if on_gpu else 1
-        batch = usual if given.batch is None else given.batch
-        modes = tuple(given.compile) if rate in compiled_at else ()
-        names = tuple(given.contenders)
-        wanted.append(Cell(name, rate, mode, batch, modes, names, features == "yes"))
+        modes = tuple(given.compile) if on_gpu or rate in _COMPILED_AT else ()
+        wanted.append(Cell(name, rate, mode, given.batch or usual, modes))
     out = _out(given, setting)
     if given.resume and out:
         wanted = sweeps.unmeasured(wanted, dtype, out, setting)
@@ -258,21 +246,14 @@ def _scaling(given: argparse.Namespace) -> int:
     out = _out(given, setting)
     status = 0
     for op in given.op:
-        cases = sweeps.SIZES[op]
-        sizes = given.size or list(cases)
-        if unknown := sorted(set(sizes) - set(cases)):
-            told, known = (", ".join(map(str, each)) for each in (unknown, cases))
-            raise ValueError(f"{op} has no size {told}; it has {known}")
-        done = (
-            given.resume and out and is_measured(setting, out, op, cases[size], dtype, given.mode)
-            for size in sizes
-        )
-        if all(done):
+        sizes = sweeps.SIZES[op]
+        done = (is_measured(setting, out, op, c, dtype, given.mode) for c in sizes.values())
+        if given.resume and all(done):
             continue
         gate(setting, [op], dtype, chosen_only=True)
         status |= setting.refusal([op]) is not None
         options = dict(longest=30.0, resume=given.resume)
-        _tell(sweeps.measure_sizes(setting, op, sizes, dtype, given.mode, out, **options))
+        _tell(sweeps.measure_sizes(setting, op, [*sizes], dtype, given.mode, out, **options))
     return int(status)
 
 

@@ -46,51 +46,47 @@ def of_op(
     exact = calls.truth(op, inputs, DTYPES[dtype])
     plain = parity.errors(calls.values(calls.on_backend(op, "plain"), op, inputs), exact)
     sets = calls.input_sets(case, DTYPES[dtype], setting.device)
-    candidates: list[tuple[str, Peer | None]] = [
-        (name, None) for name in setting.backends or (AUTO, *backends.BACKENDS[op])
-    ]
-    candidates += [
-        (each.name, each)
+    backend = functools.partial(_backend, setting, op)
+    names = setting.backends or (AUTO, *backends.BACKENDS[op])
+    ours = [Peer(op, name, functools.partial(backend, name)) for name in names]
+    theirs = [
+        each
         for each in peers(op, setting.peer_names)
         if setting.compiled_peers or not each.compiled or setting.peer_names
     ]
     found: list[Contender] = []
-    for name, peer in candidates:
-        if peer is None and (reason := _refused(setting, op, name)):
-            absent[name] = reason
-            continue
+    for each in (*ours, *theirs):
         errors: dict[str, float] = {}
         no_backward: str | None = None
         try:
-            function: Function | str
-            if peer is None:
-                function = calls.on_backend(op, "" if name == AUTO else name)
-            else:
-                function = peer.build(case, setting.device)
-            if isinstance(function, str):
-                absent[name] = function
-                continue
-            if peer is None or peer.alike:
+            function = each.build(case, setting.device)
+            if not isinstance(function, str) and each.alike:
                 errors, no_backward = _errors(function, op, inputs, exact)
         except Exception as error:
-            absent[name] = first_line(error)
-            continue
-        if peer is None and (reason := calls.red(errors, plain, DTYPES[dtype])):
-            absent[name] = setting.refused[op, name] = reason
-            print(f"RED: {op} {name} on {case.name} {dtype}: {reason}; it is not timed")
-        elif peer is not None and peer.alike and not max(errors.values()) < 1:
-            absent[name] = f"it computes something else: errors {errors}"
+            function = first_line(error)
+        if isinstance(function, str):
+            absent[each.name] = function
+        elif each in ours and (reason := calls.red(errors, plain, DTYPES[dtype])):
+            absent[each.name] = reason
+            setting.set_verdict(op, each.name, reason)
+            print(f"RED: {op} {each.name} on {case.name} {dtype}: {reason}; it is not timed")
+        elif each in theirs and not max(errors.values(), default=0) < 1:
+            absent[each.name] = f"it computes something else: errors {errors}"
         else:
             build = functools.partial(_build, function, op, sets, no_backward)
-            alike, package = (peer.alike, peer.package) if peer else (True, None)
-            found.append(Contender(name, peer is None, build, alike, package, errors))
+            made = Contender(each.name, each in ours, build, each.alike, each.package, errors)
+            found.append(made)
     return found
 
 
-def _refused(setting: Setting, op: str, name: str) -> str | None:
-    if interpreted(name, setting.device):
+def _backend(
+    setting: Setting, op: str, name: str, case: Case, device: torch.device
+) -> Function | str:
+    """Ours, built as a peer is; or why it may not be timed."""
+    if interpreted(name, device):
         return "Triton's interpreter runs it here: that takes no time worth telling"
-    return setting.refusal([op]) if name == AUTO else setting.refused.get((op, name))
+    reason = setting.refusal([op]) if name == AUTO else setting.refused.get((op, name))
+    return reason or calls.on_backend(op, "" if name == AUTO else name)
 
 
 def _build(
@@ -117,12 +113,10 @@ def _errors(
 # -- of a step --------------------------------------------------------------------------------
 
 
-def of_step(
-    trainer: Trainer, formulations: Sequence[Formulation], *, features: bool = False
-) -> list[Contender]:
+def of_step(trainer: Trainer, formulations: Sequence[Formulation]) -> list[Contender]:
     """The model by each formulation; for video alone also VideoMAE's tower."""
     found = [
-        Contender(each.title, each.ours, functools.partial(_model_calls, trainer, each, features))
+        Contender(each.title, each.ours, functools.partial(_model_calls, trainer, each))
         for each in formulations
     ]
     if trainer.modalities == ("video",):
@@ -131,12 +125,8 @@ def of_step(
     return found
 
 
-def _model_calls(
-    trainer: Trainer, formulation: Formulation, features: bool, mode: Mode
-) -> Sequence[Call]:
-    if mode == "fwd":
-        return trainer.inference_of(formulation)
-    return trainer.step_of(formulation, features)
+def _model_calls(trainer: Trainer, formulation: Formulation, mode: Mode) -> Sequence[Call]:
+    return trainer.inference_of(formulation) if mode == "fwd" else trainer.step_of(formulation)
 
 
 def _videomae_calls(trainer: Trainer, mode: Mode) -> Sequence[Call] | str:

@@ -11,8 +11,9 @@ for other sizes leaves lines fresh whose backend is no longer the one that ran.
 import ast
 import functools
 import hashlib
+import itertools
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 from vatt_fast.kernels import backends
@@ -32,8 +33,17 @@ def of(op: str, backend: str, ours: bool, best_peer: str | None, dtype: str, cud
     """Digest of a result line's sources. ``op`` may be "step"; a ``best_peer`` counts as well."""
     units: set[str] = set()
     for path in files(op, backend, ours, best_peer, dtype, cuda):
-        units.update(_python(path) if path.suffix == ".py" else _other(path))
+        units.update(_units(path))
     return hashlib.sha256("\n".join(sorted(units)).encode()).hexdigest()[:12]
+
+
+@functools.cache
+def _units(path: Path) -> tuple[str, ...]:
+    """A file's statements; of C++ its tokens, of a table its text."""
+    text = path.read_text()
+    if path.suffix == ".py":
+        return python_units(text)
+    return (text if path.suffix == ".json" else cpp_unit(text),)
 
 
 def files(
@@ -43,8 +53,7 @@ def files(
     ops = list(backends.BACKENDS) if op == "step" else [op]
     found: set[Path] = set()
     if ours:
-        name = backend.partition("_compiled")[0] if op == "step" else backend
-        name = name.partition("_max-autotune")[0]
+        name = re.split("_compiled|_max-autotune| ", backend)[0]  # tiles may follow the backend
         for each in ops:
             found |= _op_files(each, name, dtype, cuda)
     if best_peer or not ours:
@@ -89,40 +98,22 @@ def _closure(roots: Iterable[Path], top: str) -> set[Path]:
     return found
 
 
-def _imported(path: Path) -> Iterator[Path]:
-    here = _dotted(path)
-    for node in _tree(path).body:
+@functools.cache
+def _imported(path: Path) -> list[Path]:
+    """Files of ours that a module imports at its top level."""
+    package = path.relative_to(ROOT).parent.parts
+    found = []
+    for node in ast.parse(path.read_text()).body:
         if isinstance(node, ast.ImportFrom):
-            base = here[: -node.level] if node.level else ()
-            base = (*base, *(node.module or "").split(".")) if node.module else base
+            base = package[: len(package) + 1 - node.level] if node.level else ()
+            base += tuple(node.module.split(".")) if node.module else ()
+            if base[:2] == ("vatt_fast", "kernels"):  # as kernels/ is installed
+                base = base[1:]
             for alias in node.names:
-                if target := _file((*base, alias.name)) or _file(base):
-                    yield target
-
-
-def _dotted(path: Path) -> tuple[str, ...]:
-    parts = path.relative_to(ROOT).with_suffix("").parts
-    return ("vatt_fast", *parts) if parts[0] == "kernels" else parts
-
-
-def _file(dotted: tuple[str, ...]) -> Path | None:
-    parts = dotted[1:] if dotted[:2] == ("vatt_fast", "kernels") else dotted
-    if not parts or parts[0] not in ("vatt_fast", "kernels"):
-        return None
-    stem = ROOT.joinpath(*parts)
-    return next(
-        (each for each in (stem.with_suffix(".py"), stem / "__init__.py") if each.exists()), None
-    )
-
-
-@functools.cache
-def _tree(path: Path) -> ast.Module:
-    return ast.parse(path.read_text())
-
-
-@functools.cache
-def _python(path: Path) -> tuple[str, ...]:
-    return python_units(path.read_text())
+                stems = (ROOT.joinpath(*base, alias.name), ROOT.joinpath(*base))
+                files = ((stem.with_suffix(".py"), stem / "__init__.py") for stem in stems)
+                found += [file for file in itertools.chain(*files) if file.exists()][:1]
+    return found
 
 
 def python_units(source: str) -> tuple[str, ...]:
@@ -150,7 +141,11 @@ def cpp_files(op: str, dtype: str) -> set[Path]:
         path
         for path in csrc.rglob("*.cpp")
         if op in path.relative_to(csrc).as_posix()
-        and ("bind" in path.as_posix() or op != "attention" or _short(path) == (dtype == "fp32"))
+        and (
+            "bind" in path.as_posix()
+            or op != "attention"
+            or ("short" in path.name) == (dtype == "fp32")
+        )
     ]
     found: set[Path] = set()
     while own:
@@ -167,16 +162,6 @@ def cpp_files(op: str, dtype: str) -> set[Path]:
             if (place / name).exists()
         ]
     return found
-
-
-def _short(path: Path) -> bool:
-    return "short" in path.name
-
-
-@functools.cache
-def _other(path: Path) -> tuple[str, ...]:
-    text = path.read_text()
-    return (text,) if path.suffix == ".json" else (cpp_unit(text),)
 
 
 _CPP_TOKEN = re.compile(

@@ -7,7 +7,7 @@
 parity  the battery's check on the device in every dtype, and pytest on it  -> parity.jsonl, .txt
 tune    every candidate tile at the primary cases                           -> tuned/<arch>.json
 ops     every op at its primary cases against its peers                     -> ops.jsonl
-step    a whole training step at three drop rates, with and without features  -> step.jsonl
+step    a whole training step at three drop rates                               -> step.jsonl
 paper   the paper's configurations by drop rate, training and inference     -> paper.jsonl
 scaling ops by size                                                         -> scaling.jsonl
 
@@ -287,14 +287,9 @@ def step_stage(run: Run) -> None:
     if run.dry:
         _measure_cells(run, "step", [Cell("tiny", 0.5, "fwd+bwd", 2)])
         return
-    names = ("auto", "plain", "reference")
-    wanted = [
-        Cell(_PRESET, rate, "fwd+bwd", 0, ("default",), names, features)
-        for features in (False, True)
-        for rate in (0.5, 0.0, 0.75)
-    ]
+    wanted = [Cell(_PRESET, rate, "fwd+bwd", 16, ("default",)) for rate in (0.5, 0.0, 0.75)]
     strongest = ("max-autotune-no-cudagraphs",)
-    wanted.append(Cell(_PRESET, 0.5, "fwd+bwd", 0, strongest))
+    wanted.append(Cell(_PRESET, 0.5, "fwd+bwd", 16, strongest))
     _measure_cells(run, "step", wanted)
 
 

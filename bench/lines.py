@@ -165,10 +165,6 @@ def times(ratio: float | None) -> str:
     return "" if ratio is None else f"{ratio:.2f}x"
 
 
-def mebibytes(size: int | None) -> str:
-    return "" if size is None else f"{size / 2**20:.1f}"
-
-
 def cells(line: Line) -> list[str]:
     """A line under HEADINGS."""
     speeds = ((line.clips_per_second, "clips/s"), (line.tflops, "TFLOP/s"), (line.gb_per_s, "GB/s"))
@@ -181,7 +177,7 @@ def cells(line: Line) -> list[str]:
         ", ".join(f"{number(value)} {unit}" for value, unit in speeds if value is not None),
         "" if line.share_of_ceiling is None else f"{line.share_of_ceiling:.0%}",
         "" if line.error is None else f"{line.error:.1e} ({line.error_of})",
-        mebibytes(line.peak_bytes),
+        "" if line.peak_bytes is None else f"{line.peak_bytes / 2**20:.1f}",
         times(line.speedup_over_best_peer),
     ]
 

@@ -1,6 +1,6 @@
 """One race, one line: contenders against each other, in ops and whole steps alike."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -67,6 +67,16 @@ def measure_op(
     return found, absent
 
 
+class _Ready(NamedTuple):
+    """A contender that has run once."""
+
+    contender: Contender
+    calls: Sequence[Call]
+    peak_bytes: int | None
+    peak_resident: int | None
+    output: Tensor | None  # of an inference
+
+
 def race(
     setting: Setting,
     task: Task,
@@ -80,60 +90,67 @@ def race(
         between: frees what a contender leaves behind, such as gradients.
     """
     absent: Absent = {}
-    ready: dict[str, Sequence[Call]] = {}
-    peaks: dict[str, tuple[int | None, int | None]] = {}  # by the call, of the process
-    outputs: dict[str, Tensor] = {}
+    ready: dict[str, _Ready] = {}
     for each in present:
         try:
-            before = _allocated(setting.device)
-            built = each.build(task.mode)
-            if isinstance(built, str):
-                absent[each.name] = built
-                continue
-            result, resident = _first_call(built[0], setting.device)
-            if task.op == "step":
-                if not torch.isfinite(result).all():
-                    raise FloatingPointError("the result is not finite")
-                # the losses of training steps differ: the weights move
-                if task.mode == "fwd" and each.alike:
-                    outputs[each.name] = result
-            del result
-            peaks[each.name] = _peak(task, each, built[0], setting.device, before), resident
-            ready[each.name] = built
+            found = _first_call(task, each, setting.device)
         except Exception as error:
-            absent[each.name] = first_line(error)
+            found = first_line(error)
+        if isinstance(found, str):
+            absent[each.name] = found
+        else:
+            ready[each.name] = found
         between()
         if setting.device.type == "cuda" and task.op == "step":
             torch.cuda.empty_cache()
-    for name, reason in _others(task, outputs, present).items():
+    for name, reason in _others(task, ready.values()).items():
         del ready[name]
         absent[name] = reason
     ceilings = setting.ceilings_of(task.dtype)
-    made = []
-    races = _races(setting, ready, present, absent)
-    for each in present:
-        if found := [(clock, told) for clock, told in races.items() if each.name in told]:
-            # of two clocks ours is told by the one by which it does worse
-            clock, told = found[0]
-            if each.ours:
-                clock, told = min(found, key=lambda one: _speedup(each, one[1], present))
-            best = best_peer(told, present)
-            made.append(_line(setting, task, each, told, clock, peaks[each.name], best, ceilings))
+    clock, told = _times(setting, {name: each.calls for name, each in ready.items()}, absent)
+    rivals = [each for each in present if each.name in told and not each.ours and each.alike]
+    best = min(rivals, key=lambda each: told[each.name].p50, default=None)
+    made = [_line(setting, task, ready[name], told, clock, best, ceilings) for name in told]
     return made, absent
 
 
-def _races(
-    setting: Setting,
-    ready: Mapping[str, Sequence[Call]],
-    present: Sequence[Contender],
-    absent: Absent,
-) -> dict[str, dict[str, Timing]]:
-    """{clock: times}. What no graph can capture is timed by events, beside those it meets."""
-    failed: Absent = {}
+def _first_call(task: Task, each: Contender, device: torch.device) -> _Ready | str:
+    """Build a contender and run it once: here code is compiled, and Adam's state made."""
+    before = _allocated(device)
+    built = each.build(task.mode)
+    if isinstance(built, str):
+        return built
+    results: list[Any] = []
+    resident = None
+    if device.type == "cuda":
+        results.append(built[0]())
+    else:
+        trim_host_memory()  # of the contenders before
+        resident = peak_resident(lambda: results.append(built[0]()))
+    output = None
+    if task.op == "step":
+        if not torch.isfinite(results[0]).all():
+            raise FloatingPointError("the result is not finite")
+        # the losses of training steps differ: the weights move
+        output = results[0] if task.mode == "fwd" and each.alike else None
+    results.clear()
+    peak = None
+    if task.mode != "bwd":  # what the forward kept would be missing
+        peak = peak_bytes(built[0], device)
+    if peak is not None and task.op == "step":
+        # on a GPU everything that is its own: another model lies beside ours
+        peak += _allocated(device) - (0 if each.alike else before)
+    return _Ready(each, built, peak, resident, output)
 
-    def run(clock: str, among: Mapping[str, Sequence[Call]]) -> dict[str, Timing]:
+
+def _times(
+    setting: Setting, ready: Mapping[str, Sequence[Call]], absent: Absent
+) -> tuple[str, dict[str, Timing]]:
+    """The clock, and the times by it: where a graph cannot capture somebody, events time all."""
+
+    def run(clock: str, failed: Absent) -> dict[str, Timing]:
         return interleaved(
-            among,
+            ready,
             rounds=setting.rounds,
             warmup=setting.warmup,
             clock=setting.make_clock(clock),
@@ -141,88 +158,47 @@ def _races(
             **setting.limits(),
         )
 
-    races = {setting.clock: run(setting.clock, ready)}
-    if failed and setting.clock == "cuda_graph":
-        rivals = _rivals(failed, races[setting.clock], present)
-        again = {name: ready[name] for name in (*failed, *rivals)}
-        failed.clear()
-        races["cuda_events"] = run("cuda_events", again)
-    absent.update(failed)
-    return races
+    clock = setting.clock
+    failed: Absent = {}
+    still: Absent = {}
+    told = run(clock, failed)
+    if failed and clock == "cuda_graph":
+        by_events = run("cuda_events", still)
+        if len(by_events) > len(told):
+            clock, told, failed = "cuda_events", by_events, still
+    absent |= failed
+    return clock, told
 
 
-def _rivals(failed: Absent, told: dict[str, Timing], present: Sequence[Contender]) -> list[str]:
-    """Of those that were timed: ours and the best peer, or all if one of ours is in ``failed``."""
-    best = best_peer(told, present)
-    if any(each.ours and each.name in failed for each in present):
-        best = None
-    return [
-        each.name
-        for each in present
-        if each.name in told and (each.ours or best is None or each is best)
-    ]
-
-
-def best_peer(told: dict[str, Timing], present: Sequence[Contender]) -> Contender | None:
-    theirs = [each for each in present if not each.ours and each.alike and each.name in told]
-    return min(theirs, key=lambda each: told[each.name].p50, default=None)
-
-
-def _speedup(each: Contender, told: dict[str, Timing], present: Sequence[Contender]) -> float:
-    best = best_peer(told, present)
-    return told[each.name].speedup_over(told[best.name]) if best else float("inf")
-
-
-def _others(task: Task, outputs: dict[str, Tensor], present: Sequence[Contender]) -> Absent:
+def _others(task: Task, ready: Iterable[_Ready]) -> Absent:
     """Contenders of an inference whose outputs are not the first peer's."""
-    ours = {each.name for each in present if each.ours}
-    yardstick = next((value for name, value in outputs.items() if name not in ours), None)
-    if yardstick is None:
+    found = [(each.contender, each.output.double()) for each in ready if each.output is not None]
+    first = next((output for each, output in found if not each.ours), None)
+    if first is None:
         return {}
-    wanted = yardstick.double()
     bound = 1e-3 if task.dtype == "fp32" else 0.1  # roundings of a dozen blocks
-    found = {}
-    for name, value in outputs.items():
-        error = float((value.double() - wanted).norm() / wanted.norm())
+    wrong = {}
+    for each, output in found:
+        error = float((output - first).norm() / first.norm())
         if not error < bound:
-            found[name] = f"other results than the first peer's: they differ by {error:.1e}"
-    return found
+            wrong[each.name] = f"other results than the first peer's: they differ by {error:.1e}"
+    return wrong
 
 
 def _allocated(device: torch.device) -> int:
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
 
 
-def _first_call(call: Call, device: torch.device) -> tuple[Any, int | None]:
-    """Its result, and what the process held at most: here code is compiled, Adam's state made."""
-    if device.type == "cuda":
-        return call(), None
-    trim_host_memory()  # of the contenders before
-    found: list[Any] = []
-    resident = peak_resident(lambda: found.append(call()))
-    return found[0], resident
-
-
-def _peak(task: Task, each: Contender, call: Call, device: torch.device, before: int) -> int | None:
-    """Of an op beyond its inputs; of a step on a GPU everything that is its own."""
-    if task.mode == "bwd":
-        return None  # what the forward kept would be missing
-    kept = 0
-    if task.op == "step":  # another model lies beside ours, which does not count for it
-        kept = _allocated(device) - (0 if each.alike else before)
-    return kept + peak_bytes(call, device)
-
-
 def _line(
     setting: Setting,
     task: Task,
-    each: Contender,
+    ready: _Ready,
     told: dict[str, Timing],
     clock: str,
-    peaks: tuple[int | None, int | None],
     best: Contender | None,
     ceilings: Ceilings,
 ) -> Line:
+    each = ready.contender
     timing = told[each.name]
     compute = task.work.bound(ceilings) == "compute"
     speed = None  # another model does other work
@@ -249,8 +225,8 @@ def _line(
         ms_p80=timing.p80,
         rounds=len(timing.ms),
         clock=clock,
-        peak_bytes=peaks[0],
-        peak_resident=peaks[1],
+        peak_bytes=ready.peak_bytes,
+        peak_resident=ready.peak_resident,
         stolen=timing.stolen,
         tflops=speed if compute else None,
         gb_per_s=None if compute else speed,

@@ -37,9 +37,8 @@ class Setting:
     seconds: float | None = None  # instead: of the rounds of each race; at least two are run
     tiles: str = ""  # which tuned table is in use, where it is not the installed one
     ceilings: dict[str, Ceilings] = field(default_factory=dict)
-    # (op, backend) -> why parity forbids timing; and those that passed
-    refused: dict[tuple[str, str], str] = field(default_factory=dict)
-    green: set[tuple[str, str]] = field(default_factory=set)
+    # (op, backend) -> why parity forbids timing, None where it is green
+    verdicts: dict[tuple[str, str], str | None] = field(default_factory=dict)
 
     def __post_init__(self):
         cuda = self.device.type == "cuda"
@@ -75,13 +74,15 @@ class Setting:
         return {"deadline": time.monotonic() + self.seconds, "least": 2}
 
     def set_verdict(self, op: str, backend: str, reason: str | None) -> None:
-        """What parity said of a backend: None where it is green."""
-        self.refused.pop((op, backend), None)
-        self.green.discard((op, backend))
-        if reason:
-            self.refused[op, backend] = reason
-        else:
-            self.green.add((op, backend))
+        self.verdicts[op, backend] = reason
+
+    @property
+    def refused(self) -> dict[tuple[str, str], str]:
+        return {pair: reason for pair, reason in self.verdicts.items() if reason}
+
+    @property
+    def green(self) -> set[tuple[str, str]]:
+        return {pair for pair, reason in self.verdicts.items() if reason is None}
 
     def refusal(self, ops: Iterable[str] = tuple(OPS)) -> str | None:
         """Why what dispatch chooses among, in a whole step or as "auto", may not be timed.
@@ -174,11 +175,11 @@ def gate(setting: Setting, ops: Iterable[str], dtype: str, *, chosen_only: bool 
         chosen_only: only those that dispatch may choose, as a whole step runs them.
     """
     for op in ops:
-        names: Sequence[str] = setting.backends or backends.BACKENDS[op]
-        if chosen_only or AUTO in (setting.backends or ()):
-            names = chosen_among(op, setting.device)
-        for name in names:
-            if interpreted(name, setting.device):
+        names = [] if chosen_only else list(setting.backends or backends.BACKENDS[op])
+        if chosen_only or AUTO in names:
+            names += chosen_among(op, setting.device)
+        for name in dict.fromkeys(names):
+            if name == AUTO or interpreted(name, setting.device):
                 continue
             reason = verdict_of(op, name, dtype, setting.device, setting.deadline)
             setting.set_verdict(op, name, reason)
@@ -187,9 +188,11 @@ def gate(setting: Setting, ops: Iterable[str], dtype: str, *, chosen_only: bool 
 
 
 def is_measured(
-    setting: Setting, out: str | Path, op: str, case: Case, dtype: str, modes: Sequence[Mode]
+    setting: Setting, out: Path | None, op: str, case: Case, dtype: str, modes: Sequence[Mode]
 ) -> bool:
     """Whether ``out`` holds fresh lines of "auto" in all modes, or of ours where not asked for."""
+    if out is None:
+        return False
     found = lines.measured(out, setting.machine, op=op, case=case.name, dtype=dtype, ours=True)
     wanted = None if setting.backends and AUTO not in setting.backends else AUTO
     return set(modes) <= {line.mode for line in found if wanted in (None, line.backend)}

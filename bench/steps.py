@@ -22,7 +22,7 @@ from vatt_fast.inputs import sample_keeps
 from vatt_fast.kernels import use_backend
 from vatt_fast.losses import vatt_loss
 from vatt_fast.model import VATT, VATTOutput
-from vatt_fast.paper_tables import convention_flops, flops_table
+from vatt_fast.paper_tables import flops_table
 
 from .floors import Mode
 from .timer import Call
@@ -71,53 +71,29 @@ CONFIGURATIONS: dict[str, Configuration] = {
 }
 
 
-class GFLOPs(NamedTuple):
-    """Forward, one clip."""
+def gflops(name: str, drop_rate: float) -> tuple[float, float | None]:
+    """Of a clip forward, of a name in ``OF_THE_PAPER``: as timed, and as published if it was.
 
-    published: float | None
-    convention: float  # as the paper counts: all patches projected, two texts
-    true: float  # kept patches projected, features of all tokens, the configuration's own texts
-    # as true, but the last blocks work for AGG alone: what our contenders are timed at
-    timed: float
-
-
-def gflops(name: str, drop_rate: float) -> GFLOPs | None:
-    """None for what is in none of the paper's tables."""
-    if name not in OF_THE_PAPER:
-        return None
+    As timed: kept patches projected, the configuration's own texts, the last blocks for AGG alone.
+    """
     config, modalities, published_as = OF_THE_PAPER[name]
+    counted = true_flops(config, drop_rate, features=False, modalities=modalities)
     published = {
         (row["table"], row["configuration"], row["drop_rate"]): row["published_gflops"]
         for row in flops_table()
     }
-    convention = convention_flops(
-        config.with_recipe("released"),  # the model that the profiler saw
-        drop_rate,
-        modalities=modalities,
-        # the graph that the paper's rows are of
-        training=modalities == MODALITIES or drop_rate > 0,
-    )
-    true, timed = (
-        sum(true_flops(config, drop_rate, features=each, modalities=modalities).values()) / 1e9
-        for each in (True, False)
-    )
     found = published.get((*published_as, drop_rate)) if published_as else None
-    return GFLOPs(found, convention / 1e9, true, timed)
+    return sum(counted.values()) / 1e9, found
 
 
 # -- formulations -----------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True)
-class Formulation:
+class Formulation(NamedTuple):
     """How one contender runs the model."""
 
-    name: str  # auto, reference, plain
+    name: str  # auto: ours, or plain
     compile: str | None = None  # a mode of torch.compile
-
-    @property
-    def backend(self) -> str:
-        return "" if self.ours else self.name
 
     @property
     def ours(self) -> bool:
@@ -136,22 +112,8 @@ class Formulation:
 
 
 def formulations(names: Sequence[str], compile_modes: Sequence[str]) -> list[Formulation]:
-    """Each of ``names`` (auto, reference, plain) eager and under each mode of torch.compile.
-
-    reference is eager only: it stores every score, and is no user's choice.
-
-    Raises:
-        ValueError: an unknown name.
-    """
-    if unknown := sorted(set(names) - {"auto", "reference", "plain"}):
-        raise ValueError(
-            f"unknown contenders {', '.join(unknown)}; there are auto, reference, plain"
-        )
-    return [
-        Formulation(name, mode)
-        for name in names
-        for mode in (None, *(compile_modes if name != "reference" else ()))
-    ]
+    """Each of ``names`` eager and under each mode of torch.compile."""
+    return [Formulation(name, mode) for name in names for mode in (None, *compile_modes)]
 
 
 # -- batches ----------------------------------------------------------------------------------
@@ -244,24 +206,22 @@ class Trainer:
     def forget_gradients(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
 
-    def step_of(self, formulation: Formulation, features: bool = False) -> list[Call]:
+    def step_of(self, formulation: Formulation) -> list[Call]:
         """Training steps, each returning its loss; the model is put in training mode."""
         self.model.train()
 
         def loss_of(batch: dict[str, Tensor]) -> Tensor:
-            output = self.model(**batch, features=features)
-            loss = self._loss(output)
-            if features:  # something asks for them: a head on each
-                found = (getattr(output, f"{each}_features") for each in self.modalities)
-                loss = loss + 0.0 * sum(each.float().mean() for each in found)
-            return loss
+            output = self.model(**batch)
+            if self.head is not None:
+                return classification_loss(self._scores(output))
+            return vatt_loss(output, self.config, scale=self.model.scale()).total
 
         function = formulation.compiled(loss_of)
 
         def step(batch: dict[str, Tensor]) -> Tensor:
             # first: the last step's gradients would lie beside this one's activations
             self.forget_gradients()
-            with use_backend(formulation.backend):
+            with use_backend("" if formulation.ours else formulation.name):
                 with self.autocast():
                     loss = function(batch)
                 loss.backward()
@@ -288,7 +248,11 @@ class Trainer:
         function = formulation.compiled(outputs_of)
 
         def infer(batch: dict[str, Tensor]) -> Tensor:
-            with use_backend(formulation.backend), self.autocast(), torch.no_grad():
+            with (
+                use_backend("" if formulation.ours else formulation.name),
+                self.autocast(),
+                torch.no_grad(),
+            ):
                 return function(batch)
 
         return [functools.partial(infer, batch) for batch in self.batches]
@@ -296,38 +260,9 @@ class Trainer:
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
-    def fitting_batch(
-        self, drop_rate: float, start: int, contenders: Sequence[Formulation], features: bool
-    ) -> int:
-        """The largest of start, start / 2, ... at which every eager training step fits the device.
-
-        Raises:
-            torch.OutOfMemoryError: not even one clip fits.
-        """
-        batch = start
-        while True:
-            try:
-                self.set_batch(batch, drop_rate, "fwd+bwd")
-                for formulation in contenders:
-                    if formulation.compile is None:
-                        self.step_of(formulation, features)[0]()
-                return batch
-            except torch.OutOfMemoryError:
-                if batch == 1:
-                    raise
-                batch //= 2
-            finally:
-                self.forget_gradients()
-                torch.cuda.empty_cache()
-
     def _scores(self, output: VATTOutput) -> Tensor:
         assert self.head is not None
         return self.head(getattr(output, f"{self.modalities[0]}_pooled"))
-
-    def _loss(self, output: VATTOutput) -> Tensor:
-        if self.head is None:
-            return vatt_loss(output, self.config, scale=self.model.scale()).total
-        return classification_loss(self._scores(output))
 
 
 def classification_loss(scores: Tensor) -> Tensor:

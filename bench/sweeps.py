@@ -1,10 +1,11 @@
 """What is swept: whole steps by drop rate, ops by size, accuracy by drop rate."""
 
 import dataclasses
+import functools
 import json
 import math
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,7 +19,7 @@ from . import contenders, lines, machine
 from .floors import Mode, Work
 from .lines import Line
 from .machine import DTYPES
-from .measure import Task, measure_op, race
+from .measure import Absent, Task, measure_op, race
 from .peers import peers
 from .setting import AUTO, Setting, is_measured
 from .steps import CONFIGURATIONS, Trainer, formulations, many_compilations
@@ -26,83 +27,6 @@ from .timer import first_line, trim_host_memory
 
 DROP_RATES = (0.75, 0.5, 0.25, 0.0)
 Missing = tuple[str, str, str]  # what was not measured, of whom, why
-_OUT_OF_TIME = "out of time; --resume continues"
-
-# -- whole steps ------------------------------------------------------------------------------
-
-
-class Cell(NamedTuple):
-    """One of the table: a configuration at a drop rate, in training or inference."""
-
-    configuration: str
-    drop_rate: float
-    mode: Mode
-    batch: int  # 0: the largest power of two up to 256 that fits a GPU
-    compile: tuple[str, ...] = ()  # modes of torch.compile beside eager
-    names: tuple[str, ...] = ("auto", "plain")
-    features: bool = False  # of all tokens, so that the last block works for them too
-
-    @property
-    def case(self) -> str:
-        return self.at(self.batch)
-
-    def at(self, batch: int) -> str:
-        tail = "_features" if self.features else ""
-        return f"{self.configuration}_drop{round(100 * self.drop_rate)}_b{batch}{tail}"
-
-
-def measure_cell(
-    setting: Setting, trainer: Trainer, cell: Cell
-) -> tuple[list[Line], dict[str, str]]:
-    """Lines of a cell, and {contender: reason} of those that are absent or failed."""
-    wanted = formulations(cell.names, cell.compile)
-    batch = cell.batch
-    if not batch:
-        # reference stores every score: no user's choice, so it sets no batch
-        fitted = [each for each in wanted if each.name != "reference"]
-        batch = trainer.fitting_batch(cell.drop_rate, 256, fitted, cell.features)
-    trainer.set_batch(batch, cell.drop_rate, cell.mode)
-    counted = true_flops(
-        trainer.config,
-        cell.drop_rate,
-        features=cell.features,
-        batch=batch,
-        mode=cell.mode,
-        modalities=trainer.modalities,
-    )
-    work = Work(sum(counted.values()), 0)
-    dtype = next(key for key, value in DTYPES.items() if value == trainer.dtype)
-    dropout = trainer.config.dropout if cell.mode != "fwd" else 0.0
-    task = Task("step", cell.at(batch), dtype, cell.mode, work, cell.drop_rate, batch, dropout)
-    present = contenders.of_step(trainer, wanted, features=cell.features)
-    with many_compilations():
-        return race(setting, task, present, between=trainer.forget_gradients)
-
-
-def measure_cells(
-    setting: Setting, wanted: Sequence[Cell], dtype: str, out: Path | None
-) -> list[Missing]:
-    """Measure cells, print and append their lines, until the setting's deadline."""
-    missing: list[Missing] = []
-    name, trainer = "", None
-    for cell in wanted:
-        title = f"{cell.case} {cell.mode}"
-        if setting.out_of_time:
-            missing.append((title, "all", _OUT_OF_TIME))
-            continue
-        try:
-            if trainer is None or cell.configuration != name:
-                # the old one's memory is free before the new one takes its own
-                trainer, name = None, cell.configuration
-                config, modalities, _ = CONFIGURATIONS[name]
-                trainer = Trainer(config, setting.device, DTYPES[dtype], modalities)
-            found, absent = measure_cell(setting, trainer, cell)
-        except Exception as error:  # such as no memory for all contenders' state: others go on
-            missing.append((title, "all", first_line(error)))
-            continue
-        keep(found, out)
-        missing += [(title, who, reason) for who, reason in absent.items()]
-    return missing
 
 
 def keep(found: Sequence[Line], out: str | Path | None) -> None:
@@ -113,22 +37,87 @@ def keep(found: Sequence[Line], out: str | Path | None) -> None:
         lines.append(out, found)
 
 
+def _in_turn(
+    setting: Setting,
+    wanted: Iterable[tuple[str, Callable[[], tuple[list[Line], Absent]]]],
+    out: str | Path | None,
+) -> tuple[list[Line], list[Missing]]:
+    """Measure what is wanted, print and append its lines, until the setting's deadline."""
+    measured: list[Line] = []
+    missing: list[Missing] = []
+    for title, measure in wanted:
+        if setting.out_of_time:
+            missing.append((title, "all", "out of time; --resume continues"))
+            continue
+        try:
+            found, absent = measure()
+        except Exception as error:  # such as no memory for all contenders' state: others go on
+            found, absent = [], {"all": first_line(error)}
+        keep(found, out)
+        measured += found
+        missing += [(title, who, reason) for who, reason in absent.items()]
+    return measured, missing
+
+
+# -- whole steps ------------------------------------------------------------------------------
+
+
+class Cell(NamedTuple):
+    """One of the table: a configuration at a drop rate, in training or inference."""
+
+    configuration: str
+    drop_rate: float
+    mode: Mode
+    batch: int
+    compile: tuple[str, ...] = ()  # modes of torch.compile beside eager
+
+    @property
+    def case(self) -> str:
+        return f"{self.configuration}_drop{round(100 * self.drop_rate)}_b{self.batch}"
+
+
+def measure_cells(
+    setting: Setting, wanted: Sequence[Cell], dtype: str, out: Path | None
+) -> list[Missing]:
+    """Lines of whole steps; what is absent."""
+    trainers: dict[str, Trainer] = {}  # one at a time
+
+    def measure(cell: Cell) -> tuple[list[Line], Absent]:
+        if cell.configuration not in trainers:
+            trainers.clear()  # its memory is free before the next one takes its own
+            config, modalities, _ = CONFIGURATIONS[cell.configuration]
+            trainer = Trainer(config, setting.device, DTYPES[dtype], modalities)
+            trainers[cell.configuration] = trainer
+        return _measure_cell(setting, trainers[cell.configuration], cell, dtype)
+
+    calls = [(f"{cell.case} {cell.mode}", functools.partial(measure, cell)) for cell in wanted]
+    return _in_turn(setting, calls, out)[1]
+
+
+def _measure_cell(
+    setting: Setting, trainer: Trainer, cell: Cell, dtype: str
+) -> tuple[list[Line], Absent]:
+    _, rate, mode, batch, compile_modes = cell
+    trainer.set_batch(batch, rate, mode)
+    config, modalities = trainer.config, trainer.modalities
+    counted = true_flops(
+        config, rate, features=False, batch=batch, mode=mode, modalities=modalities
+    )
+    work = Work(sum(counted.values()), 0)
+    dropout = config.dropout if mode != "fwd" else 0.0
+    task = Task("step", cell.case, dtype, mode, work, rate, batch, dropout)
+    present = contenders.of_step(trainer, formulations(("auto", "plain"), compile_modes))
+    with many_compilations():
+        return race(setting, task, present, between=trainer.forget_gradients)
+
+
 def unmeasured(wanted: Sequence[Cell], dtype: str, out: Path, setting: Setting) -> list[Cell]:
     """Cells without a fresh line of ours, or of ours compiled where that is wanted."""
 
     def measured(cell: Cell) -> bool:
-        known = lines.measured(
-            out, setting.machine, op="step", mode=cell.mode, dtype=dtype, ours=True
-        )
-        start, tail = cell.at(0).rsplit("_b0", 1)
-        here = [
-            line
-            for line in known
-            if (line.case == cell.case if cell.batch else line.case.startswith(f"{start}_b"))
-            and line.case.endswith("_features") == bool(tail)
-        ]
-        names = {each.title for each in formulations(("auto",), cell.compile)}
-        return "auto" not in cell.names or names <= {line.backend for line in here}
+        what = dict(op="step", case=cell.case, mode=cell.mode, dtype=dtype, ours=True)
+        found = {line.backend for line in lines.measured(out, setting.machine, **what)}
+        return {each.title for each in formulations(("auto",), cell.compile)} <= found
 
     return [cell for cell in wanted if not measured(cell)]
 
@@ -143,22 +132,12 @@ def measure_cases(
     modes: Sequence[Mode],
     out: str | Path | None,
 ) -> tuple[list[Line], list[Missing]]:
-    """Measure ops at cases, print and append their lines, until the setting's deadline."""
-    measured: list[Line] = []
-    missing: list[Missing] = []
-    for op, case in wanted:
-        title = f"{op} {case.name}"
-        if setting.out_of_time:
-            missing.append((title, "all", _OUT_OF_TIME))
-            continue
-        try:
-            found, absent = measure_op(setting, op, case, dtype, modes)
-        except Exception as error:  # such as no memory for all contenders' state: others go on
-            found, absent = [], {"all": first_line(error)}
-        keep(found, out)
-        measured += found
-        missing += [(title, who, reason) for who, reason in absent.items()]
-    return measured, missing
+    """Lines of ops at cases; what is absent."""
+    calls = [
+        (f"{op} {case.name}", functools.partial(measure_op, setting, op, case, dtype, modes))
+        for op, case in wanted
+    ]
+    return _in_turn(setting, calls, out)
 
 
 # -- ops by size ------------------------------------------------------------------------------
@@ -193,26 +172,18 @@ SIZES: dict[str, dict[int, Case]] = {
 _COMPILED_UP_TO = {"contrastive_lse": 1 << 15}
 
 
-class Cost(NamedTuple):
-    size: int
-    ms: float
-    peak_bytes: int
+def too_much(last: Line, growth: float, longest: float, free: int) -> str | None:
+    """Why the call of a line is not tried at a size where it would cost ``growth`` times as much.
 
-
-def predict(last: Cost, size: int) -> Cost:
-    """A call of another size, if both grow with its square, as the costliest do."""
-    growth = (size / last.size) ** 2
-    return Cost(size, last.ms * growth, int(last.peak_bytes * growth))
-
-
-def too_much(expected: Cost, longest_ms: float, free: int) -> str | None:
-    """Why a call is not tried."""
-    if expected.ms > longest_ms:
-        seconds = expected.ms / 1e3
-        return f"a call would take about {seconds:.0f} s, more than {longest_ms / 1e3:.0f}"
-    if expected.peak_bytes > free:
-        gib = expected.peak_bytes / 2**30
-        return f"a call would take about {gib:.0f} GiB, {free / 2**30:.0f} are free"
+    Args:
+        longest: seconds that a call may take.
+        free: bytes that it may take.
+    """
+    seconds, size = growth * last.ms_p50 / 1e3, growth * (last.peak_bytes or 0)
+    if seconds > longest:
+        return f"a call would take about {seconds:.0f} s, more than {longest:.0f}"
+    if size > free:
+        return f"a call would take about {size / 2**30:.0f} GiB, {free / 2**30:.0f} are free"
     return None
 
 
@@ -238,51 +209,37 @@ def measure_sizes(
 ) -> list[Missing]:
     """Append the lines of an op, smallest size first, until the setting's deadline.
 
-    A contender that, by its last call, would take longer than ``longest`` seconds for a call,
-    or more memory than is free, leaves the race at that size.
+    A contender leaves the race at a size where, by its last call, one would take longer than
+    ``longest`` seconds or more memory than is free, if both grow with the square of the size, as
+    those of the costliest do.
     """
-    costs: dict[tuple[str, str], Cost] = {}
+    last: dict[tuple[str, str], tuple[int, Line]] = {}  # by contender and mode
     missing: list[Missing] = []
+    rivals = [peer for peer in peers(op) if setting.compiled_peers or not peer.compiled]
     for size in sorted(sizes):
         case = SIZES[op][size]
         if resume and out and is_measured(setting, out, op, case, dtype, modes):
             found = lines.measured(out, setting.machine, op=op, case=case.name, dtype=dtype)
         else:
-            left_out = dict(_too_costly(costs, size, modes, 1e3 * longest, setting.device))
-            left_out |= _too_long_to_compile(op, size)
+            free = free_bytes(setting.device)
+            left_out = {
+                line.backend: reason
+                for known, line in last.values()
+                if (reason := too_much(line, (size / known) ** 2, longest, free))
+            }
+            limit = _COMPILED_UP_TO.get(op, size)
+            if size > limit:
+                reason = f"torch.compile takes too long beyond {limit}"
+                left_out |= {peer.name: reason for peer in rivals if peer.compiled}
             missing += [(f"{op} {case.name}", who, why) for who, why in left_out.items()]
             if AUTO in left_out:
                 continue
-            theirs = [peer for peer in peers(op) if setting.compiled_peers or not peer.compiled]
-            names = tuple(peer.name for peer in theirs if peer.name not in left_out)
+            names = tuple(peer.name for peer in rivals if peer.name not in left_out)
             here = dataclasses.replace(setting, backends=(AUTO,), peer_names=names)
             found, others = measure_cases(here, [(op, case)], dtype, modes, out)
             missing += others
-        for line in found:  # the last of each
-            costs[line.backend, line.mode] = Cost(size, line.ms_p50, line.peak_bytes or 0)
+        last |= {(line.backend, line.mode): (size, line) for line in found if line.mode in modes}
     return missing
-
-
-def _too_costly(
-    costs: dict[tuple[str, str], Cost],
-    size: int,
-    modes: Sequence[Mode],
-    longest_ms: float,
-    device: torch.device,
-) -> Iterator[tuple[str, str]]:
-    for (name, mode), known in costs.items():
-        if mode not in modes:
-            continue
-        if reason := too_much(predict(known, size), longest_ms, free_bytes(device)):
-            yield name, reason
-
-
-def _too_long_to_compile(op: str, size: int) -> dict[str, str]:
-    limit = _COMPILED_UP_TO.get(op, size)
-    if size <= limit:
-        return {}
-    reason = f"torch.compile takes too long beyond {limit}"
-    return {peer.name: reason for peer in peers(op) if peer.compiled}
 
 
 # -- accuracy by drop rate --------------------------------------------------------------------
@@ -386,12 +343,6 @@ def measure_accuracy(
     return [run for run in read_runs(out) if (run.steps, run.clips) == (steps, clips[0])]
 
 
-def spread(runs: Sequence[Run], measure: str) -> tuple[float, float | None]:
-    """Mean and standard deviation over the seeds; no deviation of one run."""
-    values = [getattr(run, measure) for run in runs]
-    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None
-
-
 def accuracy_table(runs: Sequence[Run]) -> str:
     """One row a drop rate, most dropped first: mean and standard deviation over the seeds."""
     headings = ["drop rate", "training GFLOPs a clip", *MEASURES.values(), "seeds"]
@@ -400,7 +351,9 @@ def accuracy_table(runs: Sequence[Run]) -> str:
         group = [run for run in runs if (run.steps, -run.drop_rate) == (steps, drop_rate)]
         cells = [f"{-drop_rate:.0%}", f"{group[0].train_gflops:.2f}"]
         for measure in MEASURES:
-            mean, deviation = spread(group, measure)
-            cells.append(f"{mean:.1f}" + (f" ± {deviation:.1f}" if deviation is not None else ""))
+            values = [getattr(run, measure) for run in group]
+            cells.append(f"{statistics.mean(values):.1f}")
+            if len(values) > 1:
+                cells[-1] += f" ± {statistics.stdev(values):.1f}"
         rows.append([*cells, len(group)])
     return lines.markdown_table(headings, rows)

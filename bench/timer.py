@@ -36,38 +36,29 @@ class Timing:
 
     @property
     def p20(self) -> float:
-        return _percentile(self.ms, 20)
+        return float(np.percentile(self.ms, 20))
 
     @property
     def p50(self) -> float:
-        return _percentile(self.ms, 50)
+        return float(np.percentile(self.ms, 50))
 
     @property
     def p80(self) -> float:
-        return _percentile(self.ms, 80)
+        return float(np.percentile(self.ms, 80))
 
     def speedup_over(self, other: "Timing") -> float:
         """Median over the rounds of other / self: what both met in one round cancels."""
         ratios = [theirs / ours for ours, theirs in zip(self.ms, other.ms, strict=True)]
-        return _percentile(ratios, 50)
-
-
-def _percentile(values: Sequence[float], percent: float) -> float:
-    """Linear between the sorted values."""
-    return float(np.percentile(values, percent))
+        return float(np.percentile(ratios, 50))
 
 
 class Clock(Protocol):
-    name: str
-
     def prepare(self, calls: Sequence[Call]) -> Callable[[int], float]:
         """A function of the round that runs one of ``calls`` and returns its milliseconds."""
 
 
 class HostClock:
     """perf_counter around the call; on a GPU around the call and the wait for its end."""
-
-    name = "perf_counter"
 
     def __init__(self, device: torch.device | None = None):
         on_gpu = device is not None and device.type == "cuda"
@@ -89,8 +80,6 @@ class EventClock:
 
     Launches count where the host is slower than the device, as they do for eager users.
     """
-
-    name = "cuda_events"
 
     def __init__(self, device: torch.device):
         self.flush = torch.empty(_FLUSH_FACTOR * l2_bytes(device), dtype=torch.int8, device=device)
@@ -114,8 +103,6 @@ class GraphClock(EventClock):
     A backward runs on the stream of its forward, and the default stream cannot be captured: calls
     are built, and everything here runs, inside ``side_stream``.
     """
-
-    name = "cuda_graph"
 
     def prepare(self, calls: Sequence[Call]) -> Callable[[int], float]:
         for call in calls:  # lazy compilation and allocator growth happen outside the capture

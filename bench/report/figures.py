@@ -1,17 +1,18 @@
-"""The report's figures as PNG: ops by size, whole steps and accuracy by drop rate.
+"""The report's figures as PNG: ops by size, whole steps by drop rate.
 
-The same numbers give the same bytes. What is ours is always the thick blue line.
+The same numbers give the same bytes. What is ours is always the thick blue line; bars are p20 to
+p80, hollow markers are stale lines.
 """
 
-import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from bench import lines, sweeps
+from bench import lines
 from bench.lines import number
 
+from . import tables
 from .tables import MODES, Group, Scaled, Shown, grouped, scaled
 
 _PIXELS = "pixels of a clip, T x H x W"
@@ -22,7 +23,7 @@ _X_LABELS = {
     "clip_pixels": _PIXELS,
 }
 _MIB = 2**20
-_TICKS = (0.0, 25.0, 50.0, 75.0)
+_PERCENTS = (0.0, 25.0, 50.0, 75.0)  # the paper's drop rates
 
 # Okabe and Ito's palette without its yellow: distinct for the colour-blind. Markers and dashes tell
 # curves apart in grey
@@ -40,19 +41,12 @@ class Point(NamedTuple):
     low: float | None = None
     high: float | None = None
     stale: bool = False  # drawn hollow
-    label: str = ""
 
 
-Kind = Literal["ours", "peer", "bound", "marks", "dots"]
-
-
-@dataclass(frozen=True)
-class Curve:
-    """A bound is a dashed line without markers, marks have no line, dots are faint values."""
-
+class Curve(NamedTuple):
     name: str
     points: Sequence[Point]
-    kind: Kind = "peer"
+    kind: Literal["ours", "peer", "bound"]  # a bound is a dashed line without markers
 
 
 @dataclass(frozen=True)
@@ -62,17 +56,18 @@ class Panel:
     y_label: str
     curves: Sequence[Curve]
     log: bool = False  # both axes, whose x are sizes; else x are drop rates in percent
-    ticks: tuple[float, ...] | None = None  # of x
 
 
-# -- what is drawn: {file: caption} -----------------------------------------------------------
+# -- what is drawn ----------------------------------------------------------------------------
 
 
-def scaling(shown: Sequence[Shown], folder: Path) -> dict[Path, str]:
-    """Of one machine, a figure an op, dtype and variable: time above memory, modes side by side."""
-    made = {}
-    for (op, dtype, variable), group in grouped(
-        shown, lambda line: (line.op, line.dtype, _at(line).variable)
+def scaling(shown: Sequence[Shown], folder: Path) -> Iterator[Path]:
+    """A figure a machine, op, dtype and variable: time above memory, modes side by side.
+
+    Memory is the peak beyond the inputs. The floor counts a backward that computes scores again.
+    """
+    for (machine, op, dtype, variable), group in grouped(
+        shown, lambda line: (line.machine, line.op, line.dtype, _at(line).variable)
     ).items():
         x_label = _X_LABELS.get(variable, variable)
         modes = grouped(group, lambda line: line.mode)
@@ -81,14 +76,9 @@ def scaling(shown: Sequence[Shown], folder: Path) -> dict[Path, str]:
             for label, curves in (("time (ms)", _times), ("peak memory (MiB)", _peaks))
             for mode, each in modes.items()
         ]
-        path = folder / f"{lines.slug(*group[0].line.machine)}_scaling_{op}_{variable}_{dtype}.png"
-        if save(panels, len(modes), path):
-            made[path] = (
-                f"{op} in {dtype} by {variable.replace('_', ' ')}: time above, peak memory beyond "
-                "the inputs below. Bars are p20 to p80. The floor counts a backward that computes "
-                "scores again."
-            )
-    return made
+        path = folder / f"{lines.slug(*machine)}_scaling_{op}_{variable}_{dtype}.png"
+        save(panels, len(modes), path)
+        yield path
 
 
 def _at(line: lines.Line) -> Scaled:
@@ -130,108 +120,29 @@ def _curves(shown: Sequence[Shown], point: Callable[[Shown], Point]) -> list[Cur
     ]
 
 
-def drop_rate(group: Group, folder: Path) -> dict[Path, str]:
-    """Work and time of ours, and time of all."""
-    tail = "_features" if group.features else ""
-    stem = f"{lines.slug(*group.machine)}_{group.configuration}_{group.dtype}_b{group.batch}{tail}"
-    work = "what a drop rate saves: the work of a clip, our time, and both as shares of those of "
-    work += "drop rate 0"
-    time = "time by drop rate, ours against the peers. Bars are p20 to p80"
-    made = {}
-    for name, panels, caption in (
-        ("work", _work(group), work),
-        ("time", [_panel(MODES[m], "time (ms)", _steps(group, m)) for m in MODES], time),
-    ):
-        path = folder / f"{stem}_{name}.png"
-        if save(panels, len(panels), path):
-            made[path] = f"{group.title}: {caption}."
-    return made
+def steps(shown: Sequence[Shown], folder: Path) -> Iterator[Path]:
+    """A figure a configuration of a machine: time by drop rate, training beside inference."""
+    for group in tables.step_groups(shown):
+        panels = [_by_drop_rate(group, mode) for mode in MODES]
+        parts = (lines.slug(*group.machine), group.configuration, group.dtype, f"b{group.batch}")
+        path = folder / f"{'_'.join(parts)}_time.png"
+        save(panels, len(panels), path)
+        yield path
 
 
-def _panel(title: str, y_label: str, curves: Sequence[Curve]) -> Panel:
-    return Panel(title, "drop rate (%)", y_label, curves, ticks=_TICKS)
+def _by_drop_rate(group: Group, mode: str) -> Panel:
+    def point(each: Shown) -> Point:
+        return _time(tables.step(each.line).percent, each)
 
-
-def _steps(group: Group, mode: str) -> list[Curve]:
-    return [
-        Curve(
-            backend,
-            [_time(percent, each) for percent, each in by.items()],
-            "ours" if any(each.line.ours for each in by.values()) else "peer",
-        )
-        for backend, by in group.by_backend(mode).items()
-    ]
-
-
-def _work(group: Group) -> list[Panel]:
-    counted = group.gflops()
-    ours = [
-        Curve(f"{curve.name}, {name}", [p._replace(low=None) for p in curve.points], "ours")
-        for mode, name in MODES.items()
-        for curve in _steps(group, mode)[:1]
-        if curve.kind == "ours"
-    ]
-
-    def count(name: str, field: str, kind: Kind = "peer") -> Curve:
-        values = {p: getattr(each, field) for p, each in counted.items()}
-        return Curve(name, [Point(p, value) for p, value in values.items() if value], kind)
-
-    panels = [_panel("time of ours", "time (ms)", ours)]
-    if counted:
-        gflop_curves = [
-            count("GFLOPs, the paper's convention", "convention"),
-            count("GFLOPs, true", "true"),
-            count("GFLOPs, published", "published", "marks"),
-        ]
-        panels.insert(0, _panel("forward pass of a clip", "GFLOPs", gflop_curves))
-        shares = [_relative(curve) for curve in (count("GFLOPs, as timed", "timed"), *ours)]
-        panels.append(_panel("relative to drop rate 0", "share of drop rate 0 (%)", shares))
-    return panels
-
-
-def _relative(curve: Curve) -> Curve:
-    """In percent of the value at drop rate 0; nothing where that is not known."""
-    whole = {point.x: point.y for point in curve.points}.get(0)
-    points = [p._replace(y=100 * p.y / whole) for p in curve.points] if whole else []
-    return replace(curve, points=points)
-
-
-def accuracies(runs: Sequence[sweeps.Run], folder: Path) -> dict[Path, str]:
-    """Mean and spread of retrieval and linear probe against what a training step costs."""
-    panels, untrained = [], []
-    for measure, title in sweeps.MEASURES.items():
-        if hasattr(runs[0], before := f"{measure}_before"):
-            mean = statistics.mean(getattr(run, before) for run in runs)
-            untrained.append(f"{title} {mean:.1f} %")
-        curves = []
-        for steps in sorted({run.steps for run in runs}):
-            means = _means([run for run in runs if run.steps == steps], measure)
-            curves.append(Curve(f"mean of the seeds, {steps} steps", means, "ours"))
-        dots = [Point(run.train_gflops, getattr(run, measure)) for run in runs]
-        curves.append(Curve("one seed", dots, "dots"))
-        panels.append(Panel(title, "training GFLOPs of a clip", "correct (%)", curves))
-    path = folder / "accuracy.png"
-    save(panels, 2, path)
-    what = "Accuracy against the work of training, points labelled by drop rate. "
-    what += "Bars are one standard deviation over the seeds"
-    return {path: f"{what}. Untrained: {', '.join(untrained)}."}
-
-
-def _means(runs: Sequence[sweeps.Run], measure: str) -> list[Point]:
-    points = []
-    for rate in sorted({run.drop_rate for run in runs}):
-        group = [run for run in runs if run.drop_rate == rate]
-        mean, deviation = sweeps.spread(group, measure)
-        low, high = (None, None) if deviation is None else (mean - deviation, mean + deviation)
-        points.append(Point(group[0].train_gflops, mean, low, high, label=f"{rate:.0%}"))
-    return points
+    curves = _curves([each for each in group.shown if each.line.mode == mode], point)
+    return Panel(MODES[mode], "drop rate (%)", "time (ms)", curves)
 
 
 # -- drawing ----------------------------------------------------------------------------------
 
 
-def save(panels: Sequence[Panel], columns: int, path: Path) -> bool:
-    """Write panels row by row, one legend below all; False where there is nothing to draw."""
+def save(panels: Sequence[Panel], columns: int, path: Path) -> None:
+    """Write panels row by row, one legend below all; what has no points is left out."""
     try:
         import matplotlib
         from matplotlib.figure import Figure
@@ -242,8 +153,6 @@ def save(panels: Sequence[Panel], columns: int, path: Path) -> bool:
         replace(panel, curves=[curve for curve in panel.curves if curve.points]) for panel in panels
     ]
     panels = [panel for panel in panels if panel.curves]
-    if not panels:
-        return False
     columns = min(columns, len(panels))
     rows = -(-len(panels) // columns)
     with matplotlib.rc_context({"font.size": 9, "axes.titlesize": 10}):
@@ -263,17 +172,10 @@ def save(panels: Sequence[Panel], columns: int, path: Path) -> bool:
         axes = figure.subplots(rows, columns, squeeze=False).flat
         for panel, axis in zip(panels, axes, strict=False):
             _draw(panel, axis, styles)
-        figure.legend(
-            handles=handles,
-            loc="outside lower center",
-            ncols=legend_columns,
-            frameon=False,
-            handlelength=4.4,
-            borderaxespad=0.8,
-        )
+        shape: dict[str, Any] = dict(ncols=legend_columns, handlelength=4.4, borderaxespad=0.8)
+        figure.legend(handles=handles, loc="outside lower center", frameon=False, **shape)
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=120, metadata={"Software": None})  # a version would change bytes
-    return True
 
 
 def _styles(panels: Sequence[Panel]) -> dict[str, dict[str, Any]]:
@@ -288,13 +190,8 @@ def _styles(panels: Sequence[Panel]) -> dict[str, dict[str, Any]]:
         size = max(4.0, 8 - 0.7 * i)
         shape = dict(marker=_PEER_MARKERS[i % 7], linestyle=_PEER_DASHES[i % 4], markersize=size)
         found[name] = dict(color=_PEERS[i % 5], linewidth=1.3, zorder=3, **shape)
-    others: dict[str, dict[str, Any]] = {
-        "bound": dict(color=_BOUND, linestyle="--", linewidth=1.1, zorder=2),
-        "marks": dict(color=_BOUND, marker="x", linestyle="", markersize=8, zorder=5),
-        "dots": dict(color="#555555", marker=".", linestyle="", markersize=6, alpha=0.4, zorder=1),
-    }
-    found |= {name: others[kind] for name, kind in kinds.items() if kind in others}
-    return found
+    bound = dict(color=_BOUND, linestyle="--", linewidth=1.1, zorder=2)
+    return found | {name: bound for name, kind in kinds.items() if kind == "bound"}
 
 
 def _draw(panel: Panel, axis: Any, styles: Mapping[str, dict[str, Any]]) -> None:
@@ -302,9 +199,6 @@ def _draw(panel: Panel, axis: Any, styles: Mapping[str, dict[str, Any]]) -> None
     for curve in panel.curves:
         style = styles[curve.name]
         at = {point.x: point.y for point in curve.points}
-        if curve.kind == "dots":
-            axis.plot([p.x for p in curve.points], [p.y for p in curve.points], **style)
-            continue
         # what was not measured leaves a gap
         axis.plot(every_x, [at.get(x, float("nan")) for x in every_x], **style)
         for point in curve.points:
@@ -313,9 +207,6 @@ def _draw(panel: Panel, axis: Any, styles: Mapping[str, dict[str, Any]]) -> None
             if point.low is not None and point.high is not None:
                 bar = dict(color=style["color"], linewidth=1, zorder=style["zorder"])
                 axis.vlines(point.x, point.low, point.high, **bar)
-            if point.label:
-                place = dict(xytext=(7, -11), textcoords="offset points", fontsize=8)
-                axis.annotate(point.label, (point.x, point.y), **place)
     axis.set(title=panel.title, xlabel=panel.x_label, ylabel=panel.y_label)
     axis.grid(alpha=0.3)
     if panel.log:
@@ -323,9 +214,8 @@ def _draw(panel: Panel, axis: Any, styles: Mapping[str, dict[str, Any]]) -> None
         return
     axis.margins(x=0.11)
     axis.set_ylim(0, 1.02 * axis.get_ylim()[1])
-    if panel.ticks:
-        margin = 0.06 * (panel.ticks[-1] - panel.ticks[0])
-        axis.set(xticks=panel.ticks, xlim=(panel.ticks[0] - margin, panel.ticks[-1] + margin))
+    margin = 0.06 * (_PERCENTS[-1] - _PERCENTS[0])
+    axis.set(xticks=_PERCENTS, xlim=(_PERCENTS[0] - margin, _PERCENTS[-1] + margin))
 
 
 def _log_axes(axis: Any, every_x: Sequence[float]) -> None:

@@ -5,7 +5,7 @@ Which line speaks for a measurement, the command that measures it again, and tab
 
 import re
 import textwrap
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -98,7 +98,6 @@ class Step(NamedTuple):
     configuration: str
     percent: int
     batch: int
-    features: bool
 
 
 def scaled(line: Line) -> Scaled | None:
@@ -112,29 +111,22 @@ def step(line: Line) -> Step:
     Raises:
         ValueError: the case has another form.
     """
-    found = re.fullmatch(r"(.+)_drop(\d+)_b(\d+)(_features)?", line.case)
+    found = re.fullmatch(r"(.+)_drop(\d+)_b(\d+)", line.case)
     if not found:
-        raise ValueError(
-            f"a step's case is {line.case!r}; it must be <configuration>_drop<percent>_b<batch>, "
-            "or that with _features"
-        )
-    return Step(found[1], int(found[2]), int(found[3]), bool(found[4]))
+        form = "<configuration>_drop<percent>_b<batch>"
+        raise ValueError(f"a step's case is {line.case!r}; it must be {form}")
+    return Step(found[1], int(found[2]), int(found[3]))
 
 
 def command(line: Line) -> str:
-    """What measures the line again, on a machine like its own."""
-    shared = f"--dtype {line.dtype} --mode {line.mode}{' --device cuda' if line.cuda else ''}"
+    """What measures a line of an op or of a step again, on a machine like its own."""
+    what = f"ops --op {line.op} --case {line.case}"
     if line.op == "step":
         at = step(line)
-        rate = f"{at.percent / 100 if line.drop_rate is None else line.drop_rate:g}"
-        features = " --features yes" if at.features else ""
-        return (
-            f"python -m bench steps --configuration {at.configuration} --drop-rate {rate} "
-            f"--batch {at.batch} {shared}{features}"
-        )
-    if size := scaled(line):
-        return f"python -m bench scaling --op {line.op} --size {size.size} {shared}"
-    return f"python -m bench ops --op {line.op} --case {line.case} {shared}"
+        rate, clips = f"{at.percent / 100:g}", at.batch
+        what = f"steps --configuration {at.configuration} --drop-rate {rate} --batch {clips}"
+    device = " --device cuda" if line.cuda else ""
+    return f"python -m bench {what} --dtype {line.dtype} --mode {line.mode}{device}"
 
 
 # -- tables ------------------------------------------------------------------------------------
@@ -206,34 +198,17 @@ class Group(NamedTuple):
     machine: tuple[str, str]
     dtype: str
     batch: int
-    features: bool
     shown: Sequence[Shown]
 
     @property
     def title(self) -> str:
-        tail = ", features of all tokens" if self.features else ""
-        return f"{self.configuration}, {self.dtype}, batch {self.batch}{tail}"
-
-    def by_backend(self, mode: str) -> dict[str, dict[int, Shown]]:
-        """{backend: {drop rate in percent: line}}, ours first."""
-        here = [each for each in self.shown if each.line.mode == mode]
-        here.sort(key=lambda each: not each.line.ours)
-        return {
-            backend: {step(each.line).percent: each for each in group}
-            for backend, group in grouped(here, lambda line: line.backend).items()
-        }
-
-    def gflops(self) -> dict[int, steps.GFLOPs]:
-        """By drop rate in percent, where they are known."""
-        percents = {*_PERCENTS, *(step(each.line).percent for each in self.shown)}
-        found = {p: steps.gflops(self.configuration, p / 100) for p in sorted(percents)[::-1]}
-        return {percent: each for percent, each in found.items() if each is not None}
+        return f"{self.configuration}, {self.dtype}, batch {self.batch}"
 
 
 def step_groups(shown: Iterable[Shown]) -> list[Group]:
     def key(line: Line) -> Group:
         at = step(line)
-        return Group(at.configuration, line.machine, line.dtype, at.batch, at.features, shown=())
+        return Group(at.configuration, line.machine, line.dtype, at.batch, shown=())
 
     return [group._replace(shown=members) for group, members in grouped(shown, key).items()]
 
@@ -244,29 +219,28 @@ def by_drop_rate(found: Sequence[Group]) -> str:
     percents = sorted({*_PERCENTS, *(step(each.line).percent for each in shown)}, reverse=True)
     rows = []
     for group in found:
-        block: dict[str, Mapping[int, str]] = {}
-        if counted := group.gflops():
-            block["GFLOPs of a clip, forward, as timed (published)"] = {
-                p: f"{number(each.timed)}{f' ({each.published:.1f})' if each.published else ''}"
-                for p, each in counted.items()
-            }
+        block: dict[str, list[str]] = {}
+        if group.configuration in steps.OF_THE_PAPER:
+            counted = (steps.gflops(group.configuration, p / 100) for p in percents)
+            block["GFLOPs of a clip, forward, as timed (published)"] = [
+                number(timed) + (f" ({published:.1f})" if published else "")
+                for timed, published in counted
+            ]
+        at = grouped(group.shown, lambda line: (line.mode, step(line).percent))
         for mode, name in MODES.items():
-            if backends := group.by_backend(mode):
-                block[f"{name}, ms"] = {p: _duel(backends, p) for p in percents}
+            if any(mode == key[0] for key in at):
+                block[f"{name}, ms"] = [_duel(at.get((mode, p), [])) for p in percents]
         for i, (what, cells) in enumerate(block.items()):
-            title = group.title if i == 0 else " "
-            rows.append([title, what, *(cells.get(percent, "") for percent in percents)])
+            rows.append([group.title if i == 0 else " ", what, *cells])
     headings = ["configuration", "drop rate", *(f"{percent} %" for percent in percents)]
     return _table(headings, rows, shown)
 
 
-def _duel(backends: Mapping[str, Mapping[int, Shown]], percent: int) -> str:
+def _duel(here: Sequence[Shown]) -> str:
     """The fastest of ours in bold, the best peer and how they compare."""
-    here = sorted(
-        (by[percent] for by in backends.values() if percent in by), key=lambda e: e.line.ms_p50
-    )
-    ours = next((each for each in here if each.line.ours), None)
-    peer = next((each for each in here if not each.line.ours), None)
+    ours = fastest(here)
+    theirs = (each for each in here if not each.line.ours)
+    peer = min(theirs, key=lambda each: each.line.ms_p50, default=None)
     texts = []
     if ours:
         texts.append(ours.mark(f"**{ours.line.backend} {number(ours.line.ms_p50)}**"))
@@ -293,8 +267,8 @@ _ROWS: tuple[tuple[str, str, str, str], ...] = (
     ("whole training step, MBS, half dropped", "step", "mbs_32x224x224_drop50_b1", "fwd+bwd"),
     ("whole inference, MBS, nothing dropped", "step", "mbs_32x224x224_drop0_b1", "fwd"),
 )
-_LEVELS = ("amx_bf16", "avx512_bf16", "avx512", "avx2")
-_NAMES = ("AMX", "AVX-512 BF16", "AVX-512", "AVX2")  # of these levels
+# widest first: the C++ kernels' instruction levels, as processors' makers call them
+_LEVELS = dict(amx_bf16="AMX", avx512_bf16="AVX-512 BF16", avx512="AVX-512", avx2="AVX2")
 
 
 def readme(shown: Sequence[Shown]) -> str:
@@ -331,12 +305,11 @@ def _processor(line: Line) -> str:
     """ "Intel Xeon, AMX" of "Intel(R) Xeon(R) Processor, 2 threads" and amx_bf16."""
     name, level = line.device.partition(",")[0], line.machine[1]
     name = " ".join(name.replace("(R)", "").replace("Processor", "").split())
-    return f"{name}, {_NAMES[_LEVELS.index(level)]}" if level in _LEVELS else name
+    return f"{name}, {_LEVELS[level]}" if level in _LEVELS else name
 
 
 def _rank(line: Line) -> int:
     """GPUs first, then wider instructions before narrower ones."""
-    level = line.machine[1]
-    if line.cuda:
-        return -1
-    return _LEVELS.index(level) if level in _LEVELS else len(_LEVELS)
+    order = ["cuda", *_LEVELS]
+    level = "cuda" if line.cuda else line.machine[1]
+    return order.index(level) if level in order else len(order)

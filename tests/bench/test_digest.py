@@ -31,7 +31,7 @@ def tree(tmp_path, monkeypatch):
 
 
 def forget():
-    for cached in (digest.of, digest._tree, digest._python, digest._other):
+    for cached in (digest.of, digest._units, digest._imported):
         cached.cache_clear()
 
 

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -29,38 +30,22 @@ SMALL = dataclasses.replace(
 )
 
 
-def build(name, case, device=CPU):
-    return peers.peers("contrastive_lse", (name,))[0].build(case, device)
-
-
-def pairs(case=SQUARE):
-    inputs = make(case, torch.float32, seed=5)
-    return inputs["x"].requires_grad_(), inputs["y"].requires_grad_(), inputs["scale"]
-
-
-def open_clip():
-    losses = peers.open_clip_losses()
-    if isinstance(losses, str):
-        pytest.skip(losses)
-    return losses
+def build(name):
+    return peers.peers("contrastive_lse", (name,))[0].build(SQUARE, CPU)
 
 
 # -- plain torch ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("op", "name"),
-    [
-        ("attention", "ragged_17"),
-        ("attention", "text"),
-        ("drop_token", "ragged"),
-        ("contrastive_lse", "texts"),
-        ("contrastive_lse", "shard_masked"),
-        ("patch_embed", "kept_rows"),
-        ("patch_embed", "kept_per_clip"),
-        ("patch_embed", "odd_clip"),
-    ],
-)
+EAGER = {
+    "attention": ("ragged_17", "text"),
+    "drop_token": ("ragged",),
+    "contrastive_lse": ("texts", "shard_masked"),
+    "patch_embed": ("kept_rows", "kept_per_clip", "odd_clip"),
+}
+
+
+@pytest.mark.parametrize(("op", "name"), [(op, n) for op, names in EAGER.items() for n in names])
 def test_eager_peers_compute_what_the_ops_do(op, name):
     """Within rounding of fp64, gradients included."""
     case = CASES[op][name]
@@ -113,65 +98,47 @@ def test_absent_peers_say_why(op, name, case, device, reason, monkeypatch):
 
 
 def test_open_clip_computes_what_the_op_does():
-    open_clip()
+    if isinstance(function := build("open_clip"), str):
+        pytest.skip(function)
     inputs = make(SQUARE, torch.float32, seed=1)
-    found = calls.values(build("open_clip", SQUARE), "contrastive_lse", inputs)
-    assert (
-        max(parity.errors(found, calls.truth("contrastive_lse", inputs, torch.float32)).values())
-        < 1e-5
-    )
+    exact = calls.truth("contrastive_lse", inputs, torch.float32)
+    found = calls.values(function, "contrastive_lse", inputs)
+    assert max(parity.errors(found, exact).values()) < 1e-5
     low = make(SQUARE, torch.bfloat16, seed=1)
-    assert {output.dtype for output in build("open_clip", SQUARE)(**low)} == {torch.float32}
-
-
-def definition_of_siglip(x, y, scale):
-    """The sum over all pairs as the paper writes it."""
-    labels = 2 * torch.eye(x.shape[0], dtype=x.dtype) - 1
-    return -torch.nn.functional.logsigmoid(labels * (scale * x @ y.T + peers.SIGLIP_BIAS)).sum()
+    assert {output.dtype for output in function(**low)} == {torch.float32}
 
 
 @pytest.mark.parametrize("rows", [1024, 5])
 def test_siglip_is_the_papers_sum_in_chunks_or_not(rows, monkeypatch):
     monkeypatch.setattr(peers, "_CHUNK", rows)
-    x, y, scale = pairs()
-    found, expected = (
-        build("siglip", SQUARE)(x=x, y=y, scale=scale)[0].sum(),
-        definition_of_siglip(x, y, scale),
-    )
+    inputs = make(SQUARE, torch.float32, seed=5)
+    x, y, scale = inputs["x"].requires_grad_(), inputs["y"].requires_grad_(), inputs["scale"]
+    each = build("siglip")(x=x, y=y, scale=scale)[0]
+    labels = 2 * torch.eye(len(x)) - 1  # the sum over all pairs as the paper writes it
+    whole = -F.logsigmoid(labels * (scale * x @ y.T + peers.SIGLIP_BIAS)).sum()
+    torch.testing.assert_close(each.sum(), whole)
+    found, expected = (torch.autograd.grad(loss, (x, y)) for loss in (each.sum(), whole))
     torch.testing.assert_close(found, expected)
-    for mine, theirs in zip(
-        torch.autograd.grad(found, (x, y)), torch.autograd.grad(expected, (x, y)), strict=True
-    ):
-        torch.testing.assert_close(mine, theirs)
-
-
-def test_siglip_of_a_shard_is_its_part_of_the_whole(monkeypatch):
-    monkeypatch.setattr(peers, "_CHUNK", 3)
-    x, y, scale = pairs()
-    (whole,), (part,) = (
-        peers.siglip(x, y, scale=scale),
-        peers.siglip(x[5:12], y, scale=scale, first=5),
-    )
-    torch.testing.assert_close(part, whole[5:12])
+    (part,) = peers.siglip(x[5:12], y, scale=scale, first=5)  # of another device
+    torch.testing.assert_close(part, each[5:12])
 
 
 def test_another_loss_is_timed_but_never_compared():
-    names = ("siglip", "materialised")
     options = dict(rounds=2, warmup=0, backends=("reference",), quick=True)
-    here = Setting(CPU, peer_names=names, **options)
+    here = Setting(CPU, peer_names=("siglip", "materialised"), **options)
     found, absent = measure_op(here, "contrastive_lse", SQUARE, "fp32", ["fwd", "fwd+bwd"])
     assert not absent and len(found) == 6
     for line in found:
         if line.backend == "siglip":
-            assert (line.error, line.error_of, line.error_batch) == (None, None, None)
-            assert line.ms_p50 > 0 and line.share_of_ceiling is None and not line.ours
+            assert line.ms_p50 > 0 and not line.ours
+            told = (line.error, line.error_of, line.error_batch, line.share_of_ceiling)
+            assert told == (None, None, None, None)
         else:
             assert line.error < 1e-5 and line.share_of_ceiling > 0
         assert line.best_peer == ("materialised" if line.ours else None)
     alone = dataclasses.replace(here, peer_names=("siglip",))
-    found, _ = measure_op(alone, "contrastive_lse", SQUARE, "fp32", ["fwd"])
-    (ours,) = (line for line in found if line.ours)
-    assert ours.best_peer is None and ours.speedup_over_best_peer is None
+    (ours, _), _ = measure_op(alone, "contrastive_lse", SQUARE, "fp32", ["fwd"])
+    assert ours.ours and ours.best_peer is None and ours.speedup_over_best_peer is None
 
 
 # -- towers -----------------------------------------------------------------------------------
@@ -189,9 +156,8 @@ def tower():
 
 def clips(batch=2):
     shape = (batch, SMALL.frames, SMALL.height, SMALL.width, 3)
-    return torch.randint(
-        0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(1)
-    )
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
 
 
 KEEPS = {
@@ -206,16 +172,14 @@ def test_videomae_reads_our_patches_in_our_order(tower, keep):
     """With our projection's weights its tokens are our op's, for every kept patch."""
     frames = clips()
     video = patchify(frames, SMALL.video_patch)
+    projection = tower.embeddings.patch_embeddings.projection
+    # (dim, C, t, h, w); ours (dim, (t, h, w, C))
+    weight = projection.weight.permute(0, 2, 3, 4, 1).flatten(1)
+    position = tower.embeddings.position_embeddings[0]
+    scaled = dict(scale=2 / 255, shift=-1.0)
+    inputs = towers.videomae_inputs(SMALL, frames, keep)
     with torch.no_grad():
-        projection = (
-            tower.embeddings.patch_embeddings.projection
-        )  # (dim, C, t, h, w); ours (dim, (t, h, w, C))
-        weight = projection.weight.permute(0, 2, 3, 4, 1).flatten(1)
-        position = tower.embeddings.position_embeddings[0]
-        ours = patch_embed(
-            video, weight, projection.bias, position, keep, scale=2 / 255, shift=-1.0
-        )
-        inputs = towers.videomae_inputs(SMALL, frames, keep)
+        ours = patch_embed(video, weight, projection.bias, position, keep, **scaled)
         theirs = tower.embeddings(**inputs)
     assert inputs["pixel_values"].shape == (2, SMALL.frames, 3, SMALL.height, SMALL.width)
     assert theirs.shape[1] == (SMALL.num_video_patches if keep is None else keep.shape[-1])
@@ -227,11 +191,9 @@ def test_videomae_costs_what_our_formula_says_but_for_the_agg_token(tower, drop_
     kept = SMALL.num_video_patches - int(drop_rate * SMALL.num_video_patches)
     keep = torch.arange(kept) if drop_rate else None
     inputs = towers.videomae_inputs(SMALL, clips(1), keep)
-    with (
-        FlopCounterMode(display=False) as counter,
-        torch.no_grad(),
-        sdpa_kernel(SDPBackend.MATH),
-    ):  # the CPU's flash kernel is not counted
+    counting = FlopCounterMode(display=False)
+    # the CPU's flash kernel is not counted
+    with counting, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         towers.videomae_features(tower, inputs)
     video = SMALL.video
     of_agg = video.depth * (
@@ -239,7 +201,7 @@ def test_videomae_costs_what_our_formula_says_but_for_the_agg_token(tower, drop_
         + 4 * ((kept + 1) ** 2 - kept**2) * video.dim
     )
     ours = true_flops(SMALL, drop_rate, drop_first=False, modalities=("video",))["video"]
-    assert counter.get_total_flops() == ours - of_agg
+    assert counting.get_total_flops() == ours - of_agg
 
 
 def test_videomae_is_absent_with_a_reason(monkeypatch):

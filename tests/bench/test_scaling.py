@@ -4,23 +4,19 @@ import dataclasses
 
 import pytest
 import torch
-from bench_lines import no_gate
+from bench_lines import LINE, no_gate
 
 from bench import __main__, floors, lines, sweeps
-from bench.sweeps import Cost, predict, too_much
 from vatt_fast.kernels.cases import AttentionCase
 
 CPU = torch.device("cpu")
 
 
-def test_costs_grow_with_the_square():
-    assert predict(Cost(10, 2.0, 100), 30) == (30, pytest.approx(18.0), 900)
-
-
 def test_who_would_take_too_much_is_told_why():
-    assert too_much(Cost(1, 999.0, 2**30), 1000.0, 2**31) is None
-    assert "about 2 s, more than 1" in too_much(Cost(1, 2000.0, 0), 1000.0, 2**31)
-    assert "about 4 GiB, 2 are free" in too_much(Cost(1, 1.0, 2**32), 1000.0, 2**31)
+    last = dataclasses.replace(LINE, ms_p50=100.0, peak_bytes=2**28)
+    assert sweeps.too_much(last, 4, 1.0, 2**31) is None
+    assert "about 2 s, more than 1" in sweeps.too_much(last, 20, 1.0, 2**33)
+    assert "about 4 GiB, 2 are free" in sweeps.too_much(last, 16, 2.0, 2**31)
     assert 2**20 < sweeps.free_bytes(CPU) < 2**45
 
 
@@ -34,59 +30,48 @@ def test_the_sizes_are_those_of_the_models():
     assert (clip.patches, clip.values, clip.kept) == (1568, 3072, None)
 
 
-@pytest.fixture
-def small(monkeypatch):
-    """Attention at two tiny sizes, and no parity check before it."""
-    cases = {
-        size: AttentionCase(f"scaling_tokens_{size}", 1, size, size, 2, 16) for size in (5, 40)
-    }
+def attention_at(monkeypatch, *sizes):
+    """Attention at tiny sizes alone, and no parity check before it."""
+    cases = {n: AttentionCase(f"scaling_tokens_{n}", 1, n, n, 2, 16) for n in sizes}
     monkeypatch.setitem(sweeps.SIZES, "attention", cases)
     no_gate(monkeypatch)
 
 
-def run(*arguments):
+def run(out, *options):
     asked = "scaling --device cpu --op attention --dtype fp32 --mode fwd --seconds 0"
-    return __main__.main([*asked.split(), *map(str, arguments)])
+    assert __main__.main([*asked.split(), "--out", str(out), *options]) == 0
+    return lines.read(out)
 
 
-def test_a_size_is_measured_once_and_the_slow_leave(small, monkeypatch, tmp_path, capsys):
+def test_a_size_is_measured_once_and_the_slow_leave(monkeypatch, tmp_path, capsys):
     peers = {peer.name: peer for peer in sweeps.peers("attention")}
     monkeypatch.setattr(sweeps, "peers", lambda op: [peers["eager"], peers["sdpa_math"]])
-    out = tmp_path / "lines.jsonl"
-    assert run("--size", 5, "--out", out) == 0
-    first = lines.read(out)
+    attention_at(monkeypatch, 5)
+    first = run(tmp_path / "first.jsonl")
     assert {line.backend for line in first} == {"auto", "eager", "sdpa_math"}
     assert {(line.case, line.rounds) for line in first} == {("scaling_tokens_5", 2)}
     # as if a peer had taken long at the small size; of an earlier run the last of each counts
     slow = [
-        dataclasses.replace(line, ms_p50=1e5 if line.backend == "eager" else 1.0) for line in first
+        dataclasses.replace(line, ms_p50=1e3 if line.backend == "eager" else 1.0) for line in first
     ]
-    out.unlink()
-    lines.append(out, [dataclasses.replace(line, ms_p50=1.0) for line in slow])
-    lines.append(out, slow)
-    capsys.readouterr()
-    assert run("--resume", "--out", out) == 0
-    found = lines.read(out)
-    assert found[len(slow) : 2 * len(slow)] == slow  # nothing measured again
-    later = {line.backend for line in found[2 * len(slow) :]}
-    assert later == {"sdpa_math", "auto"}
-    told = "absent: attention scaling_tokens_40, eager, a call would take about"
-    assert told.replace(", ", ": ") in capsys.readouterr().out
-    before = out.read_text()
+    earlier = [*(dataclasses.replace(line, ms_p50=1.0) for line in slow), *slow]
+    out = tmp_path / "lines.jsonl"
+    lines.append(out, earlier)
+    attention_at(monkeypatch, 5, 40)
+    found = run(out, "--resume")
+    assert found[: len(earlier)] == earlier  # nothing measured again
+    assert {line.backend for line in found[len(earlier) :]} == {"sdpa_math", "auto"}
+    told = "absent: attention scaling_tokens_40: eager: a call would take about"
+    assert told in capsys.readouterr().out
+    attention_at(monkeypatch, 5)
     monkeypatch.setattr(__main__, "gate", lambda *args, **options: pytest.fail("checked parity"))
-    assert run("--size", 5, "--resume", "--out", out) == 0 and out.read_text() == before
+    assert run(out, "--resume") == found
 
 
-def test_what_takes_too_long_to_compile_is_left_out(small, monkeypatch, tmp_path, capsys):
+def test_what_takes_too_long_to_compile_is_left_out(monkeypatch, tmp_path, capsys):
+    attention_at(monkeypatch, 5)
     monkeypatch.setitem(sweeps._COMPILED_UP_TO, "attention", 4)
-    assert run("--size", 5, "--out", tmp_path / "lines.jsonl") == 0
-    backends = {line.backend for line in lines.read(tmp_path / "lines.jsonl")}
+    backends = {line.backend for line in run(tmp_path / "lines.jsonl")}
     assert {"auto", "eager"} <= backends
     assert not any(name.endswith("_compiled") for name in backends)
     assert "eager_compiled: torch.compile takes too long beyond 4" in capsys.readouterr().out
-
-
-def test_an_unknown_size_is_refused(small, capsys):
-    with pytest.raises(SystemExit):
-        run("--size", 6)
-    assert "it has 5, 40" in capsys.readouterr().err

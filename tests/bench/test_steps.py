@@ -21,10 +21,10 @@ CPU = torch.device("cpu")
 TINY = PRESETS["tiny"]
 
 
-def trained(name, drop_rate, *, batch=3, features=False, config=TINY, modalities=steps.MODALITIES):
+def trained(name, drop_rate, *, batch=3, config=TINY, modalities=steps.MODALITIES):
     trainer = steps.Trainer(config, CPU, torch.float32, modalities)
     trainer.set_batch(batch, drop_rate, "fwd+bwd")
-    return trainer, trainer.step_of(steps.formulations((name,), ())[0], features)
+    return trainer, trainer.step_of(steps.Formulation(name))
 
 
 # -- batches and formulations -----------------------------------------------------------------
@@ -45,23 +45,19 @@ def test_training_takes_kept_rows_and_inference_whole_clips():
     assert set(steps.make_batch(TINY, 2, 0.0, "fwd", CPU, 1, ("video",))) == {"video"}
 
 
-@pytest.mark.parametrize("features", [False, True])
-def test_every_formulation_of_the_step_has_the_same_loss(features):
+def test_ours_and_plain_have_the_same_loss():
     losses = {}
-    for name in ("auto", "reference", "plain"):
-        _, (one, other) = trained(name, 0.5, features=features)
+    for name in ("auto", "plain"):
+        _, (one, other) = trained(name, 0.5)
         losses[name] = torch.stack([one(), other(), one()])
-    for loss in losses.values():
-        torch.testing.assert_close(loss, losses["reference"], rtol=1e-4, atol=1e-5)
-    assert len(set(losses["reference"].tolist())) == 3  # it trains
+    torch.testing.assert_close(losses["auto"], losses["plain"], rtol=1e-4, atol=1e-5)
+    assert len(set(losses["auto"].tolist())) == 3  # it trains
 
 
-def test_unknown_formulations_are_refused_and_reference_is_not_compiled():
-    with pytest.raises(ValueError, match="unknown contenders fast"):
-        steps.formulations(("fast",), ())
-    found = steps.formulations(("auto", "reference"), ("default", "max-autotune"))
-    titles = [each.title for each in found]
-    assert titles == ["auto", "auto_compiled", "auto_max-autotune", "reference"]
+def test_a_formulation_is_named_by_its_compilation():
+    titles = [each.title for each in steps.formulations(("auto", "plain"), ("default", "max"))]
+    names = ("auto", "auto_compiled", "auto_max", "plain", "plain_compiled", "plain_max")
+    assert titles == [*names]
 
 
 def test_a_training_step_pays_for_kept_tokens_alone():
@@ -79,34 +75,25 @@ def test_a_training_step_pays_for_kept_tokens_alone():
 # -- cost -------------------------------------------------------------------------------------
 
 
-def test_the_papers_gflops_are_met_within_a_tenth_of_a_percent():
-    published = {}
-    for name, (_, _, of_paper) in steps.OF_THE_PAPER.items():
-        for rate in sweeps.DROP_RATES:
-            found = steps.gflops(name, rate)
-            if found.published is not None:
-                published[name, rate] = found.published
-                assert found.convention == pytest.approx(found.published, rel=1e-3)
-            assert of_paper or found.published is None
-    assert len(published) == 10  # Table 5's four, Table 6's six
+def test_gflops_are_published_and_what_the_tower_runs():
+    published = {
+        (name, rate): steps.gflops(name, rate)[1]
+        for name in steps.OF_THE_PAPER
+        for rate in sweeps.DROP_RATES
+    }
+    assert sum(found is not None for found in published.values()) == 10  # Tables 5 and 6
     assert published["mbs_32x224x224", 0.5] == 375.4
     assert published["medium_video_64x224x224", 0.0] == 1222.1
-    assert steps.gflops("large_base_small", 0.5) is None
-
-
-def test_true_gflops_are_what_the_tower_runs():
-    config, _, _ = steps.OF_THE_PAPER["medium_video_32x224x224"]
+    name = "medium_video_32x224x224"
+    config, _, _ = steps.OF_THE_PAPER[name]
     batch = steps.make_batch(config, 1, 0.75, "fwd+bwd", CPU, 0, ("video",))
     with torch.device("meta"):
         model = VATT(config).eval()
-    on_meta = {name: value.to("meta") for name, value in batch.items()}
+    with FlopCounterMode(display=False) as counter:
+        model(**{name: value.to("meta") for name, value in batch.items()}, features=False)
     c = config
     head = 2 * (c.video.dim * c.d_va + c.d_va**2 + c.d_va * c.d_vt)  # runs wherever video does
-    for features, field in ((True, "true"), (False, "timed")):
-        with FlopCounterMode(display=False) as counter:
-            model(**on_meta, features=features)
-        counted = counter.get_total_flops() - head
-        assert getattr(steps.gflops("medium_video_32x224x224", 0.75), field) == counted / 1e9
+    assert steps.gflops(name, 0.75)[0] == (counter.get_total_flops() - head) / 1e9
 
 
 # -- cells ------------------------------------------------------------------------------------
@@ -203,18 +190,17 @@ def test_a_cell_is_done_when_ours_is(small_video, monkeypatch, tmp_path):
     monkeypatch.setattr(lines, "stale", lambda line: None)
     here = Setting(CPU, quick=True)
     cell = Cell("small_video", 0.5, "fwd", 2, ("default",))
-    fitted = cell._replace(batch=0)
     line = dataclasses.replace(LINE, op="step", case=cell.case, dtype="fp32")
     line = dataclasses.replace(line, device=here.device_name, versions=here.versions)
     out = tmp_path / "lines.jsonl"
     for backend, ours, left in (
-        ("plain_compiled", False, 2),
-        ("auto", True, 2),
-        ("auto_compiled", True, 0),
+        ("plain_compiled", False, True),
+        ("auto", True, True),
+        ("auto_compiled", True, False),
     ):
         lines.append(out, [dataclasses.replace(line, backend=backend, ours=ours)])
-        assert len(sweeps.unmeasured([cell, fitted], "fp32", out, here)) == left, backend
-    assert sweeps.unmeasured([cell._replace(features=True)], "fp32", out, here)
+        assert bool(sweeps.unmeasured([cell], "fp32", out, here)) == left, backend
+    assert sweeps.unmeasured([cell._replace(batch=4)], "fp32", out, here)
 
 
 @pytest.mark.parametrize("mode", ["fwd", "fwd+bwd"])

@@ -1,13 +1,11 @@
 """Clocks, the rotation of contenders, statistics and peak memory."""
 
 import time
-from dataclasses import replace
 
 import pytest
 import torch
-from bench_lines import LINE
 
-from bench import lines, timer
+from bench import timer
 
 CPU = torch.device("cpu")
 
@@ -104,6 +102,3 @@ def test_stolen_time_is_told(tmp_path, monkeypatch):
     calls = {"a": [lambda: 1], "b": [lambda: 2]}
     times = timer.interleaved(calls, rounds=2, warmup=0, clock=FakeClock())
     assert times["a"].stolen == times["b"].stolen == 0.3
-    line = replace(LINE, source=lines.source_of(LINE), versions={"torch": torch.__version__})
-    found = [bool(lines.stale(replace(line, stolen=each))) for each in (None, 0.04, 0.3)]
-    assert found == [False, False, True]
