@@ -2,7 +2,8 @@
 
 Scores are held transposed, keys down the sublanes and queries along the lanes. So a row's maximum
 and sum are plain vector operations, the statistics are lane vectors that are stored without waste,
-and the accumulators of out and d_q (head_dim, queries) fill their registers at head_dim 64. All
+and the accumulators of out, d_q (head_dim, queries), d_k and d_v (head_dim, keys) fill their
+registers at head_dim 64. All
 keys of a (clip, head) pair lie in VMEM, so the softmax is single-pass. T and S need no padding: a
 block that covers an axis has its exact length, and what is left of a walk over chunks is a smaller
 chunk of its own. Nothing beyond an array's end is ever read.
@@ -305,7 +306,7 @@ def _backward_kernel(
     """One program: some (clip, head) pairs and a block of their queries.
 
     Walks the queries in chunks, and for each chunk the keys: five products a tile. d_k and d_v are
-    summed in fp32 over the blocks of a pair, d_bias in its output over all clips.
+    summed in fp32, transposed, over the blocks of a pair, d_bias in its output over all clips.
     """
     d_out_ref, q_ref, k_ref, v_ref, out_ref, lse_ref, d_lse_ref, *extra = refs
     bias_ref, mask_ref = _take(extra, has_bias), _take(extra, has_mask)
@@ -335,10 +336,11 @@ def _backward_kernel(
             q, d_out = q_ref[b, h, at, :], d_out_ref[b, h, at, :]
             lse = lse_ref[b, h, :, at]  # (1, t)
             keyless = lse == -jnp.inf
-            products = d_out.astype(jnp.float32) * out_ref[b, h, at, :].astype(jnp.float32)
-            # a product with ones, so that the sums come out as a row
-            ones = jnp.ones((8, products.shape[1]), jnp.float32)
-            delta = dot(ones, products, (1, 1))[:1]
+            # (D, t): p and d_s then stay in the matrix unit while D rows stream past them, and
+            # delta is a sum down the sublanes
+            d_out = d_out.T
+            out = out_ref[b, h, at, :].T
+            delta = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(0, keepdims=True)
             # without a key there is no gradient, whatever comes in
             delta = delta - jnp.where(keyless, 0.0, d_lse_ref[b, h, :, at])
             lse = jnp.where(keyless, 0.0, lse * _LOG2E)
@@ -349,12 +351,12 @@ def _backward_kernel(
                 bias = bias_ref[h, here, at] if has_bias else None
                 attended = _column(mask_ref[b, :, here]) if has_mask else None
                 p = jnp.exp2(_scores(k, q, scale, bias, attended) - lse)  # (s, t)
-                d_v_sum[j, here, :] += dot(p.astype(d_out.dtype), d_out)
-                d_s = p * (dot(v, d_out, (1, 1)) - delta)
+                d_v_sum[j, :, here] += dot(d_out, p.astype(d_out.dtype), (1, 1))
+                d_s = p * (dot(v, d_out) - delta)
                 if bias_grad:
                     d_bias_ref[h, here, at] += d_s
                 d_s = d_s.astype(q.dtype)
-                d_k_sum[j, here, :] += dot(d_s, q)
+                d_k_sum[j, :, here] += dot(q, d_s, (0, 1))
                 return d_q + dot(k, d_s, (0, 0))  # (D, t)
 
             d_q = _for_keys(plan, keys, jnp.zeros((q.shape[1], size), jnp.float32))
@@ -365,8 +367,8 @@ def _backward_kernel(
         @pl.when(i == plan.blocks - 1)
         def _():
             for j in range(plan.unroll):
-                d_k_ref[b, first + j] = (d_k_sum[j] * scale).astype(d_k_ref.dtype)
-                d_v_ref[b, first + j] = d_v_sum[j].astype(d_v_ref.dtype)
+                d_k_ref[b, first + j] = (d_k_sum[j] * scale).T.astype(d_k_ref.dtype)
+                d_v_ref[b, first + j] = d_v_sum[j].T.astype(d_v_ref.dtype)
 
     _for_pairs(plan, pair)
 
@@ -418,7 +420,7 @@ def _backward(d_out, d_lse, q, k, v, out, lse, scale, bias, key_mask, bias_grad,
         ],
         out_specs=[spec for spec, _, _ in results],
         out_shape=[jax.ShapeDtypeStruct(shape, dtype) for _, shape, dtype in results],
-        scratch=[pltpu.VMEM((plan.unroll, S, D), jnp.float32)] * 2,
+        scratch=[pltpu.VMEM((plan.unroll, D, S), jnp.float32)] * 2,
         flops=flops("bwd", B, H, T, S, D),
         exps=B * H * T * S,
     )
