@@ -19,7 +19,16 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from ..pallas_common import LANES, call, divide, dot, round_up, sublanes, unsupported_operands
+from ..pallas_common import (
+    LANES,
+    LP_SCHEDULER,
+    call,
+    divide,
+    dot,
+    round_up,
+    sublanes,
+    unsupported_operands,
+)
 from .flops import flops
 
 # B batch, T queries, S keys, H heads, D head_dim; t queries of a chunk, s keys of a chunk. Inside
@@ -30,6 +39,8 @@ _BIAS_SIDE = 512  # queries and keys of a bias: it and its gradient lie in VMEM 
 _BLOCK_BYTES = 6 << 20  # of a program's blocks, double buffered; 16 MiB is what every chip has
 _VMEM_BYTES = 13 << 20  # of keys and scores
 _SCORE_BYTES = 6 << 20  # of a chunk's scores
+_SUBLANES = 8
+_LP_QUERIES = 512  # from which libtpu schedules the forward pass better by linear programming
 _KEY_CHUNK = 512  # keys that the backward pass takes at a time
 _KEY_BYTES = 10 << 20  # of the blocks and accumulators that hold all keys
 
@@ -55,22 +66,39 @@ class _Plan(NamedTuple):
         return -(-self.queries // self.rows)
 
 
-def _plan(shape: tuple[int, int, int, int], keys: int, dtype: Any, *, backward: bool) -> _Plan:
+def _plan(
+    shape: tuple[int, int, int, int],
+    keys: int,
+    dtype: Any,
+    *,
+    backward: bool,
+    bias: bool = False,
+    mask: bool = False,
+) -> _Plan:
     B, H, T, D = shape
-    chunk, rows = _cut_queries(T, keys, D, dtype, backward=backward)
+    chunk, rows = _cut_queries(T, keys, D, dtype, backward=backward, mask=mask)
     width = round_up(D, LANES) * jnp.dtype(dtype).itemsize
     queries_bytes, keys_bytes = (round_up(size, sublanes(dtype)) * width for size in (rows, keys))
     pair_bytes = 2 * (4 if backward else 2) * (queries_bytes + keys_bytes)
+    if mask:
+        pair_bytes += 2 * 4 * _SUBLANES * keys
+    bias_bytes = 0  # of a head's bias and its gradient, whatever the number of clips
+    if bias:
+        bias_bytes = 2 * (2 if backward else 1) * round_up(keys, _SUBLANES) * 4
+        bias_bytes *= round_up(T, LANES)
     heads = batch = 1
     if rows == T:  # accumulators across blocks of queries belong to one pair
-        heads = _divisor(H, min(8, _BLOCK_BYTES // pair_bytes))
+        heads = _divisor(H, min(8, _BLOCK_BYTES // (pair_bytes + bias_bytes)))
         if heads == H:
-            batch = _divisor(B, min(64 // heads, _BLOCK_BYTES // (pair_bytes * heads)))
+            spare = _BLOCK_BYTES - heads * bias_bytes
+            batch = _divisor(B, min(64 // heads, spare // (pair_bytes * heads)))
     unroll = _divisor(heads, max(1, 256 // round_up(min(T, chunk), 32)))
     return _Plan(T, keys, batch, heads, unroll, rows, chunk, _KEY_CHUNK)
 
 
-def _cut_queries(T: int, keys: int, D: int, dtype: Any, *, backward: bool) -> tuple[int, int]:
+def _cut_queries(
+    T: int, keys: int, D: int, dtype: Any, *, backward: bool, mask: bool
+) -> tuple[int, int]:
     """(queries of a chunk, queries of a block).
 
     A chunk is as long as its scores fit: by libtpu's schedules a quarter fewer bundles than chunks
@@ -80,7 +108,7 @@ def _cut_queries(T: int, keys: int, D: int, dtype: Any, *, backward: bool) -> tu
         # its products split their operands in three and fill the matrix unit anyway
         most, longest_block = 128 if keys > 1024 else 256, 1024
     else:
-        key_bytes = keys * _bytes_a_key(D, dtype, backward=backward)
+        key_bytes = keys * _bytes_a_key(D, dtype, backward=backward, mask=mask)
         score_bytes = min(_SCORE_BYTES, _VMEM_BYTES - key_bytes)
         query_bytes = 8 * min(keys, _KEY_CHUNK) if backward else 4 * keys
         most, longest_block = max(LANES, score_bytes // query_bytes // LANES * LANES), 1280
@@ -95,14 +123,18 @@ def _divisor(size: int, limit: int) -> int:
     return max((n for n in range(1, min(size, limit) + 1) if size % n == 0), default=1)
 
 
-def _keys_at_once(D: int, dtype: Any, *, backward: bool) -> int:
-    return _KEY_BYTES // _bytes_a_key(D, dtype, backward=backward) // LANES * LANES
+def _keys_at_once(D: int, dtype: Any, *, backward: bool, mask: bool) -> int:
+    return _KEY_BYTES // _bytes_a_key(D, dtype, backward=backward, mask=mask) // LANES * LANES
 
 
-def _bytes_a_key(D: int, dtype: Any, *, backward: bool) -> int:
-    """Of VMEM: in and out double buffered, beside fp32 accumulators of their gradients."""
+def _bytes_a_key(D: int, dtype: Any, *, backward: bool, mask: bool) -> int:
+    """Of VMEM: in and out double buffered, beside fp32 accumulators of their gradients.
+
+    The forward pass also holds the mask as a column, which is a register wide.
+    """
     itemsize = jnp.dtype(dtype).itemsize
-    return round_up(D, LANES) * (8 * itemsize + 8 if backward else 4 * itemsize + 8)
+    bytes_a_key = round_up(D, LANES) * (8 * itemsize + 8 if backward else 4 * itemsize + 8)
+    return bytes_a_key + (4 * LANES if mask and not backward else 0)
 
 
 # -- walks over a program's pairs, queries and keys --------------------------------------------
@@ -216,7 +248,8 @@ def _take(refs: list, given: bool):
 
 
 def forward(q, k, v, *, scale, bias=None, key_mask=None):
-    keys = _keys_at_once(q.shape[3], q.dtype, backward=False)
+    masked = key_mask is not None
+    keys = _keys_at_once(q.shape[3], q.dtype, backward=False, mask=masked)
     if k.shape[2] <= keys:
         return _forward(q, k, v, scale, bias, key_mask, q.dtype)
     # more keys than VMEM holds: in parts, joined by their log-sums
@@ -232,7 +265,8 @@ def forward(q, k, v, *, scale, bias=None, key_mask=None):
 
 def _forward(q, k, v, scale, bias, key_mask, dtype):
     (B, H, T, D), S = q.shape, k.shape[2]
-    plan = _plan(q.shape, S, q.dtype, backward=False)
+    given = dict(bias=bias is not None, mask=key_mask is not None)
+    plan = _plan(q.shape, S, q.dtype, backward=False, **given)
     specs = _specs(plan, D)
     operands, extra_specs = _extras(plan, bias, key_mask)
     kernel = functools.partial(
@@ -256,6 +290,7 @@ def _forward(q, k, v, scale, bias, key_mask, dtype):
         ],
         flops=flops("fwd", B, H, T, S, D),
         exps=B * H * T * S,
+        flags=LP_SCHEDULER if T >= _LP_QUERIES and q.dtype == jnp.bfloat16 else {},
     )
     return out, lse[:, :, 0]
 
@@ -374,7 +409,8 @@ def _backward_kernel(
 
 
 def backward(d_out, d_lse, q, k, v, out, lse, *, scale, bias=None, key_mask=None, bias_grad=False):
-    keys = _keys_at_once(q.shape[3], q.dtype, backward=True)
+    masked = key_mask is not None
+    keys = _keys_at_once(q.shape[3], q.dtype, backward=True, mask=masked)
     if k.shape[2] <= keys:
         return _backward(d_out, d_lse, q, k, v, out, lse, scale, bias, key_mask, bias_grad, q.dtype)
     # lse and out are of all keys: gradients of the parts only have to be put together
@@ -389,7 +425,8 @@ def backward(d_out, d_lse, q, k, v, out, lse, *, scale, bias=None, key_mask=None
 
 def _backward(d_out, d_lse, q, k, v, out, lse, scale, bias, key_mask, bias_grad, d_q_dtype):
     (B, H, T, D), S = q.shape, k.shape[2]
-    plan = _plan(q.shape, S, q.dtype, backward=True)
+    given = dict(bias=bias is not None, mask=key_mask is not None)
+    plan = _plan(q.shape, S, q.dtype, backward=True, **given)
     specs = _specs(plan, D)
     operands, extra_specs = _extras(plan, bias, key_mask)
     results = [
