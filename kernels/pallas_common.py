@@ -17,6 +17,12 @@ from . import settings
 
 LANES = 128  # the last axis of a register; the one before it has 8 rows of 4 bytes
 
+# ``flags`` of a call: libtpu's scheduler by linear programming in place of its list scheduler. Only
+# releases that jax 0.10 pins are known to know it; torch_xla's libtpu is older.
+LP_SCHEDULER = (
+    {"XLA_TPU_FORCE_LP_LLO_SCHEDULER": True} if jax.__version_info__[:2] == (0, 10) else {}
+)
+
 # -- where kernels run -------------------------------------------------------------------------
 
 
@@ -59,6 +65,7 @@ def call(
     prefetched: int = 0,
     scratch: Sequence[Any] = (),
     bytes_accessed: float | None = None,
+    **compiler: Any,
 ):
     """Run ``kernel`` over ``grid``: a pl.pallas_call with everything that ours always carry.
 
@@ -70,6 +77,7 @@ def call(
             operands and results once.
         prefetched: so many leading operands go to scalar memory before the grid starts; index
             maps receive them after the grid's indices.
+        compiler: more fields of pltpu.CompilerParams.
     """
     results = out_shape if isinstance(out_shape, tuple | list) else [out_shape]
     moved = sum(math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in (*operands, *results))
@@ -84,7 +92,7 @@ def call(
             scratch_shapes=scratch,
         ),
         out_shape=out_shape,
-        compiler_params=pltpu.CompilerParams(dimension_semantics=tuple(semantics)),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=tuple(semantics), **compiler),
         cost_estimate=pl.CostEstimate(
             flops=int(flops),
             transcendentals=int(exps),

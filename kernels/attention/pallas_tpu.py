@@ -2,7 +2,8 @@
 
 Scores are held transposed, keys down the sublanes and queries along the lanes. So a row's maximum
 and sum are plain vector operations, the statistics are lane vectors that are stored without waste,
-and the accumulators of out and d_q (head_dim, queries) fill their registers at head_dim 64. All
+and the accumulators of out, d_q (head_dim, queries), d_k and d_v (head_dim, keys) fill their
+registers at head_dim 64. All
 keys of a (clip, head) pair lie in VMEM, so the softmax is single-pass. T and S need no padding: a
 block that covers an axis has its exact length, and what is left of a walk over chunks is a smaller
 chunk of its own. Nothing beyond an array's end is ever read.
@@ -18,7 +19,16 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from ..pallas_common import LANES, call, divide, dot, round_up, sublanes, unsupported_operands
+from ..pallas_common import (
+    LANES,
+    LP_SCHEDULER,
+    call,
+    divide,
+    dot,
+    round_up,
+    sublanes,
+    unsupported_operands,
+)
 from .flops import flops
 
 # B batch, T queries, S keys, H heads, D head_dim; t queries of a chunk, s keys of a chunk. Inside
@@ -29,6 +39,8 @@ _BIAS_SIDE = 512  # queries and keys of a bias: it and its gradient lie in VMEM 
 _BLOCK_BYTES = 6 << 20  # of a program's blocks, double buffered; 16 MiB is what every chip has
 _VMEM_BYTES = 13 << 20  # of keys and scores
 _SCORE_BYTES = 6 << 20  # of a chunk's scores
+_SUBLANES = 8
+_LP_QUERIES = 512  # from which libtpu schedules the forward pass better by linear programming
 _KEY_CHUNK = 512  # keys that the backward pass takes at a time
 _KEY_BYTES = 10 << 20  # of the blocks and accumulators that hold all keys
 
@@ -54,22 +66,39 @@ class _Plan(NamedTuple):
         return -(-self.queries // self.rows)
 
 
-def _plan(shape: tuple[int, int, int, int], keys: int, dtype: Any, *, backward: bool) -> _Plan:
+def _plan(
+    shape: tuple[int, int, int, int],
+    keys: int,
+    dtype: Any,
+    *,
+    backward: bool,
+    bias: bool = False,
+    mask: bool = False,
+) -> _Plan:
     B, H, T, D = shape
-    chunk, rows = _cut_queries(T, keys, D, dtype, backward=backward)
+    chunk, rows = _cut_queries(T, keys, D, dtype, backward=backward, mask=mask)
     width = round_up(D, LANES) * jnp.dtype(dtype).itemsize
     queries_bytes, keys_bytes = (round_up(size, sublanes(dtype)) * width for size in (rows, keys))
     pair_bytes = 2 * (4 if backward else 2) * (queries_bytes + keys_bytes)
+    if mask:
+        pair_bytes += 2 * 4 * _SUBLANES * keys
+    bias_bytes = 0  # of a head's bias and its gradient, whatever the number of clips
+    if bias:
+        bias_bytes = 2 * (2 if backward else 1) * round_up(keys, _SUBLANES) * 4
+        bias_bytes *= round_up(T, LANES)
     heads = batch = 1
     if rows == T:  # accumulators across blocks of queries belong to one pair
-        heads = _divisor(H, min(8, _BLOCK_BYTES // pair_bytes))
+        heads = _divisor(H, min(8, _BLOCK_BYTES // (pair_bytes + bias_bytes)))
         if heads == H:
-            batch = _divisor(B, min(64 // heads, _BLOCK_BYTES // (pair_bytes * heads)))
+            spare = _BLOCK_BYTES - heads * bias_bytes
+            batch = _divisor(B, min(64 // heads, spare // (pair_bytes * heads)))
     unroll = _divisor(heads, max(1, 256 // round_up(min(T, chunk), 32)))
     return _Plan(T, keys, batch, heads, unroll, rows, chunk, _KEY_CHUNK)
 
 
-def _cut_queries(T: int, keys: int, D: int, dtype: Any, *, backward: bool) -> tuple[int, int]:
+def _cut_queries(
+    T: int, keys: int, D: int, dtype: Any, *, backward: bool, mask: bool
+) -> tuple[int, int]:
     """(queries of a chunk, queries of a block).
 
     A chunk is as long as its scores fit: by libtpu's schedules a quarter fewer bundles than chunks
@@ -79,7 +108,7 @@ def _cut_queries(T: int, keys: int, D: int, dtype: Any, *, backward: bool) -> tu
         # its products split their operands in three and fill the matrix unit anyway
         most, longest_block = 128 if keys > 1024 else 256, 1024
     else:
-        key_bytes = keys * _bytes_a_key(D, dtype, backward=backward)
+        key_bytes = keys * _bytes_a_key(D, dtype, backward=backward, mask=mask)
         score_bytes = min(_SCORE_BYTES, _VMEM_BYTES - key_bytes)
         query_bytes = 8 * min(keys, _KEY_CHUNK) if backward else 4 * keys
         most, longest_block = max(LANES, score_bytes // query_bytes // LANES * LANES), 1280
@@ -94,14 +123,18 @@ def _divisor(size: int, limit: int) -> int:
     return max((n for n in range(1, min(size, limit) + 1) if size % n == 0), default=1)
 
 
-def _keys_at_once(D: int, dtype: Any, *, backward: bool) -> int:
-    return _KEY_BYTES // _bytes_a_key(D, dtype, backward=backward) // LANES * LANES
+def _keys_at_once(D: int, dtype: Any, *, backward: bool, mask: bool) -> int:
+    return _KEY_BYTES // _bytes_a_key(D, dtype, backward=backward, mask=mask) // LANES * LANES
 
 
-def _bytes_a_key(D: int, dtype: Any, *, backward: bool) -> int:
-    """Of VMEM: in and out double buffered, beside fp32 accumulators of their gradients."""
+def _bytes_a_key(D: int, dtype: Any, *, backward: bool, mask: bool) -> int:
+    """Of VMEM: in and out double buffered, beside fp32 accumulators of their gradients.
+
+    The forward pass also holds the mask as a column, which is a register wide.
+    """
     itemsize = jnp.dtype(dtype).itemsize
-    return round_up(D, LANES) * (8 * itemsize + 8 if backward else 4 * itemsize + 8)
+    bytes_a_key = round_up(D, LANES) * (8 * itemsize + 8 if backward else 4 * itemsize + 8)
+    return bytes_a_key + (4 * LANES if mask and not backward else 0)
 
 
 # -- walks over a program's pairs, queries and keys --------------------------------------------
@@ -215,7 +248,8 @@ def _take(refs: list, given: bool):
 
 
 def forward(q, k, v, *, scale, bias=None, key_mask=None):
-    keys = _keys_at_once(q.shape[3], q.dtype, backward=False)
+    masked = key_mask is not None
+    keys = _keys_at_once(q.shape[3], q.dtype, backward=False, mask=masked)
     if k.shape[2] <= keys:
         return _forward(q, k, v, scale, bias, key_mask, q.dtype)
     # more keys than VMEM holds: in parts, joined by their log-sums
@@ -231,7 +265,8 @@ def forward(q, k, v, *, scale, bias=None, key_mask=None):
 
 def _forward(q, k, v, scale, bias, key_mask, dtype):
     (B, H, T, D), S = q.shape, k.shape[2]
-    plan = _plan(q.shape, S, q.dtype, backward=False)
+    given = dict(bias=bias is not None, mask=key_mask is not None)
+    plan = _plan(q.shape, S, q.dtype, backward=False, **given)
     specs = _specs(plan, D)
     operands, extra_specs = _extras(plan, bias, key_mask)
     kernel = functools.partial(
@@ -255,6 +290,7 @@ def _forward(q, k, v, scale, bias, key_mask, dtype):
         ],
         flops=flops("fwd", B, H, T, S, D),
         exps=B * H * T * S,
+        flags=LP_SCHEDULER if T >= _LP_QUERIES and q.dtype == jnp.bfloat16 else {},
     )
     return out, lse[:, :, 0]
 
@@ -305,7 +341,7 @@ def _backward_kernel(
     """One program: some (clip, head) pairs and a block of their queries.
 
     Walks the queries in chunks, and for each chunk the keys: five products a tile. d_k and d_v are
-    summed in fp32 over the blocks of a pair, d_bias in its output over all clips.
+    summed in fp32, transposed, over the blocks of a pair, d_bias in its output over all clips.
     """
     d_out_ref, q_ref, k_ref, v_ref, out_ref, lse_ref, d_lse_ref, *extra = refs
     bias_ref, mask_ref = _take(extra, has_bias), _take(extra, has_mask)
@@ -335,10 +371,11 @@ def _backward_kernel(
             q, d_out = q_ref[b, h, at, :], d_out_ref[b, h, at, :]
             lse = lse_ref[b, h, :, at]  # (1, t)
             keyless = lse == -jnp.inf
-            products = d_out.astype(jnp.float32) * out_ref[b, h, at, :].astype(jnp.float32)
-            # a product with ones, so that the sums come out as a row
-            ones = jnp.ones((8, products.shape[1]), jnp.float32)
-            delta = dot(ones, products, (1, 1))[:1]
+            # (D, t): p and d_s then stay in the matrix unit while D rows stream past them, and
+            # delta is a sum down the sublanes
+            d_out = d_out.T
+            out = out_ref[b, h, at, :].T
+            delta = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(0, keepdims=True)
             # without a key there is no gradient, whatever comes in
             delta = delta - jnp.where(keyless, 0.0, d_lse_ref[b, h, :, at])
             lse = jnp.where(keyless, 0.0, lse * _LOG2E)
@@ -349,12 +386,12 @@ def _backward_kernel(
                 bias = bias_ref[h, here, at] if has_bias else None
                 attended = _column(mask_ref[b, :, here]) if has_mask else None
                 p = jnp.exp2(_scores(k, q, scale, bias, attended) - lse)  # (s, t)
-                d_v_sum[j, here, :] += dot(p.astype(d_out.dtype), d_out)
-                d_s = p * (dot(v, d_out, (1, 1)) - delta)
+                d_v_sum[j, :, here] += dot(d_out, p.astype(d_out.dtype), (1, 1))
+                d_s = p * (dot(v, d_out) - delta)
                 if bias_grad:
                     d_bias_ref[h, here, at] += d_s
                 d_s = d_s.astype(q.dtype)
-                d_k_sum[j, here, :] += dot(d_s, q)
+                d_k_sum[j, :, here] += dot(q, d_s, (0, 1))
                 return d_q + dot(k, d_s, (0, 0))  # (D, t)
 
             d_q = _for_keys(plan, keys, jnp.zeros((q.shape[1], size), jnp.float32))
@@ -365,14 +402,15 @@ def _backward_kernel(
         @pl.when(i == plan.blocks - 1)
         def _():
             for j in range(plan.unroll):
-                d_k_ref[b, first + j] = (d_k_sum[j] * scale).astype(d_k_ref.dtype)
-                d_v_ref[b, first + j] = d_v_sum[j].astype(d_v_ref.dtype)
+                d_k_ref[b, first + j] = (d_k_sum[j] * scale).T.astype(d_k_ref.dtype)
+                d_v_ref[b, first + j] = d_v_sum[j].T.astype(d_v_ref.dtype)
 
     _for_pairs(plan, pair)
 
 
 def backward(d_out, d_lse, q, k, v, out, lse, *, scale, bias=None, key_mask=None, bias_grad=False):
-    keys = _keys_at_once(q.shape[3], q.dtype, backward=True)
+    masked = key_mask is not None
+    keys = _keys_at_once(q.shape[3], q.dtype, backward=True, mask=masked)
     if k.shape[2] <= keys:
         return _backward(d_out, d_lse, q, k, v, out, lse, scale, bias, key_mask, bias_grad, q.dtype)
     # lse and out are of all keys: gradients of the parts only have to be put together
@@ -387,7 +425,8 @@ def backward(d_out, d_lse, q, k, v, out, lse, *, scale, bias=None, key_mask=None
 
 def _backward(d_out, d_lse, q, k, v, out, lse, scale, bias, key_mask, bias_grad, d_q_dtype):
     (B, H, T, D), S = q.shape, k.shape[2]
-    plan = _plan(q.shape, S, q.dtype, backward=True)
+    given = dict(bias=bias is not None, mask=key_mask is not None)
+    plan = _plan(q.shape, S, q.dtype, backward=True, **given)
     specs = _specs(plan, D)
     operands, extra_specs = _extras(plan, bias, key_mask)
     results = [
@@ -418,7 +457,7 @@ def _backward(d_out, d_lse, q, k, v, out, lse, scale, bias, key_mask, bias_grad,
         ],
         out_specs=[spec for spec, _, _ in results],
         out_shape=[jax.ShapeDtypeStruct(shape, dtype) for _, shape, dtype in results],
-        scratch=[pltpu.VMEM((plan.unroll, S, D), jnp.float32)] * 2,
+        scratch=[pltpu.VMEM((plan.unroll, D, S), jnp.float32)] * 2,
         flops=flops("bwd", B, H, T, S, D),
         exps=B * H * T * S,
     )

@@ -8,6 +8,7 @@ d_x (walks texts, and writes d_scale too) and for d_y (walks clips).
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,9 @@ from .bound import needs_running_max
 from .flops import flops
 
 # M clips of x, N clips in all, P texts a clip, T = N * P texts, D dimensions, C chunks of texts,
-# E = M * T scores
+# E = M * T scores. Inside a kernel, scores and maxima are in base 2: an exponential is one exp2.
+
+_LOG2E, _LN2 = math.log2(math.e), math.log(2)
 
 _MAX_CHUNK_TEXTS = 1 << 16  # of which the forward holds col, and its maximum, in VMEM
 # of blocks, accumulators and tiles of scores; the smallest chips give a kernel 16 MiB
@@ -87,14 +90,14 @@ def _finite(m):
 
 
 def _log(l, m=0.0):
-    """The log-sum m + log(l); an empty one is -inf."""
+    """The natural log-sum of l * 2^m; an empty one is -inf."""
     empty = l == 0
-    return jnp.where(empty, -jnp.inf, jnp.log(jnp.where(empty, 1.0, l)) + m)
+    return jnp.where(empty, -jnp.inf, jnp.log(jnp.where(empty, 1.0, l)) + m * _LN2)
 
 
 # -- forward -----------------------------------------------------------------------------------
 
-# l and m: refs of a running log-sum m + log(l), where m is the maximum so far
+# l and m: refs of a running sum l * 2^m, where m is the maximum so far
 
 
 def _add_to_rows(l, m, rows, scores):
@@ -102,8 +105,8 @@ def _add_to_rows(l, m, rows, scores):
     before = m[rows, :]
     new_m = jnp.maximum(before, _lanes(scores, jnp.maximum))
     finite_m = _finite(new_m)
-    terms = (jnp.exp(part - finite_m) for part in _by_lane(scores))
-    l[rows, :] = functools.reduce(jnp.add, terms, l[rows, :] * jnp.exp(before - finite_m))
+    terms = (jnp.exp2(part - finite_m) for part in _by_lane(scores))
+    l[rows, :] = functools.reduce(jnp.add, terms, l[rows, :] * jnp.exp2(before - finite_m))
     m[rows, :] = new_m
 
 
@@ -112,8 +115,8 @@ def _add_to_columns(l, m, line, columns, scores):
     before = m[line, columns]
     new_m = jnp.maximum(before, jnp.max(scores, 0, keepdims=True))
     finite_m = _finite(new_m)
-    rescaled = l[line, columns] * jnp.exp(before - finite_m)
-    l[line, columns] = rescaled + jnp.sum(jnp.exp(scores - finite_m), 0, keepdims=True)
+    rescaled = l[line, columns] * jnp.exp2(before - finite_m)
+    l[line, columns] = rescaled + jnp.sum(jnp.exp2(scores - finite_m), 0, keepdims=True)
     m[line, columns] = new_m
 
 
@@ -125,7 +128,7 @@ def _finish_rows(lse, l, m):
     else:
         m_by_lane = m[...].T
         highest = jnp.max(m_by_lane, 0, keepdims=True)
-        l_by_lane *= jnp.exp(m_by_lane - _finite(highest))
+        l_by_lane *= jnp.exp2(m_by_lane - _finite(highest))
         lse[0] = _log(jnp.sum(l_by_lane, 0, keepdims=True), highest)
 
 
@@ -190,7 +193,7 @@ def _forward_kernel(
             _add_to_columns(col, col_m, line, columns, of_valid_clips(rows, scores, -jnp.inf))
             terms = scores
         else:
-            terms = jnp.exp(scores)
+            terms = jnp.exp2(scores)
             row_l[rows, :] += _lanes(terms, jnp.add)
             col[line, columns] += jnp.sum(of_valid_clips(rows, terms, 0.0), 0, keepdims=True)
 
@@ -235,7 +238,7 @@ def forward(x, y, *, scale, texts_per_clip, first, x_valid=None, y_valid=None, b
     )
     row, pos, col = call(
         kernel,
-        *(first.reshape(1), scale.reshape(1)),
+        *(first.reshape(1), _base_2(scale)),
         *(pad(x, 0, padded_M), pad(y, 0, padded_T)),
         pad(_lines(_counts(x_valid, M)), 1, padded_M),
         pad(_lines(_counts(y_valid, T)), 1, padded_T),
@@ -347,7 +350,7 @@ def _backward_kernel(
 
     @pl.when(j == pl.num_programs(1) - 1)
     def _():
-        gradient[...] = (acc[...] * factor).astype(gradient.dtype)
+        gradient[...] = (acc[...] * (factor * _LN2)).astype(gradient.dtype)
         d_scales[0] = d_scale[...]
 
 
@@ -357,12 +360,12 @@ def _weights(scores, clip_line, text_line, own, clips_masked: bool, running: boo
     clip_line and text_line give a line, _GRADIENT for instance, along the clips or the texts.
     """
     if running:
-        weights = jnp.exp(scores - text_line(_LSE)) * text_line(_GRADIENT)
+        weights = jnp.exp2(scores - text_line(_LSE)) * text_line(_GRADIENT)
         if clips_masked:
             weights = jnp.where(clip_line(_COUNTS) > 0, weights, 0.0)
-        weights += jnp.exp(scores - clip_line(_LSE)) * clip_line(_GRADIENT)
+        weights += jnp.exp2(scores - clip_line(_LSE)) * clip_line(_GRADIENT)
         if own is not None:
-            own_weights = jnp.exp(scores - clip_line(_OWN_LSE)) * clip_line(_OWN_GRADIENT)
+            own_weights = jnp.exp2(scores - clip_line(_OWN_LSE)) * clip_line(_OWN_GRADIENT)
             weights += jnp.where(own, own_weights, 0.0)
         return weights
     gradients = text_line(_GRADIENT)
@@ -371,7 +374,7 @@ def _weights(scores, clip_line, text_line, own, clips_masked: bool, running: boo
     gradients = gradients + clip_line(_GRADIENT)
     if own is not None:
         gradients += jnp.where(own, clip_line(_OWN_GRADIENT), 0.0)
-    return jnp.exp(scores) * gradients
+    return jnp.exp2(scores) * gradients
 
 
 def _gradient(
@@ -397,7 +400,7 @@ def _gradient(
     )
     gradient, d_scales = call(
         kernel,
-        *(first.reshape(1), scale.reshape(1)),
+        *(first.reshape(1), _base_2(scale)),
         *(pad(here, 0, padded), pad(there, 0, padded_others)),
         *(pad(here_lines, 1, padded), pad(there_lines, 1, padded_others)),
         name=name,
@@ -474,17 +477,22 @@ def backward(
 
 
 def _prepare_gradients(d_lse, lse, running: bool):
-    """Gradient g and log-sum l of a set, such that a score's weight is g exp(S - l).
+    """Gradient g and log-sum l of a set, such that a score's weight is g 2^(S - l) in base 2.
 
-    Unless running it is g exp(S). An empty set has g = 0 and l = inf.
+    Unless running it is g 2^S. An empty set has g = 0 and l = inf.
     """
     empty = lse == -jnp.inf
     gradient = jnp.where(empty, 0.0, d_lse.astype(jnp.float32))
     lse = jnp.where(empty, jnp.inf, lse)
-    return (gradient, lse) if running else (gradient * jnp.exp(-lse), lse)
+    return (gradient, lse * _LOG2E) if running else (gradient * jnp.exp(-lse), lse)
 
 
 # -- both --------------------------------------------------------------------------------------
+
+
+def _base_2(scale):
+    """(1,) fp32, which makes products scores in base 2."""
+    return (scale * _LOG2E).reshape(1)
 
 
 def _counts(valid, size: int):

@@ -41,6 +41,7 @@ _VMEM_BYTES = 13 << 20  # of all blocks and buffers: the smallest chips have 16 
 _MOST_ROWS = 512
 _PART = 256  # columns of a product at a time
 _NARROW = 512  # values: below it, a DMA for every row costs more than the row
+_STARTS = 64  # DMAs that start beside a part of a product
 _GROUP = 32  # rows made exact at a time: a register's worth of bytes
 # torch_xla's libtpu, as old as jax 0.7.1, compiles no DMA of one row
 _FETCHES = jax.__version_info__ >= (0, 10)
@@ -81,41 +82,77 @@ def _plan(
 # -- rows of a tile into VMEM ------------------------------------------------------------------
 
 
-def _start_fetch(plan: _Plan, raw: Any, b, tile, index, rows, words, arrived) -> None:
-    """Start a DMA for every row of a tile: the words of clip b's row index[n].
+class _Fetch(NamedTuple):
+    """The DMAs that bring a tile's kept rows to VMEM, one a row.
 
-    In packed dtypes the row shares them with its neighbours.
+    In packed dtypes a row shares its words with its neighbours, and they come along.
     """
-    halvings = _shared(raw).bit_length() - 1
-    if rows.dtype not in (jnp.int32, jnp.float32):
-        rows = rows.bitcast(jnp.int32)
 
-    def start(group, _):
-        for n in range(8):
-            at = group * 8 + n
-            row = jax.lax.shift_right_logical(index[0, 0, tile * plan.rows + at], halvings)
-            source, target = rows.at[b, pl.ds(row, 1)], words.at[pl.ds(at, 1)]
-            pltpu.make_async_copy(source, target, arrived).start()
+    plan: _Plan
+    raw: Any
+    index: Any  # (1, 1, tiles * rows) in SMEM: which row of words
+    turn: Any  # (1, rows, 1): how far up in them
+    rows: Any  # all patches, in HBM
+    words: Any  # (rows, k) in VMEM: of the tile that is on its way
+    arrived: Any
+    b: Any  # read outside of loops: interpreters know no program_id within
+    tile: Any
 
-    jax.lax.fori_loop(0, plan.rows // 8, start, None)
+    def start(self, tile, at) -> None:
+        rows = self.rows
+        if rows.dtype not in (jnp.int32, jnp.float32):
+            rows = rows.bitcast(jnp.int32)
+        row = self.index[0, 0, tile * self.plan.rows + at]
+        source, target = rows.at[self.b, pl.ds(row, 1)], self.words.at[pl.ds(at, 1)]
+        pltpu.make_async_copy(source, target, self.arrived).start()
+
+    def start_from(self, tile, first: int) -> None:
+        """All rows of a tile from ``first``, a multiple of 8."""
+
+        def group(n, _):
+            for m in range(8):
+                self.start(tile, first + n * 8 + m)
+
+        jax.lax.fori_loop(0, (self.plan.rows - first) // 8, group, None)
+
+    def take(self, exact) -> None:
+        """exact (rows, k) <- this tile's rows less their centre; ``words`` are free then."""
+        pl.when(self.tile == 0)(lambda: self.start_from(0, 0))
+        # as many bytes as all its rows
+        pltpu.make_async_copy(self.words, self.words, self.arrived).wait()
+
+        def group(at):
+            values = _unpack(self.words[at, :], self.turn[0, at, :], self.raw)
+            exact[at, :] = values.astype(exact.dtype)
+
+        _in_groups(self.plan.rows, 16, group)
 
 
-def _fetch(plan: _Plan, raw: Any, index, turn, rows, exact, words, arrived) -> None:
-    """exact (rows, k) <- the tile's rows less their centre.
+def _multiply(plan: _Plan, size: int, product: Callable, fetch: _Fetch | None) -> None:
+    """product(slice) over an axis in parts, while the next tile's rows are on their way.
 
-    When this returns, those of the next tile are on their way.
+    Starting a DMA is scalar work. In the same straight line as a product it costs nothing; in a
+    loop of its own the matrix unit would stand idle.
     """
-    b, tile = pl.program_id(1), pl.program_id(2)
-    pl.when(tile == 0)(lambda: _start_fetch(plan, raw, b, 0, index, rows, words, arrived))
-    pltpu.make_async_copy(words, words, arrived).wait()  # as many bytes as all its rows
+    if fetch is None or plan.tiles == 1:
+        return _in_groups(size, _part(size), product)
+    parts = size // _part(size)
+    most = min(_STARTS, plan.rows // parts)
+    each = max(n for n in range(most + 1) if (plan.rows - parts * n) % 8 == 0)
+    following = fetch.tile + 1
 
-    def group(at):
-        exact[at, :] = _unpack(words[at, :], turn[0, at, :], raw).astype(exact.dtype)
+    def with_next():
+        fetch.start_from(following, parts * each)
 
-    _in_groups(plan.rows, 16, group)
-    pl.when(tile + 1 < plan.tiles)(
-        lambda: _start_fetch(plan, raw, b, tile + 1, index, rows, words, arrived)
-    )
+        def turn(n, at):
+            for m in range(each):
+                fetch.start(following, n * each + m)
+            product(at)
+
+        _in_turns(size, _part(size), turn)
+
+    pl.when(following < plan.tiles)(with_next)
+    pl.when(following == plan.tiles)(lambda: _in_groups(size, _part(size), product))
 
 
 def _unpack(words, turn, raw: Any):
@@ -141,33 +178,42 @@ def _stream(plan: _Plan, rows, exact) -> None:
 
 
 def _in_groups(count: int, size: int, body: Callable) -> None:
+    _in_turns(count, size, lambda n, at: body(at))
+
+
+def _in_turns(count: int, size: int, body: Callable) -> None:
+    """body(n, slice) over an axis, ``size`` at a time."""
     if count == size:
-        return body(pl.ds(0, size))
+        return body(0, pl.ds(0, size))
 
     def turn(n, _):
-        return body(pl.ds(pl.multiple_of(n * size, size), size))
+        return body(n, pl.ds(pl.multiple_of(n * size, size), size))
 
     jax.lax.fori_loop(0, count // size, turn, None)
 
 
-def _in_parts(size: int, body: Callable) -> None:
-    """body(slice) over an axis of registers, a part at a time.
+def _part(size: int) -> int:
+    """How much of an axis a product takes at a time.
 
     Unrolled as a whole, a product would be a megabyte of code.
     """
-    part = max((n for n in range(LANES, _PART + 1, LANES) if size % n == 0), default=size)
-    _in_groups(size, part, body)
+    return max((n for n in range(LANES, _PART + 1, LANES) if size % n == 0), default=size)
 
 
-def _rows_of_tile(plan: _Plan, raw: Any, refs: dict, exact, buffers) -> Any:
-    """The ref that holds this tile's rows (rows, k) as the product takes them."""
+def _rows_of_tile(plan: _Plan, raw: Any, refs: dict, exact, buffers) -> tuple[Any, _Fetch | None]:
+    """The ref that holds this tile's rows (rows, k) as the product takes them.
+
+    And, where rows are fetched, what starts the next tile's.
+    """
     if plan.fetched:
-        _fetch(plan, raw, refs["index"], refs["turn"], refs["rows"], exact, *buffers)
-        return exact
+        place = pl.program_id(1), pl.program_id(2)
+        fetch = _Fetch(plan, raw, refs["index"], refs["turn"], refs["rows"], *buffers, *place)
+        fetch.take(exact)
+        return exact, fetch
     if exact is None:
-        return refs["rows"].at[0]
+        return refs["rows"].at[0], None
     _stream(plan, refs["rows"], exact)
-    return exact
+    return exact, None
 
 
 def _shared(dtype: Any) -> int:
@@ -207,15 +253,16 @@ class _Rows(NamedTuple):
             # interpreters know no DMA from a bitcast ref
             groups = rows.reshape(rows.shape[0], -1, _shared(self.raw), self.values).swapaxes(2, 3)
             rows = jax.lax.bitcast_convert_type(groups, jnp.int32)
-        per_clip = len(self.rows_at) > 1
-        turn = (self.rows_at & (_shared(self.raw) - 1)) * (32 // _shared(self.raw))
+        per_clip, shared = len(self.rows_at) > 1, _shared(self.raw)
+        turn = (self.rows_at & (shared - 1)) * (32 // shared)
         length = self.rows_at.shape[1]
-        operands = {"index": self.rows_at[:, None], "turn": turn[..., None], "rows": rows}
+        index = self.rows_at[:, None] >> (shared.bit_length() - 1)
+        operands = {"index": index, "turn": turn[..., None], "rows": rows}
         index_spec = pl.BlockSpec(
             (1, 1, length), lambda d, b, t: (b if per_clip else 0, 0, 0), memory_space=pltpu.SMEM
         )
         turn_spec = pl.BlockSpec((1, plan.rows, 1), lambda d, b, t: (b if per_clip else 0, t, 0))
-        rows_spec = pl.BlockSpec(memory_space=pl.ANY)
+        rows_spec = pl.BlockSpec(memory_space=pltpu.HBM)
         return operands, {"index": index_spec, "turn": turn_spec, "rows": rows_spec}
 
     def scratch(self, dtype: Any) -> list:
@@ -250,7 +297,8 @@ def _prepare(patches, weight, keep, agg, gathered: bool, dtype: Any, *, backward
     assert plan is not None, "unsupported() has let it through"
     index = None
     if fetched:
-        keep = jnp.atleast_2d(keep).astype(jnp.int32)
+        # no DMA's bounds are checked: what is out of range must not reach one
+        keep = jnp.clip(jnp.atleast_2d(keep).astype(jnp.int32), 0, patches.shape[1] - 1)
         end = plan.tiles * plan.rows - keep.shape[1] - first
         index = jnp.pad(keep, ((0, 0), (first, end)), mode="edge")  # a dropped row may hold nan
         patches = pad(patches, 1, round_up(patches.shape[1], sublanes(patches.dtype)))
@@ -288,7 +336,8 @@ def _forward_kernel(*refs, names, plan: _Plan, raw: Any):
     given, (out, *scratch) = dict(zip(names, refs, strict=False)), refs[len(names) :]
     last = scratch.pop() if "agg" in given and not plan.fetched else None
     exact, *buffers = scratch or [None]
-    rows, t = _rows_of_tile(plan, raw, given, exact, buffers), pl.program_id(2)
+    rows, fetch = _rows_of_tile(plan, raw, given, exact, buffers)
+    t = pl.program_id(2)
 
     def product(at):
         tokens = dot(rows[...], given["weight"][:, at]) + given["bias"][:, at]
@@ -305,7 +354,7 @@ def _forward_kernel(*refs, names, plan: _Plan, raw: Any):
                 tokens = jnp.where(first, before, pltpu.roll(tokens, 1, 0))
         out[0, :, at] = tokens.astype(out.dtype)
 
-    _in_parts(plan.columns, product)
+    _multiply(plan, plan.columns, product, fetch)
 
 
 def forward(
@@ -354,6 +403,7 @@ def forward(
         out_specs=pl.BlockSpec((1, plan.rows, plan.columns), lambda d, b, t: (b, t, d)),
         out_shape=jax.ShapeDtypeStruct((B, tokens, dim), dtype),
         scratch=scratch,
+        disable_bounds_checks=plan.fetched,
         flops=flops("fwd", B, tokens, k, dim),
         bytes_accessed=passes * call_rows.bytes_read(tokens) + size * (k * dim + B * tokens * dim),
     )
@@ -382,7 +432,7 @@ def _weight_kernel(*refs, names, plan: _Plan, raw: Any, first: int, count: int):
     )
     d, b, t = (pl.program_id(axis) for axis in range(3))
     exact, *buffers = scratch or [None]
-    rows = _rows_of_tile(plan, raw, given, exact, buffers)
+    rows, fetch = _rows_of_tile(plan, raw, given, exact, buffers)
     # of each row among its clip's
     place = jax.lax.broadcasted_iota(jnp.int32, (plan.rows, 1), 0) + t * plan.rows
     gradient = given["d_tokens"][0].astype(jnp.float32)
@@ -407,7 +457,7 @@ def _weight_kernel(*refs, names, plan: _Plan, raw: Any, first: int, count: int):
             values = jnp.where(inside, values.astype(jnp.float32), 0.0).astype(values.dtype)
         acc[:, at] += dot(gradient, values, (0, 0))
 
-    _in_parts(acc.shape[1], product)
+    _multiply(plan, acc.shape[1], product, fetch)
 
     @pl.when((b == pl.num_programs(1) - 1) & (t == plan.tiles - 1))
     def _():
@@ -461,6 +511,7 @@ def _d_folded(d_tokens, patches, weight, keep, agg, gathered: bool, dtype: Any):
             pltpu.SemaphoreType.DMA,
             *call_rows.scratch(dtype),
         ],
+        disable_bounds_checks=plan.fetched,
         flops=flops("bwd", B, tokens, k, dim),
         bytes_accessed=passes * call_rows.bytes_read(tokens)
         + size * B * tokens * dim

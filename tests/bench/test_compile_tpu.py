@@ -12,6 +12,7 @@ from bench import __main__, lines
 from bench.compile_tpu import compile_case
 from vatt_fast.kernels import dispatch, settings
 from vatt_fast.kernels.attention import pallas_tpu as attention
+from vatt_fast.kernels.cases import CASES, AttentionCase
 
 # (op, dtype): case, chip; each kernel once in each dtype, each chip at least once
 PARTS = {
@@ -32,6 +33,20 @@ def test_kernels_compile_within_the_rules(op, dtype):
     (row,) = compile_case(op, case, dtype, chip)
     assert not row.faults and any(name.startswith(f"vatt_{op}") for name in row.kernels), row
     assert row.code_bytes > 0 and 0 < row.vmem_bytes <= 16 << 20, row
+
+
+# beyond the presets' own: the longest bias beside its gradient, wide heads, a mask's column
+LARGE = {
+    "long_bias": AttentionCase("long_bias", 8, 512, 512, 12, 64, bias=True),
+    "wide_masked": AttentionCase("wide_masked", 4, 1280, 1280, 4, 128, num_keys=(1280, 77)),
+}
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_what_attention_takes_fits_the_smallest_vmem(name, monkeypatch):
+    monkeypatch.setitem(CASES["attention"], name, LARGE[name])
+    (row,) = compile_case("attention", name, "bf16", "v4", alone=True)
+    assert not row.faults and 0 < row.vmem_bytes <= 16 << 20, row
 
 
 def test_what_a_kernel_refuses_is_a_fault_and_never_the_reference(monkeypatch):

@@ -246,27 +246,43 @@ def test_attention_joins_keys_that_do_not_fit_at_once(order, monkeypatch):
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32], ids=["bf16", "fp32"])
 @pytest.mark.parametrize(
     ("queries", "keys"),
-    [(1, 785), (17, 17), (785, 785), (1201, 1201), (1400, 1400), (3201, 1664), (20_000, 17)],
+    [
+        *((1, 785), (17, 17), (384, 384), (512, 512), (785, 785), (1201, 1201), (1400, 1400)),
+        *((3201, 1664), (20_000, 17)),
+    ],
 )
-def test_attention_plans_stay_within_vmem(queries, keys, dtype, backward):
+@pytest.mark.parametrize("mask", [False, True], ids=["unmasked", "masked"])
+@pytest.mark.parametrize("bias", [False, True], ids=["plain", "biased"])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_attention_plans_stay_within_vmem(queries, keys, dtype, backward, head_dim, bias, mask):
     """Blocks cover the arrays, and what a program holds fits the smallest VMEM.
 
-    It holds blocks, double buffered, accumulators and a chunk's scores.
+    It holds blocks, double buffered, accumulators, a chunk's scores, the bias and its gradient, and
+    the mask as a column.
     """
-    plan = attention._plan((8, 16, queries, 64), keys, dtype, backward=backward)
-    assert 16 % plan.heads == 0 and 8 % plan.batch == 0 and plan.heads % plan.unroll == 0
+    bias = bias and max(queries, keys) <= attention._BIAS_SIDE
+    if mask and keys > attention._keys_at_once(head_dim, dtype, backward=backward, mask=True):
+        keys = attention._keys_at_once(head_dim, dtype, backward=backward, mask=True)
+    plan = attention._plan(
+        (8, 12, queries, head_dim), keys, dtype, backward=backward, bias=bias, mask=mask
+    )
+    assert 12 % plan.heads == 0 and 8 % plan.batch == 0 and plan.heads % plan.unroll == 0
     assert plan.rows == queries or (
         plan.rows % plan.query_chunk == plan.query_chunk % 128 == 0
         and plan.heads == plan.batch == 1
     )
-    assert keys <= attention._keys_at_once(64, dtype, backward=backward)
+    assert keys <= attention._keys_at_once(head_dim, dtype, backward=backward, mask=mask)
     row_bytes, pairs = 128 * jnp.dtype(dtype).itemsize, plan.batch * plan.heads
     blocks = (
         2 * pairs * row_bytes * (4 * plan.rows + 4 * keys if backward else 2 * plan.rows + 2 * keys)
     )
     sums = 2 * plan.unroll * keys * 128 * 4 if backward else 0
     scores = 4 * plan.query_chunk * (min(keys, plan.key_chunk) if backward else keys)
-    assert blocks + sums + scores <= 16 << 20
+    padded = -(-queries // 128) * 128
+    biases = 2 * (2 if backward else 1) * plan.heads * keys * padded * 4 if bias else 0
+    rows = 2 * plan.batch * keys * 8 * 4 if mask else 0
+    column = 4 * 128 * (min(keys, plan.key_chunk) if backward else keys) if mask else 0
+    assert blocks + sums + scores + biases + rows + column <= 16 << 20
 
 
 # -- patch_embed -----------------------------------------------------------------------------------
@@ -320,6 +336,21 @@ def small_patch_tiles(monkeypatch):
 )
 def test_patch_embed_tile_by_tile(name, dtype, small_patch_tiles):
     assert_runs_as_the_reference("patch_embed", make(PATCH_EMBED[name], dtype), 1, dtype)
+
+
+@pytest.mark.parametrize("tiles", ["whole", "small"])
+def test_patch_embed_reads_inside_whatever_keep_holds(tiles, request):
+    """An index out of range reads the last row: no DMA checks its bounds."""
+    if tiles == "small":
+        request.getfixturevalue("small_patch_tiles")
+    inputs = make(PATCH_EMBED["bytes_fetched"], torch.float32)
+    inputs["keep"][-1] = 10_000
+    arguments = jax_calls.translate("patch_embed", inputs)
+    with use_backend(patch_embed="pallas_tpu"), simulated(1):
+        tokens = jax_ops.patch_embed(**arguments)
+        arguments["keep"] = arguments["keep"].at[-1].set(36)
+        expected = jax_ops.patch_embed(**arguments)
+    assert (tokens[:, :-1] == expected[:, :-1]).all() and jnp.isfinite(tokens).all()
 
 
 @pytest.mark.parametrize("name", ["bf16_fetched_per_clip", "fp32_fetched", "narrow"])
