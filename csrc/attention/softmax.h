@@ -33,12 +33,12 @@ inline __attribute__((always_inline)) void tile_slice(const Product& product, in
       [[fallthrough]];
     case 4:
       _tile_loadd(4, left, left_bytes);
-      _tile_loadd(6, right, 64);
+      load_right_6(right, factors.streamed);
       _tile_dpbf16ps(0, 4, 6);
       break;
     case 1:
     case 5:
-      _tile_loadd(7, right + factors.right_column, 64);
+      load_right_7(right + factors.right_column, factors.streamed);
       _tile_dpbf16ps(1, 4, 7);
       break;
     case 2:

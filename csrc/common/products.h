@@ -35,6 +35,8 @@ struct Factors {
   int64_t left_next;    // values to the next 32 of the depth
   const uint16_t* right;
   int64_t right_column, right_next;  // values to the second 16 columns, to the next 32 of the depth
+  // the right factor comes again only after more than the first cache holds: tiles load it past it
+  bool streamed = false;
 };
 
 // One product: sums (32, 32) of row stride `stride` += left @ right over `depth` times 32; fresh: =
@@ -54,6 +56,21 @@ struct TileShapes {
   uint16_t row_bytes[16];
   uint8_t rows[16];
 };
+
+// The first and second 16 columns of a right factor, to tiles 6 and 7.
+inline void load_right_6(const uint16_t* from, bool streamed) {
+  if (streamed)
+    _tile_stream_loadd(6, from, 64);
+  else
+    _tile_loadd(6, from, 64);
+}
+
+inline void load_right_7(const uint16_t* from, bool streamed) {
+  if (streamed)
+    _tile_stream_loadd(7, from, 64);
+  else
+    _tile_loadd(7, from, 64);
+}
 
 // Once a thread before its products, and end_products() after them.
 inline void begin_products() {
@@ -105,9 +122,9 @@ __attribute__((noinline)) void multiply(const Product& product) {
     const uint16_t *left = factors.left + k * factors.left_next,
                    *right = factors.right + k * factors.right_next;
     _tile_loadd(4, left, left_bytes);
-    _tile_loadd(6, right, 64);
+    load_right_6(right, factors.streamed);
     _tile_dpbf16ps(0, 4, 6);
-    _tile_loadd(7, right + factors.right_column, 64);
+    load_right_7(right + factors.right_column, factors.streamed);
     _tile_dpbf16ps(1, 4, 7);
     _tile_loadd(5, left + 16 * factors.left_stride, left_bytes);
     _tile_dpbf16ps(2, 5, 6);
