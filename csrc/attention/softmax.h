@@ -46,13 +46,13 @@ __attribute__((noinline)) void exponentiate(const Softmax& given, const Product*
 
   const auto take_row = [&](int64_t row) __attribute__((always_inline)) {
     const __m512 negative_peak =
-        _mm512_set1_ps(softmax.negative_peak[row] + (kind == Scores::bounded ? MAGIC : 0));
+        _mm512_set1_ps(softmax.negative_peak[row] + (kind == Scores::bounded ? FIXED_POINT : 0));
     __m512 power[vectors];
 #pragma GCC unroll 4
     for (int i = 0; i < vectors; i++) {
       const __m512 score = _mm512_load_ps(softmax.scores + row * STEP + 16 * i);
       if (kind == Scores::bounded) {
-        power[i] = _mm512_maskz_mov_ps(visible[i], exp2_bounded(score, factor, negative_peak));
+        power[i] = exp2_bounded(visible[i], score, factor, negative_peak);
         continue;
       }
       __m512 added = negative_peak;
