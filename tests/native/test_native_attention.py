@@ -21,7 +21,8 @@ CASES = [
     AttentionCase("wide", 1, 33, 65, 2, 128),
     # lengths bound nothing: the largest score is looked for
     AttentionCase("sharp", 1, 33, 150, 2, 64, scale=2.0),
-    AttentionCase("chunks", 1, 70, 1090, 1, 32),  # the backward takes keys 1024 at a time
+    AttentionCase("chunks", 1, 1090, 70, 1, 64),  # the backward takes queries 1024 at a time
+    AttentionCase("many_keys", 1, 70, 1090, 1, 32),
     AttentionCase("one_query", 2, 1, 37, 2, 64),
     AttentionCase("one_key", 2, 40, 1, 2, 64),
 ]
