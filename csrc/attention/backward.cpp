@@ -256,8 +256,9 @@ struct Place {
 };
 
 // Rows of a step's keys or values times the columns of queries or gradients of out.
-inline Product transposed_product(const Geometry& geometry, const uint16_t* rows,
+inline Product transposed_product(const Backward& bwd, int64_t step, const uint16_t* rows,
                                   const uint16_t* columns, const Place& at, float* sums) {
+  const Geometry& geometry = bwd.geometry;
   return {.factors = {.left = rows + 32 * at.i * geometry.width,
                       .left_stride = geometry.width,
                       .left_next = 32,
@@ -268,7 +269,9 @@ inline Product transposed_product(const Geometry& geometry, const uint16_t* rows
           .depth = geometry.depth,
           .sums = sums,
           .stride = UNIT,
-          .fresh = true};
+          .fresh = true,
+          .rows = bwd.keys - step - 32 * at.i,
+          .last_pairs = last_pairs_of(geometry.head_dim)};
 }
 
 inline Unit unit_of(const Backward& bwd, int64_t chunk, int64_t step, const Place& at, int buffer) {
@@ -333,10 +336,11 @@ class Waiting {
 
 // d_v and d_k += probabilities and d_scores of 32 keys and a block of queries times gradients of
 // out and queries.
-inline void add_key_sums(const Backward& bwd, const Place& at, int64_t query_units, bool fresh,
+inline void add_key_sums(const Backward& bwd, int64_t chunk, int64_t step, const Place& at,
                          float* d_k, float* d_v, int64_t overwritten, Waiting& waiting) {
   const Geometry& geometry = bwd.geometry;
   const int64_t left = 32 * at.slot * BLOCK, block = at.query - at.column;
+  const int64_t queries = minimum(BLOCK, bwd.queries - chunk - block);
   for (int64_t group = 0; group < geometry.depth; group++) {  // of 32 dims
     const int64_t right = block * geometry.width + 2 * group * TILE;
     const int64_t sums = 32 * at.i * geometry.width + 32 * group;
@@ -347,10 +351,12 @@ inline void add_key_sums(const Backward& bwd, const Place& at, int64_t query_uni
                                    .right_column = TILE,
                                    .right_next = geometry.value_tiles * TILE,
                                    .streamed = true},
-                       .depth = query_units,
+                       .depth = units_of(queries),
                        .sums = d_v + sums,
                        .stride = geometry.width,
-                       .fresh = fresh};
+                       .fresh = chunk + block == 0,
+                       .rows = bwd.keys - step - 32 * at.i,
+                       .last_pairs = last_pairs_of(queries)};
     waiting.add(product, overwritten);
     product.factors.left = bwd.d_scores + left;
     product.factors.right = bwd.query_pairs + right;
@@ -360,10 +366,11 @@ inline void add_key_sums(const Backward& bwd, const Place& at, int64_t query_uni
 }
 
 // d_q of 32 queries += a step's keys, transposed, times d_scores.
-inline void add_query_sums(const Backward& bwd, const Place& at, int64_t key_units, bool fresh,
-                           int64_t overwritten, Waiting& waiting) {
+inline void add_query_sums(const Backward& bwd, int64_t step, const Place& at, int64_t overwritten,
+                           Waiting& waiting) {
   const Geometry& geometry = bwd.geometry;
-  const int64_t slot = key_units == 2 ? 0 : at.slot;  // the first of the step
+  const int64_t keys = minimum(STEP, bwd.keys - step);
+  const int64_t slot = keys > UNIT ? 0 : at.slot;  // the first of the step
   for (int64_t group = 0; group < geometry.depth; group++)
     waiting.add({.factors = {.left = bwd.key_dims + 2 * group * TILE,
                              .left_stride = 32,
@@ -371,10 +378,11 @@ inline void add_query_sums(const Backward& bwd, const Place& at, int64_t key_uni
                              .right = bwd.d_scores_pairs + (slot * BLOCK + at.column) / 16 * TILE,
                              .right_column = TILE,
                              .right_next = BLOCK / 16 * TILE},
-                 .depth = key_units,
+                 .depth = units_of(keys),
                  .sums = bwd.d_q + at.query * geometry.width + 32 * group * UNIT,
                  .stride = UNIT,
-                 .fresh = fresh},
+                 .fresh = step == 0,
+                 .last_pairs = last_pairs_of(keys)},
                 overwritten);
 }
 
@@ -398,8 +406,8 @@ void differentiate_keys(const Backward& bwd, int64_t chunk, int64_t step, float*
   Pending pending;
   const auto list_scores = [&](const Place& at, int buffer) {
     beside[0] =
-        transposed_product(bwd.geometry, bwd.key_rows, bwd.query_columns, at, bwd.scores[buffer]);
-    beside[1] = transposed_product(bwd.geometry, bwd.value_rows, bwd.gradient_columns, at,
+        transposed_product(bwd, step, bwd.key_rows, bwd.query_columns, at, bwd.scores[buffer]);
+    beside[1] = transposed_product(bwd, step, bwd.value_rows, bwd.gradient_columns, at,
                                    bwd.d_probabilities[buffer]);
     return 2;
   };
@@ -432,11 +440,9 @@ void differentiate_keys(const Backward& bwd, int64_t chunk, int64_t step, float*
         const int64_t next_units = units_of(clamp(queries - block - BLOCK, 0, BLOCK));
         const int64_t next_block = unit - j + query_units * (key_units - at.i);
         if (j + 1 == query_units)
-          add_key_sums(bwd, at, query_units, chunk + block == 0, d_k, d_v,
-                       next_block + next_units * at.i, waiting);
+          add_key_sums(bwd, chunk, step, at, d_k, d_v, next_block + next_units * at.i, waiting);
         if (at.i + 1 == key_units)
-          add_query_sums(bwd, at, key_units, step == 0, next_block + minimum(j, next_units),
-                         waiting);
+          add_query_sums(bwd, step, at, next_block + minimum(j, next_units), waiting);
       }
     }
   }

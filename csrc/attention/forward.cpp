@@ -60,7 +60,9 @@ inline Product score_product(const Forward& fwd, const Block& block, int64_t ste
           .depth = geometry.depth,
           .sums = scores + 32 * unit,
           .stride = STEP,
-          .fresh = true};
+          .fresh = true,
+          .rows = fwd.queries - block.first,
+          .last_pairs = last_pairs_of(geometry.head_dim)};
 }
 
 // probabilities @ v of the span that begins at `key`: 32 dims of it are added to a block's sums.
@@ -77,7 +79,9 @@ inline Product value_product(const Forward& fwd, const uint16_t* probabilities, 
           .depth = units_in(fwd.keys, key, SPAN),
           .sums = block.sums + 32 * group,
           .stride = fwd.geometry.width,
-          .fresh = key == 0};
+          .fresh = key == 0,
+          .rows = fwd.queries - block.first,
+          .last_pairs = last_pairs_of(minimum(fwd.keys - key, SPAN))};
 }
 
 // -- a block's beginning and end -----------------------------------------------------------------

@@ -47,7 +47,13 @@ struct Product {
   float* sums;
   int64_t stride;
   bool fresh;
+  // What registers, but not tiles, leave out: rows of sums beyond these, which nobody reads; pairs
+  // beyond these of the last 32 of the depth, which are zeros.
+  int64_t rows = UNIT, last_pairs = 16;
 };
+
+// Of `count` values of depth.
+inline int64_t last_pairs_of(int64_t count) { return (count - 1) % 32 / 2 + 1; }
 
 #if VF_PRODUCTS == 2
 
@@ -144,7 +150,8 @@ inline void before_tile_loads() {}
 __attribute__((noinline)) void multiply(const Product& product) {
   constexpr int ROWS = 8;
   const Factors factors = product.factors;
-  for (int first = 0; first < UNIT; first += ROWS) {
+  const int64_t rows = product.rows < UNIT ? product.rows : UNIT;
+  for (int64_t first = 0; first < rows; first += ROWS) {
     __m512 sums[ROWS][2];
     float* to = product.sums + first * product.stride;
 #pragma GCC unroll 8
@@ -156,7 +163,8 @@ __attribute__((noinline)) void multiply(const Product& product) {
     for (int64_t k = 0; k < product.depth; k++) {
       const uint16_t *left = factors.left + first * factors.left_stride + k * factors.left_next,
                      *right = factors.right + k * factors.right_next;
-      for (int pair = 0; pair < 16; pair++) {
+      const int64_t pairs = k + 1 == product.depth ? product.last_pairs : 16;
+      for (int64_t pair = 0; pair < pairs; pair++) {
         const __m512bh columns[2] = {
             (__m512bh)_mm512_loadu_si512(right + 32 * pair),
             (__m512bh)_mm512_loadu_si512(right + factors.right_column + 32 * pair)};
