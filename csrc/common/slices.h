@@ -33,7 +33,9 @@ class Slices {
   Slices(const Product* products, int count, const Pending& pending)
       : next_(products), end_(products + count), pending_(pending) {
     for (const Product* product = products; product < end_; product++) left_over_ += product->depth;
-    before_tile_loads();
+    // It stays in memory. Otherwise gcc keeps some of it in vector registers, and moves from there
+    // take the port that the vectors' products need.
+    __asm__ volatile("" ::"r"(this) : "memory");
     begin_product();
   }
 
