@@ -1,12 +1,14 @@
 // levels: avx512_bf16 amx_bf16
 // Attention in bf16, backward: the same products and panels as forward.cpp. A task walks one head:
-// keys in chunks of 1024, queries in blocks of 64 against each chunk, keys in steps of 64.
+// queries in chunks of 1024, whose panels and d_q stay in the second cache, 64 keys at a time
+// against a chunk, queries 128 at a time against those.
 //
 // B batch, T queries, S keys, H heads, D head_dim, width: D rounded up to 32, depth = width / 32
 #include <math.h>
 #include <omp.h>
 #include <string.h>
 
+#include "common/slices.h"
 #include "heads.h"
 
 namespace vatt_fast {
@@ -14,8 +16,8 @@ namespace VF_LEVEL {
 
 namespace {
 
-constexpr int BLOCK = 64;            // queries
-constexpr int64_t KEY_CHUNK = 1024;  // keys whose panels and sums stay in the second cache
+constexpr int BLOCK = 128;             // queries that one product with d_k or d_v takes
+constexpr int64_t QUERY_CHUNK = 1024;  // queries whose panels and sums stay in the second cache
 
 // Sums, panels and products of one head. Scores are computed transposed, keys by queries. So the
 // rows of the probabilities are left factors of d_v and d_k as they are, and two rows interleaved
@@ -25,20 +27,21 @@ struct Backward {
   int64_t keys, queries;
   float factor, scale;
   uint64_t* visible;
-  // of a chunk of keys
+  // of a step of 64 keys
   uint16_t *key_rows, *value_rows;
   // for each 32 keys, for each 16 dims: 16 dims by 32 keys, the left factor of d_q
   uint16_t* key_dims;
-  float *d_k, *d_v;  // (chunk, width)
-  // of a block of queries
-  uint16_t *rows, *query_columns, *query_pairs, *gradient_columns, *gradient_pairs;
-  // (64,), in units of log 2; inf in a row without a key, whose powers are then 0
+  float *d_k, *d_v;  // (64, width); of all steps, one after another, where there are more chunks
+  // of a chunk of queries
+  uint16_t *query_columns, *query_pairs, *gradient_columns, *gradient_pairs;
+  // (chunk,), in units of log 2; inf in a row without a key, whose powers are then 0
   float *log_sums, *delta;
-  float* d_q;  // for each block, or one: (width, 64), dims by queries
-  // of 64 keys by 64 queries, this step's and the last's
-  uint16_t *probabilities[2], *d_scores[2];  // (64, 64)
+  float* d_q;      // for each 32 queries: (width, 32), dims by queries
+  uint16_t* rows;  // (64, width), before they are packed
+  // of two times 32 keys by a block of queries
+  uint16_t *probabilities, *d_scores;  // (64, BLOCK)
   // for each 32 keys, for each 16 queries of query_of(): 16 pairs of keys by 16 queries
-  uint16_t* d_scores_pairs[2];
+  uint16_t* d_scores_pairs;
   // of 32 keys by 32 queries, these and the next
   float *scores[2], *d_probabilities[2];
   const float* bias;  // of the head, or null
@@ -50,23 +53,24 @@ Backward backward_memory(const AttentionShape& shape, Arena& arena) {
   bwd.geometry = geometry_of(shape.head_dim);
   bwd.keys = shape.keys, bwd.queries = shape.queries;
   bwd.scale = shape.scale, bwd.factor = shape.scale * LOG2_E;
-  const int64_t chunk = minimum(KEY_CHUNK, units_of(shape.keys) * UNIT), width = bwd.geometry.width;
-  const int64_t blocks = shape.keys > KEY_CHUNK ? ceil_div(shape.queries, BLOCK) : 1;
+  const int64_t width = bwd.geometry.width;
+  const int64_t chunk = minimum(QUERY_CHUNK, units_of(shape.queries) * UNIT);
+  const int64_t kept = shape.queries > QUERY_CHUNK ? steps_of(shape.keys) : 1;
   bwd.visible = arena.take<uint64_t>(steps_of(shape.keys));
-  uint16_t** const key_panels[] = {&bwd.key_rows, &bwd.value_rows, &bwd.key_dims};
-  for (uint16_t** panel : key_panels) *panel = arena.take<uint16_t>(chunk * width);
-  uint16_t** const query_panels[] = {&bwd.rows, &bwd.query_columns, &bwd.query_pairs,
-                                     &bwd.gradient_columns, &bwd.gradient_pairs};
-  for (uint16_t** panel : query_panels) *panel = arena.take<uint16_t>(BLOCK * width);
-  bwd.d_k = arena.take<float>(chunk * width);
-  bwd.d_v = arena.take<float>(chunk * width);
-  bwd.log_sums = arena.take<float>(BLOCK);
-  bwd.delta = arena.take<float>(BLOCK);
-  bwd.d_q = arena.take<float>(blocks * BLOCK * width);
+  uint16_t** const step_panels[] = {&bwd.key_rows, &bwd.value_rows, &bwd.key_dims, &bwd.rows};
+  for (uint16_t** panel : step_panels) *panel = arena.take<uint16_t>(STEP * width);
+  uint16_t** const query_panels[] = {&bwd.query_columns, &bwd.query_pairs, &bwd.gradient_columns,
+                                     &bwd.gradient_pairs};
+  for (uint16_t** panel : query_panels) *panel = arena.take<uint16_t>(chunk * width);
+  bwd.d_k = arena.take<float>(kept * STEP * width);
+  bwd.d_v = arena.take<float>(kept * STEP * width);
+  bwd.log_sums = arena.take<float>(chunk);
+  bwd.delta = arena.take<float>(chunk);
+  bwd.d_q = arena.take<float>(chunk * width);
+  bwd.probabilities = arena.take<uint16_t>(STEP * BLOCK);
+  bwd.d_scores = arena.take<uint16_t>(STEP * BLOCK);
+  bwd.d_scores_pairs = arena.take<uint16_t>(STEP * BLOCK);
   for (int i = 0; i < 2; i++) {
-    bwd.probabilities[i] = arena.take<uint16_t>(STEP * BLOCK);
-    bwd.d_scores[i] = arena.take<uint16_t>(STEP * BLOCK);
-    bwd.d_scores_pairs[i] = arena.take<uint16_t>(STEP * BLOCK);
     bwd.scores[i] = arena.take<float>(UNIT * UNIT);
     bwd.d_probabilities[i] = arena.take<float>(UNIT * UNIT);
   }
@@ -87,53 +91,54 @@ void pack_dims(const Geometry& geometry, const uint16_t* rows, int64_t padded, u
   }
 }
 
-void begin_chunk(const AttentionBackward& args, Backward& bwd, int64_t b, int64_t h,
-                 int64_t first) {
-  const int64_t rows = minimum(KEY_CHUNK, bwd.keys - first), padded = units_of(rows) * UNIT;
+// -- rows in, rows out ---------------------------------------------------------------------------
+
+// Packs 64 keys and values.
+void begin_keys(const AttentionBackward& args, Backward& bwd, int64_t b, int64_t h, int64_t first) {
+  const int64_t rows = minimum(STEP, bwd.keys - first), padded = units_of(rows) * UNIT;
+  const uint64_t* visible = bwd.visible + first / 64;
   pack_rows(bwd.geometry, head_of(args.k, b, h) + first * args.k.row, args.k.row, rows, padded,
-            bwd.visible + first / 64, bwd.key_rows);
+            visible, bwd.key_rows);
   pack_rows(bwd.geometry, head_of(args.v, b, h) + first * args.v.row, args.v.row, rows, padded,
-            bwd.visible + first / 64, bwd.value_rows);
+            visible, bwd.value_rows);
   pack_dims(bwd.geometry, bwd.key_rows, padded, bwd.key_dims);
-  memset(bwd.d_k, 0, padded * bwd.geometry.width * sizeof(float));
-  memset(bwd.d_v, 0, padded * bwd.geometry.width * sizeof(float));
 }
 
-void finish_chunk(const AttentionBackward& args, const Backward& bwd, int64_t b, int64_t h,
-                  int64_t first) {
-  const int64_t stride = args.shape.heads * bwd.geometry.head_dim,
-                offset = (b * bwd.keys * args.shape.heads + h) * bwd.geometry.head_dim;
-  for (int64_t n = 0; n < minimum(KEY_CHUNK, bwd.keys - first); n++)
-    for (int64_t d = 0; d < bwd.geometry.head_dim; d += 16) {
-      const int64_t at = offset + (first + n) * stride + d;
-      store_row(_mm512_load_ps(bwd.d_k + n * bwd.geometry.width + d), bwd.scale, args.d_k + at,
-                bwd.geometry.head_dim - d);
-      store_row(_mm512_load_ps(bwd.d_v + n * bwd.geometry.width + d), 1, args.d_v + at,
-                bwd.geometry.head_dim - d);
+void finish_keys(const AttentionBackward& args, const Backward& bwd, int64_t b, int64_t h,
+                 int64_t first, const float* d_k, const float* d_v) {
+  const int64_t D = bwd.geometry.head_dim, stride = args.shape.heads * D;
+  const int64_t offset = ((b * bwd.keys + first) * args.shape.heads + h) * D;
+  for (int64_t n = 0; n < minimum(STEP, bwd.keys - first); n++)
+    for (int64_t d = 0; d < D; d += 16) {
+      const int64_t from = n * bwd.geometry.width + d, to = offset + n * stride + d;
+      store_row(_mm512_load_ps(d_k + from), bwd.scale, args.d_k + to, D - d);
+      store_row(_mm512_load_ps(d_v + from), 1, args.d_v + to, D - d);
     }
 }
 
+// Packs the 64 queries from `first` on, and their gradients of out, to `at` of a chunk.
 void begin_queries(const AttentionBackward& args, Backward& bwd, int64_t b, int64_t h,
-                   int64_t first) {
-  const int64_t rows = minimum(BLOCK, bwd.queries - first), padded = units_of(rows) * UNIT;
+                   int64_t first, int64_t at) {
+  const int64_t rows = minimum(64, bwd.queries - first), padded = units_of(rows) * UNIT;
+  const int64_t panel = at * bwd.geometry.width;
   const float* lse = args.lse + (b * args.shape.heads + h) * bwd.queries + first;
   const float* d_lse =
       args.d_lse ? args.d_lse + (b * args.shape.heads + h) * bwd.queries + first : nullptr;
   uint64_t attending = 0;
-  for (int64_t r = 0; r < BLOCK; r++) {
+  for (int64_t r = 0; r < padded; r++) {
     const bool attends = r < rows && lse[r] != -INFINITY;
     attending |= uint64_t(attends) << r;
-    bwd.log_sums[r] = attends ? lse[r] * LOG2_E : INFINITY;
+    bwd.log_sums[at + r] = attends ? lse[r] * LOG2_E : INFINITY;
   }
   pack_rows(bwd.geometry, head_of(args.q, b, h) + first * args.q.row, args.q.row, rows, padded,
             nullptr, bwd.rows);
-  pack_columns(bwd.geometry, bwd.rows, padded, bwd.query_columns);
-  pack_pairs(bwd.geometry, bwd.rows, padded, bwd.query_pairs);
+  pack_columns(bwd.geometry, bwd.rows, padded, bwd.query_columns + panel);
+  pack_pairs(bwd.geometry, bwd.rows, padded, bwd.query_pairs + panel);
   // a row without a key passes no gradient, whatever comes in
   pack_rows(bwd.geometry, head_of(args.d_out, b, h) + first * args.d_out.row, args.d_out.row, rows,
             padded, &attending, bwd.rows);
-  pack_columns(bwd.geometry, bwd.rows, padded, bwd.gradient_columns);
-  pack_pairs(bwd.geometry, bwd.rows, padded, bwd.gradient_pairs);
+  pack_columns(bwd.geometry, bwd.rows, padded, bwd.gradient_columns + panel);
+  pack_pairs(bwd.geometry, bwd.rows, padded, bwd.gradient_pairs + panel);
   const uint16_t* out = head_of(args.out, b, h) + first * args.out.row;
   for (int64_t first_row = 0; first_row < padded; first_row += 16) {
     __m512i products[16];
@@ -149,54 +154,62 @@ void begin_queries(const AttentionBackward& args, Backward& bwd, int64_t b, int6
     const __m512 delta = sum_of_each(products);
     const __mmask16 with_gradient = d_lse ? __mmask16(attending >> first_row) : 0;
     const __m512 added = _mm512_maskz_loadu_ps(with_gradient, d_lse ? d_lse + first_row : lse);
-    _mm512_store_ps(bwd.delta + first_row, _mm512_sub_ps(delta, added));
+    _mm512_store_ps(bwd.delta + at + first_row, _mm512_sub_ps(delta, added));
   }
 }
 
+// Writes d_q of the 32 queries from `first` on, which lie at `at` of a chunk.
 void finish_queries(const AttentionBackward& args, const Backward& bwd, int64_t b, int64_t h,
-                    int64_t first, const float* d_q) {
-  uint16_t* to =
-      args.d_q + ((b * bwd.queries + first) * args.shape.heads + h) * bwd.geometry.head_dim;
-  const int64_t rows = minimum(BLOCK, bwd.queries - first);
-  for (int64_t d = 0; d < bwd.geometry.head_dim; d += 16)
-    for (int quarter = 0; quarter < 2 * units_of(rows); quarter++) {
+                    int64_t first, int64_t at) {
+  const int64_t D = bwd.geometry.head_dim, stride = args.shape.heads * D;
+  const float* d_q = bwd.d_q + at * bwd.geometry.width;
+  uint16_t* to = args.d_q + ((b * bwd.queries + first) * args.shape.heads + h) * D;
+  const int64_t rows = minimum(UNIT, bwd.queries - first);
+  for (int64_t d = 0; d < D; d += 16)
+    for (int half = 0; half < 2; half++) {
       __m512i r[16];
-      for (int i = 0; i < 16; i++) r[i] = _mm512_load_si512(d_q + (d + i) * BLOCK + quarter * 16);
+      for (int i = 0; i < 16; i++) r[i] = _mm512_load_si512(d_q + (d + i) * UNIT + half * 16);
       transpose_16(r);
-      for (int n = 0; n < 16; n++) {
-        const int64_t row = quarter / 2 * 32 + query_of(quarter % 2, n);
-        if (row < rows)
-          store_row(_mm512_castsi512_ps(r[n]), bwd.scale,
-                    to + row * args.shape.heads * bwd.geometry.head_dim + d,
-                    bwd.geometry.head_dim - d);
-      }
+      for (int n = 0; n < 16; n++)
+        if (const int64_t row = query_of(half, n); row < rows)
+          store_row(_mm512_castsi512_ps(r[n]), bwd.scale, to + row * stride + d, D - d);
     }
 }
+
+// -- 32 keys by 32 queries -----------------------------------------------------------------------
 
 struct Unit {
   const float *scores, *d_probabilities;  // (32, 32) keys by queries
   const float *log_sums, *delta;          // (32,)
-  uint16_t *probabilities, *d_scores;     // (32, 32) of row stride 64
+  uint16_t *probabilities, *d_scores;     // (32, 32) of row stride BLOCK
   uint16_t* pairs;                        // two tiles
   uint32_t visible;
   float factor;
   const float* bias;  // of the first key and query
   float* d_bias;
   int64_t bias_stride;
-  int64_t queries;  // that exist, of these 32
+  int64_t keys, queries;  // that exist, of these 32
 };
 
-// One call: some of 32 keys by 32 queries of probabilities and gradients of scores, in bf16.
+// One call: 32 keys by 32 queries of probabilities and gradients of scores, in bf16, and on AMX the
+// slices of products, as evenly as they come between each two keys and the next.
 template <bool has_bias>
-__attribute__((noinline)) void differentiate(const Unit& given, int64_t first_row,
-                                             int64_t end_row) {
+__attribute__((noinline)) void differentiate(const Unit& given, const Product* products, int count,
+                                             Pending& pending) {
   const Unit unit = given;
+  Slices slices(products, count, pending);
+  const int64_t all_slices = slices.left_over();
   const __m512 factor = _mm512_set1_ps(unit.factor);
   const __m512 log_sums[2] = {_mm512_load_ps(unit.log_sums), _mm512_load_ps(unit.log_sums + 16)};
   const __m512 delta[2] = {_mm512_load_ps(unit.delta), _mm512_load_ps(unit.delta + 16)};
   const __mmask16 there[2] = {first_of_16(unit.queries), first_of_16(unit.queries - 16)};
-  for (int64_t row = first_row; row < end_row; row += 2) {
-    __m512i d_scores[2];
+  for (int64_t row = 0; row < UNIT; row += 2) {
+    __m512i d_scores[2] = {};
+    if (row >= unit.keys) {  // d_q takes all 32; d_k and d_v of no key may be anything
+      _mm512_store_si512(unit.pairs + row * 16, d_scores[0]);
+      _mm512_store_si512(unit.pairs + TILE + row * 16, d_scores[0]);
+      continue;
+    }
 #pragma GCC unroll 2
     for (int of_pair = 0; of_pair < 2; of_pair++) {
       const int64_t j = row + of_pair;
@@ -228,156 +241,213 @@ __attribute__((noinline)) void differentiate(const Unit& given, int64_t first_ro
     _mm512_store_si512(unit.pairs + row * 16, _mm512_unpacklo_epi16(d_scores[0], d_scores[1]));
     _mm512_store_si512(unit.pairs + TILE + row * 16,
                        _mm512_unpackhi_epi16(d_scores[0], d_scores[1]));
+    slices.leave(all_slices * (UNIT - 2 - row) / UNIT);
   }
+  slices.leave(0);
+  pending = slices.pending();
 }
 
-// Where 32 keys by 32 queries lie: the i-th and j-th of a step, which lies at `key` of its chunk.
+// Where 32 keys by 32 queries lie, and what holds their probabilities.
 struct Place {
-  int64_t key, i, j;
+  int64_t i;       // of a step's two 32s of keys
+  int64_t query;   // of the chunk
+  int64_t slot;    // of two 32s of keys in `probabilities`, by turns
+  int64_t column;  // query within its block
 };
 
-// Rows of a step's keys or values times the columns of a block's queries or gradients of out.
-inline Product transposed_product(const Geometry& geometry, const uint16_t* rows,
+// Rows of a step's keys or values times the columns of queries or gradients of out.
+inline Product transposed_product(const Backward& bwd, int64_t step, const uint16_t* rows,
                                   const uint16_t* columns, const Place& at, float* sums) {
-  const int64_t column = geometry.depth * TILE;
-  return {.factors = {.left = rows + (at.key + 32 * at.i) * geometry.width,
+  const Geometry& geometry = bwd.geometry;
+  return {.factors = {.left = rows + 32 * at.i * geometry.width,
                       .left_stride = geometry.width,
                       .left_next = 32,
-                      .right = columns + 2 * at.j * column,
-                      .right_column = column,
-                      .right_next = TILE},
+                      .right = columns + at.query * geometry.width,
+                      .right_column = geometry.depth * TILE,
+                      .right_next = TILE,
+                      .streamed = true},
           .depth = geometry.depth,
           .sums = sums,
           .stride = UNIT,
-          .fresh = true};
+          .fresh = true,
+          .rows = bwd.keys - step - 32 * at.i,
+          .last_pairs = last_pairs_of(geometry.head_dim)};
 }
 
-inline Product score_product(const Backward& bwd, const Place& at, float* sums) {
-  return transposed_product(bwd.geometry, bwd.key_rows, bwd.query_columns, at, sums);
-}
-
-inline Product d_probability_product(const Backward& bwd, const Place& at, float* sums) {
-  return transposed_product(bwd.geometry, bwd.value_rows, bwd.gradient_columns, at, sums);
-}
-
-// Of 64 keys against a block of queries: how many 32s there are, and which buffers hold them.
-struct Step {
-  int64_t key, key_units, query_units;
-  int parity;
-  bool fresh;  // d_q is not yet begun
-};
-
-// The products that add a step to d_v, d_k and d_q, 32 by 32 sums each. Returns how many.
-inline int list_sums(const Backward& bwd, const Step& step, float* d_q, Product* list) {
-  const Geometry& geometry = bwd.geometry;
-  const int parity = step.parity;
-  int count = 0;
-  for (int64_t group = 0; group < geometry.depth; group++) {  // of 32 dims
-    for (int64_t i = 0; i < step.key_units; i++) {
-      const int64_t right = 2 * group * TILE;
-      const int64_t sums = (step.key + 32 * i) * geometry.width + 32 * group;
-      Product product = {.factors = {.left = bwd.probabilities[parity] + 32 * i * BLOCK,
-                                     .left_stride = BLOCK,
-                                     .left_next = 32,
-                                     .right = bwd.gradient_pairs + right,
-                                     .right_column = TILE,
-                                     .right_next = geometry.value_tiles * TILE},
-                         .depth = step.query_units,
-                         .sums = bwd.d_v + sums,
-                         .stride = geometry.width,
-                         .fresh = false};
-      list[count++] = product;
-      product.factors.left = bwd.d_scores[parity] + 32 * i * BLOCK;
-      product.factors.right = bwd.query_pairs + right;
-      product.sums = bwd.d_k + sums;
-      list[count++] = product;
-    }
-    const int64_t dims = (step.key / 32 * geometry.value_tiles + 2 * group) * TILE;
-    for (int64_t j = 0; j < step.query_units; j++)
-      list[count++] = {.factors = {.left = bwd.key_dims + dims,
-                                   .left_stride = 32,
-                                   .left_next = geometry.value_tiles * TILE,
-                                   .right = bwd.d_scores_pairs[parity] + 2 * j * TILE,
-                                   .right_column = TILE,
-                                   .right_next = 4 * TILE},
-                       .depth = step.key_units,
-                       .sums = d_q + 32 * group * BLOCK + 32 * j,
-                       .stride = BLOCK,
-                       .fresh = step.fresh};
-  }
-  return count;
-}
-
-// The i-th 32 keys by the j-th 32 queries of a step, whose products lie in `buffer`.
-inline Unit unit_of(const Backward& bwd, int64_t chunk, int64_t query, const Step& step, int64_t i,
-                    int64_t j, int buffer) {
-  const int64_t s = chunk + step.key + 32 * i, t = query + 32 * j;
-  const int64_t square = 32 * i * BLOCK + 32 * j, bias = s * bwd.queries + t;
+inline Unit unit_of(const Backward& bwd, int64_t chunk, int64_t step, const Place& at, int buffer) {
+  const int64_t s = step + 32 * at.i, t = chunk + at.query;
+  const int64_t square = 32 * at.slot * BLOCK + at.column, bias = s * bwd.queries + t;
   return {.scores = bwd.scores[buffer],
           .d_probabilities = bwd.d_probabilities[buffer],
-          .log_sums = bwd.log_sums + 32 * j,
-          .delta = bwd.delta + 32 * j,
-          .probabilities = bwd.probabilities[step.parity] + square,
-          .d_scores = bwd.d_scores[step.parity] + square,
-          .pairs = bwd.d_scores_pairs[step.parity] + (4 * i + 2 * j) * TILE,
+          .log_sums = bwd.log_sums + at.query,
+          .delta = bwd.delta + at.query,
+          .probabilities = bwd.probabilities + square,
+          .d_scores = bwd.d_scores + square,
+          .pairs = bwd.d_scores_pairs + (at.slot * BLOCK + at.column) / 16 * TILE,
           .visible = uint32_t(bwd.visible[s / 64] >> s % 64),
           .factor = bwd.factor,
           .bias = bwd.bias ? bwd.bias + bias : nullptr,
           .d_bias = bwd.d_bias ? bwd.d_bias + bias : nullptr,
           .bias_stride = bwd.queries,
+          .keys = bwd.keys - s,
           .queries = bwd.queries - t};
 }
 
-// A unit's rows in as many parts as there are products, a product after each.
-inline void differentiate_beside(const Unit& unit, const Product* products, int count) {
-  const auto rows = unit.bias ? &differentiate<true> : &differentiate<false>;
-  if (count == 0) rows(unit, 0, UNIT);
-  for (int n = 0; n < count; n++) {
-    rows(unit, 16 * n / count * 2, 16 * (n + 1) / count * 2);
-    multiply(products[n]);
+// -- 64 keys by a chunk of queries ---------------------------------------------------------------
+
+// Products that wait to run beside a unit, in the order in which units to come write over what they
+// read.
+class Waiting {
+ public:
+  void add(const Product& product, int64_t overwritten) {
+    products_[end_] = product, overwritten_[end_++] = overwritten;
+  }
+
+  // Moves to `list` those that must run beside the n-th unit, because the next one writes over what
+  // they read, and more up to a unit's share of all slices. Returns how many.
+  int take(int64_t n, int64_t share, Product* list) {
+    int count = 0;
+    for (due_ += share; begin_ < end_ && (due_ > 0 || overwritten_[begin_] <= n + 1); begin_++) {
+      due_ -= products_[begin_].depth;
+      list[count++] = products_[begin_];
+    }
+    if (begin_ == end_) due_ = minimum(due_, 0);
+    if (begin_ >= end_ - begin_) move_to_front();
+    return count;
+  }
+
+  int take_all(Product* list) { return take(INT64_MAX - 1, 0, list); }
+
+  // d_k and d_v of twice 32 keys, d_q of a block of queries
+  static constexpr int MOST = (2 * 2 + BLOCK / 32) * 128 / 32;
+
+ private:
+  void move_to_front() {
+    for (int n = begin_; n < end_; n++)
+      products_[n - begin_] = products_[n], overwritten_[n - begin_] = overwritten_[n];
+    end_ -= begin_, begin_ = 0;
+  }
+
+  Product products_[3 * MOST];
+  int64_t overwritten_[3 * MOST];  // the number of the unit that does it
+  int begin_ = 0, end_ = 0;
+  int64_t due_ = 0;  // slices
+};
+
+// d_v and d_k += probabilities and d_scores of 32 keys and a block of queries times gradients of
+// out and queries.
+inline void add_key_sums(const Backward& bwd, int64_t chunk, int64_t step, const Place& at,
+                         float* d_k, float* d_v, int64_t overwritten, Waiting& waiting) {
+  const Geometry& geometry = bwd.geometry;
+  const int64_t left = 32 * at.slot * BLOCK, block = at.query - at.column;
+  const int64_t queries = minimum(BLOCK, bwd.queries - chunk - block);
+  for (int64_t group = 0; group < geometry.depth; group++) {  // of 32 dims
+    const int64_t right = block * geometry.width + 2 * group * TILE;
+    const int64_t sums = 32 * at.i * geometry.width + 32 * group;
+    Product product = {.factors = {.left = bwd.probabilities + left,
+                                   .left_stride = BLOCK,
+                                   .left_next = 32,
+                                   .right = bwd.gradient_pairs + right,
+                                   .right_column = TILE,
+                                   .right_next = geometry.value_tiles * TILE,
+                                   .streamed = true},
+                       .depth = units_of(queries),
+                       .sums = d_v + sums,
+                       .stride = geometry.width,
+                       .fresh = chunk + block == 0,
+                       .rows = bwd.keys - step - 32 * at.i,
+                       .last_pairs = last_pairs_of(queries)};
+    waiting.add(product, overwritten);
+    product.factors.left = bwd.d_scores + left;
+    product.factors.right = bwd.query_pairs + right;
+    product.sums = d_k + sums;
+    waiting.add(product, overwritten);
   }
 }
 
-// A block of queries against a chunk of keys, 64 by 64 a step, 32 by 32 a unit. While the vector
-// units work on a unit, the matrix unit multiplies the next unit's scores and d_probabilities, and
-// a share of the last step's sums:
+// d_q of 32 queries += a step's keys, transposed, times d_scores.
+inline void add_query_sums(const Backward& bwd, int64_t step, const Place& at, int64_t overwritten,
+                           Waiting& waiting) {
+  const Geometry& geometry = bwd.geometry;
+  const int64_t keys = minimum(STEP, bwd.keys - step);
+  const int64_t slot = keys > UNIT ? 0 : at.slot;  // the first of the step
+  for (int64_t group = 0; group < geometry.depth; group++)
+    waiting.add({.factors = {.left = bwd.key_dims + 2 * group * TILE,
+                             .left_stride = 32,
+                             .left_next = geometry.value_tiles * TILE,
+                             .right = bwd.d_scores_pairs + (slot * BLOCK + at.column) / 16 * TILE,
+                             .right_column = TILE,
+                             .right_next = BLOCK / 16 * TILE},
+                 .depth = units_of(keys),
+                 .sums = bwd.d_q + at.query * geometry.width + 32 * group * UNIT,
+                 .stride = UNIT,
+                 .fresh = step == 0,
+                 .last_pairs = last_pairs_of(keys)},
+                overwritten);
+}
+
+// 64 keys against a chunk of queries, in units of 32 by 32: of a block of 128 queries all with the
+// first 32 keys, then all with the second. While the vector units work on a unit, the matrix unit
+// multiplies the next unit's scores and d_probabilities and sums of earlier units, here of keys a
+// and b by queries 0 to 3 (32 each):
 //
-//   tiles     scores 0   |  scores 1   scores 2   ...              |
-//                        |  sums of the last step, a part a unit   |  sums of the last step
-//   vectors              |  unit 0     unit 1     ...              |
-void differentiate_block(const Backward& bwd, int64_t chunk, int64_t query, float* d_q) {
-  constexpr int most = 6 * 128 / 32;  // of list_sums
-  const int64_t keys = minimum(KEY_CHUNK, bwd.keys - chunk);
-  Product sums[most];
-  int listed = 0, buffer = 0;
-  Step step = {.key = 0,
-               .key_units = 0,
-               .query_units = minimum(2, units_of(bwd.queries - query)),
-               .parity = 0,
-               .fresh = chunk == 0};
-  multiply(score_product(bwd, {0, 0, 0}, bwd.scores[0]));
-  multiply(d_probability_product(bwd, {0, 0, 0}, bwd.d_probabilities[0]));
-  for (; step.key < keys; step.key += STEP, step.parity ^= 1) {
-    step.key_units = minimum(2, units_of(keys - step.key));
-    const int64_t columns = step.query_units, units = step.key_units * columns;
-    for (int64_t u = 0; u < units; u++, buffer ^= 1) {
-      Product beside[2 + most];
-      int count = 0;
-      const Place next = u + 1 < units ? Place{step.key, (u + 1) / columns, (u + 1) % columns}
-                                       : Place{step.key + STEP, 0, 0};
-      if (next.key < keys) {
-        beside[count++] = score_product(bwd, next, bwd.scores[buffer ^ 1]);
-        beside[count++] = d_probability_product(bwd, next, bwd.d_probabilities[buffer ^ 1]);
+//   vectors   a0         a1         a2         a3      |  b0    b1    b2    b3   |  next block
+//   tiles     scores a1  scores a2  scores a3  scores b0  ...
+//             sums before                              |  d_k, d_v of a          |  d_k, d_v of b
+//                                                      |        d_q 0, d_q 1, d_q 2, d_q 3
+//
+// So one buffer of probabilities is enough: each half is read while the other is written.
+void differentiate_keys(const Backward& bwd, int64_t chunk, int64_t step, float* d_k, float* d_v) {
+  const int64_t queries = minimum(QUERY_CHUNK, bwd.queries - chunk);
+  const int64_t key_units = units_of(minimum(STEP, bwd.keys - step));
+  const int64_t share = 3 * bwd.geometry.depth;  // slices of d_k, d_v and d_q for each unit
+  Waiting waiting;
+  Product beside[2 + Waiting::MOST];
+  Pending pending;
+  const auto list_scores = [&](const Place& at, int buffer) {
+    beside[0] =
+        transposed_product(bwd, step, bwd.key_rows, bwd.query_columns, at, bwd.scores[buffer]);
+    beside[1] = transposed_product(bwd, step, bwd.value_rows, bwd.gradient_columns, at,
+                                   bwd.d_probabilities[buffer]);
+    return 2;
+  };
+  multiply(beside, list_scores({}, 0), pending);
+  store(pending);
+
+  int64_t unit = 0;
+  Place at = {};
+  for (int64_t block = 0; block < queries; block += BLOCK) {
+    const int64_t query_units = units_of(minimum(BLOCK, queries - block));
+    for (at.i = 0; at.i < key_units; at.i++, at.slot ^= 1) {
+      for (int64_t j = 0; j < query_units; j++, unit++) {
+        at.query = block + 32 * j, at.column = 32 * j;
+        Place next = at;
+        if (j + 1 < query_units) {
+          next.query += 32;
+        } else {
+          next.i = (at.i + 1) % key_units;
+          next.query = next.i == 0 ? block + BLOCK : block;
+        }
+        int count = next.query < queries ? list_scores(next, (unit + 1) % 2) : 0;
+        const int sums = waiting.take(unit, share, beside + count);
+        const Unit those = unit_of(bwd, chunk, step, at, unit % 2);
+        if (those.bias)
+          differentiate<true>(those, beside, count + sums, pending);
+        else
+          differentiate<false>(those, beside, count + sums, pending);
+        if (sums == 0) store(pending);  // the next unit reads the scores
+        // the next block's unit at this place, whose queries may be fewer
+        const int64_t next_units = units_of(clamp(queries - block - BLOCK, 0, BLOCK));
+        const int64_t next_block = unit - j + query_units * (key_units - at.i);
+        if (j + 1 == query_units)
+          add_key_sums(bwd, chunk, step, at, d_k, d_v, next_block + next_units * at.i, waiting);
+        if (at.i + 1 == key_units)
+          add_query_sums(bwd, step, at, next_block + minimum(j, next_units), waiting);
       }
-      for (int64_t n = listed * u / units; n < listed * (u + 1) / units; n++)
-        beside[count++] = sums[n];
-      const Unit unit = unit_of(bwd, chunk, query, step, u / columns, u % columns, buffer);
-      differentiate_beside(unit, beside, count);
     }
-    listed = list_sums(bwd, step, d_q, sums);
-    step.fresh = false;
   }
-  for (int n = 0; n < listed; n++) multiply(sums[n]);
+  multiply(beside, waiting.take_all(beside), pending);
+  store(pending);
 }
 
 // One task: all gradients of one head.
@@ -385,16 +455,19 @@ void differentiate_head(const AttentionBackward& args, Backward& bwd, int64_t b,
   mark_visible(args.key_mask ? args.key_mask + b * bwd.keys : nullptr, bwd.keys, bwd.visible);
   bwd.bias = args.bias ? args.bias + h * bwd.keys * bwd.queries : nullptr;
   bwd.d_bias = args.d_bias ? args.d_bias + h * bwd.keys * bwd.queries : nullptr;
-  for (int64_t chunk = 0; chunk < bwd.keys; chunk += KEY_CHUNK) {
-    const int64_t keys = minimum(KEY_CHUNK, bwd.keys - chunk);
-    begin_chunk(args, bwd, b, h, chunk);
-    for (int64_t query = 0; query < bwd.queries; query += BLOCK) {
-      float* d_q = bwd.keys > KEY_CHUNK ? bwd.d_q + query * bwd.geometry.width : bwd.d_q;
-      begin_queries(args, bwd, b, h, query);
-      differentiate_block(bwd, chunk, query, d_q);
-      if (chunk + keys == bwd.keys) finish_queries(args, bwd, b, h, query, d_q);
+  for (int64_t chunk = 0; chunk < bwd.queries; chunk += QUERY_CHUNK) {
+    const int64_t end = minimum(bwd.queries, chunk + QUERY_CHUNK);
+    const bool last = end == bwd.queries;
+    for (int64_t query = chunk; query < end; query += 64)
+      begin_queries(args, bwd, b, h, query, query - chunk);
+    for (int64_t step = 0; step < bwd.keys; step += STEP) {
+      const int64_t kept = bwd.queries > QUERY_CHUNK ? step * bwd.geometry.width : 0;
+      begin_keys(args, bwd, b, h, step);
+      differentiate_keys(bwd, chunk, step, bwd.d_k + kept, bwd.d_v + kept);
+      if (last) finish_keys(args, bwd, b, h, step, bwd.d_k + kept, bwd.d_v + kept);
     }
-    finish_chunk(args, bwd, b, h, chunk);
+    for (int64_t query = chunk; query < end; query += UNIT)
+      finish_queries(args, bwd, b, h, query, query - chunk);
   }
 }
 

@@ -1,7 +1,8 @@
 // levels: avx512_bf16 amx_bf16
 // Attention in bf16, forward: products of whole tiles (common/products.h), fp32 sums, and softmax
 // in AVX-512 between them. One task: a run of query blocks of one head. Keys and values are packed
-// once a task (common/bf16_panels.h); queries are taken 32 at a time, keys 64 at a time.
+// once a task (common/bf16_panels.h); queries are taken 32 at a time, keys 64 at a time, values
+// 128.
 //
 // B batch, T queries, S keys, H heads, D head_dim, width: D rounded up to 32, depth = width / 32
 #include <math.h>
@@ -34,13 +35,14 @@ struct Forward {
   uint16_t *key_columns, *value_pairs, *key_rows;
   uint64_t* visible;
   float* scores[2];            // (32, 64) each, of this step and the next
-  uint16_t* probabilities[2];  // (32, 64) each, of this step and the last
+  uint16_t* probabilities[2];  // (32, 128) each, of this span of two steps and the last
   Block blocks[3];             // of the last step, this one and the next
   const float* bias;           // of the head, or null
 };
 
-inline int64_t units_in_step(int64_t keys, int64_t step) {
-  return minimum(2, units_of(keys) - 2 * step);
+// The 32s of keys in a step or a span that begins at `key`.
+inline int64_t units_in(int64_t keys, int64_t key, int64_t length) {
+  return units_of(minimum(keys - key, length));
 }
 
 // q @ k^T of a block and 32 keys of a step: their scores, but for the scale.
@@ -53,27 +55,33 @@ inline Product score_product(const Forward& fwd, const Block& block, int64_t ste
                       .left_next = 32,
                       .right = fwd.key_columns + (4 * step + 2 * unit) * column,
                       .right_column = column,
-                      .right_next = TILE},
+                      .right_next = TILE,
+                      .streamed = true},
           .depth = geometry.depth,
           .sums = scores + 32 * unit,
           .stride = STEP,
-          .fresh = true};
+          .fresh = true,
+          .rows = fwd.queries - block.first,
+          .last_pairs = last_pairs_of(geometry.head_dim)};
 }
 
-// probabilities @ v of a step: 32 dims of it are added to a block's sums.
+// probabilities @ v of the span that begins at `key`: 32 dims of it are added to a block's sums.
 inline Product value_product(const Forward& fwd, const uint16_t* probabilities, const Block& block,
-                             int64_t step, int64_t group) {
+                             int64_t key, int64_t group) {
   const int64_t tiles = fwd.geometry.value_tiles;
   return {.factors = {.left = probabilities,
-                      .left_stride = STEP,
+                      .left_stride = SPAN,
                       .left_next = 32,
-                      .right = fwd.value_pairs + (2 * step * tiles + 2 * group) * TILE,
+                      .right = fwd.value_pairs + (key / UNIT * tiles + 2 * group) * TILE,
                       .right_column = TILE,
-                      .right_next = tiles * TILE},
-          .depth = units_in_step(fwd.keys, step),
+                      .right_next = tiles * TILE,
+                      .streamed = true},
+          .depth = units_in(fwd.keys, key, SPAN),
           .sums = block.sums + 32 * group,
           .stride = fwd.geometry.width,
-          .fresh = step == 0};
+          .fresh = key == 0,
+          .rows = fwd.queries - block.first,
+          .last_pairs = last_pairs_of(minimum(fwd.keys - key, SPAN))};
 }
 
 // -- a block's beginning and end -----------------------------------------------------------------
@@ -89,31 +97,46 @@ float bias_peak(const Forward& fwd, int64_t t) {
   return _mm512_reduce_max_ps(peak) * LOG2_E;
 }
 
-// The rows' true largest scores, by a pass over all keys: where lengths bound nothing.
-void find_peaks(const Forward& fwd, const Block& block, int64_t rows, float* scores, float* peaks) {
+// Each row's largest score of a step, in units of log 2, where it exceeds the row's `peak` of 16
+// parts.
+void raise_peaks(const Forward& fwd, const Block& block, int64_t step, const float* scores,
+                 __m512* peak) {
+  const int64_t rows = minimum(UNIT, fwd.queries - block.first);
+  for (int64_t r = 0; r < rows; r++)
+    for (int i = 0; i < 2 * units_in(fwd.keys, step * STEP, STEP); i++) {
+      const __mmask16 visible = __mmask16(fwd.visible[step] >> 16 * i);
+      const __m512 score = _mm512_load_ps(scores + r * STEP + 16 * i);
+      __m512 x = _mm512_mul_ps(score, _mm512_set1_ps(fwd.factor));
+      if (fwd.bias) {
+        const float* bias = fwd.bias + (block.first + r) * fwd.keys + step * STEP + 16 * i;
+        x = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(visible, bias), _mm512_set1_ps(LOG2_E), x);
+      }
+      peak[r] = _mm512_mask_max_ps(peak[r], visible, peak[r], x);
+    }
+}
+
+inline void set_peak(Block& block, int64_t row, float peak) {
+  block.negative_peak[row] = peak == -INFINITY ? 0 : -peak;  // zero: -inf + inf would give nan
+}
+
+// The rows' true largest scores where lengths bound nothing: of the only step's scores, which are
+// there, or by a pass over all keys.
+void find_peaks(const Forward& fwd, const float* of_one_step, float* scores, Block& block) {
   __m512 peak[UNIT];
   for (int r = 0; r < UNIT; r++) peak[r] = _mm512_set1_ps(-INFINITY);
-  for (int64_t step = 0; step < steps_of(fwd.keys); step++) {
-    for (int64_t unit = 0; unit < units_in_step(fwd.keys, step); unit++)
+  if (of_one_step) raise_peaks(fwd, block, 0, of_one_step, peak);
+  for (int64_t step = 0; !of_one_step && step < steps_of(fwd.keys); step++) {
+    for (int64_t unit = 0; unit < units_in(fwd.keys, step * STEP, STEP); unit++)
       multiply(score_product(fwd, block, step, unit, scores));
-    for (int64_t r = 0; r < rows; r++)
-      for (int i = 0; i < 2 * units_in_step(fwd.keys, step); i++) {
-        const __mmask16 visible = __mmask16(fwd.visible[step] >> 16 * i);
-        const __m512 score = _mm512_load_ps(scores + r * STEP + 16 * i);
-        __m512 x = _mm512_mul_ps(score, _mm512_set1_ps(fwd.factor));
-        if (fwd.bias) {
-          const float* bias = fwd.bias + (block.first + r) * fwd.keys + step * STEP + 16 * i;
-          x = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(visible, bias), _mm512_set1_ps(LOG2_E), x);
-        }
-        peak[r] = _mm512_mask_max_ps(peak[r], visible, peak[r], x);
-      }
+    raise_peaks(fwd, block, step, scores, peak);
   }
-  for (int64_t r = 0; r < rows; r++) peaks[r] = _mm512_reduce_max_ps(peak[r]);
+  for (int r = 0; r < UNIT; r++) set_peak(block, r, _mm512_reduce_max_ps(peak[r]));
 }
 
 // Reads 32 queries and finds what to subtract from their scores: |q| times the longest key, which
 // no score exceeds and which needs no pass over the keys. No score is then below minus twice that,
-// so up to 2^-100 nothing is lost to underflow.
+// so up to 2^-100 nothing is lost to underflow. Of one step the largest score is found at once, and
+// a probability of one is exact.
 void begin_block(const Forward& fwd, const Heads& q, const uint16_t* from, int64_t first,
                  float* scores, Block& block) {
   const Geometry& geometry = fwd.geometry;
@@ -121,9 +144,9 @@ void begin_block(const Forward& fwd, const Heads& q, const uint16_t* from, int64
   block.first = first;
   pack_rows(geometry, from + first * q.row, q.row, rows, UNIT, nullptr, block.rows);
   memset(block.totals, 0, UNIT * 64);
-  // of one step the pass is short, and a probability of one is exact
   block.bounded = steps_of(fwd.keys) > 1;
-  alignas(64) float peaks[UNIT];
+  if (!block.bounded) return;
+  alignas(64) float bounds[UNIT];
   for (int half = 0; half < UNIT; half += 16) {
     __m512i squares[16];
     for (int r = 0; r < 16; r++) {
@@ -140,12 +163,11 @@ void begin_block(const Forward& fwd, const Heads& q, const uint16_t* from, int64
         _mm512_cmp_ps_mask(bound, _mm512_set1_ps(50), _CMP_LE_OQ);  // nan is not
     block.bounded = block.bounded && small == 0xffff;
     constexpr int up = _MM_FROUND_TO_POS_INF | _MM_FROUND_NO_EXC;
-    _mm512_store_ps(peaks + half, _mm512_roundscale_ps(bound, up));
+    _mm512_store_ps(bounds + half, _mm512_roundscale_ps(bound, up));
   }
-  for (int64_t r = 0; fwd.bias && r < rows; r++) peaks[r] += bias_peak(fwd, first + r);
-  if (!block.bounded) find_peaks(fwd, block, rows, scores, peaks);
-  // zero: -inf + inf would give nan
-  for (int r = 0; r < UNIT; r++) block.negative_peak[r] = peaks[r] == -INFINITY ? 0 : -peaks[r];
+  if (!block.bounded) return find_peaks(fwd, nullptr, scores, block);
+  for (int64_t r = 0; r < UNIT; r++)
+    set_peak(block, r, bounds[r] + (fwd.bias && r < rows ? bias_peak(fwd, first + r) : 0));
 }
 
 // Divides the sums by the totals and writes out and lse.
@@ -187,7 +209,7 @@ Forward forward_memory(const AttentionShape& shape, Arena& arena) {
   fwd.visible = arena.take<uint64_t>(steps_of(shape.keys));
   for (int i = 0; i < 2; i++) {
     fwd.scores[i] = arena.take<float>(UNIT * STEP);
-    fwd.probabilities[i] = arena.take<uint16_t>(UNIT * STEP);
+    fwd.probabilities[i] = arena.take<uint16_t>(UNIT * SPAN);
   }
   for (int i = 0; i < 3; i++) {
     fwd.blocks[i].rows = arena.take<uint16_t>(UNIT * width);
@@ -221,94 +243,71 @@ struct Item {
   int64_t step;
   Block& block;
   float* scores;
-  uint16_t* probabilities;
+  uint16_t* probabilities;  // of its span
 };
 
-inline Item item_at(Forward& fwd, int64_t n, int64_t steps) {
-  return {.step = n % steps,
-          .block = fwd.blocks[n / steps % 3],
+inline Item item_at(Forward& fwd, int64_t n) {
+  const int64_t steps = steps_of(fwd.keys), spans = ceil_div(steps, 2);
+  const int64_t block = n / steps, step = n % steps;
+  return {.step = step,
+          .block = fwd.blocks[block % 3],
           .scores = fwd.scores[n % 2],
-          .probabilities = fwd.probabilities[n % 2]};
+          .probabilities = fwd.probabilities[(block * spans + step / 2) % 2]};
 }
 
-// The products that may run beside an item's softmax.
-struct Beside {
-  Product scores[2], values[4];  // of the next item; of the last one
-  int num_scores = 0, num_values = 0;
-};
-
-inline void list_scores(const Forward& fwd, const Item& item, Beside& beside) {
-  for (int64_t unit = 0; unit < units_in_step(fwd.keys, item.step); unit++)
-    beside.scores[beside.num_scores++] =
-        score_product(fwd, item.block, item.step, unit, item.scores);
+inline int list_scores(const Forward& fwd, const Item& item, Product* list) {
+  int count = 0;
+  for (int64_t unit = 0; unit < units_in(fwd.keys, item.step * STEP, STEP); unit++)
+    list[count++] = score_product(fwd, item.block, item.step, unit, item.scores);
+  return count;
 }
 
-inline void list_values(const Forward& fwd, const Item& item, Beside& beside) {
-  for (int64_t group = 0; group < fwd.geometry.depth; group++)
-    beside.values[beside.num_values++] =
-        value_product(fwd, item.probabilities, item.block, item.step, group);
+// The values of an item's span, of dims 32 times `first` to 32 times `end`.
+inline int list_values(const Forward& fwd, const Item& item, int64_t first, int64_t end,
+                       Product* list) {
+  int count = 0;
+  for (int64_t group = first; group < end; group++)
+    list[count++] = value_product(fwd, item.probabilities, item.block, item.step / 2 * SPAN, group);
+  return count;
 }
 
-inline void multiply(const Beside& beside) {
-  for (int i = 0; i < beside.num_scores; i++) multiply(beside.scores[i]);
-  for (int i = 0; i < beside.num_values; i++) multiply(beside.values[i]);
-}
-
-// An item's softmax, eight rows at a time; where `overlapped`, a product beside each eight.
-inline void exponentiate(const Forward& fwd, const Item& item, bool overlapped,
-                         const Beside& beside) {
+// An item's softmax, and products that run beside it.
+inline void exponentiate(const Forward& fwd, const Item& item, const Product* beside, int count,
+                         Pending& pending) {
   const Block& block = item.block;
-  const uint64_t visible = fwd.visible[item.step];
-  const bool plain = block.bounded && visible == ~uint64_t(0);
-  for (int eight = 0; eight < 4; eight++) {
-    const int64_t r = 8 * eight, t = block.first + r;
-    const Softmax softmax = {
-        .scores = item.scores + r * STEP,
-        .probabilities = item.probabilities + r * STEP,
-        .totals = block.totals + r * 16,
-        .negative_peak = block.negative_peak + r,
-        .visible = visible,
-        .factor = fwd.factor,
-        .keys = fwd.bias ? Keys::biased
-                : plain  ? Keys::plain
-                         : Keys::marked,
-        .bias = fwd.bias ? fwd.bias + minimum(t, fwd.queries - 1) * fwd.keys + item.step * STEP
-                         : nullptr,
-        .bias_rows = fwd.queries - t,
-        .bias_stride = fwd.keys};
-    Overlap overlap = Overlap::nothing;
-    Product product = {};
-    if (overlapped && eight < beside.num_scores) {
-      overlap = Overlap::scores;
-      product = beside.scores[eight];
-    } else if (overlapped && eight >= 2 && eight - 2 < beside.num_values) {
-      overlap = Overlap::values;
-      product = beside.values[eight - 2];
-    }
-    exponentiate(overlap, units_in_step(fwd.keys, item.step), softmax, product);
-  }
+  const int64_t key = item.step * STEP;
+  const Softmax softmax = {.scores = item.scores,
+                           .probabilities = item.probabilities + key % SPAN,
+                           .totals = block.totals,
+                           .negative_peak = block.negative_peak,
+                           .rows = minimum(UNIT, fwd.queries - block.first),
+                           .visible = fwd.visible[item.step],
+                           .factor = fwd.factor,
+                           .bias = fwd.bias ? fwd.bias + block.first * fwd.keys + key : nullptr,
+                           .bias_stride = fwd.keys};
+  const Scores kind = fwd.bias ? Scores::biased : block.bounded ? Scores::bounded : Scores::any;
+  if (units_in(fwd.keys, key, STEP) == 2)
+    exponentiate<4>(kind, softmax, beside, count, pending);
+  else
+    exponentiate<2>(kind, softmax, beside, count, pending);
 }
 
 // One task: a run of query blocks of one head. Softmax of one item runs on the vector units while
-// the matrix unit multiplies the next item's scores and the last item's values:
+// the matrix unit multiplies the next item's scores, and the values of the last two items, which
+// are a span: half of the dims beside each of this span's items.
 //
-//              prologue |  item 0         item 1         ...   item n - 1       | epilogue
-//   tiles      scores 0 |  scores 1       scores 2       ...                    |
-//                       |                 values 0       ...   values n - 2     | values n - 1
-//   vectors             |  softmax 0      softmax 1      ...   softmax n - 1    |
+//              prologue |  item 0      item 1      item 2      item 3      ...  | epilogue
+//   tiles      scores 0 |  scores 1    scores 2    scores 3    scores 4    ...  |
+//                       |                          values of items 0 and 1      | values of the
+//                       |                          dims 0-31   dims 32-63  ...  | last span
+//   vectors             |  softmax 0   softmax 1   softmax 2   softmax 3   ...  |
 //
-// Within an item, of its 32 rows:
-//
-//   rows      0 - 7            8 - 15           16 - 23           24 - 31
-//   tiles     scores, keys     scores, keys     values, dims      values, dims
-//             0 - 31           32 - 63          0 - 31            32 - 63
-//
-// A slice of the product (tile_slice) stands after each row. A product that runs beside a softmax
-// reads and writes other buffers than it does: scores and probabilities are held twice, blocks
-// three times. With a bias, a head_dim beyond 64, or without a matrix unit, products go before the
-// softmax.
+// A block of an odd number of items ends with a span of one, beside which all dims are taken. What
+// runs beside a softmax reads and writes other buffers than it does: scores and spans are held
+// twice, blocks three times.
 void attend(const AttentionForward& args, Forward& fwd, int64_t b, int64_t h, int64_t first_block,
             int64_t end_block) {
+  constexpr int most = 2 + 128 / 32;  // products beside an item
   const AttentionShape& shape = args.shape;
   const uint16_t* queries = head_of(args.q, b, h);
   uint16_t* out = args.out + (b * shape.queries * shape.heads + h) * shape.head_dim;
@@ -316,37 +315,47 @@ void attend(const AttentionForward& args, Forward& fwd, int64_t b, int64_t h, in
   fwd.bias = args.bias ? args.bias + h * shape.queries * shape.keys : nullptr;
   fwd.factor = shape.scale * LOG2_E;
   const int64_t steps = steps_of(fwd.keys), items = (end_block - first_block) * steps;
-  const bool overlapped = TILES && fwd.geometry.depth <= 2 && !fwd.bias;
-  const auto begin = [&](int64_t block, const Item& item) {
-    begin_block(fwd, args.q, queries, (first_block + block) * UNIT, item.scores, item.block);
+  const int64_t groups = fwd.geometry.depth;  // of 32 dims
+  Product beside[most];
+  Pending pending;
+  const auto begin = [&](int64_t n) {
+    const Item item = item_at(fwd, n);
+    begin_block(fwd, args.q, queries, (first_block + n / steps) * UNIT, item.scores, item.block);
   };
   const auto finish = [&](const Item& item) {
-    if (item.step == steps - 1)
-      finish_block(fwd, item.block, out, shape.heads * shape.head_dim, lse);
+    finish_block(fwd, item.block, out, shape.heads * shape.head_dim, lse);
   };
 
-  const Item first = item_at(fwd, 0, steps), last = item_at(fwd, items - 1, steps);
-  Beside before;
-  begin(0, first);
-  list_scores(fwd, first, before);
-  multiply(before);
+  begin(0);
+  multiply(beside, list_scores(fwd, item_at(fwd, 0), beside), pending);
+  store(pending);
 
   for (int64_t n = 0; n < items; n++) {
-    Beside beside;
+    const Item item = item_at(fwd, n);
+    int count = 0;
     if (n + 1 < items) {
-      const Item next = item_at(fwd, n + 1, steps);
-      if (next.step == 0) begin((n + 1) / steps, next);
-      list_scores(fwd, next, beside);
+      const Item next = item_at(fwd, n + 1);
+      if (next.step == 0) {
+        store(pending);
+        begin(n + 1);
+      }
+      count = list_scores(fwd, next, beside);
     }
-    if (n > 0) list_values(fwd, item_at(fwd, n - 1, steps), beside);
-    if (!overlapped) multiply(beside);
-    exponentiate(fwd, item_at(fwd, n, steps), overlapped, beside);
-    if (n > 0) finish(item_at(fwd, n - 1, steps));
+    const bool second = item.step % 2 == 1, alone = !second && item.step == steps - 1;
+    const int64_t last = n - 1 - second, half = ceil_div(groups, 2);  // the item; groups
+    const int64_t first_group = second ? half : 0, end_group = second || alone ? groups : half;
+    const int values =
+        last < 0 ? 0 : list_values(fwd, item_at(fwd, last), first_group, end_group, beside + count);
+    if (steps == 1) find_peaks(fwd, item.scores, nullptr, item.block);
+    exponentiate(fwd, item, beside, count + values, pending);
+    const bool finished = values > 0 && end_group == groups && last % steps == steps - 1;
+    if (values == 0 || finished) store(pending);  // the next softmax reads the scores
+    if (finished) finish(item_at(fwd, last));
   }
 
-  Beside after;
-  list_values(fwd, last, after);
-  multiply(after);
+  const Item last = item_at(fwd, items - 1);
+  multiply(beside, list_values(fwd, last, 0, groups, beside), pending);
+  store(pending);
   finish(last);
 }
 

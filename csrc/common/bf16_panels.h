@@ -49,10 +49,11 @@ inline void load_transposed(const uint16_t* from, int64_t stride, __m512i rows[1
   transpose_16(rows);
 }
 
-// Packed rows to columns. Returns the largest square of a row's length.
+// Packed rows to columns. Returns the largest square of a row's length: of their bits, which order
+// nan above all numbers.
 inline float pack_columns(const Geometry& geometry, const uint16_t* from, int64_t padded,
                           uint16_t* to) {
-  __m512 largest = _mm512_setzero_ps();
+  __m512i largest = _mm512_setzero_si512();
   for (int64_t n = 0; n < padded; n += 16) {
     __m512 squares = _mm512_setzero_ps();
     for (int64_t k = 0; k < geometry.depth; k++) {
@@ -63,9 +64,10 @@ inline float pack_columns(const Geometry& geometry, const uint16_t* from, int64_
         squares = dot(squares, r[i], r[i]);
       }
     }
-    largest = _mm512_max_ps(squares, largest);
+    largest = _mm512_max_epu32(_mm512_castps_si512(squares), largest);
   }
-  return _mm512_reduce_max_ps(largest);
+  const __m512i bits = _mm512_set1_epi32(int(_mm512_reduce_max_epu32(largest)));
+  return _mm512_cvtss_f32(_mm512_castsi512_ps(bits));
 }
 
 // Packed rows to pairs.

@@ -36,14 +36,27 @@ inline __m512 exp2_where(__mmask16 visible, __m512 x) {
       _mm512_maskz_add_epi32(kept, power, _mm512_slli_epi32(_mm512_castps_si512(shifted), 23)));
 }
 
-// 2^(score * factor + added), where that is between -125 and 127 and added is a whole number;
-// magic_added = MAGIC + added.
-inline __m512 exp2_bounded(__m512 score, __m512 factor, __m512 magic_added) {
-  const __m512 shifted = _mm512_fmadd_ps(score, factor, magic_added);
-  const __m512 rest = _mm512_fmsub_ps(score, factor, _mm512_sub_ps(shifted, magic_added));
-  const __m512i power = _mm512_castps_si512(power_of_rest(rest));
-  return _mm512_castsi512_ps(
-      _mm512_add_epi32(power, _mm512_slli_epi32(_mm512_castps_si512(shifted), 23)));
+// What exp2_bounded takes for a whole number that is added to the scores: the sum's exponent is 8
+// then, and the rest of its bits are the power's in fixed point, 8.15, with fp32's own 127 added.
+constexpr float FIXED_POINT = 256 + 127;
+
+// 2^(score * factor + added) where visible, else 0, to 9e-5 of itself: a fiftieth of bf16's
+// rounding. The power must be between -120 and 1, which excludes nan; fixed_point = FIXED_POINT +
+// added. On AMX a fused product, like any shift, has but one port while tiles multiply, so there
+// are few: a shuffle moves the fixed point by a byte to where fp32 has exponent and mantissa, and
+// a cubic replaces the mantissa m - 1 by that of 2^(m - 1).
+inline __m512 exp2_bounded(__mmask16 visible, __m512 score, __m512 factor, __m512 fixed_point) {
+  const __m512i up = _mm512_set4_epi32(0x0e0d0cff, 0x0a0908ff, 0x060504ff, 0x020100ff),
+                mantissa = _mm512_set1_epi32(0x007fffff), one = _mm512_set1_epi32(0x3f800000);
+  const __m512 sum = _mm512_fmadd_ps(score, factor, fixed_point);
+  const __m512i bits = _mm512_shuffle_epi8(_mm512_castps_si512(sum), up);
+  const __m512 m = _mm512_castsi512_ps(
+      _mm512_ternarylogic_epi32(bits, mantissa, one, 0xea));  // (bits & mantissa) | one
+  __m512 power = _mm512_fmadd_ps(m, _mm512_set1_ps(0.07703935f), _mm512_set1_ps(-0.00342813f));
+  power = _mm512_fmadd_ps(power, m, _mm512_set1_ps(0.47083517f));
+  power = _mm512_fmadd_ps(power, m, _mm512_set1_ps(0.45555551f));
+  return _mm512_castsi512_ps(_mm512_maskz_ternarylogic_epi32(
+      visible, _mm512_castps_si512(power), bits, mantissa, 0xe0));  // power & (bits | mantissa)
 }
 
 inline __m512i to_bf16(__m512 high, __m512 low) { return (__m512i)_mm512_cvtne2ps_pbh(high, low); }

@@ -35,6 +35,8 @@ struct Factors {
   int64_t left_next;    // values to the next 32 of the depth
   const uint16_t* right;
   int64_t right_column, right_next;  // values to the second 16 columns, to the next 32 of the depth
+  // the right factor comes again only after more than the first cache holds: tiles load it past it
+  bool streamed = false;
 };
 
 // One product: sums (32, 32) of row stride `stride` += left @ right over `depth` times 32; fresh: =
@@ -45,7 +47,13 @@ struct Product {
   float* sums;
   int64_t stride;
   bool fresh;
+  // What registers, but not tiles, leave out: rows of sums beyond these, which nobody reads; pairs
+  // beyond these of the last 32 of the depth, which are zeros.
+  int64_t rows = UNIT, last_pairs = 16;
 };
+
+// Of `count` values of depth.
+inline int64_t last_pairs_of(int64_t count) { return (count - 1) % 32 / 2 + 1; }
 
 #if VF_PRODUCTS == 2
 
@@ -54,6 +62,21 @@ struct TileShapes {
   uint16_t row_bytes[16];
   uint8_t rows[16];
 };
+
+// The first and second 16 columns of a right factor, to tiles 6 and 7.
+inline void load_right_6(const uint16_t* from, bool streamed) {
+  if (streamed)
+    _tile_stream_loadd(6, from, 64);
+  else
+    _tile_loadd(6, from, 64);
+}
+
+inline void load_right_7(const uint16_t* from, bool streamed) {
+  if (streamed)
+    _tile_stream_loadd(7, from, 64);
+  else
+    _tile_loadd(7, from, 64);
+}
 
 // Once a thread before its products, and end_products() after them.
 inline void begin_products() {
@@ -105,9 +128,9 @@ __attribute__((noinline)) void multiply(const Product& product) {
     const uint16_t *left = factors.left + k * factors.left_next,
                    *right = factors.right + k * factors.right_next;
     _tile_loadd(4, left, left_bytes);
-    _tile_loadd(6, right, 64);
+    load_right_6(right, factors.streamed);
     _tile_dpbf16ps(0, 4, 6);
-    _tile_loadd(7, right + factors.right_column, 64);
+    load_right_7(right + factors.right_column, factors.streamed);
     _tile_dpbf16ps(1, 4, 7);
     _tile_loadd(5, left + 16 * factors.left_stride, left_bytes);
     _tile_dpbf16ps(2, 5, 6);
@@ -127,7 +150,8 @@ inline void before_tile_loads() {}
 __attribute__((noinline)) void multiply(const Product& product) {
   constexpr int ROWS = 8;
   const Factors factors = product.factors;
-  for (int first = 0; first < UNIT; first += ROWS) {
+  const int64_t rows = product.rows < UNIT ? product.rows : UNIT;
+  for (int64_t first = 0; first < rows; first += ROWS) {
     __m512 sums[ROWS][2];
     float* to = product.sums + first * product.stride;
 #pragma GCC unroll 8
@@ -139,7 +163,8 @@ __attribute__((noinline)) void multiply(const Product& product) {
     for (int64_t k = 0; k < product.depth; k++) {
       const uint16_t *left = factors.left + first * factors.left_stride + k * factors.left_next,
                      *right = factors.right + k * factors.right_next;
-      for (int pair = 0; pair < 16; pair++) {
+      const int64_t pairs = k + 1 == product.depth ? product.last_pairs : 16;
+      for (int64_t pair = 0; pair < pairs; pair++) {
         const __m512bh columns[2] = {
             (__m512bh)_mm512_loadu_si512(right + 32 * pair),
             (__m512bh)_mm512_loadu_si512(right + factors.right_column + 32 * pair)};

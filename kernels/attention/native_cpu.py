@@ -8,7 +8,7 @@ import torch
 from .. import native
 from ..native import address
 from . import native_short
-from .native_short import strided
+from .native_short import contiguous_like, in_fp32, strided
 
 # B batch, T queries, S keys, H heads, D head_dim
 
@@ -18,11 +18,11 @@ _MAX_HEAD_DIM = 128
 def forward(q, k, v, *, scale, bias=None, key_mask=None, deterministic=False):
     if q.dtype == torch.float32:
         return native_short.forward(q, k, v, scale=scale, bias=bias, key_mask=key_mask)
-    B, T, H, D = q.shape
-    shape, threads, scratch = _prepare(q, k, backward=False)
+    B, T, H, _ = q.shape
+    shape, threads, _memory, scratch = _prepare(q, k, backward=False)
     key_mask = None if key_mask is None else key_mask.contiguous()
-    bias = None if bias is None else bias.to(torch.float32).contiguous()
-    out = torch.empty((B, T, H, D), dtype=q.dtype)
+    bias = None if bias is None else in_fp32(bias).contiguous()
+    out = contiguous_like(q)
     lse = torch.empty((B, H, T), dtype=torch.float32)
     native.extension.attention_forward(
         shape=shape,
@@ -35,7 +35,7 @@ def forward(q, k, v, *, scale, bias=None, key_mask=None, deterministic=False):
         bias=address(bias),
         out=address(out),
         lse=address(lse),
-        scratch=address(scratch),
+        scratch=scratch,
     )
     return out, lse
 
@@ -70,13 +70,13 @@ def backward(
         )
     _, T, H, _ = q.shape
     d_out, out = (x if x.stride(-1) == 1 else x.contiguous() for x in (d_out, out))
-    shape, threads, scratch = _prepare(q, k, backward=True)
+    shape, threads, _memory, scratch = _prepare(q, k, backward=True)
     key_mask = None if key_mask is None else key_mask.contiguous()
     # the backward takes scores transposed
-    bias = None if bias is None else bias.to(torch.float32).transpose(1, 2).contiguous()
+    bias = None if bias is None else in_fp32(bias).transpose(1, 2).contiguous()
     lse = lse.contiguous()
-    d_lse = None if d_lse is None else d_lse.to(torch.float32).contiguous()
-    d_q, d_k, d_v = (torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
+    d_lse = None if d_lse is None else in_fp32(d_lse).contiguous()
+    d_q, d_k, d_v = contiguous_like(q), contiguous_like(k), contiguous_like(v)
     d_bias = torch.zeros((H, k.shape[1], T), dtype=torch.float32) if bias_grad else None
     native.extension.attention_backward(
         shape=shape,
@@ -95,20 +95,20 @@ def backward(
         d_k=address(d_k),
         d_v=address(d_v),
         d_bias=address(d_bias),
-        scratch=address(scratch),
+        scratch=scratch,
     )
     return d_q, d_k, d_v, None if d_bias is None else d_bias.transpose(1, 2)
 
 
 def _prepare(q, k, *, backward: bool):
-    """The sizes, the number of threads and working memory for each of them, on a cache line's
-    border."""
+    """The sizes, the number of threads, memory for them to work in, and its address on a cache
+    line's border."""
     B, T, H, D = q.shape
     shape = (B, T, k.shape[1], H, D)
     threads = min(torch.get_num_threads(), B * H if backward else B * H * -(-T // 32))
     size = native.extension.attention_scratch(shape=shape, threads=threads, backward=backward)
-    scratch = torch.empty(size + 64, dtype=torch.uint8)
-    return shape, threads, scratch[-scratch.data_ptr() % 64 :]
+    memory = torch.empty(size + 64, dtype=torch.uint8)
+    return shape, threads, memory, -(-memory.data_ptr() // 64) * 64
 
 
 def unsupported(

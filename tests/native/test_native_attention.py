@@ -21,7 +21,8 @@ CASES = [
     AttentionCase("wide", 1, 33, 65, 2, 128),
     # lengths bound nothing: the largest score is looked for
     AttentionCase("sharp", 1, 33, 150, 2, 64, scale=2.0),
-    AttentionCase("chunks", 1, 70, 1090, 1, 32),  # the backward takes keys 1024 at a time
+    AttentionCase("chunks", 1, 1090, 70, 1, 64),  # the backward takes queries 1024 at a time
+    AttentionCase("many_keys", 1, 70, 1090, 1, 32),
     AttentionCase("one_query", 2, 1, 37, 2, 64),
     AttentionCase("one_key", 2, 40, 1, 2, 64),
 ]
@@ -113,6 +114,46 @@ def test_large_scores(level):
         torch.testing.assert_close(lse, exact_lse.float(), rtol=2e-5, atol=0)
         assert (out - exact).norm() <= 0.01 * exact.norm()
         assert all(x.isfinite().all() for x in checks.run(native_cpu, *tensors, options))
+
+
+def test_powers_of_bounded_scores(level):
+    """Powers are taken to 9e-5 of themselves where lengths bound the scores, and lse shows it: from
+    one key that outweighs the others to keys all alike."""
+    for size in (0.0, 0.3, 1.0, 1.9):
+        tensors, options = draw(AttentionCase("", 1, 70, 131, 1, 64))
+        q, k, v = tensors[0] * size, *tensors[1:3]
+        _, lse = native_cpu.forward(q, k, v, **options)
+        _, exact = reference.forward(*(x.double() for x in (q, k, v)), **options)
+        assert (lse - exact).abs().max() < 1e-4, size
+
+
+def test_nan_stays_nan_and_where_it_is(level):
+    """A query's reaches its own row only, a visible key's or value's all rows."""
+    tensors, options = draw(CASES[1])
+    q, k, v = tensors[:3]
+    first = torch.tensor([0])
+    expected, lse = native_cpu.forward(q, k, v, **options)
+    out, with_nan = native_cpu.forward(q.index_fill(1, first, math.nan), k, v, **options)
+    assert out[:, 0].isnan().all() and with_nan[..., 0].isnan().all()
+    others = out[:, 1:].double() - expected[:, 1:].double()
+    assert others.norm() < BOUND * expected.double().norm()
+    assert (with_nan - lse)[..., 1:].abs().max() < 1e-4
+    assert native_cpu.forward(q, k.index_fill(1, first, math.nan), v, **options)[0].isnan().all()
+    assert native_cpu.forward(q, k, v.index_fill(1, first, math.nan), **options)[0].isnan().all()
+
+
+@pytest.mark.parametrize("keys", [40, 150])
+def test_a_bias_of_minus_infinity_hides_a_key(level, keys):
+    (q, k, v, *_), options = draw(AttentionCase("", 2, 37, keys, 2, 40))
+    hidden = torch.arange(keys) % 3 == 1
+    options["bias"] = torch.zeros(2, 37, keys).masked_fill(hidden, -math.inf)
+    out, lse = native_cpu.forward(q, k, v, **options)
+    options["bias"] = None
+    few, few_lse = native_cpu.forward(
+        q, k[:, ~hidden].contiguous(), v[:, ~hidden].contiguous(), **options
+    )
+    assert (out.double() - few.double()).norm() < BOUND * few.double().norm()
+    assert (lse - few_lse).abs().max() < 1e-4
 
 
 @needs_guard_pages

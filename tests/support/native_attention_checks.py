@@ -126,6 +126,7 @@ def assert_nothing_is_touched_beyond(tensors, options, monkeypatch, at_end):
     pad = torch.nn.functional.pad
     with monkeypatch.context() as patch:
         patch.setattr(torch, "empty", empty)
+        patch.setattr(torch, "empty_like", lambda x, memory_format: empty(x.shape, dtype=x.dtype))
         patch.setattr(torch, "zeros", lambda *shape, dtype: empty(*shape, dtype=dtype).zero_())
         patch.setattr(torch.nn.functional, "pad", lambda x, padding: moved(pad(x, padding)))
         results = run(native_cpu, *tensors, options)
