@@ -1,9 +1,10 @@
 """Attention in Triton. Forward: each tile of queries walks the keys. Backward: one or two passes.
 
 The backward in one pass adds to d_q with atomics; in two passes it gives the same bits every run.
-The presets' lengths (393, 785, 1569) sit just past a tile's edge. So every walk takes full blocks
-without a mask, then one narrow tail: the smallest of 16, 32, 64, 128 that covers the rest. Short
-sequences have a backward of their own, in triton_small.py. Tile sizes: triton_tiles.py.
+The presets' lengths (393, 785, 1569) sit just past a tile's edge. So every walk takes one narrow
+tail, the smallest of 16, 32, 64, 128 that covers the rest, then full blocks without a mask. The
+tail comes first: behind the loop it made ptxas serialise Hopper's asynchronous products (C7515).
+Short sequences have a backward of their own, in triton_small.py. Tile sizes: triton_tiles.py.
 """
 
 import torch
@@ -100,6 +101,14 @@ def _forward_tile(
     row_max = tl.full([ROWS], -float("inf"), tl.float32)
     full = S // BLOCK_S * BLOCK_S
     tile = (queries, k, v, bias, key_mask, scale, t, t_left, d, k_s, v_s, bias_t, bias_s, mask_s)
+    if TAIL_S:
+        acc, row_sum, row_max = _attend(
+            *(acc, row_sum, row_max),
+            *(tl.cast(full, tl.int64), S - full),
+            *tile,
+            *(TAIL_S, True),
+            *(HEAD_DIM, HAS_BIAS, HAS_MASK, LOG_SCALE, PRECISION),
+        )
     if FULL_S:  # else the loop would be compiled, and its registers kept, for nothing
         for start in range(0, full, BLOCK_S):
             acc, row_sum, row_max = _attend(
@@ -109,14 +118,6 @@ def _forward_tile(
                 *(BLOCK_S, False),
                 *(HEAD_DIM, HAS_BIAS, HAS_MASK, LOG_SCALE, PRECISION),
             )
-    if TAIL_S:
-        acc, row_sum, row_max = _attend(
-            *(acc, row_sum, row_max),
-            *(tl.cast(full, tl.int64), S - full),
-            *tile,
-            *(TAIL_S, True),
-            *(HEAD_DIM, HAS_BIAS, HAS_MASK, LOG_SCALE, PRECISION),
-        )
 
     if HAS_BIAS or HAS_MASK:
         row_sum = tl.where(row_sum == 0.0, 1.0, row_sum)  # no key at all: acc 0 and row_max -inf
@@ -339,6 +340,16 @@ def _backward_keys_kernel(
     full = T // BLOCK_T * BLOCK_T
     tile = (keys, values, q, d_out, bias, lse2, delta, d_q, scale, scale * LOG_SCALE)
     place = (attended, s, s_left, d, q_t, g_t, bias_t, bias_s, H * HEAD_DIM)
+    if TAIL_T:
+        at = tl.cast(full, tl.int64)
+        acc_k, acc_v = _accumulate_dk_dv(
+            *(acc_k, acc_v),
+            *(at, T - full),
+            *tile,
+            *place,
+            *(TAIL_T, True),
+            *(HEAD_DIM, HAS_BIAS, ONE_PASS, LOG_SCALE, PRECISION),
+        )
     if FULL_T:
         for start in range(0, full, BLOCK_T):
             at = tl.cast(start, tl.int64)
@@ -350,16 +361,6 @@ def _backward_keys_kernel(
                 *(BLOCK_T, False),
                 *(HEAD_DIM, HAS_BIAS, ONE_PASS, LOG_SCALE, PRECISION),
             )
-    if TAIL_T:
-        at = tl.cast(full, tl.int64)
-        acc_k, acc_v = _accumulate_dk_dv(
-            *(acc_k, acc_v),
-            *(at, T - full),
-            *tile,
-            *place,
-            *(TAIL_T, True),
-            *(HEAD_DIM, HAS_BIAS, ONE_PASS, LOG_SCALE, PRECISION),
-        )
 
     if HAS_MASK:  # the probabilities of a masked key were not set to 0, and may be inf
         acc_k = tl.where(attended[:, None], acc_k, 0.0)
@@ -468,6 +469,16 @@ def _backward_queries_kernel(
     full = S // BLOCK_S * BLOCK_S
     tile = (queries, gradients, k, v, bias, key_mask, row_lse, row_delta, scale * LOG_SCALE)
     place = (t, t_left, d, k_s, v_s, bias_t, bias_s, mask_s)
+    if TAIL_S:
+        at = tl.cast(full, tl.int64)
+        acc = _accumulate_dq(
+            acc,
+            *(at, S - full),
+            *tile,
+            *place,
+            *(TAIL_S, True),
+            *(HEAD_DIM, HAS_BIAS, HAS_MASK, LOG_SCALE, PRECISION),
+        )
     if FULL_S:
         for start in range(0, full, BLOCK_S):
             at = tl.cast(start, tl.int64)
@@ -479,16 +490,6 @@ def _backward_queries_kernel(
                 *(BLOCK_S, False),
                 *(HEAD_DIM, HAS_BIAS, HAS_MASK, LOG_SCALE, PRECISION),
             )
-    if TAIL_S:
-        at = tl.cast(full, tl.int64)
-        acc = _accumulate_dq(
-            acc,
-            *(at, S - full),
-            *tile,
-            *place,
-            *(TAIL_S, True),
-            *(HEAD_DIM, HAS_BIAS, HAS_MASK, LOG_SCALE, PRECISION),
-        )
     store_rows(d_q, acc * scale, H * HEAD_DIM, t, d, t_left, HEAD_DIM, True)
 
 
