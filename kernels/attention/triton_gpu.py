@@ -279,6 +279,8 @@ def _accumulate_dk_dv(
         row_lse = tl.load(lse2 + t)
         row_delta = tl.load(delta + t)
     products = tl.dot(k, tl.trans(queries), input_precision=PRECISION)
+    # here, not where it is used: so it runs beside the exponentials
+    d_p = tl.dot(v, tl.trans(gradients), input_precision=PRECISION)
     scores = products * score_scale  # (BLOCK_S, WIDTH)
     if HAS_BIAS:
         inside = (s[:, None] < s_left) & (t[None, :] < t_left)
@@ -290,7 +292,6 @@ def _accumulate_dk_dv(
         # hold anything, and are set to 0 at the end or not stored.
         p = tl.where(attended[:, None], p, 0.0)
     d_v = tl.dot(p.to(gradients.dtype), gradients, d_v, input_precision=PRECISION)
-    d_p = tl.dot(v, tl.trans(gradients), input_precision=PRECISION)
     d_s = (p * (d_p - row_delta[None, :])).to(queries.dtype)
     d_k = tl.dot(d_s, queries, d_k, input_precision=PRECISION)
     if ONE_PASS:
@@ -397,7 +398,9 @@ def _score_gradients(
 
     They are 0 where a key is masked or, with RAGGED, beyond the last.
     """
-    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * score_scale
+    products = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    d_p = tl.dot(g, tl.trans(v), input_precision=PRECISION)  # runs beside the exponentials
+    scores = products * score_scale
     if HAS_BIAS:
         inside = (t[:, None] < t_left) & (s[None, :] < s_left)
         pointers = bias + t[:, None] * bias_t + s[None, :] * bias_s
@@ -408,7 +411,6 @@ def _score_gradients(
         if HAS_MASK:
             attended = tl.load(key_mask + s * mask_s, mask=attended, other=0) != 0
         p = tl.where(attended[None, :], p, 0.0)
-    d_p = tl.dot(g, tl.trans(v), input_precision=PRECISION)
     return p * (d_p - row_delta[:, None])
 
 
