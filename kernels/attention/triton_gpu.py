@@ -145,7 +145,9 @@ def _forward_kernel(
 ):  # fmt: skip
     """One program: BLOCK_T queries of one head, or the TAIL_T last ones; walks the keys.
 
-    Keeps the running row_max, row_sum and acc. Writes out (B, T, H, D) and lse (B, H, T).
+    FULL_T: full tiles have code of their own, without a mask. TAIL_T = BLOCK_T: all tiles are
+    masked, by one code for them and the last. Keeps the running row_max, row_sum and acc. Writes
+    out (B, T, H, D) and lse (B, H, T).
     """
     b, h, first = _locate(T, H, BLOCK_T)
     q += b * q_b + h * q_h + first * q_t
@@ -169,7 +171,7 @@ def _forward_kernel(
                 *(HAS_BIAS, HAS_MASK, LOG_SCALE, PRECISION),
             )
     if TAIL_T:  # noqa: SIM102
-        if t_left < BLOCK_T:
+        if t_left < BLOCK_T or TAIL_T == BLOCK_T:
             _forward_tile(
                 *(scale * LOG_SCALE, H * HEAD_DIM),
                 *pointers,
@@ -183,11 +185,11 @@ def _forward_kernel(
 def forward(q, k, v, *, scale, bias=None, key_mask=None, deterministic=False):
     B, T, H, D = q.shape
     S = k.shape[1]
-    heuristic = triton_tiles.forward_tiles(arch(), q.dtype, T, S, D)
-    blocks = _choose("attention_forward", q, k, heuristic)
+    heuristic = triton_tiles.forward_tiles(arch(), q.dtype, T, S, D, bias is not None)
+    blocks = _choose("attention_forward", q, k, bias, heuristic)
     rows = blocks["BLOCK_T"]
-    ends = dict(FULL_T=rows <= T, TAIL_T=triton_tiles.last_tile(T, rows, arch()))
-    ends |= walk("S", S, blocks)
+    last = triton_tiles.last_tile(T, rows)
+    ends = dict(FULL_T=rows <= T and last < rows, TAIL_T=last) | walk("S", S, blocks)
     out = torch.empty((B, T, H, D), dtype=q.dtype, device=q.device)
     lse = torch.empty((B, H, T), dtype=torch.float32, device=q.device)
     inputs = (q, k, v, *optional(q, bias, key_mask))
@@ -570,14 +572,15 @@ def backward(
     inputs = (d_out, q, k, v, *optional(q, bias, key_mask), lse2, delta)
     strides = all_strides((d_out, q, k, v), bias, key_mask)
     constants = _constants(q, bias, key_mask)
-    plan = _choose("attention_backward", q, k, triton_tiles.backward_plan(T, S))
+    heuristic = triton_tiles.backward_plan(arch(), T, S, D, bias is not None)
+    plan = _choose("attention_backward", q, k, bias, heuristic)
     one_pass = not deterministic and bool(plan["ONE_PASS"])
 
     d_q = torch.empty((B, T, H, D), dtype=q.dtype, device=q.device)
     d_k, d_v = (torch.empty((B, S, H, D), dtype=q.dtype, device=q.device) for _ in range(2))
     d_q_sum = torch.zeros((B, T, H, D), dtype=torch.float32, device=q.device) if one_pass else d_q
-    heuristic = triton_tiles.backward_keys_tiles(arch(), q.dtype, T, S, D)
-    blocks = _choose("attention_backward_keys", q, k, heuristic)
+    heuristic = triton_tiles.backward_keys_tiles(arch(), q.dtype, T, S, D, bias is not None)
+    blocks = _choose("attention_backward_keys", q, k, bias, heuristic)
     ends = walk("T", T, blocks) | dict(ONE_PASS=one_pass)
     _backward_keys_kernel[(triton.cdiv(S, blocks["BLOCK_S"]) * B * H,)](
         *inputs, d_q_sum, d_k, d_v, scale, H, T, S, *strides, **ends, **constants, **blocks
@@ -585,8 +588,8 @@ def backward(
     if one_pass:
         d_q = d_q_sum.to(q.dtype)
     else:
-        heuristic = triton_tiles.backward_queries_tiles(arch(), q.dtype, T, S, D)
-        blocks = _choose("attention_backward_queries", q, k, heuristic)
+        heuristic = triton_tiles.backward_queries_tiles(arch(), q.dtype, T, S, D, bias is not None)
+        blocks = _choose("attention_backward_queries", q, k, bias, heuristic)
         _backward_queries_kernel[(triton.cdiv(T, blocks["BLOCK_T"]) * B * H,)](
             *inputs, d_q, scale, H, T, S, *strides, **walk("S", S, blocks), **constants, **blocks
         )
@@ -595,7 +598,7 @@ def backward(
 
     d_bias = torch.empty((H, T, S), dtype=torch.float32, device=q.device)
     heuristic = triton_tiles.backward_bias_tiles(arch(), q.dtype, T, S, D)
-    blocks = _choose("attention_backward_bias", q, k, heuristic)
+    blocks = _choose("attention_backward_bias", q, k, bias, heuristic)
     grid = (triton.cdiv(S, blocks["BLOCK_S"]), triton.cdiv(T, blocks["BLOCK_T"]) * H)
     _backward_bias_kernel[grid](*inputs, d_bias, scale, B, H, T, S, *strides, **constants, **blocks)
     return d_q, d_k, d_v, d_bias
@@ -631,8 +634,10 @@ def _constants(q, bias, key_mask) -> dict[str, bool | int | float | str]:
     )
 
 
-def _choose(kernel: str, q, k, heuristic: Tiles) -> Tiles:
-    shape = dict(queries=q.shape[1], keys=k.shape[1], head_dim=q.shape[3])
+def _choose(kernel: str, q, k, bias, heuristic: Tiles) -> Tiles:
+    shape = dict(
+        queries=q.shape[1], keys=k.shape[1], head_dim=q.shape[3], bias=int(bias is not None)
+    )
     return tiles.choose(kernel, arch(), q.dtype, heuristic, **shape)
 
 
