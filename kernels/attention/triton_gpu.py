@@ -13,7 +13,14 @@ import triton.language as tl
 
 from .. import tiles
 from ..tiles import Tiles
-from ..triton_common import arch, dot_precision, load_rows, store_rows, unsupported_operands
+from ..triton_common import (
+    arch,
+    dot_precision,
+    load_rows,
+    offset,
+    store_rows,
+    unsupported_operands,
+)
 from . import triton_small, triton_tiles
 from .triton_small import all_strides, log_scale, optional, scaled_exp
 from .triton_tiles import TUNING, dot_size, walk  # noqa: F401 (TUNING: read by the tuner)
@@ -61,11 +68,11 @@ def _attend(
         scores *= scale
         if HAS_BIAS:
             inside = (t[:, None] < t_left) & (s[None, :] < s_left)
-            pointers = bias + t[:, None] * bias_t + s[None, :] * bias_s
+            pointers = bias + offset(t[:, None], bias_t) + offset(s[None, :], bias_s)
             scores += tl.load(pointers, mask=inside, other=0.0).to(tl.float32) * LOG_SCALE
         attended = s < s_left
         if HAS_MASK:
-            attended = tl.load(key_mask + s * mask_s, mask=attended, other=0) != 0
+            attended = tl.load(key_mask + offset(s, mask_s), mask=attended, other=0) != 0
         scores = tl.where(attended[None, :], scores, -float("inf"))
         new_max = tl.maximum(row_max, tl.max(scores, 1))
         # no key so far: -inf less -inf would give nan
@@ -286,7 +293,7 @@ def _accumulate_dk_dv(
     scores = products * score_scale  # (BLOCK_S, WIDTH)
     if HAS_BIAS:
         inside = (s[:, None] < s_left) & (t[None, :] < t_left)
-        pointers = bias + s[:, None] * bias_s + t[None, :] * bias_t
+        pointers = bias + offset(s[:, None], bias_s) + offset(t[None, :], bias_t)
         scores += tl.load(pointers, mask=inside, other=0.0).to(tl.float32) * LOG_SCALE
     p = scaled_exp(scores - row_lse[None, :], LOG_SCALE)
     if ONE_PASS:
@@ -335,7 +342,7 @@ def _backward_keys_kernel(
     s, d = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_D)
     attended = s < s_left
     if HAS_MASK:
-        attended = tl.load(key_mask + s * mask_s, mask=attended, other=0) != 0
+        attended = tl.load(key_mask + offset(s, mask_s), mask=attended, other=0) != 0
     keys = load_rows(k, k_s, s, d, s_left, HEAD_DIM, True)
     values = load_rows(v, v_s, s, d, s_left, HEAD_DIM, True)
     acc_k = tl.zeros([BLOCK_S, BLOCK_D], tl.float32)
@@ -405,13 +412,13 @@ def _score_gradients(
     scores = products * score_scale
     if HAS_BIAS:
         inside = (t[:, None] < t_left) & (s[None, :] < s_left)
-        pointers = bias + t[:, None] * bias_t + s[None, :] * bias_s
+        pointers = bias + offset(t[:, None], bias_t) + offset(s[None, :], bias_s)
         scores += tl.load(pointers, mask=inside, other=0.0).to(tl.float32) * LOG_SCALE
     p = scaled_exp(scores - row_lse[:, None], LOG_SCALE)
     if RAGGED or HAS_MASK:
         attended = s < s_left
         if HAS_MASK:
-            attended = tl.load(key_mask + s * mask_s, mask=attended, other=0) != 0
+            attended = tl.load(key_mask + offset(s, mask_s), mask=attended, other=0) != 0
         p = tl.where(attended[None, :], p, 0.0)
     return p * (d_p - row_delta[:, None])
 

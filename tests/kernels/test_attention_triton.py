@@ -1,10 +1,13 @@
 """Attention's Triton kernels: tile rules, and what the battery's small cases do not reach."""
 
+import mmap
+
 import pytest
 import torch
 from op_battery import DEVICES, DTYPES, judged
 
-from vatt_fast.kernels.cases import AttentionCase
+from vatt_fast.kernels import attention, use_backend
+from vatt_fast.kernels.cases import AttentionCase, make
 from vatt_fast.kernels.settings import force_tiles
 
 pytest.importorskip("triton", reason="the kernels import triton, which is not installed")
@@ -72,3 +75,42 @@ def test_full_and_last_query_tiles_share_one_masked_code(dtype, device):
     assert triton_tiles.last_tile(100, 64) == 64
     with force_tiles(attention_forward=tiles):
         judged("attention", "triton_gpu", case, device, DTYPES[dtype])
+
+
+ROW = 2**27  # elements between two rows: 16 rows on, an offset of 32 bits is negative
+
+
+def far_apart(memory, tensor, place):
+    """A copy of ``tensor`` in the middle of ``memory``, its rows (axis 1) ROW elements apart.
+
+    Where a row's offset overflows, it still lies in the memory, which holds zeros there.
+    """
+    view = memory.view(tensor.dtype)
+    strides = [ROW if axis == 1 else stride for axis, stride in enumerate(tensor.stride())]
+    first = view.numel() // 2 + 4096 * place // tensor.itemsize  # no two share a byte
+    return view.as_strided(tensor.shape, strides, first).copy_(tensor)
+
+
+@pytest.mark.parametrize(
+    ("length", "head_dim"), [(17, 16), (33, 72)], ids=["small_backward", "two_passes"]
+)
+def test_rows_may_lie_further_apart_than_32_bits_reach(length, head_dim):
+    """In address space that no page backs, except under the rows."""
+    case = AttentionCase("far", 1, length, 17, 1, head_dim, bias=True, num_keys=(16,))
+    inputs = make(case, torch.float16)
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000)
+    memory = torch.frombuffer(
+        mmap.mmap(-1, 2 * (length + 1) * ROW * 4, flags=flags), dtype=torch.uint8
+    )
+    names = ("q", "k", "v", "bias", "key_mask")
+    far = inputs | {name: far_apart(memory, inputs[name], i) for i, name in enumerate(names)}
+
+    def results(given):
+        leaves = {name: given[name].detach().requires_grad_() for name in ("q", "k", "v", "bias")}
+        out, lse = attention(**given | leaves, deterministic=True)
+        loss = (out.float() * torch.arange(head_dim)).sum() + lse.sum()
+        return out, lse, *torch.autograd.grad(loss, list(leaves.values()))
+
+    with use_backend(attention="triton_gpu"):
+        for near, distant in zip(results(inputs), results(far), strict=True):
+            torch.testing.assert_close(distant, near, rtol=0, atol=0)
