@@ -7,6 +7,8 @@ tail comes first: behind the loop it made ptxas serialise Hopper's asynchronous 
 Short sequences have a backward of their own, in triton_small.py. Tile sizes: triton_tiles.py.
 """
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
@@ -192,8 +194,7 @@ def _forward_kernel(
 def forward(q, k, v, *, scale, bias=None, key_mask=None, deterministic=False):
     B, T, H, D = q.shape
     S = k.shape[1]
-    heuristic = triton_tiles.forward_tiles(arch(), q.dtype, T, S, D, bias is not None)
-    blocks = _choose("attention_forward", q, k, bias, heuristic)
+    blocks = _choose("attention_forward", arch(), q, k, bias, triton_tiles.forward_tiles)
     rows = blocks["BLOCK_T"]
     last = triton_tiles.last_tile(T, rows)
     ends = dict(FULL_T=rows <= T and last < rows, TAIL_T=last) | walk("S", S, blocks)
@@ -579,15 +580,14 @@ def backward(
     inputs = (d_out, q, k, v, *optional(q, bias, key_mask), lse2, delta)
     strides = all_strides((d_out, q, k, v), bias, key_mask)
     constants = _constants(q, bias, key_mask)
-    heuristic = triton_tiles.backward_plan(arch(), T, S, D, bias is not None)
-    plan = _choose("attention_backward", q, k, bias, heuristic)
+    shape = (arch(), q, k, bias)
+    plan = _choose("attention_backward", *shape, triton_tiles.backward_plan)
     one_pass = not deterministic and bool(plan["ONE_PASS"])
 
     d_q = torch.empty((B, T, H, D), dtype=q.dtype, device=q.device)
     d_k, d_v = (torch.empty((B, S, H, D), dtype=q.dtype, device=q.device) for _ in range(2))
     d_q_sum = torch.zeros((B, T, H, D), dtype=torch.float32, device=q.device) if one_pass else d_q
-    heuristic = triton_tiles.backward_keys_tiles(arch(), q.dtype, T, S, D, bias is not None)
-    blocks = _choose("attention_backward_keys", q, k, bias, heuristic)
+    blocks = _choose("attention_backward_keys", *shape, triton_tiles.backward_keys_tiles)
     ends = walk("T", T, blocks) | dict(ONE_PASS=one_pass)
     _backward_keys_kernel[(triton.cdiv(S, blocks["BLOCK_S"]) * B * H,)](
         *inputs, d_q_sum, d_k, d_v, scale, H, T, S, *strides, **ends, **constants, **blocks
@@ -595,8 +595,7 @@ def backward(
     if one_pass:
         d_q = d_q_sum.to(q.dtype)
     else:
-        heuristic = triton_tiles.backward_queries_tiles(arch(), q.dtype, T, S, D, bias is not None)
-        blocks = _choose("attention_backward_queries", q, k, bias, heuristic)
+        blocks = _choose("attention_backward_queries", *shape, triton_tiles.backward_queries_tiles)
         _backward_queries_kernel[(triton.cdiv(T, blocks["BLOCK_T"]) * B * H,)](
             *inputs, d_q, scale, H, T, S, *strides, **walk("S", S, blocks), **constants, **blocks
         )
@@ -604,8 +603,7 @@ def backward(
         return d_q, d_k, d_v, None
 
     d_bias = torch.empty((H, T, S), dtype=torch.float32, device=q.device)
-    heuristic = triton_tiles.backward_bias_tiles(arch(), q.dtype, T, S, D)
-    blocks = _choose("attention_backward_bias", q, k, bias, heuristic)
+    blocks = _choose("attention_backward_bias", *shape, triton_tiles.backward_bias_tiles)
     grid = (triton.cdiv(S, blocks["BLOCK_S"]), triton.cdiv(T, blocks["BLOCK_T"]) * H)
     _backward_bias_kernel[grid](*inputs, d_bias, scale, B, H, T, S, *strides, **constants, **blocks)
     return d_q, d_k, d_v, d_bias
@@ -641,11 +639,11 @@ def _constants(q, bias, key_mask) -> dict[str, bool | int | float | str]:
     )
 
 
-def _choose(kernel: str, q, k, bias, heuristic: Tiles) -> Tiles:
-    shape = dict(
-        queries=q.shape[1], keys=k.shape[1], head_dim=q.shape[3], bias=int(bias is not None)
-    )
-    return tiles.choose(kernel, arch(), q.dtype, heuristic, **shape)
+def _choose(kernel: str, arch: str, q, k, bias, heuristic: Callable[..., Tiles]) -> Tiles:
+    (_, T, _, D), S, biased = q.shape, k.shape[1], bias is not None
+    shape = dict(queries=T, keys=S, head_dim=D, bias=int(biased))
+    given = heuristic(arch, q.dtype, T, S, D, biased)
+    return tiles.choose(kernel, arch, q.dtype, given, **shape)
 
 
 def unsupported(

@@ -3,12 +3,14 @@
 ``TUNING`` lists the candidates of every kernel for the offline tuner; a tuned table comes first.
 """
 
+import functools
+
 import torch
-import triton
 
 from ..tiles import Tiles
 
-# T queries, S keys, D head_dim
+# T queries, S keys, D head_dim. What depends on a call's shape is remembered: it is asked at every
+# call, and must not be changed by the caller.
 
 
 def family(arch: str) -> int:
@@ -26,7 +28,7 @@ def _reads_shared(arch: str) -> bool:
 
 def dot_size(size: int) -> int:
     """The smallest power of two that covers ``size`` and that tl.dot takes: at least 16."""
-    return max(16, triton.next_power_of_2(size))
+    return max(16, 1 << (size - 1).bit_length())
 
 
 def tail(length: int, block: int) -> int:
@@ -59,6 +61,7 @@ def _covering(length: int, largest: int) -> int:
 # -- forward -----------------------------------------------------------------------------------
 
 
+@functools.cache
 def forward_tiles(arch: str, dtype: torch.dtype, T: int, S: int, D: int, bias: bool) -> Tiles:
     """128 queries where there are many: 64 would read each key twice as often, and wait for L2.
 
@@ -89,7 +92,8 @@ def statistics_tiles(D: int) -> Tiles:
     return dict(BLOCK_T=max(16, 4096 // dot_size(D)), num_warps=4)
 
 
-def backward_plan(arch: str, T: int, S: int, D: int, bias: bool) -> Tiles:
+@functools.cache
+def backward_plan(arch: str, dtype: torch.dtype, T: int, S: int, D: int, bias: bool) -> Tiles:
     """ONE_PASS adds to d_q with atomics: two of seven products fewer, for a pass over d_q in fp32.
 
     Where one or two key tiles cover everything, that gains nothing. Where registers are short, for
@@ -100,11 +104,13 @@ def backward_plan(arch: str, T: int, S: int, D: int, bias: bool) -> Tiles:
     return dict(ONE_PASS=int(long and not bias and dot_size(D) <= widest))
 
 
+@functools.cache
 def backward_keys_tiles(arch: str, dtype: torch.dtype, T: int, S: int, D: int, bias: bool) -> Tiles:
     rows, columns, warps, stages = _backward_block(arch, dtype, S, T, D, bias)
     return dict(BLOCK_S=rows, BLOCK_T=columns, num_warps=warps, num_stages=stages)
 
 
+@functools.cache
 def backward_queries_tiles(
     arch: str, dtype: torch.dtype, T: int, S: int, D: int, bias: bool
 ) -> Tiles:
@@ -127,7 +133,8 @@ def _backward_block(
     return _covering(owned, 64), _covering(walked, columns), 4, 1 if arch.startswith("gfx") else 2
 
 
-def backward_bias_tiles(arch: str, dtype: torch.dtype, T: int, S: int, D: int) -> Tiles:
+@functools.cache
+def backward_bias_tiles(arch: str, dtype: torch.dtype, T: int, S: int, D: int, bias: bool) -> Tiles:
     largest = 32 if dtype == torch.float32 or dot_size(D) > 64 else 64
     rows, columns = _covering(T, largest), _covering(S, largest)
     return dict(BLOCK_T=rows, BLOCK_S=columns, num_warps=4, num_stages=1)

@@ -11,7 +11,7 @@ from vatt_fast.kernels.cases import AttentionCase, make
 from vatt_fast.kernels.settings import force_tiles
 
 pytest.importorskip("triton", reason="the kernels import triton, which is not installed")
-from vatt_fast.kernels.attention import triton_tiles
+from vatt_fast.kernels.attention import triton_gpu, triton_tiles
 
 HALF = torch.bfloat16
 
@@ -30,7 +30,7 @@ def test_an_architecture_takes_the_tiles_of_its_family(arch, like, length, head_
         shape = (length, 785, head_dim, bias)
         return (
             triton_tiles.forward_tiles(name, HALF, *shape),
-            triton_tiles.backward_plan(name, *shape),
+            triton_tiles.backward_plan(name, HALF, *shape),
             triton_tiles.backward_keys_tiles(name, HALF, *shape),
             triton_tiles.backward_queries_tiles(name, HALF, *shape),
         )
@@ -53,7 +53,7 @@ def test_an_architecture_takes_the_tiles_of_its_family(arch, like, length, head_
     ],
 )
 def test_the_backward_takes_one_pass_only_where_registers_hold_it(arch, head_dim, bias, one_pass):
-    plan = triton_tiles.backward_plan(arch, 785, 785, head_dim, bias)
+    plan = triton_tiles.backward_plan(arch, HALF, 785, 785, head_dim, bias)
     assert plan == {"ONE_PASS": one_pass}
 
 
@@ -62,6 +62,18 @@ def test_the_backward_takes_one_pass_only_where_registers_hold_it(arch, head_dim
 )
 def test_the_last_query_tile_is_narrow_or_whole(length, rows):
     assert triton_tiles.last_tile(length, 128) == rows
+
+
+def test_a_call_asks_the_driver_for_its_architecture_once(monkeypatch):
+    """The answer costs some microseconds, and a text's attention runs for no more than ten."""
+    asked = []
+    monkeypatch.setattr(triton_gpu, "arch", lambda: asked.append(1) or "sm_90")
+    inputs = make(AttentionCase("two_passes", 1, 5, 37, 1, 72))
+    out, lse = triton_gpu.forward(**inputs)
+    assert len(asked) == 1
+    q, k, v = (inputs.pop(name) for name in "qkv")
+    triton_gpu.backward(out, None, q, k, v, out, lse, **inputs | {"deterministic": True})
+    assert len(asked) == 2
 
 
 # -- numerics --------------------------------------------------------------------------------------
