@@ -106,12 +106,18 @@ def _has_tf32(arch: str) -> bool:
 
 
 @triton.jit
+def offset(index, stride):
+    """index * stride in 64 bits: a stride may be long, and 128 times it beyond 2^31."""
+    return index.to(tl.int64) * stride
+
+
+@triton.jit
 def load_rows(x, stride, row, column, count, HEAD_DIM: tl.constexpr, RAGGED: tl.constexpr):
     """Rows ``row`` of x (count, HEAD_DIM), 0 beyond its last column.
 
     RAGGED: some rows lie beyond ``count``, and are 0.
     """
-    pointers = x + row[:, None] * stride + column[None, :]
+    pointers = x + offset(row[:, None], stride) + column[None, :]
     if RAGGED:
         if column.shape[0] > HEAD_DIM:
             inside = (row[:, None] < count) & (column[None, :] < HEAD_DIM)
@@ -128,7 +134,7 @@ def load_rows(x, stride, row, column, count, HEAD_DIM: tl.constexpr, RAGGED: tl.
 @triton.jit
 def store_rows(x, tile, stride, row, column, count, HEAD_DIM: tl.constexpr, RAGGED: tl.constexpr):
     """The counterpart of ``load_rows``, in x's dtype."""
-    pointers = x + row[:, None] * stride + column[None, :]
+    pointers = x + offset(row[:, None], stride) + column[None, :]
     tile = tile.to(x.dtype.element_ty)
     if RAGGED:
         tl.store(pointers, tile, mask=(row[:, None] < count) & (column[None, :] < HEAD_DIM))

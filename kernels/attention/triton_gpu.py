@@ -1,10 +1,13 @@
 """Attention in Triton. Forward: each tile of queries walks the keys. Backward: one or two passes.
 
 The backward in one pass adds to d_q with atomics; in two passes it gives the same bits every run.
-The presets' lengths (393, 785, 1569) sit just past a tile's edge. So every walk takes full blocks
-without a mask, then one narrow tail: the smallest of 16, 32, 64, 128 that covers the rest. Short
-sequences have a backward of their own, in triton_small.py. Tile sizes: triton_tiles.py.
+The presets' lengths (393, 785, 1569) sit just past a tile's edge. So every walk takes one narrow
+tail, the smallest of 16, 32, 64, 128 that covers the rest, then full blocks without a mask. The
+tail comes first: behind the loop it made ptxas serialise Hopper's asynchronous products (C7515).
+Short sequences have a backward of their own, in triton_small.py. Tile sizes: triton_tiles.py.
 """
+
+from collections.abc import Callable
 
 import torch
 import triton
@@ -12,7 +15,14 @@ import triton.language as tl
 
 from .. import tiles
 from ..tiles import Tiles
-from ..triton_common import arch, dot_precision, load_rows, store_rows, unsupported_operands
+from ..triton_common import (
+    arch,
+    dot_precision,
+    load_rows,
+    offset,
+    store_rows,
+    unsupported_operands,
+)
 from . import triton_small, triton_tiles
 from .triton_small import all_strides, log_scale, optional, scaled_exp
 from .triton_tiles import TUNING, dot_size, walk  # noqa: F401 (TUNING: read by the tuner)
@@ -60,11 +70,11 @@ def _attend(
         scores *= scale
         if HAS_BIAS:
             inside = (t[:, None] < t_left) & (s[None, :] < s_left)
-            pointers = bias + t[:, None] * bias_t + s[None, :] * bias_s
+            pointers = bias + offset(t[:, None], bias_t) + offset(s[None, :], bias_s)
             scores += tl.load(pointers, mask=inside, other=0.0).to(tl.float32) * LOG_SCALE
         attended = s < s_left
         if HAS_MASK:
-            attended = tl.load(key_mask + s * mask_s, mask=attended, other=0) != 0
+            attended = tl.load(key_mask + offset(s, mask_s), mask=attended, other=0) != 0
         scores = tl.where(attended[None, :], scores, -float("inf"))
         new_max = tl.maximum(row_max, tl.max(scores, 1))
         # no key so far: -inf less -inf would give nan
@@ -100,6 +110,14 @@ def _forward_tile(
     row_max = tl.full([ROWS], -float("inf"), tl.float32)
     full = S // BLOCK_S * BLOCK_S
     tile = (queries, k, v, bias, key_mask, scale, t, t_left, d, k_s, v_s, bias_t, bias_s, mask_s)
+    if TAIL_S:
+        acc, row_sum, row_max = _attend(
+            *(acc, row_sum, row_max),
+            *(tl.cast(full, tl.int64), S - full),
+            *tile,
+            *(TAIL_S, True),
+            *(HEAD_DIM, HAS_BIAS, HAS_MASK, LOG_SCALE, PRECISION),
+        )
     if FULL_S:  # else the loop would be compiled, and its registers kept, for nothing
         for start in range(0, full, BLOCK_S):
             acc, row_sum, row_max = _attend(
@@ -109,14 +127,6 @@ def _forward_tile(
                 *(BLOCK_S, False),
                 *(HEAD_DIM, HAS_BIAS, HAS_MASK, LOG_SCALE, PRECISION),
             )
-    if TAIL_S:
-        acc, row_sum, row_max = _attend(
-            *(acc, row_sum, row_max),
-            *(tl.cast(full, tl.int64), S - full),
-            *tile,
-            *(TAIL_S, True),
-            *(HEAD_DIM, HAS_BIAS, HAS_MASK, LOG_SCALE, PRECISION),
-        )
 
     if HAS_BIAS or HAS_MASK:
         row_sum = tl.where(row_sum == 0.0, 1.0, row_sum)  # no key at all: acc 0 and row_max -inf
@@ -144,7 +154,9 @@ def _forward_kernel(
 ):  # fmt: skip
     """One program: BLOCK_T queries of one head, or the TAIL_T last ones; walks the keys.
 
-    Keeps the running row_max, row_sum and acc. Writes out (B, T, H, D) and lse (B, H, T).
+    FULL_T: full tiles have code of their own, without a mask. TAIL_T = BLOCK_T: all tiles are
+    masked, by one code for them and the last. Keeps the running row_max, row_sum and acc. Writes
+    out (B, T, H, D) and lse (B, H, T).
     """
     b, h, first = _locate(T, H, BLOCK_T)
     q += b * q_b + h * q_h + first * q_t
@@ -168,7 +180,7 @@ def _forward_kernel(
                 *(HAS_BIAS, HAS_MASK, LOG_SCALE, PRECISION),
             )
     if TAIL_T:  # noqa: SIM102
-        if t_left < BLOCK_T:
+        if t_left < BLOCK_T or TAIL_T == BLOCK_T:
             _forward_tile(
                 *(scale * LOG_SCALE, H * HEAD_DIM),
                 *pointers,
@@ -182,11 +194,10 @@ def _forward_kernel(
 def forward(q, k, v, *, scale, bias=None, key_mask=None, deterministic=False):
     B, T, H, D = q.shape
     S = k.shape[1]
-    heuristic = triton_tiles.forward_tiles(arch(), q.dtype, T, S, D)
-    blocks = _choose("attention_forward", q, k, heuristic)
+    blocks = _choose("attention_forward", arch(), q, k, bias, triton_tiles.forward_tiles)
     rows = blocks["BLOCK_T"]
-    ends = dict(FULL_T=rows <= T, TAIL_T=triton_tiles.last_tile(T, rows, arch()))
-    ends |= walk("S", S, blocks)
+    last = triton_tiles.last_tile(T, rows)
+    ends = dict(FULL_T=rows <= T and last < rows, TAIL_T=last) | walk("S", S, blocks)
     out = torch.empty((B, T, H, D), dtype=q.dtype, device=q.device)
     lse = torch.empty((B, H, T), dtype=torch.float32, device=q.device)
     inputs = (q, k, v, *optional(q, bias, key_mask))
@@ -278,10 +289,12 @@ def _accumulate_dk_dv(
         row_lse = tl.load(lse2 + t)
         row_delta = tl.load(delta + t)
     products = tl.dot(k, tl.trans(queries), input_precision=PRECISION)
+    # here, not where it is used: so it runs beside the exponentials
+    d_p = tl.dot(v, tl.trans(gradients), input_precision=PRECISION)
     scores = products * score_scale  # (BLOCK_S, WIDTH)
     if HAS_BIAS:
         inside = (s[:, None] < s_left) & (t[None, :] < t_left)
-        pointers = bias + s[:, None] * bias_s + t[None, :] * bias_t
+        pointers = bias + offset(s[:, None], bias_s) + offset(t[None, :], bias_t)
         scores += tl.load(pointers, mask=inside, other=0.0).to(tl.float32) * LOG_SCALE
     p = scaled_exp(scores - row_lse[None, :], LOG_SCALE)
     if ONE_PASS:
@@ -289,7 +302,6 @@ def _accumulate_dk_dv(
         # hold anything, and are set to 0 at the end or not stored.
         p = tl.where(attended[:, None], p, 0.0)
     d_v = tl.dot(p.to(gradients.dtype), gradients, d_v, input_precision=PRECISION)
-    d_p = tl.dot(v, tl.trans(gradients), input_precision=PRECISION)
     d_s = (p * (d_p - row_delta[None, :])).to(queries.dtype)
     d_k = tl.dot(d_s, queries, d_k, input_precision=PRECISION)
     if ONE_PASS:
@@ -331,7 +343,7 @@ def _backward_keys_kernel(
     s, d = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_D)
     attended = s < s_left
     if HAS_MASK:
-        attended = tl.load(key_mask + s * mask_s, mask=attended, other=0) != 0
+        attended = tl.load(key_mask + offset(s, mask_s), mask=attended, other=0) != 0
     keys = load_rows(k, k_s, s, d, s_left, HEAD_DIM, True)
     values = load_rows(v, v_s, s, d, s_left, HEAD_DIM, True)
     acc_k = tl.zeros([BLOCK_S, BLOCK_D], tl.float32)
@@ -339,6 +351,16 @@ def _backward_keys_kernel(
     full = T // BLOCK_T * BLOCK_T
     tile = (keys, values, q, d_out, bias, lse2, delta, d_q, scale, scale * LOG_SCALE)
     place = (attended, s, s_left, d, q_t, g_t, bias_t, bias_s, H * HEAD_DIM)
+    if TAIL_T:
+        at = tl.cast(full, tl.int64)
+        acc_k, acc_v = _accumulate_dk_dv(
+            *(acc_k, acc_v),
+            *(at, T - full),
+            *tile,
+            *place,
+            *(TAIL_T, True),
+            *(HEAD_DIM, HAS_BIAS, ONE_PASS, LOG_SCALE, PRECISION),
+        )
     if FULL_T:
         for start in range(0, full, BLOCK_T):
             at = tl.cast(start, tl.int64)
@@ -350,16 +372,6 @@ def _backward_keys_kernel(
                 *(BLOCK_T, False),
                 *(HEAD_DIM, HAS_BIAS, ONE_PASS, LOG_SCALE, PRECISION),
             )
-    if TAIL_T:
-        at = tl.cast(full, tl.int64)
-        acc_k, acc_v = _accumulate_dk_dv(
-            *(acc_k, acc_v),
-            *(at, T - full),
-            *tile,
-            *place,
-            *(TAIL_T, True),
-            *(HEAD_DIM, HAS_BIAS, ONE_PASS, LOG_SCALE, PRECISION),
-        )
 
     if HAS_MASK:  # the probabilities of a masked key were not set to 0, and may be inf
         acc_k = tl.where(attended[:, None], acc_k, 0.0)
@@ -396,18 +408,19 @@ def _score_gradients(
 
     They are 0 where a key is masked or, with RAGGED, beyond the last.
     """
-    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * score_scale
+    products = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    d_p = tl.dot(g, tl.trans(v), input_precision=PRECISION)  # runs beside the exponentials
+    scores = products * score_scale
     if HAS_BIAS:
         inside = (t[:, None] < t_left) & (s[None, :] < s_left)
-        pointers = bias + t[:, None] * bias_t + s[None, :] * bias_s
+        pointers = bias + offset(t[:, None], bias_t) + offset(s[None, :], bias_s)
         scores += tl.load(pointers, mask=inside, other=0.0).to(tl.float32) * LOG_SCALE
     p = scaled_exp(scores - row_lse[:, None], LOG_SCALE)
     if RAGGED or HAS_MASK:
         attended = s < s_left
         if HAS_MASK:
-            attended = tl.load(key_mask + s * mask_s, mask=attended, other=0) != 0
+            attended = tl.load(key_mask + offset(s, mask_s), mask=attended, other=0) != 0
         p = tl.where(attended[None, :], p, 0.0)
-    d_p = tl.dot(g, tl.trans(v), input_precision=PRECISION)
     return p * (d_p - row_delta[:, None])
 
 
@@ -468,6 +481,16 @@ def _backward_queries_kernel(
     full = S // BLOCK_S * BLOCK_S
     tile = (queries, gradients, k, v, bias, key_mask, row_lse, row_delta, scale * LOG_SCALE)
     place = (t, t_left, d, k_s, v_s, bias_t, bias_s, mask_s)
+    if TAIL_S:
+        at = tl.cast(full, tl.int64)
+        acc = _accumulate_dq(
+            acc,
+            *(at, S - full),
+            *tile,
+            *place,
+            *(TAIL_S, True),
+            *(HEAD_DIM, HAS_BIAS, HAS_MASK, LOG_SCALE, PRECISION),
+        )
     if FULL_S:
         for start in range(0, full, BLOCK_S):
             at = tl.cast(start, tl.int64)
@@ -479,16 +502,6 @@ def _backward_queries_kernel(
                 *(BLOCK_S, False),
                 *(HEAD_DIM, HAS_BIAS, HAS_MASK, LOG_SCALE, PRECISION),
             )
-    if TAIL_S:
-        at = tl.cast(full, tl.int64)
-        acc = _accumulate_dq(
-            acc,
-            *(at, S - full),
-            *tile,
-            *place,
-            *(TAIL_S, True),
-            *(HEAD_DIM, HAS_BIAS, HAS_MASK, LOG_SCALE, PRECISION),
-        )
     store_rows(d_q, acc * scale, H * HEAD_DIM, t, d, t_left, HEAD_DIM, True)
 
 
@@ -567,14 +580,14 @@ def backward(
     inputs = (d_out, q, k, v, *optional(q, bias, key_mask), lse2, delta)
     strides = all_strides((d_out, q, k, v), bias, key_mask)
     constants = _constants(q, bias, key_mask)
-    plan = _choose("attention_backward", q, k, triton_tiles.backward_plan(T, S))
+    shape = (arch(), q, k, bias)
+    plan = _choose("attention_backward", *shape, triton_tiles.backward_plan)
     one_pass = not deterministic and bool(plan["ONE_PASS"])
 
     d_q = torch.empty((B, T, H, D), dtype=q.dtype, device=q.device)
     d_k, d_v = (torch.empty((B, S, H, D), dtype=q.dtype, device=q.device) for _ in range(2))
     d_q_sum = torch.zeros((B, T, H, D), dtype=torch.float32, device=q.device) if one_pass else d_q
-    heuristic = triton_tiles.backward_keys_tiles(arch(), q.dtype, T, S, D)
-    blocks = _choose("attention_backward_keys", q, k, heuristic)
+    blocks = _choose("attention_backward_keys", *shape, triton_tiles.backward_keys_tiles)
     ends = walk("T", T, blocks) | dict(ONE_PASS=one_pass)
     _backward_keys_kernel[(triton.cdiv(S, blocks["BLOCK_S"]) * B * H,)](
         *inputs, d_q_sum, d_k, d_v, scale, H, T, S, *strides, **ends, **constants, **blocks
@@ -582,8 +595,7 @@ def backward(
     if one_pass:
         d_q = d_q_sum.to(q.dtype)
     else:
-        heuristic = triton_tiles.backward_queries_tiles(arch(), q.dtype, T, S, D)
-        blocks = _choose("attention_backward_queries", q, k, heuristic)
+        blocks = _choose("attention_backward_queries", *shape, triton_tiles.backward_queries_tiles)
         _backward_queries_kernel[(triton.cdiv(T, blocks["BLOCK_T"]) * B * H,)](
             *inputs, d_q, scale, H, T, S, *strides, **walk("S", S, blocks), **constants, **blocks
         )
@@ -591,8 +603,7 @@ def backward(
         return d_q, d_k, d_v, None
 
     d_bias = torch.empty((H, T, S), dtype=torch.float32, device=q.device)
-    heuristic = triton_tiles.backward_bias_tiles(arch(), q.dtype, T, S, D)
-    blocks = _choose("attention_backward_bias", q, k, heuristic)
+    blocks = _choose("attention_backward_bias", *shape, triton_tiles.backward_bias_tiles)
     grid = (triton.cdiv(S, blocks["BLOCK_S"]), triton.cdiv(T, blocks["BLOCK_T"]) * H)
     _backward_bias_kernel[grid](*inputs, d_bias, scale, B, H, T, S, *strides, **constants, **blocks)
     return d_q, d_k, d_v, d_bias
@@ -628,9 +639,11 @@ def _constants(q, bias, key_mask) -> dict[str, bool | int | float | str]:
     )
 
 
-def _choose(kernel: str, q, k, heuristic: Tiles) -> Tiles:
-    shape = dict(queries=q.shape[1], keys=k.shape[1], head_dim=q.shape[3])
-    return tiles.choose(kernel, arch(), q.dtype, heuristic, **shape)
+def _choose(kernel: str, arch: str, q, k, bias, heuristic: Callable[..., Tiles]) -> Tiles:
+    (_, T, _, D), S, biased = q.shape, k.shape[1], bias is not None
+    shape = dict(queries=T, keys=S, head_dim=D, bias=int(biased))
+    given = heuristic(arch, q.dtype, T, S, D, biased)
+    return tiles.choose(kernel, arch, q.dtype, given, **shape)
 
 
 def unsupported(

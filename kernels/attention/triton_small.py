@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from .. import tiles
-from ..triton_common import LOG2E, arch, dot_precision, load_rows
+from ..triton_common import LOG2E, arch, dot_precision, load_rows, offset
 from .triton_tiles import backward_small_tiles, dot_size
 
 # B batch, T queries, S keys, H heads, D head_dim; a strip holds the d_bias of a few batch items
@@ -52,10 +52,10 @@ def _backward_kernel(
     inside = (t[:, None] < T) & (s[None, :] < S)
     inside_t = (t[:, None] < T) & (d[None, :] < HEAD_DIM)
     inside_s = (s[:, None] < S) & (d[None, :] < HEAD_DIM)
-    offset = tl.zeros([BLOCK_T, BLOCK_S], tl.float32)
+    score_bias = tl.zeros([BLOCK_T, BLOCK_S], tl.float32)
     if HAS_BIAS:
-        pointers = bias + h * bias_h + t[:, None] * bias_t + s[None, :] * bias_s
-        offset = tl.load(pointers, mask=inside, other=0.0).to(tl.float32) * LOG_SCALE
+        pointers = bias + h * bias_h + offset(t[:, None], bias_t) + offset(s[None, :], bias_s)
+        score_bias = tl.load(pointers, mask=inside, other=0.0).to(tl.float32) * LOG_SCALE
     d_bias = tl.zeros([BLOCK_T, BLOCK_S], tl.float32)
     for b in range(strip * items, tl.minimum(strip * items + items, B)):
         queries = load_rows(q + b * q_b + h * q_h, q_t, t, d, T, HEAD_DIM, True)
@@ -69,10 +69,10 @@ def _backward_kernel(
 
         attended = inside
         if HAS_MASK:
-            mask = tl.load(key_mask + b * mask_b + s * mask_s, mask=s < S, other=0) != 0
+            mask = tl.load(key_mask + b * mask_b + offset(s, mask_s), mask=s < S, other=0) != 0
             attended = attended & mask[None, :]
         products = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
-        scores = products * (scale * LOG_SCALE) + offset
+        scores = products * (scale * LOG_SCALE) + score_bias
         p = tl.where(attended, scaled_exp(scores - row_lse[:, None], LOG_SCALE), 0.0)
         # 1 but for the roundings of lse, which would reach the gradients of a single query
         p_sum = tl.sum(p, 1)

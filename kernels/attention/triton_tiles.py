@@ -3,19 +3,32 @@
 ``TUNING`` lists the candidates of every kernel for the offline tuner; a tuned table comes first.
 """
 
+import functools
+
 import torch
-import triton
 
 from ..tiles import Tiles
 
-# T queries, S keys, D head_dim
+# T queries, S keys, D head_dim. What depends on a call's shape is remembered: it is asked at every
+# call, and must not be changed by the caller.
 
-_LARGE_SHARED = ("sm_80", "sm_90", "sm_100", "sm_103")  # 163 KiB a multiprocessor and more
+
+def family(arch: str) -> int:
+    """Major compute capability: 9 of sm_90, 10 of sm_103, 12 of sm_121; 0 of AMD's."""
+    return int(arch[3:]) // 10 if arch.startswith("sm_") else 0
+
+
+def _reads_shared(arch: str) -> bool:
+    """Products are asynchronous and read their operands from shared memory, not from registers.
+
+    So it is on Hopper and the large Blackwells, which also have the most shared memory.
+    """
+    return family(arch) in (9, 10, 11)
 
 
 def dot_size(size: int) -> int:
     """The smallest power of two that covers ``size`` and that tl.dot takes: at least 16."""
-    return max(16, triton.next_power_of_2(size))
+    return max(16, 1 << (size - 1).bit_length())
 
 
 def tail(length: int, block: int) -> int:
@@ -24,17 +37,14 @@ def tail(length: int, block: int) -> int:
     return dot_size(rest) if rest else 0
 
 
-def last_tile(T: int, block: int, arch: str) -> int:
-    """Rows of the forward's last query tile.
+def last_tile(T: int, block: int) -> int:
+    """Rows of the forward's last query tile: 0, 16, or a whole block, masked.
 
-    Not 32: that is too few for Hopper's matrix unit, and the instructions used instead need more
-    registers than all other tiles (132 against 108 a thread). On sm_100 not 64 of 128 either,
-    which spills there (triton 3.7.1).
+    Half a block would take a whole one's time, because the warps then compute the same rows
+    twice, and the registers of the worse of two versions.
     """
     rows = tail(T, block)
-    if rows in (32, 64) and arch == "sm_100":
-        return block
-    return min(64, block) if rows == 32 else rows
+    return block if rows >= 32 else rows
 
 
 def walk(axis: str, length: int, blocks: Tiles) -> dict[str, int | bool]:
@@ -51,7 +61,8 @@ def _covering(length: int, largest: int) -> int:
 # -- forward -----------------------------------------------------------------------------------
 
 
-def forward_tiles(arch: str, dtype: torch.dtype, T: int, S: int, D: int) -> Tiles:
+@functools.cache
+def forward_tiles(arch: str, dtype: torch.dtype, T: int, S: int, D: int, bias: bool) -> Tiles:
     """128 queries where there are many: 64 would read each key twice as often, and wait for L2.
 
     64 keys need few registers. So several programs share a multiprocessor, and the exponentials
@@ -61,14 +72,17 @@ def forward_tiles(arch: str, dtype: torch.dtype, T: int, S: int, D: int) -> Tile
     if dtype == torch.float32:
         rows = _covering(T, 32 if wide else 64)
         return dict(BLOCK_T=rows, BLOCK_S=_covering(S, 32), num_warps=4, num_stages=1)
-    columns = _covering(S, 64)
+    columns = _covering(S, 32 if wide and bias else 64)
     if T <= 32:  # little more than one read of the keys
         warps = 4 if S > 64 else 2
-        stages = 4 if arch in _LARGE_SHARED else 2 if arch.startswith("gfx") else 3
+        large = arch == "sm_80" or _reads_shared(arch)
+        stages = 4 if large else 2 if arch.startswith("gfx") else 3
         return dict(BLOCK_T=_covering(T, 32), BLOCK_S=columns, num_warps=warps, num_stages=stages)
     many = T >= 256 and not wide and not arch.startswith("gfx")
     rows, warps = (128, 8) if many else (64, 4)
-    return dict(BLOCK_T=rows, BLOCK_S=columns, num_warps=warps, num_stages=2)
+    # two stages copy nothing ahead where products read from shared memory
+    stages = 3 if S >= 256 and not wide and _reads_shared(arch) else 2
+    return dict(BLOCK_T=rows, BLOCK_S=columns, num_warps=warps, num_stages=stages)
 
 
 # -- backward ----------------------------------------------------------------------------------
@@ -78,39 +92,49 @@ def statistics_tiles(D: int) -> Tiles:
     return dict(BLOCK_T=max(16, 4096 // dot_size(D)), num_warps=4)
 
 
-def backward_plan(T: int, S: int) -> Tiles:
+@functools.cache
+def backward_plan(arch: str, dtype: torch.dtype, T: int, S: int, D: int, bias: bool) -> Tiles:
     """ONE_PASS adds to d_q with atomics: two of seven products fewer, for a pass over d_q in fp32.
 
-    Where one or two key tiles cover everything, that gains nothing.
+    Where one or two key tiles cover everything, that gains nothing. Where registers are short, for
+    a bias, wide heads or operands that lie in them, it spills within the loop.
     """
-    return dict(ONE_PASS=int(T > 64 and S > 256))
+    long = T > 64 and S > 256
+    widest = 64 if _reads_shared(arch) or arch.startswith("gfx") else 32
+    return dict(ONE_PASS=int(long and not bias and dot_size(D) <= widest))
 
 
-def backward_keys_tiles(arch: str, dtype: torch.dtype, T: int, S: int, D: int) -> Tiles:
-    rows, columns, warps, stages = _backward_block(arch, dtype, S, T, D)
+@functools.cache
+def backward_keys_tiles(arch: str, dtype: torch.dtype, T: int, S: int, D: int, bias: bool) -> Tiles:
+    rows, columns, warps, stages = _backward_block(arch, dtype, S, T, D, bias)
     return dict(BLOCK_S=rows, BLOCK_T=columns, num_warps=warps, num_stages=stages)
 
 
-def backward_queries_tiles(arch: str, dtype: torch.dtype, T: int, S: int, D: int) -> Tiles:
-    rows, columns, warps, stages = _backward_block(arch, dtype, T, S, D)
+@functools.cache
+def backward_queries_tiles(
+    arch: str, dtype: torch.dtype, T: int, S: int, D: int, bias: bool
+) -> Tiles:
+    rows, columns, warps, stages = _backward_block(arch, dtype, T, S, D, bias)
     return dict(BLOCK_T=rows, BLOCK_S=columns, num_warps=warps, num_stages=stages)
 
 
 def _backward_block(
-    arch: str, dtype: torch.dtype, owned: int, walked: int, D: int
+    arch: str, dtype: torch.dtype, owned: int, walked: int, D: int, bias: bool
 ) -> tuple[int, int, int, int]:
     """Rows a program owns, columns a step takes, warps, stages.
 
-    Two tiles of scores live at once: the registers hold 64 by 64.
+    Two tiles of scores live at once: the registers hold 64 by 64, half of it for wide heads, and
+    half of it again beside a bias.
     """
     wide = dot_size(D) > 64
     if dtype == torch.float32:
         return _covering(owned, 32), _covering(walked, 16 if wide else 32), 4, 1
-    columns = 32 if wide else 64
+    columns = 64 >> (wide + bias)
     return _covering(owned, 64), _covering(walked, columns), 4, 1 if arch.startswith("gfx") else 2
 
 
-def backward_bias_tiles(arch: str, dtype: torch.dtype, T: int, S: int, D: int) -> Tiles:
+@functools.cache
+def backward_bias_tiles(arch: str, dtype: torch.dtype, T: int, S: int, D: int, bias: bool) -> Tiles:
     largest = 32 if dtype == torch.float32 or dot_size(D) > 64 else 64
     rows, columns = _covering(T, largest), _covering(S, largest)
     return dict(BLOCK_T=rows, BLOCK_S=columns, num_warps=4, num_stages=1)
@@ -134,7 +158,6 @@ def _candidates(rows: str, columns: str, choices: list[tuple[int, int, int, int]
 _BACKWARD = [
     *((64, columns, 4, stages) for columns in (32, 64, 128) for stages in (1, 2, 3)),
     *((128, columns, 8, stages) for columns in (32, 64, 128) for stages in (1, 2, 3)),
-    (128, 64, 4, 2),
 ]
 
 TUNING: dict[str, list[Tiles]] = {
@@ -142,13 +165,9 @@ TUNING: dict[str, list[Tiles]] = {
         "BLOCK_T",
         "BLOCK_S",
         [
-            *((64, columns, 4, stages) for columns in (32, 64, 128) for stages in (1, 2, 3, 4)),
-            *(
-                (128, columns, warps, stages)
-                for columns in (64, 128)
-                for warps in (4, 8)
-                for stages in (2, 3)
-            ),
+            # 128 rows of four warps are left out: they want more registers than there are
+            *((128, columns, 8, stages) for columns in (128, 64) for stages in (2, 3)),
+            *((64, columns, 4, stages) for columns in (64, 128, 32) for stages in (3, 2, 4, 1)),
             (16, 64, 4, 4),
             (16, 128, 4, 3),
             (32, 32, 1, 1),

@@ -1,0 +1,128 @@
+"""Attention's Triton kernels: tile rules, and what the battery's small cases do not reach."""
+
+import mmap
+
+import pytest
+import torch
+from op_battery import DEVICES, DTYPES, judged
+
+from vatt_fast.kernels import attention, use_backend
+from vatt_fast.kernels.cases import AttentionCase, make
+from vatt_fast.kernels.settings import force_tiles
+
+pytest.importorskip("triton", reason="the kernels import triton, which is not installed")
+from vatt_fast.kernels.attention import triton_gpu, triton_tiles
+
+HALF = torch.bfloat16
+
+
+# -- tiles -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arch", "like"), [("sm_103", "sm_100"), ("sm_110", "sm_100"), ("sm_121", "sm_120")]
+)
+@pytest.mark.parametrize("length", [1, 17, 393, 785])
+@pytest.mark.parametrize("head_dim", [32, 64, 128])
+@pytest.mark.parametrize("bias", [False, True])
+def test_an_architecture_takes_the_tiles_of_its_family(arch, like, length, head_dim, bias):
+    def chosen(name):
+        shape = (length, 785, head_dim, bias)
+        return (
+            triton_tiles.forward_tiles(name, HALF, *shape),
+            triton_tiles.backward_plan(name, HALF, *shape),
+            triton_tiles.backward_keys_tiles(name, HALF, *shape),
+            triton_tiles.backward_queries_tiles(name, HALF, *shape),
+        )
+
+    assert chosen(arch) == chosen(like)
+
+
+@pytest.mark.parametrize(
+    ("arch", "head_dim", "bias", "one_pass"),
+    [
+        ("sm_90", 64, False, 1),
+        ("sm_103", 64, False, 1),
+        ("gfx942", 64, False, 1),
+        ("sm_80", 32, False, 1),
+        ("sm_80", 64, False, 0),
+        ("sm_89", 64, False, 0),
+        ("sm_121", 64, False, 0),
+        ("sm_90", 128, False, 0),
+        ("sm_90", 64, True, 0),
+    ],
+)
+def test_the_backward_takes_one_pass_only_where_registers_hold_it(arch, head_dim, bias, one_pass):
+    plan = triton_tiles.backward_plan(arch, HALF, 785, 785, head_dim, bias)
+    assert plan == {"ONE_PASS": one_pass}
+
+
+@pytest.mark.parametrize(
+    ("length", "rows"), [(785, 128), (1569, 128), (393, 16), (256, 0), (160, 128)]
+)
+def test_the_last_query_tile_is_narrow_or_whole(length, rows):
+    assert triton_tiles.last_tile(length, 128) == rows
+
+
+def test_a_call_asks_the_driver_for_its_architecture_once(monkeypatch):
+    """The answer costs some microseconds, and a text's attention runs for no more than ten."""
+    asked = []
+    monkeypatch.setattr(triton_gpu, "arch", lambda: asked.append(1) or "sm_90")
+    inputs = make(AttentionCase("two_passes", 1, 5, 37, 1, 72))
+    out, lse = triton_gpu.forward(**inputs)
+    assert len(asked) == 1
+    q, k, v = (inputs.pop(name) for name in "qkv")
+    triton_gpu.backward(out, None, q, k, v, out, lse, **inputs | {"deterministic": True})
+    assert len(asked) == 2
+
+
+# -- numerics --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+@pytest.mark.parametrize("device", DEVICES)
+def test_full_and_last_query_tiles_share_one_masked_code(dtype, device):
+    case = AttentionCase("half_a_tile_left", 1, 100, 17, 2, 16, num_keys=(9,))
+    tiles = dict(BLOCK_T=64, BLOCK_S=16, num_warps=4, num_stages=2)
+    assert triton_tiles.last_tile(100, 64) == 64
+    with force_tiles(attention_forward=tiles):
+        judged("attention", "triton_gpu", case, device, DTYPES[dtype])
+
+
+ROW = 2**27  # elements between two rows: 16 rows on, an offset of 32 bits is negative
+
+
+def far_apart(memory, tensor, place):
+    """A copy of ``tensor`` in the middle of ``memory``, its rows (axis 1) ROW elements apart.
+
+    Where a row's offset overflows, it still lies in the memory, which holds zeros there.
+    """
+    view = memory.view(tensor.dtype)
+    strides = [ROW if axis == 1 else stride for axis, stride in enumerate(tensor.stride())]
+    first = view.numel() // 2 + 4096 * place // tensor.itemsize  # no two share a byte
+    return view.as_strided(tensor.shape, strides, first).copy_(tensor)
+
+
+@pytest.mark.parametrize(
+    ("length", "head_dim"), [(17, 16), (33, 72)], ids=["small_backward", "two_passes"]
+)
+def test_rows_may_lie_further_apart_than_32_bits_reach(length, head_dim):
+    """In address space that no page backs, except under the rows."""
+    case = AttentionCase("far", 1, length, 17, 1, head_dim, bias=True, num_keys=(16,))
+    inputs = make(case, torch.float16)
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000)
+    memory = torch.frombuffer(
+        mmap.mmap(-1, 2 * (length + 1) * ROW * 4, flags=flags), dtype=torch.uint8
+    )
+    names = ("q", "k", "v", "bias", "key_mask")
+    far = inputs | {name: far_apart(memory, inputs[name], i) for i, name in enumerate(names)}
+
+    def results(given):
+        leaves = {name: given[name].detach().requires_grad_() for name in ("q", "k", "v", "bias")}
+        out, lse = attention(**given | leaves, deterministic=True)
+        loss = (out.float() * torch.arange(head_dim)).sum() + lse.sum()
+        return out, lse, *torch.autograd.grad(loss, list(leaves.values()))
+
+    with use_backend(attention="triton_gpu"):
+        for near, distant in zip(results(inputs), results(far), strict=True):
+            torch.testing.assert_close(distant, near, rtol=0, atol=0)
