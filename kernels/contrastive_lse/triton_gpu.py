@@ -48,8 +48,10 @@ def _products(
     d = tl.arange(0, BLOCK_D)
     # repeated rows instead of masks: a predicate per load and stage costs so many registers that
     # no second tile fits the core
-    x_at = x + (tl.minimum(tl.arange(0, BLOCK_M), M - 1)[:, None] * stride_x + d[None, :])
-    y_at = y + (tl.minimum(tl.arange(0, BLOCK_N), T - 1)[None, :] * stride_y + d[:, None])
+    m = tl.minimum(tl.arange(0, BLOCK_M), M - 1).to(tl.int64)
+    n = tl.minimum(tl.arange(0, BLOCK_N), T - 1).to(tl.int64)
+    x_at = x + (m[:, None] * stride_x + d[None, :])
+    y_at = y + (n[None, :] * stride_y + d[:, None])
     products = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for start in range(0, D, BLOCK_D):
         if D % BLOCK_D == 0:
@@ -90,7 +92,12 @@ def _add_scores(m, l, scores, AXIS: tl.constexpr):
 # -- forward -----------------------------------------------------------------------------------
 
 
-@triton.jit
+# Sizes vary from batch to batch, masks are slices of others: no code of its own for T = 1 or
+# addresses of 16 bytes. Strides keep it, since wide loads rest on them.
+@triton.jit(
+    do_not_specialize=["M", "T", "first", "P", "row_splits", "col_splits"],
+    do_not_specialize_on_alignment=["x_valid", "y_valid"],
+)
 def _forward_kernel(
     x, y, scale, x_valid, y_valid, sums, maxima,
     stride_x, stride_y, M, T, first, P, row_splits, col_splits,
@@ -187,7 +194,7 @@ def _join(sums, maxima, joined, size, splits, RUNNING: tl.constexpr, BLOCK: tl.c
     tl.store(joined + index, tl.where(empty, float("-inf"), lse).to(tl.float32), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "T", "row_splits", "col_splits"])
 def _join_kernel(
     sums,
     maxima,
@@ -218,8 +225,7 @@ def forward(x, y, *, scale, texts_per_clip, first, x_valid=None, y_valid=None, b
     running, precision = needs_running_max(bound), dot_precision(x.dtype)
     blocks = _choose("forward", x.dtype, M, T, D, precision)
     R, C = _splits(M, T, blocks)
-    scratch_shape = (2 if running else 1, 2 * C * M + R * T)
-    scratch = torch.empty(scratch_shape, dtype=torch.float32, device=x.device)
+    scratch = _lines((2 * C * M + R * T,) * (2 if running else 1), x.device)
     sums, maxima = scratch[0], scratch[-1]
     inputs = (x, y, scale, x_valid, y_valid)
     sizes = (x.stride(0), y.stride(0), M, T, first, texts_per_clip, R, C)
@@ -253,7 +259,10 @@ def _prepare_gradients(
     tl.store(gradients + index, tl.where(empty, 0.0, gradient), mask=inside)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["M", "T"],
+    do_not_specialize_on_alignment=["d_row", "d_pos", "d_col", "row", "pos", "col"],
+)
 def _prepare_gradients_kernel(
     d_row,
     d_pos,
@@ -346,7 +355,10 @@ def _store_weights(
     tl.store(at, (values * factor).to(weights.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["M", "T", "first", "first_text", "P"],
+    do_not_specialize_on_alignment=["x_valid", "y_valid"],
+)
 def _weights_kernel(
     x, y, scale, x_valid, y_valid,
     row_gradients, pos_gradients, col_gradients, row_lses, pos_lses, col_lses,
@@ -419,9 +431,8 @@ def backward(
     clips, texts = _chunk(M, T, x.element_size())
     blocks = {"GROUP_M": 8} | _choose("weights", x.dtype, clips, texts, D, precision)
 
-    # gradients, then lses: row (M,), pos (M,), col (T,) behind one another
-    lines = torch.empty((2 if running else 1, 2 * M + T), dtype=torch.float32, device=x.device)
-    prepared = [*lines[0].split((M, M, T)), *lines[-1].split((M, M, T))]
+    gradients = _lines((M, M, T), x.device)  # of row, pos, col
+    prepared = [*gradients, *(_lines((M, M, T), x.device) if running else gradients)]
     log_sums = (d_row, d_pos, d_col, row, pos, col)
     _prepare_gradients_kernel[(triton.cdiv(max(M, T), 128), 3)](
         *log_sums, *prepared, M, T, RUNNING=running, BLOCK=128, num_warps=4
@@ -476,6 +487,16 @@ class _Sum:
 def _rows(vectors):
     """Kernels and matrix products read rows of any stride whose elements are contiguous."""
     return vectors if vectors.stride(-1) == 1 else vectors.contiguous()
+
+
+def _lines(lengths, device) -> list[torch.Tensor]:
+    """fp32 vectors in one allocation, each from a multiple of 16 bytes on.
+
+    Kernels are compiled anew for pointers of another alignment, which odd lengths would bring.
+    """
+    padded = [triton.cdiv(length, 4) * 4 for length in lengths]
+    parts = torch.empty(sum(padded), dtype=torch.float32, device=device).split(padded)
+    return [part[:length] for part, length in zip(parts, lengths, strict=True)]
 
 
 def _mask(valid):

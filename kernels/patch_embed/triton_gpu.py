@@ -25,6 +25,9 @@ from .triton_tiles import TUNING  # noqa: F401 (read by the tuner)
 # row r is row r % K of clip r // K. A clip's axes are frames T, lines H, columns W, channels; a
 # waveform is columns alone; rows (B, N, k) have stride_t between them.
 
+# Sizes vary from batch to batch, and keep may be a slice of others': kernels have no code of their
+# own for K = 1 or keep at an address of 16 bytes. Strides keep it, since wide loads rest on them.
+
 
 @triton.jit
 def _corners(
@@ -36,11 +39,14 @@ def _corners(
     stride_w,
     H,
     W,
+    CLIP: tl.constexpr,
     FRAMES: tl.constexpr,
     LINES: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
     """Offset of the first value of patches n of clips b, and its frame, line and column."""
+    if not CLIP:
+        return b.to(tl.int64) * stride_b + n.to(tl.int64) * stride_t, n, n, n
     across, down = tl.cdiv(W, COLUMNS), tl.cdiv(H, LINES)
     t = n // (across * down) * FRAMES
     y = n // across % down * LINES
@@ -145,7 +151,10 @@ def _fold_kernel(
     tl.store(folded_bias + d, start + factor * tl.sum(total, 1), mask=d < dim)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["R", "K", "keep_stride", "T", "H", "W"],
+    do_not_specialize_on_alignment=["keep"],
+)
 def _forward_kernel(
     patches, keep, weight, bias, position, agg, tokens, scale, factor,
     R, K, k, dim, keep_stride, weight_stride, position_stride,
@@ -174,7 +183,7 @@ def _forward_kernel(
         patch = tl.load(keep + b.to(tl.int64) * keep_stride + n).to(tl.int32)
     source = n if GATHERED else patch
     corner, t0, y0, x0 = _corners(
-        b, source, stride_b, stride_t, stride_h, stride_w, H, W, FRAMES, LINES, COLUMNS
+        b, source, stride_b, stride_t, stride_h, stride_w, H, W, CLIP, FRAMES, LINES, COLUMNS
     )
     inside = (r < R)[:, None] & (d < dim)[None, :]
     start = tl.load(bias + d, mask=d < dim, other=0.0).to(tl.float32)
@@ -208,7 +217,10 @@ def _forward_kernel(
         tl.store(out - dim, first, mask=inside & (n == 0)[:, None])
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["slots", "K", "keep_stride", "T", "H", "W"],
+    do_not_specialize_on_alignment=["keep"],
+)
 def _pack_kernel(
     patches, keep, packed, slots, K, k, keep_stride,
     stride_b, stride_t, stride_h, stride_w, stride_c, T, H, W,  # of patches
@@ -229,7 +241,7 @@ def _pack_kernel(
     if GATHER:
         source = tl.load(keep + b.to(tl.int64) * keep_stride + source).to(tl.int32)
     corner, t0, y0, x0 = _corners(
-        b, source, stride_b, stride_t, stride_h, stride_w, H, W, FRAMES, LINES, COLUMNS
+        b, source, stride_b, stride_t, stride_h, stride_w, H, W, CLIP, FRAMES, LINES, COLUMNS
     )
     values = _load_rows(
         *(patches, corner, t0, y0, x0, v, k),
@@ -243,7 +255,10 @@ def _pack_kernel(
     tl.store(packed + slot.to(tl.int64)[:, None] * k + v[None, :], values, mask=inside)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["slots", "K", "keep_stride"],
+    do_not_specialize_on_alignment=["keep"],
+)
 def _add_kernel(
     keep,
     bias,
@@ -396,7 +411,7 @@ def _pack(rows, k, dtype):
 # -- backward ----------------------------------------------------------------------------------
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B", "K", "rows", "inverse_stride"])
 def _sums_kernel(
     d_tokens,
     inverse,
@@ -450,19 +465,25 @@ def _sums_kernel(
         tl.store(d_agg + d, tl.sum(acc, 0).to(d_agg.dtype.element_ty), mask=d < dim)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["K", "N", "keep_stride"],
+    do_not_specialize_on_alignment=["keep"],
+)
 def _inverse_kernel(keep, inverse, K, N, keep_stride, BLOCK: tl.constexpr):
     """One program: BLOCK indices of one line of keep.
 
     inverse (lines, N), full of -1 before, then holds the token of every patch.
     """
-    line = tl.program_id(1).to(tl.int64)
-    n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    line = tl.program_id(0).to(tl.int64)
+    n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     patch = tl.load(keep + line * keep_stride + n, mask=n < K, other=0).to(tl.int64)
     tl.store(inverse + line * N + patch, n, mask=n < K)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["R", "K", "chunk", "keep_stride", "T", "H", "W"],
+    do_not_specialize_on_alignment=["keep"],
+)
 def _weight_kernel(
     d_tokens, patches, keep, d_bias, d_weight, scale, factor,
     R, K, k, dim, chunk, keep_stride,
@@ -493,7 +514,7 @@ def _weight_kernel(
         if GATHER:
             source = tl.load(keep + b.to(tl.int64) * keep_stride + n).to(tl.int32)
         corner, t0, y0, x0 = _corners(
-            b, source, stride_b, stride_t, stride_h, stride_w, H, W, FRAMES, LINES, COLUMNS
+            b, source, stride_b, stride_t, stride_h, stride_w, H, W, CLIP, FRAMES, LINES, COLUMNS
         )
         x = _load_rows(
             *(patches, corner, t0, y0, x0, v, k),
@@ -511,7 +532,7 @@ def _weight_kernel(
     tl.store(out, acc.to(d_weight.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["chunks"])
 def _finish_kernel(
     parts,
     d_bias,
@@ -582,7 +603,8 @@ def _sums(d_tokens, position, rows, agg):
         lines = 1 if rows.keep.ndim == 1 else B
         inverse = torch.full((lines, count), -1, dtype=torch.int32, device=device)
         inverse_stride = count if rows.keep.ndim == 2 else 0
-        _inverse_kernel[(triton.cdiv(K, 256), lines)](
+        # lines, as many as clips, on the axis without a bound of 65535
+        _inverse_kernel[(lines, triton.cdiv(K, 256))](
             rows.keep, inverse, K, count, rows.keep_stride, BLOCK=256, num_warps=4
         )
     heuristic = triton_tiles.sums_tiles(count, dim)

@@ -11,9 +11,11 @@ pytest.importorskip("triton", reason="the kernels import triton, which is not in
 
 import triton
 
-from vatt_fast.kernels import dispatch, triton_common
-from vatt_fast.kernels.cases import CASES, make
+from vatt_fast.kernels import contrastive_lse, dispatch, triton_common, use_backend
+from vatt_fast.kernels.cases import CASES, NCECase, make
 from vatt_fast.kernels.ops import OPS
+from vatt_fast.kernels.parity import run
+from vatt_fast.kernels.settings import force_tiles
 
 
 @pytest.fixture
@@ -145,3 +147,48 @@ def test_what_keeps_triton_from_running_is_an_objection(machine, op, how, reason
         assert chosen() in ("reference", "torch_sdpa")
         found = dispatch.explain(op, *tensors, **options)["triton_gpu"]
     assert re.search(reason, found), found
+
+
+# -- shapes at the edge of what a launch or an address can hold ------------------------------------
+
+
+def test_a_grid_holds_more_clips_than_its_second_axis(monkeypatch):
+    """The bound of 65535 is CUDA's; the interpreter has none, so the grid itself is looked at."""
+    from vatt_fast.kernels.patch_embed import triton_gpu
+
+    grids = []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            grids.append(grid)
+            return lambda *args, **kwargs: None
+
+    for name in ("_inverse_kernel", "_sums_kernel", "_weight_kernel", "_finish_kernel"):
+        monkeypatch.setattr(triton_gpu, name, Kernel())
+    clips = 70_000
+    tensors = (torch.empty(clips, 4, 16, device="meta"), torch.empty(8, 16), torch.empty(8))
+    options = dict(position=torch.empty(4, 8), keep=torch.empty(clips, 2, dtype=torch.int32))
+    d_tokens = torch.empty(clips, 2, 8, device="meta")
+    options |= dict(scale=1.0, shift=0.0, dtype=torch.float32)
+    triton_gpu.backward(d_tokens, *tensors, **options)
+    assert any(clips in grid for grid in grids)
+    assert all(size <= 65535 for grid in grids for size in grid[1:]), grids
+
+
+def test_rows_may_lie_further_apart_than_32_bits_count():
+    """66 rows with 2 ** 25 elements between them; only their own pages are ever touched."""
+    stride, rows = 2**25, 66
+    far = torch.empty((rows - 1) * stride + 16, dtype=torch.float16).as_strided(
+        (rows, 16), (stride, 1)
+    )
+    inputs = make(NCECase("far", rows, rows, 1, 16), torch.float16)
+    far.copy_(inputs["x"])
+    tiles = dict(BLOCK_M=128, BLOCK_N=128, BLOCK_D=16, num_warps=4)
+    blocks = dict(contrastive_lse_forward=tiles, contrastive_lse_weights=tiles)
+    with use_backend(contrastive_lse="triton_gpu"), force_tiles(**blocks):
+        near, distant = (
+            run(contrastive_lse, "contrastive_lse", inputs | {"x": x, "y": x}, dtype=torch.float16)
+            for x in (inputs["x"], far)
+        )
+    for name, value in near.items():
+        assert torch.equal(distant[name], value), name
