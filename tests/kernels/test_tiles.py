@@ -74,3 +74,44 @@ def test_committed_tables_name_known_kernels_and_shapes():
     assert known
     for path in (Path(tiles.__file__).parent / "tiles").glob("*.json"):
         assert set(json.loads(path.read_text())) <= known, path.name
+
+
+@pytest.mark.parametrize(
+    ("arch", "family"),
+    [
+        *((f"sm_{n}", f"sm_{n}") for n in (80, 89, 90, 100, 120)),
+        *(("sm_86", "sm_89"), ("sm_87", "sm_80"), ("sm_103", "sm_100"), ("sm_110", "sm_100")),
+        *(("sm_121", "sm_120"), ("gfx90a", "gfx942"), ("gfx950", "gfx942"), ("gfx1201", "gfx942")),
+    ],
+)
+def test_an_architecture_that_was_never_compiled_for_takes_its_familys_tiles(arch, family):
+    """They were chosen so that nothing spills there."""
+    from vatt_fast.kernels.contrastive_lse import triton_gpu
+    from vatt_fast.kernels.patch_embed import triton_tiles
+
+    def chosen(arch):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(triton_gpu, "arch", lambda: arch)
+            sizes = dict(clips=256, texts=2048, dim=512, precision="ieee")
+            yield triton_gpu._choose("forward", torch.bfloat16, **sizes)
+        for name, heuristic in triton_tiles.HEURISTICS.items():
+            for k in (128, 3072):
+                yield name, heuristic(arch, 2, 6272, 1024, k, 1)
+
+    assert tiles.family(arch) == family
+    assert list(chosen(arch)) == list(chosen(family))
+
+
+@pytest.mark.parametrize(("hip", "known"), [(None, True), ("7.0", False)])
+def test_no_candidate_has_an_option_that_its_compiler_lacks(monkeypatch, hip, known):
+    import importlib
+
+    from vatt_fast.kernels.contrastive_lse import triton_gpu
+
+    before = triton_gpu.__dict__.copy()
+    monkeypatch.setattr(torch.version, "hip", hip)
+    try:
+        candidates = importlib.reload(triton_gpu).TUNING["contrastive_lse_forward"]
+        assert any("maxnreg" in each for each in candidates) == known and len(candidates) >= 18
+    finally:
+        triton_gpu.__dict__.update(before)
