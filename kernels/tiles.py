@@ -7,7 +7,9 @@ run time, so ranks cannot differ.
 
 import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -22,6 +24,20 @@ def choose(kernel: str, arch: str, dtype: torch.dtype, heuristic: Tiles, **shape
     A tuned entry counts only for exactly this shape, dtype and architecture.
     """
     return forced_tiles(kernel) or table(arch).get(kernel, {}).get(key(dtype, **shape)) or heuristic
+
+
+def memoised(plan: Callable[..., Tiles]) -> Callable[..., Tiles]:
+    """``plan(kernel, *what it depends on)``, asked once for each of its arguments.
+
+    To look a shape up takes as long as half of a launch. Forced tiles still come first.
+    """
+    remembered = functools.lru_cache(maxsize=1024)(plan)
+
+    @functools.wraps(plan)
+    def choose(kernel: str, *rest: Any) -> Tiles:
+        return forced_tiles(kernel) or remembered(kernel, *rest)
+
+    return choose
 
 
 def family(arch: str) -> str:

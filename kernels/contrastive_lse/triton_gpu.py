@@ -239,15 +239,16 @@ def forward(x, y, *, scale, texts_per_clip, first, x_valid=None, y_valid=None, b
     x_valid, y_valid = _mask(x_valid), _mask(y_valid)
     (M, D), T = x.shape, y.shape[0]
     running, precision = needs_running_max(bound), dot_precision(x.dtype)
-    blocks = _choose("forward", x.dtype, M, T, D, precision, running)
+    sizes = (M, T, D, precision, running)
+    blocks = _choose("contrastive_lse_forward", arch(), x.dtype, *sizes)
     R, C = _splits(M, T, blocks)
     scratch = _lines((2 * C * M + R * T,) * (2 if running else 1), x.device)
     sums, maxima = scratch[0], scratch[-1]
     inputs = (x, y, scale, x_valid, y_valid)
-    sizes = (x.stride(0), y.stride(0), M, T, first, texts_per_clip, R, C)
+    places = (x.stride(0), y.stride(0), M, T, first, texts_per_clip, R, C)
     how = _how(x, running)
     _forward_kernel[(R * C,)](
-        *inputs, sums, maxima, *sizes, D=D, PRECISION=precision, **how, **blocks
+        *inputs, sums, maxima, *places, D=D, PRECISION=precision, **how, **blocks
     )
     row, pos, col = (torch.empty(size, dtype=torch.float32, device=x.device) for size in (M, M, T))
     _join_kernel[(triton.cdiv(max(M, T), 128), 3)](
@@ -460,7 +461,8 @@ def backward(
     (M, D), T = x.shape, y.shape[0]
     running, precision = needs_running_max(bound), dot_precision(x.dtype)
     clips, texts = _chunk(M, T, x.element_size())
-    blocks = {"GROUP_M": 8} | _choose("weights", x.dtype, clips, texts, D, precision)
+    sizes = (clips, texts, D, precision, False)
+    blocks = {"GROUP_M": 8} | _choose("contrastive_lse_weights", arch(), x.dtype, *sizes)
 
     how = _how(x, running)
     gradients = _lines((M, M, T), x.device)  # of row, pos, col
@@ -486,9 +488,9 @@ def backward(
                 None if y_valid is None else y_valid[those],
                 *(x[at] for x, at in zip(prepared, (these, these, those) * 2, strict=True)),
             )
-            sizes = (*strides, m, t, first + i, j, texts_per_clip)
+            places = (*strides, m, t, first + i, j, texts_per_clip)
             _weights_kernel[(programs,)](
-                *inputs, weights, d_scales, *sizes, D=D, PRECISION=precision, **how, **blocks
+                *inputs, weights, d_scales, *places, D=D, PRECISION=precision, **how, **blocks
             )
             part = weights[:m, :t]
             d_scale += d_scales.sum()
@@ -554,18 +556,21 @@ def _mask(valid):
 # -- tiles -------------------------------------------------------------------------------------
 
 
+@tiles.memoised
 def _choose(
     kernel: str,
+    arch: str,
     dtype: torch.dtype,
     clips: int,
     texts: int,
     dim: int,
     precision: str,
-    running: bool = False,
+    running: bool,
 ) -> Tiles:
-    heuristic = _heuristic(tiles.family(arch()), dtype, clips, texts, dim, precision, running)
+    """running: of the forward kernel that keeps running maxima."""
+    heuristic = _heuristic(tiles.family(arch), dtype, clips, texts, dim, precision, running)
     shape = dict(clips=clips, texts=texts, dim=dim)
-    return tiles.choose(f"contrastive_lse_{kernel}", arch(), dtype, heuristic, **shape)
+    return tiles.choose(kernel, arch, dtype, heuristic, **shape)
 
 
 def _splits(M: int, T: int, blocks: Tiles) -> tuple[int, int]:

@@ -776,10 +776,16 @@ def _row_stride(position) -> int:
 
 
 def _choose(kernel: str, rows: _Rows, dtype, dim: int, k: int) -> Tiles:
-    count, raw = rows.B * rows.K, rows.patches.element_size()
-    heuristic = triton_tiles.HEURISTICS[kernel](arch(), dtype.itemsize, count, dim, k, raw)
-    shape = dict(rows=count, dim=dim, values=k, raw=raw)
-    return tiles.choose(f"patch_embed_{kernel}", arch(), dtype, heuristic, **shape)
+    raw = rows.patches.element_size()
+    return _planned(f"patch_embed_{kernel}", arch(), dtype, rows.B * rows.K, dim, k, raw)
+
+
+@tiles.memoised
+def _planned(
+    kernel: str, arch: str, dtype: torch.dtype, rows: int, dim: int, k: int, raw: int
+) -> Tiles:
+    heuristic = triton_tiles.HEURISTICS[kernel](arch, dtype.itemsize, rows, dim, k, raw)
+    return tiles.choose(kernel, arch, dtype, heuristic, rows=rows, dim=dim, values=k, raw=raw)
 
 
 def unsupported(

@@ -150,9 +150,9 @@ def add_tiles(device: str, itemsize: int, rows: int, dim: int, k: int, raw: int)
 
 
 HEURISTICS: dict[str, Callable[..., Tiles]] = {
-    "forward": forward_tiles,
-    "weight": weight_tiles,
-    "add": add_tiles,
+    "patch_embed_forward": forward_tiles,
+    "patch_embed_weight": weight_tiles,
+    "patch_embed_add": add_tiles,
 }
 
 

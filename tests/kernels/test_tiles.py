@@ -60,6 +60,27 @@ def test_forced_tiles_come_first_and_end_with_their_block(tuned):
     assert chosen() == tuned
 
 
+def test_a_plan_is_made_once_and_forced_tiles_come_first():
+    asked = []
+
+    @tiles.memoised
+    def plan(kernel, *shape):
+        asked.append((kernel, *shape))
+        return HEURISTIC
+
+    for shape in ((1, 2), (1, 2), (1, 3)):
+        assert plan("attention_forward", *shape) == HEURISTIC
+    with force_tiles(attention_forward={"BLOCK": 16}):
+        assert plan("attention_forward", 1, 2) == {"BLOCK": 16}
+        assert plan("attention_d_q", 1, 2) == HEURISTIC
+    assert plan("attention_forward", 1, 2) == HEURISTIC
+    assert asked == [
+        ("attention_forward", 1, 2),
+        ("attention_forward", 1, 3),
+        ("attention_d_q", 1, 2),
+    ]
+
+
 def test_committed_tables_name_known_kernels_and_shapes():
     """A renamed kernel or argument would leave its tuned tiles unread."""
     import importlib
@@ -90,10 +111,9 @@ def test_an_architecture_that_was_never_compiled_for_takes_its_familys_tiles(arc
     from vatt_fast.kernels.patch_embed import triton_tiles
 
     def chosen(arch):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(triton_gpu, "arch", lambda: arch)
-            sizes = dict(clips=256, texts=2048, dim=512, precision="ieee")
-            yield triton_gpu._choose("forward", torch.bfloat16, **sizes)
+        for running in (False, True):
+            sizes = (256, 2048, 512, "ieee", running)
+            yield triton_gpu._choose("contrastive_lse_forward", arch, torch.bfloat16, *sizes)
         for name, heuristic in triton_tiles.HEURISTICS.items():
             for k in (128, 3072):
                 yield name, heuristic(arch, 2, 6272, 1024, k, 1)

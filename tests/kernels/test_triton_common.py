@@ -68,6 +68,27 @@ def test_products_round_to_tf32_where_torch_does_and_the_device_can(
         torch.set_float32_matmul_precision("highest")
 
 
+def test_the_driver_is_asked_once_for_each_device(monkeypatch):
+    """It asks the CUDA runtime in turn, and an op asks for the architecture up to seven times."""
+    asked, devices = [], iter((0, 0, 1, 0))
+
+    class Driver:
+        def get_current_device(self):
+            self.device = next(devices)
+            return self.device
+
+        def get_current_target(self):
+            asked.append(self.device)
+            return SimpleNamespace(backend="cuda", arch=(90, 120)[self.device])
+
+    monkeypatch.setattr(triton_common, "interpreted", lambda: False)
+    monkeypatch.setattr(triton.runtime.driver, "_active", Driver())
+    triton_common._arch.cache_clear()
+    assert [triton_common.arch() for _ in range(4)] == ["sm_90", "sm_90", "sm_120", "sm_90"]
+    triton_common._arch.cache_clear()
+    assert asked == [0, 1]
+
+
 # -- what keeps Triton from running ----------------------------------------------------------------
 
 
