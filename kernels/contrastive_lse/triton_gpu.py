@@ -14,7 +14,7 @@ import triton.language as tl
 
 from .. import tiles
 from ..tiles import Tiles
-from ..triton_common import LN2, LOG2E, arch, dot_precision, unsupported_operands
+from ..triton_common import LN2, LOG2E, arch, dot_precision, interpreted, unsupported_operands
 from .bound import needs_running_max
 
 # M clips of x, N clips in all, P texts a clip, T = N * P texts, D dimensions, R row splits,
@@ -174,9 +174,10 @@ def _forward_kernel(
         if RUNNING:
             tl.store(maxima + row_line + rows, row_m, mask=x_inside)
             tl.store(maxima + own_line + rows, own_m, mask=x_inside)
-        # The next row tile reads this one's columns, maybe by other threads. That rests on a
-        # barrier which also orders a block's own stores and loads of global memory: CUDA's does,
-        # and on AMD the compiler waits for all memory before it (read from its code, and tested).
+        # The next row tile reads this one's columns, maybe by other threads: the barrier has to
+        # order a block's stores and loads of global memory. CUDA's does. AMD's waits for none, but
+        # CDNA's blocks have one compute unit, whose cache serves them in order (LLVM's memory model
+        # for gfx90a and gfx942). RDNA's may have two: see ``unsupported``.
         tl.debug_barrier()
 
 
@@ -661,6 +662,8 @@ def unsupported(
         return reason
     if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"{x.dtype} is for the reference"
+    if torch.version.hip and not interpreted() and arch().startswith("gfx1"):
+        return "on RDNA no barrier orders global memory, on which its column sums rest"
     if max(y.shape[0], x.shape[0] + first) * texts_per_clip >= 2**31:
         return "it counts texts in 32 bits"
     return None

@@ -213,3 +213,35 @@ def test_rows_may_lie_further_apart_than_32_bits_count():
         )
     for name, value in near.items():
         assert torch.equal(distant[name], value), name
+
+
+@pytest.mark.parametrize(("arch", "refused"), [("gfx942", False), ("gfx1100", True)])
+def test_column_sums_need_a_barrier_that_orders_memory(monkeypatch, compiled_for, arch, refused):
+    from vatt_fast.kernels.contrastive_lse import triton_gpu
+
+    compiled_for(arch)
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    monkeypatch.setattr(triton_gpu, "interpreted", lambda: False)
+    monkeypatch.setattr(triton_gpu, "arch", triton_common.arch)
+    monkeypatch.setattr(triton_common, "unsupported_machine", lambda: None)
+    with FakeTensorMode():
+        x = torch.empty(4, 16, dtype=torch.bfloat16, device="cuda")
+        reason = triton_gpu.unsupported(x, x, scale=1.0)
+    assert (reason is not None and "RDNA" in reason) if refused else reason is None
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bound", [15.0, None], ids=["bounded", "running"])
+def test_column_sums_of_many_row_tiles_repeat_bit_for_bit(bound):
+    """Each program adds its row tiles' columns to memory that its own other threads wrote."""
+    x, y = (
+        torch.nn.functional.normalize(torch.randn(8192, 64, device="cuda"), dim=-1).bfloat16()
+        for _ in range(2)
+    )
+    scores = 14.0 * x.double() @ y.double().T
+    with use_backend(contrastive_lse="triton_gpu"):
+        first = contrastive_lse(x, y, scale=14.0, bound=bound)
+        torch.testing.assert_close(first[1].double(), scores.logsumexp(0), rtol=1e-4, atol=1e-4)
+        for _ in range(100):
+            again = contrastive_lse(x, y, scale=14.0, bound=bound)
+            assert all(map(torch.equal, again, first))
