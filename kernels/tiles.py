@@ -7,7 +7,9 @@ run time, so ranks cannot differ.
 
 import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -22,6 +24,36 @@ def choose(kernel: str, arch: str, dtype: torch.dtype, heuristic: Tiles, **shape
     A tuned entry counts only for exactly this shape, dtype and architecture.
     """
     return forced_tiles(kernel) or table(arch).get(kernel, {}).get(key(dtype, **shape)) or heuristic
+
+
+def memoised(plan: Callable[..., Tiles]) -> Callable[..., Tiles]:
+    """``plan(kernel, *what it depends on)``, asked once for each of its arguments.
+
+    To look a shape up takes as long as half of a launch. Forced tiles still come first.
+    """
+    remembered = functools.lru_cache(maxsize=1024)(plan)
+
+    @functools.wraps(plan)
+    def choose(kernel: str, *rest: Any) -> Tiles:
+        return forced_tiles(kernel) or remembered(kernel, *rest)
+
+    return choose
+
+
+def family(arch: str) -> str:
+    """The architecture that kernels were compiled for and that is next to ``arch``.
+
+    What fits its registers and shared memory fits those of ``arch``: B300 (sm_103) and Thor
+    (sm_110) take the tiles of sm_100, GB10 (sm_121) those of sm_120, an A10 (sm_86) those of sm_89,
+    and AMD's GPUs, of which gfx942 has the least shared memory, all the same.
+    """
+    if arch.startswith("gfx"):
+        return "gfx942"
+    number = int("".join(filter(str.isdigit, arch)))
+    known = (80, 89, 90, 100, 120)
+    if number in (86, 88):
+        return "sm_89"
+    return f"sm_{max((each for each in known if each <= number), default=80)}"
 
 
 def key(dtype: torch.dtype, **shape: int) -> str:

@@ -84,8 +84,11 @@ def arch() -> str:
 
     In the interpreter it is sm_90, whose tile choices then apply.
     """
-    if interpreted():
-        return "sm_90"
+    return "sm_90" if interpreted() else _arch(triton.runtime.driver.active.get_current_device())
+
+
+@functools.cache  # the driver is asked several times a call of an op
+def _arch(device: int) -> str:
     target = triton.runtime.driver.active.get_current_target()
     return f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch)
 

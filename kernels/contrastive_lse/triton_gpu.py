@@ -4,7 +4,8 @@ The matrix of scores is never stored. Forward: one pass. With a bound that keeps
 sums inside fp32, no maximum is subtracted and a score costs one exp. Without it, rows, columns and
 own texts each keep a running maximum. Backward: the weights d loss / d S of a chunk of bounded
 size go to memory; two plain matrix products follow, by the vendor's library: 6 E D FLOP, no
-atomics, the same bits every run.
+atomics. Our kernels give the same bits every run, and so does the library on one stream; under
+torch.use_deterministic_algorithms it asks for CUBLAS_WORKSPACE_CONFIG.
 """
 
 import torch
@@ -13,7 +14,7 @@ import triton.language as tl
 
 from .. import tiles
 from ..tiles import Tiles
-from ..triton_common import arch, dot_precision, unsupported_operands
+from ..triton_common import LN2, LOG2E, arch, dot_precision, interpreted, unsupported_operands
 from .bound import needs_running_max
 
 # M clips of x, N clips in all, P texts a clip, T = N * P texts, D dimensions, R row splits,
@@ -24,6 +25,7 @@ _MAX_SPLITS = 32  # scratch is 4 bytes * splits a clip and text, beside a vector
 _PROGRAMS = 2048
 _WEIGHTS_BYTES = 256 << 20  # of a chunk's weights: the whole matrix up to 11585 x 11585 in bf16
 _MAX_CHUNK_CLIPS = 8192
+_MAX_ROWS = 256  # of a tile
 _TEXT_ALIGNMENT = 64  # of the weights' rows: what matrix products like
 
 
@@ -78,23 +80,35 @@ def _own(clips, texts, P):
 
 
 @triton.jit
-def _add_scores(m, l, scores, AXIS: tl.constexpr):
+def _exp(scores, BASE2: tl.constexpr):
+    """exp of scores; of scores times log2(e), if they are kept so, which takes a quarter of the
+    instructions."""
+    return tl.exp2(scores) if BASE2 else tl.exp(scores)
+
+
+@triton.jit
+def _add_scores(m, l, scores, AXIS: tl.constexpr, BASE2: tl.constexpr):
     """Add a tile of scores to a running log-sum m + log(l), m the maximum so far; -inf adds 0."""
     new_m = tl.maximum(m, tl.max(scores, AXIS))
     # nothing seen yet: -inf less -inf would be nan
     finite_m = tl.where(new_m == float("-inf"), 0.0, new_m)
-    terms = tl.exp(scores - tl.expand_dims(finite_m, AXIS))
-    return new_m, l * tl.exp(m - finite_m) + tl.sum(terms, AXIS)
+    terms = _exp(scores - tl.expand_dims(finite_m, AXIS), BASE2)
+    return new_m, l * _exp(m - finite_m, BASE2) + tl.sum(terms, AXIS)
 
 
 # -- forward -----------------------------------------------------------------------------------
 
 
-@triton.jit
+# Sizes vary from batch to batch, masks are slices of others: no code of its own for T = 1 or
+# addresses of 16 bytes. Strides keep it, since wide loads rest on them.
+@triton.jit(
+    do_not_specialize=["M", "T", "first", "P", "row_splits", "col_splits"],
+    do_not_specialize_on_alignment=["x_valid", "y_valid"],
+)
 def _forward_kernel(
     x, y, scale, x_valid, y_valid, sums, maxima,
     stride_x, stride_y, M, T, first, P, row_splits, col_splits,
-    D: tl.constexpr, RUNNING: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, RUNNING: tl.constexpr, BASE2: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One program: every row_splits-th tile of clips by every col_splits-th tile of texts.
@@ -109,6 +123,8 @@ def _forward_kernel(
     row_line, own_line = tl.cast(col_split, tl.int64) * M, own_at + tl.cast(col_split, tl.int64) * M
     col_line = 2 * own_at + tl.cast(row_split, tl.int64) * T
     factor = tl.load(scale).to(tl.float32)
+    if BASE2:
+        factor *= LOG2E
     for i in range(row_split, tl.cdiv(M, BLOCK_M), row_splits):
         rows = i * BLOCK_M + tl.arange(0, BLOCK_M)
         x_inside = rows < M
@@ -135,20 +151,20 @@ def _forward_kernel(
                 is_own = _own(first + rows, texts, P) & y_counts[None, :]
                 own = tl.where(is_own, products * factor, float("-inf"))
                 if RUNNING:
-                    own_m, own_l = _add_scores(own_m, own_l, own, 1)
+                    own_m, own_l = _add_scores(own_m, own_l, own, 1, BASE2)
                 else:
-                    own_l += tl.sum(tl.exp(own), 1)
+                    own_l += tl.sum(_exp(own, BASE2), 1)
             scores = tl.where(y_counts[None, :], products * factor, float("-inf"))
             seen = y_inside & (i != row_split)  # this program's earlier row tiles
             if RUNNING:
-                row_m, row_l = _add_scores(row_m, row_l, scores, 1)
+                row_m, row_l = _add_scores(row_m, row_l, scores, 1, BASE2)
                 col_m = tl.load(maxima + col_line + texts, mask=seen, other=float("-inf"))
                 col_l = tl.load(sums + col_line + texts, mask=seen, other=0.0)
                 counted = tl.where(x_counts[:, None], scores, float("-inf"))
-                col_m, col_l = _add_scores(col_m, col_l, counted, 0)
+                col_m, col_l = _add_scores(col_m, col_l, counted, 0, BASE2)
                 tl.store(maxima + col_line + texts, col_m, mask=y_inside)
             else:
-                terms = tl.exp(scores)
+                terms = _exp(scores, BASE2)
                 row_l += tl.sum(terms, 1)
                 col_l = tl.sum(tl.where(x_counts[:, None], terms, 0.0), 0)
                 col_l += tl.load(sums + col_line + texts, mask=seen, other=0.0)
@@ -158,11 +174,18 @@ def _forward_kernel(
         if RUNNING:
             tl.store(maxima + row_line + rows, row_m, mask=x_inside)
             tl.store(maxima + own_line + rows, own_m, mask=x_inside)
-        tl.debug_barrier()  # the next row tile reads this one's columns, maybe by other threads
+        # The next row tile reads this one's columns, maybe by other threads: the barrier has to
+        # order a block's stores and loads of global memory. CUDA's does. AMD's waits for none, but
+        # CDNA's blocks have one compute unit, whose cache serves them in order (LLVM's memory model
+        # for gfx90a and gfx942). RDNA's may have two: see ``unsupported``.
+        tl.debug_barrier()
 
 
 @triton.jit
-def _join(sums, maxima, joined, size, splits, RUNNING: tl.constexpr, BLOCK: tl.constexpr):
+def _join(
+    sums, maxima, joined, size, splits,
+    RUNNING: tl.constexpr, BASE2: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """The log-sums of one block of row, pos or col, its splits taken in order."""
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = index < size
@@ -175,7 +198,7 @@ def _join(sums, maxima, joined, size, splits, RUNNING: tl.constexpr, BLOCK: tl.c
             part_m = tl.load(maxima + at, mask=inside, other=float("-inf"))
             new_m = tl.maximum(m, part_m)
             finite_m = tl.where(new_m == float("-inf"), 0.0, new_m)
-            l = l * tl.exp(m - finite_m) + part_l * tl.exp(part_m - finite_m)
+            l = l * _exp(m - finite_m, BASE2) + part_l * _exp(part_m - finite_m, BASE2)
             m = new_m
         else:
             l += part_l
@@ -183,11 +206,11 @@ def _join(sums, maxima, joined, size, splits, RUNNING: tl.constexpr, BLOCK: tl.c
     # few values, so in fp64: rounded once, when stored
     lse = tl.log(tl.where(empty, 1.0, l).to(tl.float64))
     if RUNNING:
-        lse += m
+        lse += m.to(tl.float64) * LN2 if BASE2 else m
     tl.store(joined + index, tl.where(empty, float("-inf"), lse).to(tl.float32), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "T", "row_splits", "col_splits"])
 def _join_kernel(
     sums,
     maxima,
@@ -199,16 +222,17 @@ def _join_kernel(
     row_splits,
     col_splits,
     RUNNING: tl.constexpr,
+    BASE2: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """One program: BLOCK values of row, pos or col (axis 1 says which), joined from all splits."""
     own_at = tl.cast(col_splits, tl.int64) * M
     if tl.program_id(1) == 0:
-        _join(sums, maxima, row, M, col_splits, RUNNING, BLOCK)
+        _join(sums, maxima, row, M, col_splits, RUNNING, BASE2, BLOCK)
     elif tl.program_id(1) == 1:
-        _join(sums + own_at, maxima + own_at, pos, M, col_splits, RUNNING, BLOCK)
+        _join(sums + own_at, maxima + own_at, pos, M, col_splits, RUNNING, BASE2, BLOCK)
     else:
-        _join(sums + 2 * own_at, maxima + 2 * own_at, col, T, row_splits, RUNNING, BLOCK)
+        _join(sums + 2 * own_at, maxima + 2 * own_at, col, T, row_splits, RUNNING, BASE2, BLOCK)
 
 
 def forward(x, y, *, scale, texts_per_clip, first, x_valid=None, y_valid=None, bound=None):
@@ -216,19 +240,20 @@ def forward(x, y, *, scale, texts_per_clip, first, x_valid=None, y_valid=None, b
     x_valid, y_valid = _mask(x_valid), _mask(y_valid)
     (M, D), T = x.shape, y.shape[0]
     running, precision = needs_running_max(bound), dot_precision(x.dtype)
-    blocks = _choose("forward", x.dtype, M, T, D, precision)
+    sizes = (M, T, D, precision, running)
+    blocks = _choose("contrastive_lse_forward", arch(), x.dtype, *sizes)
     R, C = _splits(M, T, blocks)
-    scratch_shape = (2 if running else 1, 2 * C * M + R * T)
-    scratch = torch.empty(scratch_shape, dtype=torch.float32, device=x.device)
+    scratch = _lines((2 * C * M + R * T,) * (2 if running else 1), x.device)
     sums, maxima = scratch[0], scratch[-1]
     inputs = (x, y, scale, x_valid, y_valid)
-    sizes = (x.stride(0), y.stride(0), M, T, first, texts_per_clip, R, C)
+    places = (x.stride(0), y.stride(0), M, T, first, texts_per_clip, R, C)
+    how = _how(x, running)
     _forward_kernel[(R * C,)](
-        *inputs, sums, maxima, *sizes, D=D, RUNNING=running, PRECISION=precision, **blocks
+        *inputs, sums, maxima, *places, D=D, PRECISION=precision, **how, **blocks
     )
     row, pos, col = (torch.empty(size, dtype=torch.float32, device=x.device) for size in (M, M, T))
     _join_kernel[(triton.cdiv(max(M, T), 128), 3)](
-        sums, maxima, row, pos, col, M, T, R, C, RUNNING=running, BLOCK=128, num_warps=4
+        sums, maxima, row, pos, col, M, T, R, C, **how, BLOCK=128, num_warps=4
     )
     return row, col, pos
 
@@ -238,8 +263,9 @@ def forward(x, y, *, scale, texts_per_clip, first, x_valid=None, y_valid=None, b
 
 @triton.jit
 def _prepare_gradients(
-    d_lse, lse, gradients, lses, size, RUNNING: tl.constexpr, BLOCK: tl.constexpr
-):
+    d_lse, lse, gradients, lses, size,
+    RUNNING: tl.constexpr, BASE2: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """One block of row, pos or col, as ``_prepare_gradients_kernel`` says."""
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = index < size
@@ -247,13 +273,17 @@ def _prepare_gradients(
     gradient = tl.load(d_lse + index, mask=inside, other=0.0)
     empty = value == float("-inf")
     if RUNNING:
-        tl.store(lses + index, tl.where(empty, float("inf"), value), mask=inside)
+        like_scores = value * LOG2E if BASE2 else value
+        tl.store(lses + index, tl.where(empty, float("inf"), like_scores), mask=inside)
     else:  # few values, so in fp64: rounded once
         gradient = (gradient * tl.exp(-value.to(tl.float64))).to(tl.float32)
     tl.store(gradients + index, tl.where(empty, 0.0, gradient), mask=inside)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["M", "T"],
+    do_not_specialize_on_alignment=["d_row", "d_pos", "d_col", "row", "pos", "col"],
+)
 def _prepare_gradients_kernel(
     d_row,
     d_pos,
@@ -270,19 +300,21 @@ def _prepare_gradients_kernel(
     M,
     T,
     RUNNING: tl.constexpr,
+    BASE2: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """One program: BLOCK values of row, pos or col (axis 1 says which).
 
-    Writes gradient g and, if RUNNING, lse l, such that a score's weight is g exp(S - l), or
-    g exp(S) unless RUNNING. An empty set has g = 0 and l = inf, whatever gradient comes in.
+    Writes gradient g and, if RUNNING, lse l (as scores are kept), such that a score's weight is
+    g exp(S - l), or g exp(S) unless RUNNING. An empty set has g = 0 and l = inf, whatever gradient
+    comes in.
     """
     if tl.program_id(1) == 0:
-        _prepare_gradients(d_row, row, row_gradients, row_lses, M, RUNNING, BLOCK)
+        _prepare_gradients(d_row, row, row_gradients, row_lses, M, RUNNING, BASE2, BLOCK)
     elif tl.program_id(1) == 1:
-        _prepare_gradients(d_pos, pos, pos_gradients, pos_lses, M, RUNNING, BLOCK)
+        _prepare_gradients(d_pos, pos, pos_gradients, pos_lses, M, RUNNING, BASE2, BLOCK)
     else:
-        _prepare_gradients(d_col, col, col_gradients, col_lses, T, RUNNING, BLOCK)
+        _prepare_gradients(d_col, col, col_gradients, col_lses, T, RUNNING, BASE2, BLOCK)
 
 
 @triton.jit
@@ -311,6 +343,7 @@ def _store_weights(
     j,
     OWN: tl.constexpr,
     RUNNING: tl.constexpr,
+    BASE2: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -320,45 +353,53 @@ def _store_weights(
     """
     row_gradient = tl.load(row_gradients + rows, mask=x_inside, other=0.0)[:, None]
     col_gradient = tl.load(col_gradients + texts, mask=y_inside, other=0.0)[None, :]
-    scores = tl.where(y_counts[None, :], products * factor, float("-inf"))
+    to_scores = factor * LOG2E if BASE2 else factor
+    scores = tl.where(y_counts[None, :], products * to_scores, float("-inf"))
     if OWN:
         own = _own(first + rows, first_text + texts, P)
         own_gradient = tl.load(pos_gradients + rows, mask=x_inside, other=0.0)[:, None]
     if RUNNING:
         row_lse = tl.load(row_lses + rows, mask=x_inside, other=float("inf"))[:, None]
-        values = tl.exp(scores - row_lse) * row_gradient
+        values = _exp(scores - row_lse, BASE2) * row_gradient
         col_lse = tl.load(col_lses + texts, mask=y_inside, other=float("inf"))[None, :]
-        col_values = tl.exp(scores - col_lse) * col_gradient
+        col_values = _exp(scores - col_lse, BASE2) * col_gradient
         values += tl.where(x_counts[:, None], col_values, 0.0)
         if OWN:
             own_lse = tl.load(pos_lses + rows, mask=x_inside, other=float("inf"))[:, None]
-            own_values = tl.exp(scores - own_lse) * own_gradient
+            own_values = _exp(scores - own_lse, BASE2) * own_gradient
             values += tl.where(own, own_values, 0.0)
     else:
         gradients = row_gradient + tl.where(x_counts[:, None], col_gradient, 0.0)
         if OWN:
             gradients += tl.where(own, own_gradient, 0.0)
-        values = tl.exp(scores) * gradients
+        values = _exp(scores, BASE2) * gradients
     tl.store(d_scales + tl.program_id(0), tl.sum(values * products))
     at = weights + (tl.cast(i * BLOCK_M, tl.int64) * stride_w + j * BLOCK_N)
     at += tl.arange(0, BLOCK_M)[:, None] * stride_w + tl.arange(0, BLOCK_N)[None, :]
-    inside = x_inside[:, None] & y_inside[None, :]
-    tl.store(at, (values * factor).to(weights.dtype.element_ty), mask=inside)
+    # up to the line's end, which is a multiple of 64: a bound of T would take 2 bytes a store
+    on_line = j * BLOCK_N + tl.arange(0, BLOCK_N) < stride_w
+    inside = x_inside[:, None] & on_line[None, :]
+    if weights.dtype.element_ty != tl.float16:  # its range is the host's business
+        values *= factor
+    tl.store(at, values.to(weights.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["M", "T", "first", "first_text", "P"],
+    do_not_specialize_on_alignment=["x_valid", "y_valid"],
+)
 def _weights_kernel(
     x, y, scale, x_valid, y_valid,
     row_gradients, pos_gradients, col_gradients, row_lses, pos_lses, col_lses,
     weights, d_scales,
     stride_x, stride_y, stride_w, M, T, first, first_text, P,
-    D: tl.constexpr, RUNNING: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, RUNNING: tl.constexpr, BASE2: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     """One program: one tile of the weights of a chunk (M, T), and the tile's part of d_scale.
 
-    weights = scale * d loss / d scores, in x's dtype. first and first_text place the chunk: its
-    first clip, its first text.
+    weights = scale * d loss / d scores, in x's dtype; in fp16 they are not scaled. first and
+    first_text place the chunk: its first clip, its first text.
     """
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(T, BLOCK_N)
     # GROUP_M row tiles share a column tile before the next one: programs that run at the same
@@ -387,9 +428,13 @@ def _weights_kernel(
     # few tiles hold clips' own texts. A branch of their own spares the others the time, and the
     # registers that one common end would hold for both.
     if (first_column < (first_clip + BLOCK_M) * P) & (first_column + BLOCK_N > first_clip * P):
-        _store_weights(*scores, *where, *gradients, *target, *(True, RUNNING, BLOCK_M, BLOCK_N))
+        _store_weights(
+            *scores, *where, *gradients, *target, *(True, RUNNING, BASE2, BLOCK_M, BLOCK_N)
+        )
     else:
-        _store_weights(*scores, *where, *gradients, *target, *(False, RUNNING, BLOCK_M, BLOCK_N))
+        _store_weights(
+            *scores, *where, *gradients, *target, *(False, RUNNING, BASE2, BLOCK_M, BLOCK_N)
+        )
 
 
 def backward(
@@ -417,14 +462,15 @@ def backward(
     (M, D), T = x.shape, y.shape[0]
     running, precision = needs_running_max(bound), dot_precision(x.dtype)
     clips, texts = _chunk(M, T, x.element_size())
-    blocks = {"GROUP_M": 8} | _choose("weights", x.dtype, clips, texts, D, precision)
+    sizes = (clips, texts, D, precision, False)
+    blocks = {"GROUP_M": 8} | _choose("contrastive_lse_weights", arch(), x.dtype, *sizes)
 
-    # gradients, then lses: row (M,), pos (M,), col (T,) behind one another
-    lines = torch.empty((2 if running else 1, 2 * M + T), dtype=torch.float32, device=x.device)
-    prepared = [*lines[0].split((M, M, T)), *lines[-1].split((M, M, T))]
+    how = _how(x, running)
+    gradients = _lines((M, M, T), x.device)  # of row, pos, col
+    prepared = [*gradients, *(_lines((M, M, T), x.device) if running else gradients)]
     log_sums = (d_row, d_pos, d_col, row, pos, col)
     _prepare_gradients_kernel[(triton.cdiv(max(M, T), 128), 3)](
-        *log_sums, *prepared, M, T, RUNNING=running, BLOCK=128, num_warps=4
+        *log_sums, *prepared, M, T, **how, BLOCK=128, num_warps=4
     )
     weights = x.new_empty((clips, triton.cdiv(texts, _TEXT_ALIGNMENT) * _TEXT_ALIGNMENT))
     strides = (x.stride(0), y.stride(0), weights.stride(0))
@@ -443,24 +489,29 @@ def backward(
                 None if y_valid is None else y_valid[those],
                 *(x[at] for x, at in zip(prepared, (these, these, those) * 2, strict=True)),
             )
-            sizes = (*strides, m, t, first + i, j, texts_per_clip)
-            constants = dict(D=D, RUNNING=running, PRECISION=precision)
-            _weights_kernel[(programs,)](*inputs, weights, d_scales, *sizes, **constants, **blocks)
+            places = (*strides, m, t, first + i, j, texts_per_clip)
+            _weights_kernel[(programs,)](
+                *inputs, weights, d_scales, *places, D=D, PRECISION=precision, **how, **blocks
+            )
             part = weights[:m, :t]
             d_scale += d_scales.sum()
             d_x.add(these, part, y_part)
             d_y.add(those, part.t(), x_part)
+    if x.dtype == torch.float16:
+        # weights scaled by 14 and by a GradScaler's 65536 would pass 65504, or be lost in products
+        return d_x.total * scale, d_y.total * scale, d_scale
     return d_x.total, d_y.total, d_scale
 
 
 class _Sum:
     """Sums of matrix products into rows of a gradient like ``inputs``.
 
-    They are kept in the dtype of ``inputs`` if there is one product a row, else in fp32.
+    They are kept in the dtype of ``inputs`` if there is one product a row, else in fp32, and so is
+    fp16, whose sums are still to be scaled.
     """
 
     def __init__(self, inputs, parts):
-        self.once = parts == 1
+        self.once = parts == 1 and inputs.dtype != torch.float16
         make = inputs.new_empty if self.once else inputs.new_zeros
         self.total = make(inputs.shape, dtype=inputs.dtype if self.once else torch.float32)
 
@@ -474,8 +525,28 @@ class _Sum:
 
 
 def _rows(vectors):
-    """Kernels and matrix products read rows of any stride whose elements are contiguous."""
-    return vectors if vectors.stride(-1) == 1 else vectors.contiguous()
+    """Kernels and matrix products read rows whose elements are contiguous.
+
+    The rows of a tile lie in 31 bits: 64 would cost the registers of a warp group (60 a thread).
+    """
+    near = vectors.stride(0) * _MAX_ROWS < 2**31
+    return vectors if near and vectors.stride(-1) == 1 else vectors.contiguous()
+
+
+def _how(x, running: bool) -> dict[str, bool]:
+    """Scores of 16-bit vectors are kept times log2(e), where exp is exp2. Of fp32 they are not:
+    the factor's rounding would show in the log-sums."""
+    return dict(RUNNING=running, BASE2=x.dtype.itemsize == 2)
+
+
+def _lines(lengths, device) -> list[torch.Tensor]:
+    """fp32 vectors in one allocation, each from a multiple of 16 bytes on.
+
+    Kernels are compiled anew for pointers of another alignment, which odd lengths would bring.
+    """
+    padded = [triton.cdiv(length, 4) * 4 for length in lengths]
+    parts = torch.empty(sum(padded), dtype=torch.float32, device=device).split(padded)
+    return [part[:length] for part, length in zip(parts, lengths, strict=True)]
 
 
 def _mask(valid):
@@ -486,10 +557,21 @@ def _mask(valid):
 # -- tiles -------------------------------------------------------------------------------------
 
 
-def _choose(kernel: str, dtype: torch.dtype, clips: int, texts: int, dim: int, precision: str):
-    heuristic = _heuristic(arch(), dtype, clips, texts, dim, precision)
+@tiles.memoised
+def _choose(
+    kernel: str,
+    arch: str,
+    dtype: torch.dtype,
+    clips: int,
+    texts: int,
+    dim: int,
+    precision: str,
+    running: bool,
+) -> Tiles:
+    """running: of the forward kernel that keeps running maxima."""
+    heuristic = _heuristic(tiles.family(arch), dtype, clips, texts, dim, precision, running)
     shape = dict(clips=clips, texts=texts, dim=dim)
-    return tiles.choose(f"contrastive_lse_{kernel}", arch(), dtype, heuristic, **shape)
+    return tiles.choose(kernel, arch, dtype, heuristic, **shape)
 
 
 def _splits(M: int, T: int, blocks: Tiles) -> tuple[int, int]:
@@ -520,9 +602,18 @@ def _chunk(M: int, T: int, element_size: int) -> tuple[int, int]:
 
 
 def _heuristic(
-    arch: str, dtype: torch.dtype, clips: int, texts: int, dim: int, precision: str
+    arch: str,
+    dtype: torch.dtype,
+    clips: int,
+    texts: int,
+    dim: int,
+    precision: str,
+    running: bool,
 ) -> Tiles:
-    """Tiles of both kernels: large ones for the matrix unit, if every core still gets one."""
+    """Tiles of both kernels: large ones for the matrix unit, if every core still gets one.
+
+    running: of the forward kernel that keeps running maxima, whose registers hold half a tile.
+    """
 
     def count(block_m, block_n):
         return triton.cdiv(clips, block_m) * triton.cdiv(texts, block_n)
@@ -535,7 +626,10 @@ def _heuristic(
     if dtype.itemsize == 4 and precision == "ieee":  # no matrix unit
         return dict(BLOCK_M=64, BLOCK_N=64, BLOCK_D=block_d, num_warps=4, num_stages=2)
     if count(128, 128) >= 256:
-        return dict(BLOCK_M=128, BLOCK_N=128, BLOCK_D=block_d, num_warps=8, num_stages=stages)
+        width = 64 if running else 128
+        return dict(BLOCK_M=128, BLOCK_N=width, BLOCK_D=block_d, num_warps=8, num_stages=stages)
+    if running:
+        return dict(BLOCK_M=64, BLOCK_N=64, BLOCK_D=block_d, num_warps=4, num_stages=stages)
     if count(64, 128) >= 128 or arch == "sm_100":  # there 64 x 64 spills (triton 3.7.1)
         return dict(BLOCK_M=64, BLOCK_N=128, BLOCK_D=block_d, num_warps=4, num_stages=stages)
     return dict(BLOCK_M=64, BLOCK_N=64, BLOCK_D=block_d, num_warps=4, num_stages=stages)
@@ -552,6 +646,7 @@ _CANDIDATES: list[Tiles] = [
         dict(BLOCK_M=m, BLOCK_N=n, BLOCK_D=d, num_warps=warps, num_stages=3, maxnreg=most)
         for m, n, warps, most in ((64, 128, 4, 168), (128, 128, 8, 128))
         for d in (64, 32)
+        if torch.version.hip is None  # whose compiler has no such option
     ),
 ]
 TUNING: dict[str, list[Tiles]] = {
@@ -567,6 +662,8 @@ def unsupported(
         return reason
     if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"{x.dtype} is for the reference"
+    if torch.version.hip and not interpreted() and arch().startswith("gfx1"):
+        return "on RDNA no barrier orders global memory, on which its column sums rest"
     if max(y.shape[0], x.shape[0] + first) * texts_per_clip >= 2**31:
         return "it counts texts in 32 bits"
     return None

@@ -15,7 +15,10 @@ from ..triton_common import arch, unsupported_operands
 # B batch, N tokens, K kept
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["N", "K", "keep_stride"],
+    do_not_specialize_on_alignment=["keep"],
+)
 def _forward_kernel(
     tokens,
     keep,
@@ -57,7 +60,10 @@ def forward(tokens, keep):
     return kept.view(dtype)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["N", "K", "keep_stride"],
+    do_not_specialize_on_alignment=["keep"],
+)
 def _backward_kernel(
     d_kept,
     keep,

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import triton
 
-from ..tiles import Tiles
+from ..tiles import Tiles, family
 
 # rows of all clips, dim columns of the tokens, k values a patch, raw bytes of a value
 
@@ -59,7 +59,7 @@ def _stages(device: str, bytes_a_stage: int, most: int) -> int:
     """As many stages as shared memory holds, with a margin; AMD keeps one stage less."""
     if device.startswith("gfx"):
         return 2
-    return max(2, min(most, _SHARED_KIB.get(device, 99) * 1024 * 9 // 10 // bytes_a_stage))
+    return max(2, min(most, _SHARED_KIB[device] * 1024 * 9 // 10 // bytes_a_stage))
 
 
 def _cheapest(
@@ -69,7 +69,7 @@ def _cheapest(
 
     ``shapes`` gives the throughput of each one once the device is full.
     """
-    multiprocessors = _MULTIPROCESSORS.get(device, 128)
+    multiprocessors = _MULTIPROCESSORS[device]
 
     def cost(shape):
         height, width = shape
@@ -87,6 +87,7 @@ def forward_tiles(device: str, itemsize: int, rows: int, dim: int, k: int, raw: 
     the product loses as much there: a draw, and fused needs no memory. Packed where Triton has no
     match for the library: fp32 without tensor cores, and Blackwell's.
     """
+    device = family(device)
     if (itemsize == 4 and dim * k >= 2**16) or (device == "sm_100" and k >= 1024 and dim >= 512):
         return dict(PACKED=1)
     fold = int(k <= 256)  # every program folds its part again: cheaper than a launch
@@ -120,7 +121,8 @@ def weight_tiles(device: str, itemsize: int, rows: int, dim: int, k: int, raw: i
     There the converted rows pass through shared memory at every step, and no product overlaps
     that. Otherwise chunks fill the device: each costs a write and a read of (dim, k) in fp32.
     """
-    large = device.startswith("sm") and k >= 1024 and dim >= 512
+    device = family(device)
+    large = device != "gfx942" and k >= 1024 and dim >= 512
     if (itemsize == 4 and dim * k >= 2**16) or large:
         return dict(PACKED=1)
     if itemsize == 4:
@@ -131,7 +133,7 @@ def weight_tiles(device: str, itemsize: int, rows: int, dim: int, k: int, raw: i
         side, height, warps = 128, 64, 8
         stages = _stages(device, 64 * 128 * (raw + 2) + 32 * 1024, 3)
     programs = triton.cdiv(dim, side) * triton.cdiv(k, side)
-    most = min(_MULTIPROCESSORS.get(device, 128) // programs, triton.cdiv(rows, 4 * height), 32)
+    most = min(_MULTIPROCESSORS[device] // programs, triton.cdiv(rows, 4 * height), 32)
     return dict(
         PACKED=0,
         CHUNKS=max(1, most),
@@ -148,9 +150,9 @@ def add_tiles(device: str, itemsize: int, rows: int, dim: int, k: int, raw: int)
 
 
 HEURISTICS: dict[str, Callable[..., Tiles]] = {
-    "forward": forward_tiles,
-    "weight": weight_tiles,
-    "add": add_tiles,
+    "patch_embed_forward": forward_tiles,
+    "patch_embed_weight": weight_tiles,
+    "patch_embed_add": add_tiles,
 }
 
 

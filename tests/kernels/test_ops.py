@@ -402,6 +402,23 @@ def test_devices_holding_a_part_each_equal_one(backend, name):
 
 
 @pytest.mark.parametrize("backend", backends.BACKENDS["contrastive_lse"])
+def test_fp16_gradients_hold_what_a_loss_scaler_sends(backend):
+    """torch.amp.GradScaler begins with 65536: of 11 clips, 6000 a log-sum. Scaled by 14 such a
+    weight passes fp16's 65504, though the gradient of a unit vector does not."""
+    inputs = make(CASES["contrastive_lse"]["square"], torch.float16)
+    x = inputs["x"] = inputs["y"].clone()  # so that nearly all weight lies on a clip's own text
+    seeds = [torch.full((len(x),), size) for size in (6000.0, 0.0, 0.0)]
+    truth = run(
+        OPS["contrastive_lse"].plain, "contrastive_lse", promote(inputs, torch.float64), seeds
+    )
+    with on_backend("contrastive_lse", backend):
+        found = run(contrastive_lse, "contrastive_lse", inputs, seeds)
+    for name in ("d_x", "d_y"):
+        assert truth[name].abs().max() < 65504
+        torch.testing.assert_close(found[name].double(), truth[name], rtol=2e-2, atol=20)
+
+
+@pytest.mark.parametrize("backend", backends.BACKENDS["contrastive_lse"])
 @pytest.mark.parametrize(
     "scale",
     [14.0, torch.tensor(14.0), torch.tensor(14.0, dtype=torch.float64)],

@@ -60,6 +60,27 @@ def test_forced_tiles_come_first_and_end_with_their_block(tuned):
     assert chosen() == tuned
 
 
+def test_a_plan_is_made_once_and_forced_tiles_come_first():
+    asked = []
+
+    @tiles.memoised
+    def plan(kernel, *shape):
+        asked.append((kernel, *shape))
+        return HEURISTIC
+
+    for shape in ((1, 2), (1, 2), (1, 3)):
+        assert plan("attention_forward", *shape) == HEURISTIC
+    with force_tiles(attention_forward={"BLOCK": 16}):
+        assert plan("attention_forward", 1, 2) == {"BLOCK": 16}
+        assert plan("attention_d_q", 1, 2) == HEURISTIC
+    assert plan("attention_forward", 1, 2) == HEURISTIC
+    assert asked == [
+        ("attention_forward", 1, 2),
+        ("attention_forward", 1, 3),
+        ("attention_d_q", 1, 2),
+    ]
+
+
 def test_committed_tables_name_known_kernels_and_shapes():
     """A renamed kernel or argument would leave its tuned tiles unread."""
     import importlib
@@ -74,3 +95,43 @@ def test_committed_tables_name_known_kernels_and_shapes():
     assert known
     for path in (Path(tiles.__file__).parent / "tiles").glob("*.json"):
         assert set(json.loads(path.read_text())) <= known, path.name
+
+
+@pytest.mark.parametrize(
+    ("arch", "family"),
+    [
+        *((f"sm_{n}", f"sm_{n}") for n in (80, 89, 90, 100, 120)),
+        *(("sm_86", "sm_89"), ("sm_87", "sm_80"), ("sm_103", "sm_100"), ("sm_110", "sm_100")),
+        *(("sm_121", "sm_120"), ("gfx90a", "gfx942"), ("gfx950", "gfx942"), ("gfx1201", "gfx942")),
+    ],
+)
+def test_an_architecture_that_was_never_compiled_for_takes_its_familys_tiles(arch, family):
+    """They were chosen so that nothing spills there."""
+    from vatt_fast.kernels.contrastive_lse import triton_gpu
+    from vatt_fast.kernels.patch_embed import triton_tiles
+
+    def chosen(arch):
+        for running in (False, True):
+            sizes = (256, 2048, 512, "ieee", running)
+            yield triton_gpu._choose("contrastive_lse_forward", arch, torch.bfloat16, *sizes)
+        for name, heuristic in triton_tiles.HEURISTICS.items():
+            for k in (128, 3072):
+                yield name, heuristic(arch, 2, 6272, 1024, k, 1)
+
+    assert tiles.family(arch) == family
+    assert list(chosen(arch)) == list(chosen(family))
+
+
+@pytest.mark.parametrize(("hip", "known"), [(None, True), ("7.0", False)])
+def test_no_candidate_has_an_option_that_its_compiler_lacks(monkeypatch, hip, known):
+    import importlib
+
+    from vatt_fast.kernels.contrastive_lse import triton_gpu
+
+    before = triton_gpu.__dict__.copy()
+    monkeypatch.setattr(torch.version, "hip", hip)
+    try:
+        candidates = importlib.reload(triton_gpu).TUNING["contrastive_lse_forward"]
+        assert any("maxnreg" in each for each in candidates) == known and len(candidates) >= 18
+    finally:
+        triton_gpu.__dict__.update(before)
