@@ -572,15 +572,16 @@ def backward(
     S = k.shape[1]
     d_out, out = (x if x.stride(-1) == 1 else x.contiguous() for x in (d_out, out))
     lse, d_lse = lse.contiguous(), None if d_lse is None else d_lse.contiguous()
-    if triton_small.fits(q, k):
+    here = arch()
+    if triton_small.fits(here, q, k, bias):
         options = dict(scale=scale, bias=bias, key_mask=key_mask, bias_grad=bias_grad)
-        return triton_small.backward(d_out, d_lse, q, k, v, lse, **options)
+        return triton_small.backward(here, d_out, d_lse, q, k, v, lse, **options)
 
     lse2, delta = _statistics(d_out, d_lse, q, out, lse)
     inputs = (d_out, q, k, v, *optional(q, bias, key_mask), lse2, delta)
     strides = all_strides((d_out, q, k, v), bias, key_mask)
     constants = _constants(q, bias, key_mask)
-    shape = (arch(), q, k, bias)
+    shape = (here, q, k, bias)
     plan = _choose("attention_backward", *shape, triton_tiles.backward_plan)
     one_pass = not deterministic and bool(plan["ONE_PASS"])
 

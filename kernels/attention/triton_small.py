@@ -8,8 +8,8 @@ import triton
 import triton.language as tl
 
 from .. import tiles
-from ..triton_common import LOG2E, arch, dot_precision, load_rows, offset
-from .triton_tiles import backward_small_tiles, dot_size
+from ..triton_common import LOG2E, dot_precision, load_rows, offset
+from .triton_tiles import backward_small_tiles, dot_size, roomy
 
 # B batch, T queries, S keys, H heads, D head_dim; a strip holds the d_bias of a few batch items
 
@@ -101,12 +101,12 @@ def _backward_kernel(
         tl.store(d_bias_strips + at, d_bias, mask=inside)
 
 
-def backward(d_out, d_lse, q, k, v, lse, *, scale, bias, key_mask, bias_grad):
+def backward(arch, d_out, d_lse, q, k, v, lse, *, scale, bias, key_mask, bias_grad):
     B, T, H, D = q.shape
     S = k.shape[1]
     blocks = tiles.choose(
         "attention_backward_small",
-        arch(),
+        arch,
         q.dtype,
         backward_small_tiles(T, S),
         queries=T,
@@ -157,12 +157,11 @@ def all_strides(tensors, bias, key_mask) -> tuple[int, ...]:
     )
 
 
-def fits(q: torch.Tensor, k: torch.Tensor) -> bool:
-    """All queries by all keys fit the registers of one program.
-
-    That is 64 by 64 at half precision, 32 by 32 or 16 by 64 in fp32.
-    """
+def fits(arch: str, q: torch.Tensor, k: torch.Tensor, bias: torch.Tensor | None) -> bool:
+    """All queries by all keys fit the registers of one program."""
     block_t, block_s = dot_size(q.shape[1]), dot_size(k.shape[1])
-    narrow = q.shape[-1] <= 64
-    scores = 64 * 64 if narrow and q.dtype != torch.float32 else 32 * 32
-    return max(block_t, block_s) <= (64 if narrow else 32) and block_t * block_s <= scores
+    if q.shape[-1] > 64:
+        return max(block_t, block_s) <= 32
+    if bias is not None or q.dtype == torch.float32:
+        return max(block_t, block_s) <= 64 and block_t * block_s <= 32 * 32
+    return block_t <= (64 if roomy(arch) else 32) and block_s <= 64

@@ -18,12 +18,17 @@ def family(arch: str) -> int:
     return int(arch[3:]) // 10 if arch.startswith("sm_") else 0
 
 
-def _reads_shared(arch: str) -> bool:
+def reads_shared(arch: str) -> bool:
     """Products are asynchronous and read their operands from shared memory, not from registers.
 
     So it is on Hopper and the large Blackwells, which also have the most shared memory.
     """
     return family(arch) in (9, 10, 11)
+
+
+def roomy(arch: str) -> bool:
+    """Two tiles of 64 by 64 scores leave registers for more: AMD's CDNA has twice as many."""
+    return reads_shared(arch) or arch.startswith("gfx9")
 
 
 def dot_size(size: int) -> int:
@@ -72,16 +77,16 @@ def forward_tiles(arch: str, dtype: torch.dtype, T: int, S: int, D: int, bias: b
     if dtype == torch.float32:
         rows = _covering(T, 32 if wide else 64)
         return dict(BLOCK_T=rows, BLOCK_S=_covering(S, 32), num_warps=4, num_stages=1)
-    columns = _covering(S, 32 if wide and bias else 64)
+    columns = _covering(S, 32 if wide and (bias or not roomy(arch)) else 64)
     if T <= 32:  # little more than one read of the keys
         warps = 4 if S > 64 else 2
-        large = arch == "sm_80" or _reads_shared(arch)
+        large = arch == "sm_80" or reads_shared(arch)
         stages = 4 if large else 2 if arch.startswith("gfx") else 3
         return dict(BLOCK_T=_covering(T, 32), BLOCK_S=columns, num_warps=warps, num_stages=stages)
     many = T >= 256 and not wide and not arch.startswith("gfx")
     rows, warps = (128, 8) if many else (64, 4)
     # two stages copy nothing ahead where products read from shared memory
-    stages = 3 if S >= 256 and not wide and _reads_shared(arch) else 2
+    stages = 3 if S >= 256 and not wide and reads_shared(arch) else 2
     return dict(BLOCK_T=rows, BLOCK_S=columns, num_warps=warps, num_stages=stages)
 
 
@@ -100,8 +105,7 @@ def backward_plan(arch: str, dtype: torch.dtype, T: int, S: int, D: int, bias: b
     a bias, wide heads or operands that lie in them, it spills within the loop.
     """
     long = T > 64 and S > 256
-    widest = 64 if _reads_shared(arch) or arch.startswith("gfx") else 32
-    return dict(ONE_PASS=int(long and not bias and dot_size(D) <= widest))
+    return dict(ONE_PASS=int(long and not bias and dot_size(D) <= (64 if roomy(arch) else 32)))
 
 
 @functools.cache

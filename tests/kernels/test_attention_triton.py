@@ -11,7 +11,7 @@ from vatt_fast.kernels.cases import AttentionCase, make
 from vatt_fast.kernels.settings import force_tiles
 
 pytest.importorskip("triton", reason="the kernels import triton, which is not installed")
-from vatt_fast.kernels.attention import triton_gpu, triton_tiles
+from vatt_fast.kernels.attention import triton_gpu, triton_small, triton_tiles
 
 HALF = torch.bfloat16
 
@@ -44,6 +44,7 @@ def test_an_architecture_takes_the_tiles_of_its_family(arch, like, length, head_
         ("sm_90", 64, False, 1),
         ("sm_103", 64, False, 1),
         ("gfx942", 64, False, 1),
+        ("gfx1100", 64, False, 0),
         ("sm_80", 32, False, 1),
         ("sm_80", 64, False, 0),
         ("sm_89", 64, False, 0),
@@ -62,6 +63,25 @@ def test_the_backward_takes_one_pass_only_where_registers_hold_it(arch, head_dim
 )
 def test_the_last_query_tile_is_narrow_or_whole(length, rows):
     assert triton_tiles.last_tile(length, 128) == rows
+
+
+@pytest.mark.parametrize(
+    ("arch", "queries", "keys", "bias", "fits"),
+    [
+        ("sm_90", 64, 64, False, True),
+        ("sm_90", 65, 17, False, False),
+        ("sm_80", 17, 64, False, True),
+        ("sm_80", 64, 17, False, False),
+        ("sm_80", 33, 33, False, False),
+        ("gfx942", 33, 33, False, True),
+        ("sm_90", 17, 17, True, True),
+        ("sm_90", 17, 33, True, False),
+    ],
+)
+def test_one_program_takes_the_scores_that_its_registers_hold(arch, queries, keys, bias, fits):
+    case = AttentionCase("short", 1, queries, keys, 1, 64, bias=bias)
+    inputs = make(case, HALF)
+    assert triton_small.fits(arch, inputs["q"], inputs["k"], inputs["bias"]) == fits
 
 
 def test_a_call_asks_the_driver_for_its_architecture_once(monkeypatch):
