@@ -9,6 +9,7 @@ what is compiled, what a row tells and what counts as a fault. All GPU targets t
 hour on two cores, all TPUs hours.
 """
 
+import itertools
 import json
 import os
 import sys
@@ -33,6 +34,7 @@ def compile_targets(
     *,
     schedule: bool,
     alone: bool,
+    peers: Sequence[str] = (),
 ) -> int:
     """Print a table of what GPUs or TPUs got and append its rows; 1 where one has a fault.
 
@@ -40,28 +42,32 @@ def compile_targets(
         cases: None: every primary one.
         dtypes: None: bf16 and fp32; for GPUs attention in bf16 alone, whose fp32 takes hours.
         alone: of TPUs: attention without its projections.
-        schedule: of TPUs: count bundles and spills of every kernel; takes three times as long.
+        schedule: of TPUs: count bundles, spills and cycles of every kernel; takes three times as
+            long.
+        peers: of TPUs: others' attention after ours, in rows of their own.
     """
     tpu = targets[0] in TPUS
+    if peers and (not tpu or set(ops) != {"attention"}):
+        raise ValueError("peers are of attention, for TPUs: --op attention")
     if schedule:  # read when libtpu is loaded
         os.environ["LIBTPU_INIT_ARGS"] = (
             f"--xla_jf_dump_to={tempfile.mkdtemp()} --xla_jf_dump_llo_text=true"
         )
     module = _module(tpu)
-    options = dict(alone=alone) if tpu else {}
+    options: list[dict[str, Any]] = [dict(alone=alone)] if tpu else [{}]
+    options += [dict(peer=peer) for peer in peers]
     rows: list[Any] = []
     for op, case in _chosen(ops, cases):
         usual = ("bf16",) if op == "attention" and not tpu else ("bf16", "fp32")
         for dtype in dtypes or usual:
-            for target in targets:
-                made = module.distinct(
-                    module.compile_case(op, case, dtype, target, **options), rows
-                )
+            for target, option in itertools.product(targets, options):
+                made = module.distinct(module.compile_case(op, case, dtype, target, **option), rows)
                 rows += made
                 told = "; ".join(fault for row in made for fault in row.faults) or "no fault"
                 told = f"{op} {case} {dtype} {target}: {len(made)} rows, {told}"
                 if schedule:
-                    told += f"; bundles {made[0].bundles}, spills {made[0].spills}"
+                    told += f"; bundles {made[0].loops}, at least {made[0].cycles} cycles"
+                    told += f", spills {made[0].spills}"
                 print(told, file=sys.stderr, flush=True)
                 if out:
                     out.parent.mkdir(parents=True, exist_ok=True)

@@ -5,8 +5,11 @@ program. Attention stands between the per-head projections it has in the model, 
 the kernels do not share with them would show as copies; ``alone`` leaves them out, and most of the
 time with them. How arrays lie outside is the compiler's choice. A row is one case for one chip:
 size of the code, temporaries in HBM, VMEM of the hungriest kernel, copies and transposes that
-change a layout, seconds. With a schedule also each kernel's instruction bundles and spilled
-registers, a loop's body counted once.
+change a layout, seconds of processor time. With a schedule also each kernel's instruction bundles
+and spilled registers, a loop's body counted once, its loops, and the cycles that a whole call takes
+at least (``tpu_schedule.py``).
+
+``peers`` are what others' kernels make of attention's cases (``tpu_peers.py``).
 
 A fault is what does not compile, or layout copies around an attention that the dispatch table
 prefers. Needs ``pip install libtpu``.
@@ -41,7 +44,7 @@ from vatt_fast.kernels.cases import CASES, AttentionCase, make
 from vatt_fast.kernels.ops import OPS
 from vatt_fast.on_jax import hlo
 
-from . import machine
+from . import machine, tpu_peers, tpu_schedule
 from .machine import DTYPES, TPUS
 
 # where libtpu writes schedules
@@ -61,6 +64,7 @@ class Row:
     dtype: str
     topology: str
     alone: bool  # attention without its projections
+    peer: str = ""  # whose kernels; ours unless given
     kernels: list[str] = field(default_factory=list)
     code_bytes: int = 0
     temp_bytes: int = 0
@@ -69,6 +73,8 @@ class Row:
     seconds: float = 0.0
     bundles: dict[str, int] = field(default_factory=dict)
     spills: dict[str, int] = field(default_factory=dict)
+    loops: dict[str, str] = field(default_factory=dict)  # bundles by loop
+    cycles: dict[str, int] = field(default_factory=dict)  # of a whole call, at least
     faults: list[str] = field(default_factory=list)
     versions: dict[str, str | None] = field(
         default_factory=lambda: {name: machine.version_of(name) for name in ("jax", "libtpu")}
@@ -78,7 +84,7 @@ class Row:
 
     @property
     def title(self) -> str:
-        return f"{self.topology} {self.op} {self.case} {self.dtype}"
+        return f"{self.topology} {self.op} {self.peer} {self.case} {self.dtype}".replace("  ", " ")
 
 
 # -- what is compiled -------------------------------------------------------------------------
@@ -169,25 +175,22 @@ def device(topology: str) -> SingleDeviceSharding:
 
 
 def compile_case(
-    op: str, case: str, dtype: str, topology: str, *, alone: bool = False
+    op: str, case: str, dtype: str, topology: str, *, alone: bool = False, peer: str = ""
 ) -> list[Row]:
-    """The case's one row."""
-    row = Row(op, case, dtype, topology, alone and op == "attention")
-    began = time.perf_counter()
-    function, *shapes = program(op, case, dtype, row.alone)
-    free = Format(Layout.AUTO, device(topology))
+    """The case's one row, of our kernels or of a peer's."""
+    row = Row(op, case, dtype, topology, alone and op == "attention", peer)
+    began = time.process_time()
     try:
-        with settings.lowering_for("tpu"), settings.use_backend(**{op: "pallas_tpu"}), _quiet():
-            jitted = jax.jit(
-                function,
-                in_shardings=jax.tree.map(lambda _: free, tuple(shapes)),
-                out_shardings=free,
-            )
-            compiled = jitted.lower(*shapes).compile()
+        if peer:
+            row.alone = True
+            compiled = _compiled(*tpu_peers.program(peer, CASES[op][case], dtype), topology)
+        else:
+            with settings.use_backend(**{op: "pallas_tpu"}):
+                compiled = _compiled(*program(op, case, dtype, row.alone), topology)
     except Exception as error:  # whatever libtpu raises is the row's result
         row.faults.append(" ".join(f"{type(error).__name__}: {error}".split())[:600])
         return [row]
-    row.seconds = round(time.perf_counter() - began, 1)
+    row.seconds = round(time.process_time() - began, 1)
     memory, text = compiled.memory_analysis(), compiled.as_text()
     assert memory is not None and text is not None  # libtpu has both
     made = hlo.Program(text)
@@ -198,11 +201,26 @@ def compile_case(
         len(made.layout_changes_at_kernels()),
     )
     if _DUMP:
-        row.bundles, row.spills = schedules(Path(_DUMP[1]))
+        _add_schedules(row, Path(_DUMP[1]))
+    if not row.kernels:  # XLA alone, which puts its own estimate beside each fusion
+        estimates = re.findall(r'"estimated_cycles":"(\d+)"', text)
+        row.cycles = {"xla": sum(map(int, estimates))}
     shape = CASES[op][case]
-    if row.copies and op == "attention" and min(shape.queries, shape.keys) >= 64:
+    if row.copies and op == "attention" and not peer and min(shape.queries, shape.keys) >= 64:
         row.faults.append(f"{row.copies} layout copies around attention")
     return [row]
+
+
+def _compiled(function: Callable, leaves: Any, fixed: Any, topology: str) -> Any:
+    """The function for a chip; how arrays lie outside is the compiler's choice."""
+    free = Format(Layout.AUTO, device(topology))
+    with settings.lowering_for("tpu"), _quiet():
+        jitted = jax.jit(
+            function,
+            in_shardings=jax.tree.map(lambda _: free, (leaves, fixed)),
+            out_shardings=free,
+        )
+        return jitted.lower(leaves, fixed).compile()
 
 
 @contextlib.contextmanager
@@ -219,31 +237,38 @@ def _quiet() -> Iterator[None]:
         os.close(nowhere)
 
 
-def schedules(folder: Path) -> tuple[dict[str, int], dict[str, int]]:
-    """{kernel: bundles} and {kernel: registers spilled} of what libtpu dumped since the last call.
+def _add_schedules(row: Row, folder: Path) -> None:
+    """Fill in, kernel by kernel, what libtpu dumped since the last call, and delete the dump.
 
-    The dump is deleted.
+    Calls of one name are added up.
     """
-    bundles: dict[str, int] = {}
-    spills: dict[str, int] = {}
-    for file in sorted(folder.glob("*vatt_*")):
+    names = row.kernels
+    for file in sorted(folder.glob("*-final_bundles.txt")):
+        if "schedule-analysis" in file.name or not any(name in file.name for name in names):
+            continue
         kernel = hlo.KERNEL.search(file.name)
-        assert kernel is not None
-        if file.name.endswith("schedule-analysis_final_bundles.txt"):
-            found = re.search(r"total scheduled bundles:\s+(\d+)", file.read_text())
-            bundles[kernel[0]] = int(found[1]) if found else 0
-        elif file.name.endswith("final_hlo-static-per-bundle-utilization.txt"):
-            _, names, *lines = (
-                line
-                for line in file.read_text().splitlines()
-                if "CAPA" in line or "," in line or line[:1].isdigit()
-            )
-            at = [name.strip() for name in names.split(",")].index("VSTORE:SPILL")
-            # the first line is what each unit can do
-            spills[kernel[0]] = sum(int(line.split()[at]) for line in lines[1:])
+        name = kernel[0] if kernel else next(name for name in names if name in file.name)
+        loop = tpu_schedule.read(file.read_text())
+        row.bundles[name] = row.bundles.get(name, 0) + loop.once()
+        row.cycles[name] = row.cycles.get(name, 0) + loop.cycles().floor
+        row.loops[name] = "; ".join(filter(None, [row.loops.get(name), str(loop)]))
+        row.spills[name] = row.spills.get(name, 0) + _spilled(folder, file.name)
     for path in folder.iterdir():
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-    return bundles, spills
+
+
+def _spilled(folder: Path, bundles: str) -> int:
+    """Registers spilled by the kernel that a file of bundles belongs to."""
+    call = bundles.rsplit("-", 2)[0]
+    (file,) = folder.glob(f"{call}-*final_hlo-static-per-bundle-utilization.txt")
+    _, names, *lines = (
+        line
+        for line in file.read_text().splitlines()
+        if "CAPA" in line or "," in line or line[:1].isdigit()
+    )
+    at = [name.strip() for name in names.split(",")].index("VSTORE:SPILL")
+    # the first line is what each unit can do
+    return sum(int(line.split()[at]) for line in lines[1:])
 
 
 # -- table ------------------------------------------------------------------------------------
@@ -251,16 +276,17 @@ def schedules(folder: Path) -> tuple[dict[str, int], dict[str, int]]:
 
 def distinct(rows: list[Row], known: list[Row]) -> list[Row]:
     """The last of each: a case is a program of its own."""
-    fields = ("op", "case", "dtype", "topology", "alone")
+    fields = ("op", "case", "dtype", "topology", "alone", "peer")
     return list({tuple(getattr(row, each) for each in fields): row for row in rows}.values())
 
 
 HEADINGS = "op, dtype, chip, compiled, kernels, code KiB, HBM temporaries MiB, VMEM MiB, "
-HEADINGS += "layout copies, seconds"
+HEADINGS += "layout copies, seconds, cycles of a call"
 
 
 def key(row: Row) -> tuple:
-    return row.op + " alone" * row.alone, row.dtype, row.topology
+    op = f"{row.op} by {row.peer}" if row.peer else row.op + " alone" * row.alone
+    return op, row.dtype, row.topology
 
 
 def cells(group: list[Row]) -> tuple:
@@ -272,4 +298,6 @@ def cells(group: list[Row]) -> tuple:
         for name in ("code_bytes", "temp_bytes", "vmem_bytes", "copies", "seconds")
     )
     sizes = (f"{code / KIB:.0f}", f"{temporary / MIB:.1f}", f"{memory / MIB:.1f}")
-    return f"{len(good)}/{len(group)}", " ".join(sorted(names)), *sizes, copies, seconds
+    cycles = max((sum(row.cycles.values()) for row in good), default=0)
+    counts = copies, seconds, f"{cycles / 1e6:.3f} M" if cycles else ""
+    return f"{len(good)}/{len(group)}", " ".join(sorted(names)), *sizes, *counts

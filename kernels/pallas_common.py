@@ -17,8 +17,9 @@ from . import settings
 
 LANES = 128  # the last axis of a register; the one before it has 8 rows of 4 bytes
 
-# ``flags`` of a call: libtpu's scheduler by linear programming in place of its list scheduler. Only
-# releases that jax 0.10 pins are known to know it; torch_xla's libtpu is older.
+# ``flags`` of a call: libtpu's scheduler by linear programming in place of its list scheduler. One
+# that does not know the flag refuses the kernel. Those of jax 0.10 do (0.0.42.1 to 0.0.52);
+# torch_xla's is older.
 LP_SCHEDULER = (
     {"XLA_TPU_FORCE_LP_LLO_SCHEDULER": True} if jax.__version_info__[:2] == (0, 10) else {}
 )

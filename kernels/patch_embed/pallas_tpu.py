@@ -206,8 +206,10 @@ def _rows_of_tile(plan: _Plan, raw: Any, refs: dict, exact, buffers) -> tuple[An
     And, where rows are fetched, what starts the next tile's.
     """
     if plan.fetched:
-        place = pl.program_id(1), pl.program_id(2)
-        fetch = _Fetch(plan, raw, refs["index"], refs["turn"], refs["rows"], *buffers, *place)
+        words, arrived = buffers
+        b, tile = pl.program_id(1), pl.program_id(2)
+        given = refs["index"], refs["turn"], refs["rows"]
+        fetch = _Fetch(plan, raw, *given, words, arrived, b, tile)
         fetch.take(exact)
         return exact, fetch
     if exact is None:
