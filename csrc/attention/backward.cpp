@@ -6,17 +6,19 @@
 // B batch, T queries, S keys, H heads, D head_dim, width: D rounded up to 32, depth = width / 32
 #include <math.h>
 #include <omp.h>
-#include <string.h>
 
-#include "common/slices.h"
-#include "heads.h"
+#include "differentiate.h"
+#include "waiting.h"
 
 namespace vatt_fast {
 namespace VF_LEVEL {
 
 namespace {
 
-constexpr int BLOCK = 128;             // queries that one product with d_k or d_v takes
+// 32s of dims of d_k and d_v of twice 32 keys, and of d_q of a block of queries
+constexpr int MOST_SUMS = (2 * 2 + BLOCK / 32) * 128 / 32;
+using WaitingSums = Waiting<MOST_SUMS>;
+
 constexpr int64_t QUERY_CHUNK = 1024;  // queries whose panels and sums stay in the second cache
 
 // Sums, panels and products of one head. Scores are computed transposed, keys by queries. So the
@@ -176,76 +178,7 @@ void finish_queries(const AttentionBackward& args, const Backward& bwd, int64_t 
     }
 }
 
-// -- 32 keys by 32 queries -----------------------------------------------------------------------
-
-struct Unit {
-  const float *scores, *d_probabilities;  // (32, 32) keys by queries
-  const float *log_sums, *delta;          // (32,)
-  uint16_t *probabilities, *d_scores;     // (32, 32) of row stride BLOCK
-  uint16_t* pairs;                        // two tiles
-  uint32_t visible;
-  float factor;
-  const float* bias;  // of the first key and query
-  float* d_bias;
-  int64_t bias_stride;
-  int64_t keys, queries;  // that exist, of these 32
-};
-
-// One call: 32 keys by 32 queries of probabilities and gradients of scores, in bf16, and on AMX the
-// slices of products, as evenly as they come between each two keys and the next.
-template <bool has_bias>
-__attribute__((noinline)) void differentiate(const Unit& given, const Product* products, int count,
-                                             Pending& pending) {
-  const Unit unit = given;
-  Slices slices(products, count, pending);
-  const int64_t all_slices = slices.left_over();
-  const __m512 factor = _mm512_set1_ps(unit.factor);
-  const __m512 log_sums[2] = {_mm512_load_ps(unit.log_sums), _mm512_load_ps(unit.log_sums + 16)};
-  const __m512 delta[2] = {_mm512_load_ps(unit.delta), _mm512_load_ps(unit.delta + 16)};
-  const __mmask16 there[2] = {first_of_16(unit.queries), first_of_16(unit.queries - 16)};
-  for (int64_t row = 0; row < UNIT; row += 2) {
-    __m512i d_scores[2] = {};
-    if (row >= unit.keys) {  // d_q takes all 32; d_k and d_v of no key may be anything
-      _mm512_store_si512(unit.pairs + row * 16, d_scores[0]);
-      _mm512_store_si512(unit.pairs + TILE + row * 16, d_scores[0]);
-      continue;
-    }
-#pragma GCC unroll 2
-    for (int of_pair = 0; of_pair < 2; of_pair++) {
-      const int64_t j = row + of_pair;
-      const __mmask16 visible = unit.visible >> j & 1 ? 0xffff : 0;
-      __m512 probability[2], d_score[2];
-#pragma GCC unroll 2
-      for (int i = 0; i < 2; i++) {
-        const __m512 score = _mm512_load_ps(unit.scores + j * UNIT + 16 * i);
-        __m512 x = _mm512_fmsub_ps(score, factor, log_sums[i]);
-        if (has_bias) {
-          const float* bias = unit.bias + j * unit.bias_stride + 16 * i;
-          const __m512 added = _mm512_maskz_loadu_ps(there[i] & visible, bias);
-          x = _mm512_fmadd_ps(added, _mm512_set1_ps(LOG2_E), x);
-        }
-        probability[i] = exp2_where(visible, x);
-        const __m512 d_probability = _mm512_load_ps(unit.d_probabilities + j * UNIT + 16 * i);
-        d_score[i] = _mm512_mul_ps(probability[i], _mm512_sub_ps(d_probability, delta[i]));
-        if (has_bias && unit.d_bias) {
-          float* sum = unit.d_bias + j * unit.bias_stride + 16 * i;
-          const __mmask16 added = there[i] & visible;
-          const __m512 more = _mm512_add_ps(_mm512_maskz_loadu_ps(added, sum), d_score[i]);
-          _mm512_mask_storeu_ps(sum, added, more);
-        }
-      }
-      d_scores[of_pair] = to_bf16(d_score[1], d_score[0]);
-      _mm512_store_si512(unit.probabilities + j * BLOCK, to_bf16(probability[1], probability[0]));
-      _mm512_store_si512(unit.d_scores + j * BLOCK, d_scores[of_pair]);
-    }
-    _mm512_store_si512(unit.pairs + row * 16, _mm512_unpacklo_epi16(d_scores[0], d_scores[1]));
-    _mm512_store_si512(unit.pairs + TILE + row * 16,
-                       _mm512_unpackhi_epi16(d_scores[0], d_scores[1]));
-    slices.leave(all_slices * (UNIT - 2 - row) / UNIT);
-  }
-  slices.leave(0);
-  pending = slices.pending();
-}
+// -- products -------------------------------------------------------------------------------------
 
 // Where 32 keys by 32 queries lie, and what holds their probabilities.
 struct Place {
@@ -295,49 +228,10 @@ inline Unit unit_of(const Backward& bwd, int64_t chunk, int64_t step, const Plac
 
 // -- 64 keys by a chunk of queries ---------------------------------------------------------------
 
-// Products that wait to run beside a unit, in the order in which units to come write over what they
-// read.
-class Waiting {
- public:
-  void add(const Product& product, int64_t overwritten) {
-    products_[end_] = product, overwritten_[end_++] = overwritten;
-  }
-
-  // Moves to `list` those that must run beside the n-th unit, because the next one writes over what
-  // they read, and more up to a unit's share of all slices. Returns how many.
-  int take(int64_t n, int64_t share, Product* list) {
-    int count = 0;
-    for (due_ += share; begin_ < end_ && (due_ > 0 || overwritten_[begin_] <= n + 1); begin_++) {
-      due_ -= products_[begin_].depth;
-      list[count++] = products_[begin_];
-    }
-    if (begin_ == end_) due_ = minimum(due_, 0);
-    if (begin_ >= end_ - begin_) move_to_front();
-    return count;
-  }
-
-  int take_all(Product* list) { return take(INT64_MAX - 1, 0, list); }
-
-  // d_k and d_v of twice 32 keys, d_q of a block of queries
-  static constexpr int MOST = (2 * 2 + BLOCK / 32) * 128 / 32;
-
- private:
-  void move_to_front() {
-    for (int n = begin_; n < end_; n++)
-      products_[n - begin_] = products_[n], overwritten_[n - begin_] = overwritten_[n];
-    end_ -= begin_, begin_ = 0;
-  }
-
-  Product products_[3 * MOST];
-  int64_t overwritten_[3 * MOST];  // the number of the unit that does it
-  int begin_ = 0, end_ = 0;
-  int64_t due_ = 0;  // slices
-};
-
 // d_v and d_k += probabilities and d_scores of 32 keys and a block of queries times gradients of
 // out and queries.
 inline void add_key_sums(const Backward& bwd, int64_t chunk, int64_t step, const Place& at,
-                         float* d_k, float* d_v, int64_t overwritten, Waiting& waiting) {
+                         float* d_k, float* d_v, int64_t overwritten, WaitingSums& waiting) {
   const Geometry& geometry = bwd.geometry;
   const int64_t left = 32 * at.slot * BLOCK, block = at.query - at.column;
   const int64_t queries = minimum(BLOCK, bwd.queries - chunk - block);
@@ -367,7 +261,7 @@ inline void add_key_sums(const Backward& bwd, int64_t chunk, int64_t step, const
 
 // d_q of 32 queries += a step's keys, transposed, times d_scores.
 inline void add_query_sums(const Backward& bwd, int64_t step, const Place& at, int64_t overwritten,
-                           Waiting& waiting) {
+                           WaitingSums& waiting) {
   const Geometry& geometry = bwd.geometry;
   const int64_t keys = minimum(STEP, bwd.keys - step);
   const int64_t slot = keys > UNIT ? 0 : at.slot;  // the first of the step
@@ -387,22 +281,22 @@ inline void add_query_sums(const Backward& bwd, int64_t step, const Place& at, i
 }
 
 // 64 keys against a chunk of queries, in units of 32 by 32: of a block of 128 queries all with the
-// first 32 keys, then all with the second. While the vector units work on a unit, the matrix unit
-// multiplies the next unit's scores and d_probabilities and sums of earlier units, here of keys a
-// and b by queries 0 to 3 (32 each):
+// first 32 keys (a), then all with the second (b). While the vector units work on a unit, the
+// matrix unit multiplies the next unit's scores and d_probabilities, and sums of earlier units:
 //
-//   vectors   a0         a1         a2         a3      |  b0    b1    b2    b3   |  next block
-//   tiles     scores a1  scores a2  scores a3  scores b0  ...
-//             sums before                              |  d_k, d_v of a          |  d_k, d_v of b
-//                                                      |        d_q 0, d_q 1, d_q 2, d_q 3
+//   vectors   a0    a1    a2    a3     |  b0    b1    b2    b3    |  a4    a5    a6    a7     |
+//   tiles     scores and d_probabilities of the next unit
+//             sums of the block before |  d_k and d_v of a        |  d_q of queries 2 and 3   |
+//                                      |  d_q of queries 0 and 1  |  d_k and d_v of b         |
 //
-// So one buffer of probabilities is enough: each half is read while the other is written.
+// So one buffer of probabilities is enough: each half is read while the other is written. What a
+// unit writes over is multiplied before (waiting.h), which at ragged ends is sooner than this.
 void differentiate_keys(const Backward& bwd, int64_t chunk, int64_t step, float* d_k, float* d_v) {
   const int64_t queries = minimum(QUERY_CHUNK, bwd.queries - chunk);
   const int64_t key_units = units_of(minimum(STEP, bwd.keys - step));
   const int64_t share = 3 * bwd.geometry.depth;  // slices of d_k, d_v and d_q for each unit
-  Waiting waiting;
-  Product beside[2 + Waiting::MOST];
+  WaitingSums waiting;
+  Product beside[2 + MOST_SUMS];
   Pending pending;
   const auto list_scores = [&](const Place& at, int buffer) {
     beside[0] =

@@ -40,7 +40,7 @@ inline __m512 exp2_where(__mmask16 visible, __m512 x) {
 // then, and the rest of its bits are the power's in fixed point, 8.15, with fp32's own 127 added.
 constexpr float FIXED_POINT = 256 + 127;
 
-// 2^(score * factor + added) where visible, else 0, to 9e-5 of itself: a fiftieth of bf16's
+// 2^(score * factor + added) where visible, else 0, to 1e-4 of itself: a twentieth of bf16's
 // rounding. The power must be between -120 and 1, which excludes nan; fixed_point = FIXED_POINT +
 // added. On AMX a fused product, like any shift, has but one port while tiles multiply, so there
 // are few: a shuffle moves the fixed point by a byte to where fp32 has exponent and mantissa, and
