@@ -131,9 +131,10 @@ def _parser() -> argparse.ArgumentParser:
     option("--target", nargs="+", choices=targets, default=list(GPUS))
     option("--op", nargs="+", choices=ops, default=ops)
     option("--dtype", nargs="+", choices=[*DTYPES])
-    option("--case", nargs="+", help="names of cases; all primary ones unless given")
+    option("--case", nargs="+", help="names, primary, GPU: variants; all of these unless given")
     option("--alone", action="store_true", help="TPU: attention without its projections")
     option("--schedule", action="store_true", help="TPU: bundles and spills of every kernel")
+    option("--peers", action="store_true", help="GPU: plain Triton kernels beside ours")
     option("--out", type=Path, help="append the rows to this file, as JSON lines")
     option("--read", type=Path, help="only print the table of the rows in this file")
 
@@ -316,7 +317,7 @@ def _compile(given: argparse.Namespace) -> int:
     if on_gpu and os.environ.get("TRITON_INTERPRET") == "1":
         raise ValueError("TRITON_INTERPRET is set: kernels are then interpreted; unset it")
     what = (given.op, given.case, given.dtype, given.out)
-    options = dict(schedule=given.schedule, alone=given.alone)
+    options = dict(schedule=given.schedule, alone=given.alone, peers=given.peers)
     made = [compile.compile_targets(each, *what, **options) for each in (on_gpu, on_tpu) if each]
     return max(made)
 

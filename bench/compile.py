@@ -1,6 +1,6 @@
 """Compile kernels for devices that are not here, and read what the real compilers made of them.
 
-    python -m bench compile --target sm_90 --op attention       # Triton
+    python -m bench compile --target sm_90 --op attention --peers    # Triton
     python -m bench compile --target v5e --op attention --case video_mbs_drop50 --schedule
     python -m bench compile --read bench/results/compile_tpu.jsonl   # the table of old rows
 
@@ -33,13 +33,15 @@ def compile_targets(
     *,
     schedule: bool,
     alone: bool,
+    peers: bool,
 ) -> int:
     """Print a table of what GPUs or TPUs got and append its rows; 1 where one has a fault.
 
     Args:
-        cases: None: every primary one.
+        cases: None: every primary one and, for GPUs, their variants.
         dtypes: None: bf16 and fp32; for GPUs attention in bf16 alone, whose fp32 takes hours.
         alone: of TPUs: attention without its projections.
+        peers: of GPUs: plain Triton kernels beside ours.
         schedule: of TPUs: count bundles and spills of every kernel; takes three times as long.
     """
     tpu = targets[0] in TPUS
@@ -48,10 +50,10 @@ def compile_targets(
             f"--xla_jf_dump_to={tempfile.mkdtemp()} --xla_jf_dump_llo_text=true"
         )
     module = _module(tpu)
-    options = dict(alone=alone) if tpu else {}
+    options = dict(alone=alone) if tpu else dict(peers=peers)
     rows: list[Any] = []
-    for op, case in _chosen(ops, cases):
-        usual = ("bf16",) if op == "attention" and not tpu else ("bf16", "fp32")
+    for op, case in _chosen(ops, cases, module):
+        usual = ("bf16", "fp32") if tpu else module.variant(op, case).dtypes
         for dtype in dtypes or usual:
             for target in targets:
                 made = module.distinct(
@@ -70,6 +72,8 @@ def compile_targets(
     if not rows:
         raise ValueError("no such case; see kernels/cases.py")
     print(_table(rows, module))
+    if not tpu:
+        print(f"\n{module.schedule(rows)}\n")
     bad = [row for row in rows if row.faults]
     for row in bad:
         print(f"{row.title}: {'; '.join(row.faults)}")
@@ -77,11 +81,16 @@ def compile_targets(
     return int(bool(bad))
 
 
-def _chosen(ops: Iterable[str], names: Sequence[str] | None) -> Iterator[tuple[str, str]]:
+def _chosen(
+    ops: Iterable[str], names: Sequence[str] | None, module: Any
+) -> Iterator[tuple[str, str]]:
     for op in ops:
-        for case in CASES[op].values():
-            if case.name in names if names else tag(case) == "primary":
-                yield op, case.name
+        primary = [case.name for case in CASES[op].values() if tag(case) == "primary"]
+        variants = [each.case.name for each in getattr(module, "VARIANTS", {}).get(op, ())]
+        known = {"primary": primary, "variants": variants}
+        for name in names or known:
+            chosen = known.get(name, [name] if name in {*CASES[op], *variants} else [])
+            yield from ((op, each) for each in chosen)
 
 
 def _module(tpu: bool) -> Any:
