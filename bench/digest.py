@@ -43,6 +43,7 @@ def files(
     ops = list(backends.BACKENDS) if op == "step" else [op]
     found: set[Path] = set()
     if ours:
+        backend = backend.partition(" ")[0]  # tiles may follow
         name = backend.partition("_compiled")[0] if op == "step" else backend
         name = name.partition("_max-autotune")[0]
         for each in ops:

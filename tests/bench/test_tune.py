@@ -101,6 +101,36 @@ def test_the_heuristic_stays_unless_something_is_faster(monkeypatch):
     assert table == {"fake_forward": {"fp32 queries=5": {"BLOCK": 64, "num_warps": 4}}}
 
 
+def test_what_the_compiled_code_forbids_is_never_timed(monkeypatch):
+    seen, asked = [], []
+    function, clock = fake_kernels(monkeypatch, seen)
+    blocks = [{"BLOCK": block, "num_warps": 4} for block in (96, 128)]
+
+    def refusals(*where, choices):
+        asked.append(where)
+        return ["2 spills" if each["fake_forward"]["BLOCK"] == 128 else None for each in choices]
+
+    table, skipped, timed = {}, Counter(), []
+    prepare = clock.prepare
+    clock.prepare = lambda calls: timed.append(len(calls)) or prepare(calls)
+    tune.tune_case(
+        "attention",
+        AttentionCase("fake", 2, 5, 5, 2, 8),
+        torch.float32,
+        CPU,
+        candidates_of={"fake_forward": blocks},
+        table=table,
+        clock=clock,
+        rounds=2,
+        function=function,
+        skipped=skipped,
+        refusals=lambda *job: refusals(*job[:-1], choices=job[-1]),
+    )
+    assert table == {"fake_forward": {"fp32 queries=5": blocks[0]}}
+    assert skipped == {"code": 1} and len(timed) == 2  # the heuristic and 96
+    assert asked == [("attention", "fake", "fp32", "fwd")]
+
+
 def test_a_table_serves_before_it_is_installed():
     choice = {"BLOCK": 8}
     with tune.applied({"kernel": {"fp16 n=3": choice}}):
