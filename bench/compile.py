@@ -22,6 +22,7 @@ from vatt_fast.kernels.cases import CASES, tag
 
 from .lines import markdown_table
 from .machine import TPUS
+from .timer import first_line
 
 
 def compile_targets(
@@ -52,13 +53,18 @@ def compile_targets(
     module = _module(tpu)
     options = dict(alone=alone) if tpu else dict(peers=peers)
     rows: list[Any] = []
+    failed: list[str] = []
     for op, case in _chosen(ops, cases, module):
         usual = ("bf16", "fp32") if tpu else module.variant(op, case).dtypes
         for dtype in dtypes or usual:
             for target in targets:
-                made = module.distinct(
-                    module.compile_case(op, case, dtype, target, **options), rows
-                )
+                try:
+                    compiled = module.compile_case(op, case, dtype, target, **options)
+                except Exception as error:  # the others are worth knowing
+                    failed.append(f"{op} {case} {dtype} {target}: {first_line(error)}")
+                    print(error, file=sys.stderr, flush=True)
+                    continue
+                made = module.distinct(compiled, rows)
                 rows += made
                 told = "; ".join(fault for row in made for fault in row.faults) or "no fault"
                 told = f"{op} {case} {dtype} {target}: {len(made)} rows, {told}"
@@ -69,7 +75,7 @@ def compile_targets(
                     out.parent.mkdir(parents=True, exist_ok=True)
                     with out.open("a") as file:
                         file.writelines(json.dumps(asdict(row)) + "\n" for row in made)
-    if not rows:
+    if not rows and not failed:
         raise ValueError("no such case; see kernels/cases.py")
     print(_table(rows, module))
     if not tpu:
@@ -77,8 +83,10 @@ def compile_targets(
     bad = [row for row in rows if row.faults]
     for row in bad:
         print(f"{row.title}: {'; '.join(row.faults)}")
+    for each in failed:
+        print(f"did not compile: {each}")
     print(f"{len(rows)} rows compiled for {', '.join(targets)}; {len(bad)} with faults")
-    return int(bool(bad))
+    return int(bool(bad or failed))
 
 
 def _chosen(

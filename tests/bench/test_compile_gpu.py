@@ -64,6 +64,22 @@ def compile_part(out, op, cases, targets):
     return [json.loads(line) for line in out.read_text().splitlines()]
 
 
+def test_a_kernel_that_does_not_compile_is_told_after_the_others(monkeypatch, capsys):
+    from bench import compile, compile_gpu
+
+    def broken_at_one(op, case, dtype, target, **options):
+        if case == "va_tiny":
+            raise RuntimeError("no such instruction")
+        return []
+
+    monkeypatch.setattr(compile_gpu, "compile_case", broken_at_one)
+    what = (["sm_90"], ["contrastive_lse"], ["va_tiny", "vt_tiny"], ["bf16"], None)
+    status = compile.compile_targets(*what, schedule=False, alone=False, peers=False)
+    told, errors = capsys.readouterr()
+    assert status == 1 and "vt_tiny bf16 sm_90: 0 rows" in errors
+    assert "not compile: contrastive_lse va_tiny bf16 sm_90: RuntimeError: no such" in told
+
+
 # -- committed counts -------------------------------------------------------------------------
 
 
