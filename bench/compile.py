@@ -78,8 +78,6 @@ def compile_targets(
     if not rows and not failed:
         raise ValueError("no such case; see kernels/cases.py")
     print(_table(rows, module))
-    if not tpu:
-        print(f"\n{module.schedule(rows)}\n")
     bad = [row for row in rows if row.faults]
     for row in bad:
         print(f"{row.title}: {'; '.join(row.faults)}")
@@ -119,9 +117,15 @@ def read(path: Path) -> str:
 
 
 def _table(rows: Iterable[Any], module: Any) -> str:
-    """A row a group: its key, then what the module's ``cells`` makes of the group."""
+    """A row a group: its key, then what the module's ``cells`` makes of the group.
+
+    Of GPUs then a row a main loop.
+    """
+    rows = list(rows)
     groups: dict[tuple, list[Any]] = {}
     for row in rows:
         groups.setdefault(module.key(row), []).append(row)
     told = [(*name, *module.cells(group)) for name, group in groups.items()]
-    return markdown_table(module.HEADINGS.split(", "), told)
+    table = markdown_table(module.HEADINGS.split(", "), told)
+    schedule = getattr(module, "schedule", None)
+    return f"{table}\n\n{schedule(rows)}\n" if schedule else table

@@ -19,6 +19,7 @@ goes on. The exit status is 1 where parity is red. For more, with more time: ``b
 import contextlib
 import dataclasses
 import functools
+import itertools
 import json
 import multiprocessing
 import time
@@ -45,7 +46,13 @@ from .timer import first_line, side_stream
 
 MINUTES = 12.0
 BACKEND = tune.BACKEND
-_SDPA = ("sdpa_flash", "sdpa_cudnn", "sdpa_efficient")
+# the strongest peers: each compiled one costs the time of a compilation
+_PEERS: dict[str, tuple[str, ...]] = {
+    "attention": ("sdpa_flash", "sdpa_cudnn", "sdpa_efficient"),
+    "patch_embed": ("gather_first", "gather_first_compiled"),
+    "contrastive_lse": ("materialised", "materialised_compiled", "cut_cross_entropy"),
+    "drop_token": ("gather",),
+}
 _OUT_OF_TIME = "out of time; run it again to continue"
 # what is timed, and, compiled beforehand, under which tiles besides the kernels' own
 _TIMED: dict[str, tuple[str, ...]] = {
@@ -123,8 +130,7 @@ class Run:
         """What parity.jsonl does not show green may not be timed."""
         if self.dry:
             options |= dict(rounds=1, warmup=1, quick=True)
-        options |= dict(deadline=self.deadline, compiled_peers=not self.dry)
-        made = Setting(self.device, **options)
+        made = Setting(self.device, deadline=self.deadline, **options)
         verdicts = self.verdicts()
         for op, names in backends.BACKENDS.items():
             for name in names:
@@ -237,6 +243,7 @@ def _check_all(run: Run) -> Missing:
 
 
 def _check(op: str, name: str, case: Case, dtype: str, device: torch.device) -> str | None:
+    torch.set_num_threads(1)  # the truth is computed on the host, in many processes
     if device.type == "cuda":
         try:
             torch.cuda.synchronize()
@@ -251,7 +258,7 @@ def _check(op: str, name: str, case: Case, dtype: str, device: torch.device) -> 
 def _race_ways(run: Run, op: str, case: Case) -> Missing:
     """Our kernels as they choose, under other tiles and plans, and SDPA's, in one race a mode."""
     own = "reference" if run.dry else BACKEND  # what is interpreted is not timed
-    setting = run.setting(backends=(own,), peer_names=_SDPA)
+    setting = run.setting(backends=(own,), peer_names=_PEERS[op])
     absent: dict[str, str] = {}
     rate = case.origin.drop_rate if case.origin else None
     with side_stream(run.device):
@@ -294,7 +301,8 @@ def _under(
 
 def _race_peers(run: Run, op: str, case: Case) -> Missing:
     modes: tuple[Mode, ...] = ("fwd", "fwd+bwd")
-    setting, out = run.setting(), run.file("ops")
+    names = [name for name in _PEERS[op] if not (run.dry and name.endswith("_compiled"))]
+    setting, out = run.setting(peer_names=tuple(names)), run.file("ops")
     _, missing = sweeps.measure_cases(setting, [(op, case)], run.dtype, modes, out)
     return [(f"{where}: {who}", why) for where, who, why in missing]
 
@@ -335,12 +343,14 @@ def _race_steps(run: Run, cell: Cell) -> Missing:
 def _cases(
     do: Callable[[Run, str, Case], Missing], *ops: str, dry: tuple[str, ...] = ()
 ) -> Callable[[Run], Iterator[Part]]:
-    """Parts: a case of an op each."""
+    """Parts: a case of an op each; the first case of every op before the second of one."""
 
     def parts(run: Run) -> Iterator[Part]:
-        for op in dry or ops if run.dry else ops:
-            for case in run.cases(op):
-                yield f"{op} {case.name}", functools.partial(do, run, op, case)
+        chosen = dry or ops if run.dry else ops
+        for turn in itertools.zip_longest(*map(run.cases, chosen)):
+            for op, case in zip(chosen, turn, strict=True):
+                if case:
+                    yield f"{op} {case.name}", functools.partial(do, run, op, case)
 
     return parts
 
@@ -362,11 +372,14 @@ ITEMS: dict[str, tuple[float, Callable[[Run], Iterator[Part]]]] = {
 def main(run: Run, items: Iterable[str], minutes: float) -> int:
     """Do the items in their order; 1 where parity is red."""
     run.out.mkdir(parents=True, exist_ok=True)
+    print(machine.name(run.device), machine.versions(run.device), flush=True)
     end = time.monotonic() + 60 * minutes
-    for item in (each for each in ITEMS if each in items):
-        share, parts = ITEMS[item]
-        last = item == [*ITEMS][-1]
-        run.deadline = end if last else min(end, time.monotonic() + share * 60 * minutes)
+    left = {item: ITEMS[item] for item in ITEMS if item in items}
+    for item, (share, parts) in list(left.items()):
+        # what one leaves goes to the others
+        part_of_left = share / sum(each for each, _ in left.values())
+        run.deadline = time.monotonic() + part_of_left * (end - time.monotonic())
+        del left[item]
         for name, do in parts(run):
             done = {(each["item"], each["part"]) for each in run.records("parts") if each["done"]}
             if (item, name) not in done:

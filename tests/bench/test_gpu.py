@@ -72,6 +72,21 @@ def test_without_time_left_nothing_begins_and_nothing_is_done(tmp_path, monkeypa
     )
 
 
+def test_what_an_item_leaves_of_its_time_goes_to_the_others(tmp_path, monkeypatch):
+    run = gpu.Run(tmp_path, CPU, True)
+    given = {}
+
+    def parts(item):
+        return lambda run: iter([("", lambda: given.update({item: run.deadline}) or [])])
+
+    items = {"ops": (0.1, parts("ops")), "tune": (0.3, parts("tune")), "step": (0.1, parts("step"))}
+    monkeypatch.setattr(gpu, "ITEMS", items)
+    began = time.monotonic()
+    gpu.main(run, ["step", "tune"], 1000.0)
+    assert list(given) == ["tune", "step"]
+    assert abs(given["tune"] - began - 45000) < 60 and abs(given["step"] - began - 60000) < 60
+
+
 def test_checks_that_find_no_time_are_left_for_the_next_call(tmp_path):
     run = gpu.Run(tmp_path, CPU, True, deadline=time.monotonic())
     (missing,) = gpu._check_all(run)
