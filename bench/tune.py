@@ -59,6 +59,7 @@ def overheard() -> Iterator[list[Request]]:
 
     found: list[Request] = []
     tiles.choose = choose  # backends look it up in the module at every call
+    tiles.forget()  # unless they remember its answer
     try:
         yield found
     finally:
@@ -366,10 +367,12 @@ def applied(table: Table) -> Iterator[None]:
     """Kernels take this table for the device's while the block runs, before it is installed."""
     original = tiles.table
     tiles.table = lambda arch: table
+    tiles.forget()
     try:
         yield
     finally:
         tiles.table = original
+        tiles.forget()
 
 
 @functools.cache

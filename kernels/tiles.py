@@ -7,6 +7,7 @@ run time, so ranks cannot differ.
 
 import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -22,6 +23,15 @@ def choose(kernel: str, arch: str, dtype: torch.dtype, heuristic: Tiles, **shape
     A tuned entry counts only for exactly this shape, dtype and architecture.
     """
     return forced_tiles(kernel) or table(arch).get(kernel, {}).get(key(dtype, **shape)) or heuristic
+
+
+caches: list[Callable[[], None]] = []  # what empties a memory of choices, one each
+
+
+def forget() -> None:
+    """Have every choice made anew, after a table or ``choose`` itself was replaced."""
+    for clear in caches:
+        clear()
 
 
 def key(dtype: torch.dtype, **shape: int) -> str:

@@ -1,13 +1,15 @@
 """The tuner keeps the fastest tiles that are right."""
 
+import functools
 import json
 from collections import Counter
 
+import pytest
 import torch
 
-from bench import tune
+from bench import calls, tune
 from vatt_fast.kernels import tiles
-from vatt_fast.kernels.cases import AttentionCase
+from vatt_fast.kernels.cases import CASES, AttentionCase, make
 
 CPU = torch.device("cpu")
 
@@ -99,6 +101,37 @@ def test_the_heuristic_stays_unless_something_is_faster(monkeypatch):
     options = dict(candidates_of=candidates, clock=clock, rounds=1, function=function)
     tune.tune_case("attention", case, torch.float32, CPU, table=table, **options)
     assert table == {"fake_forward": {"fp32 queries=5": {"BLOCK": 64, "num_warps": 4}}}
+
+
+@pytest.mark.parametrize("op", ["contrastive_lse", "drop_token", "patch_embed", "attention"])
+def test_kernels_are_overheard_and_obey_a_table_whatever_they_remember(op):
+    pytest.importorskip("triton", reason="the kernels are Triton's")
+    case = next(iter(CASES[op].values()))
+    call = functools.partial(calls.on_backend(op, "triton_gpu"), **make(case))
+
+    def asked():
+        with tune.overheard() as requests:
+            call()
+        return {request.kernel: request for request in requests}
+
+    call()
+    first = asked()
+    assert first and asked() == first
+    table = {
+        request.kernel: {request.key: dict(request.heuristic) | {"num_warps": 1}}
+        for request in first.values()
+    }
+    used = []
+    original = tiles.choose
+
+    def choose(*args, **shape):
+        used.append(original(*args, **shape))
+        return used[-1]
+
+    with tune.applied(table), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiles, "choose", choose)
+        call()
+    assert used and all(each["num_warps"] == 1 for each in used)
 
 
 def test_what_the_compiled_code_forbids_is_never_timed(monkeypatch):
