@@ -159,15 +159,20 @@ def _refusal(reasons: Iterable[str | None]) -> str | None:
     return None if None in why else next(iter(why), None)
 
 
-def _each_result(run: Run, function: Callable, jobs: list) -> Iterator[tuple[Any, Any]]:
-    """(job, result or exception) as they come, until the run is out of time."""
+def _side_by_side(
+    run: Run, function: Callable, jobs: list, take: Callable[[Any, Any], Missing]
+) -> Missing:
+    """Give ``take`` (job, result or exception) as they come; what found no time is missing too."""
+    missing: Missing = []
     with tune.workers() as pool:  # ended with the block, whatever they are at
         results = pool.imap_unordered(functools.partial(_tried, function), jobs)
-        for _ in jobs:
+        for count in range(len(jobs)):
             try:
-                yield results.next(timeout=max(0.0, run.deadline - time.monotonic()))
+                found = results.next(timeout=max(0.0, run.deadline - time.monotonic()))
             except multiprocessing.TimeoutError:
-                return
+                return [*missing, (f"{len(jobs) - count} left", _OUT_OF_TIME)]
+            missing += take(*found)
+    return missing
 
 
 def _tried(function: Callable, job: Any) -> tuple[Any, Any]:
@@ -191,17 +196,15 @@ def _compile(run: Run) -> Missing:
     arch = tune.arch()
     jobs: list[tuple] = [(op, case.name, arch, {}) for op in OPS for case in run.cases(op)]
     jobs += [("attention", case.name, arch, way) for case in run.cases("attention") for way in ways]
-    missing: Missing = []
-    count = 0
-    for (op, case, *_), rows in _each_result(run, _compiled_rows, jobs):
-        count += 1
+
+    def take(job, rows) -> Missing:
         if isinstance(rows, Exception):
-            missing.append((f"{op} {case}", str(rows)))
-            continue
+            return [(" ".join(job[:2]), str(rows))]
         for row in rows:
             run.note("compile", **dataclasses.asdict(row))
-        missing += [(row.title, "; ".join(row.faults)) for row in rows if row.faults]
-    return missing + _unfinished(len(jobs) - count)
+        return [(row.title, "; ".join(row.faults)) for row in rows if row.faults]
+
+    return _side_by_side(run, _compiled_rows, jobs, take)
 
 
 def _compiled_rows(op: str, case: str, arch: str, choices: dict[str, Tiles]) -> list[Any]:
@@ -209,10 +212,6 @@ def _compiled_rows(op: str, case: str, arch: str, choices: dict[str, Tiles]) -> 
 
     with settings.force_tiles(**choices):
         return compile_case(op, case, "bf16", arch)
-
-
-def _unfinished(count: int) -> Missing:
-    return [(f"{count} left", _OUT_OF_TIME)] if count > 0 else []
 
 
 # -- parity -----------------------------------------------------------------------------------
@@ -230,16 +229,15 @@ def _check_all(run: Run) -> Missing:
         for name in names[op]
         if case.name not in run.verdicts().get((op, name), {})
     ]
-    missing: Missing = []
-    count = 0
-    for (op, name, case, *_), reason in _each_result(run, _check, jobs):
-        count += 1
+
+    def take(job, reason) -> Missing:
+        op, name, case, *_ = job
         reason = f"{RED}: {reason}" if isinstance(reason, Exception) else reason
         run.note("parity", op=op, backend=name, case=case.name, reason=reason)
         print(f"{op} {name} {case.name}: {reason or 'green'}", flush=True)
-        if reason and RED in reason:
-            missing.append((f"{op} {name} {case.name}", reason))
-    return missing + _unfinished(len(jobs) - count)
+        return [(f"{op} {name} {case.name}", reason)] if reason and RED in reason else []
+
+    return _side_by_side(run, _check, jobs, take)
 
 
 def _check(op: str, name: str, case: Case, dtype: str, device: torch.device) -> str | None:
