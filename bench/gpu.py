@@ -22,6 +22,7 @@ import functools
 import itertools
 import json
 import multiprocessing
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -168,7 +169,8 @@ def _side_by_side(
         results = pool.imap_unordered(functools.partial(_tried, function), jobs)
         for count in range(len(jobs)):
             try:
-                found = results.next(timeout=max(0.0, run.deadline - time.monotonic()))
+                left = max(0.0, run.deadline - time.monotonic())
+                found = results.next(timeout=min(left, threading.TIMEOUT_MAX))
             except multiprocessing.TimeoutError:
                 return [*missing, (f"{len(jobs) - count} left", _OUT_OF_TIME)]
             missing += take(*found)

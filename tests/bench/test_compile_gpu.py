@@ -316,6 +316,24 @@ print(of("text_bbs", 32, 32, 2, maxnreg=16), flush=True)
     assert told[-1].startswith("PTXASError")  # Triton prints the program before it
 
 
+def test_what_a_gpu_run_times_is_compiled_first_in_other_processes(tmp_path):
+    told = script(f"""
+import pathlib, torch
+from bench import gpu, tune
+tune.arch = lambda: "sm_90"
+gpu._WAYS = {{}}
+gpu._TIMED = dict.fromkeys(gpu.OPS, ()) | dict(drop_token=("video_tiny_drop50", "no_such_case"))
+gpu.Run.cases = lambda run, op: [gpu.CASES[op].get(name, "?") for name in gpu._TIMED[op]]
+run = gpu.Run(pathlib.Path({str(tmp_path)!r}), torch.device("cpu"), False)
+gpu.CASES["drop_token"]["no_such_case"] = gpu.dataclasses.replace(
+    gpu.CASES["drop_token"]["one_of_one"], name="no_such_case")
+print(gpu._compile(run))
+print(sorted(each["kernel"] for each in run.records("compile")))
+""").splitlines()
+    assert told[-2].startswith("[('drop_token no_such_case', \"KeyError: ")
+    assert "_kernel" in told[-1]
+
+
 def test_peers_are_compiled_beside_ours():
     told = script("""
 from bench.compile_gpu import compile_case, schedule
