@@ -8,7 +8,7 @@
     python -m bench floors              # FLOPs, bytes and predicted times of every case
     python -m bench compile --target sm_90        # kernels through the real compilers, no device
     python -m bench tune                # the Triton kernels' tiles, on a GPU
-    python -m bench gpu --out DIR       # everything that waits for a GPU
+    python -m bench gpu --out DIR       # what a quarter of an hour on a GPU is for
     python -m bench report              # figures, and the tables of the docs, from the lines
 
 Lines go to bench/results/<machine>.jsonl. A command that measures may be killed at any time and,
@@ -127,17 +127,18 @@ def _parser() -> argparse.ArgumentParser:
     option("--target", nargs="+", choices=targets, default=list(GPUS))
     option("--op", nargs="+", choices=ops, default=ops)
     option("--dtype", nargs="+", choices=[*DTYPES])
-    option("--case", nargs="+", help="names of cases; all primary ones unless given")
+    option("--case", nargs="+", help="names, primary, GPU: variants; all of these unless given")
     option("--alone", action="store_true", help="TPU: attention without its projections")
     option("--schedule", action="store_true", help="TPU: bundles, cycles and spills by kernel")
-    option("--peers", nargs="+", default=[], choices=["flash", "splash", "xla"], help="TPU: too")
+    peers = ["flash", "splash", "xla", "triton"]
+    option("--peers", nargs="+", default=[], choices=peers, help="too; GPU: triton, TPU: others")
     option("--out", type=Path, help="append the rows to this file, as JSON lines")
     option("--read", type=Path, help="only print the table of the rows in this file")
 
-    option = made.add(_gpu, "everything that waits for a GPU, in stages")
+    option = made.add(_gpu, "what a quarter of an hour on a GPU is for")
     option("--out", type=Path, required=True, help="folder; continued where it exists")
-    option("--stage", nargs="+", default=list(gpu.STAGES), choices=gpu.STAGES)
-    option("--budget", type=float, default=gpu.BUDGET_S, help="seconds a stage may take")
+    option("--item", nargs="+", default=list(gpu.ITEMS), choices=gpu.ITEMS)
+    option("--minutes", type=float, default=gpu.MINUTES, help="of all items")
     option("--dry-run", action="store_true", help="on the CPU, smallest cases, one round")
 
     option = made.add(_report, "figures, and the marked tables of the docs")
@@ -281,7 +282,9 @@ def _tune(given: argparse.Namespace) -> int:
     gate(setting, given.op, given.dtype)
     wanted = [(op, case) for op in given.op for case in calls.select(op, given.case)]
     path = given.out or tune.installed_path()
-    missing = tune.tune_cases(setting, wanted, given.dtype, path, tune.read_table(path))
+    with tune.compiled_first(tune.workers()) as refusals:
+        what = (setting, wanted, given.dtype, path, tune.read_table(path))
+        missing = tune.tune_cases(*what, refusals=refusals)
     for part, reason in missing:
         print(f"not tuned: {part}: {reason}")
     return int(any(tune.tunable(part.partition(" ")[0]) for part, _ in missing))
@@ -312,8 +315,7 @@ def _gpu(given: argparse.Namespace) -> int:
         command = [sys.executable, "-m", "bench", *sys.argv[1:]]
         return subprocess.call(command, env=environment)
     device = torch.device("cpu" if given.dry_run else "cuda")
-    run = gpu.Run(given.out, device, given.dry_run, given.budget)
-    return gpu.main(run, given.stage)
+    return gpu.main(gpu.Run(given.out, device, given.dry_run), given.item, given.minutes)
 
 
 def _report(given: argparse.Namespace) -> int:

@@ -1,6 +1,6 @@
 """Compile kernels for devices that are not here, and read what the real compilers made of them.
 
-    python -m bench compile --target sm_90 --op attention       # Triton
+    python -m bench compile --target sm_90 --op attention --peers triton
     python -m bench compile --target v5e --op attention --case video_mbs_drop50 --schedule
     python -m bench compile --read bench/results/compile_tpu.jsonl   # the table of old rows
 
@@ -23,6 +23,7 @@ from vatt_fast.kernels.cases import CASES, tag
 
 from .lines import markdown_table
 from .machine import TPUS
+from .timer import first_line
 
 
 def compile_targets(
@@ -39,29 +40,42 @@ def compile_targets(
     """Print a table of what GPUs or TPUs got and append its rows; 1 where one has a fault.
 
     Args:
-        cases: None: every primary one.
+        cases: None: every primary one and, for GPUs, their variants.
         dtypes: None: bf16 and fp32; for GPUs attention in bf16 alone, whose fp32 takes hours.
         alone: of TPUs: attention without its projections.
         schedule: of TPUs: count bundles, spills and cycles of every kernel; takes three times as
             long.
-        peers: of TPUs: others' attention after ours, in rows of their own.
+        peers: others' kernels after ours, in rows of their own. For TPUs flash, splash and xla,
+            of attention; for GPUs triton, the plain kernels.
     """
     tpu = targets[0] in TPUS
-    if peers and (not tpu or set(ops) != {"attention"}):
-        raise ValueError("peers are of attention, for TPUs: --op attention")
+    if peers and tpu and (set(ops) != {"attention"} or "triton" in peers):
+        raise ValueError("TPUs' peers are flash, splash and xla, of attention: --op attention")
+    if peers and not tpu and set(peers) != {"triton"}:
+        raise ValueError("GPUs' peers are plain Triton kernels: --peers triton")
     if schedule:  # read when libtpu is loaded
         os.environ["LIBTPU_INIT_ARGS"] = (
             f"--xla_jf_dump_to={tempfile.mkdtemp()} --xla_jf_dump_llo_text=true"
         )
     module = _module(tpu)
-    options: list[dict[str, Any]] = [dict(alone=alone)] if tpu else [{}]
-    options += [dict(peer=peer) for peer in peers]
+    options: list[dict[str, Any]]
+    if tpu:
+        options = [dict(alone=alone), *(dict(peer=peer) for peer in peers)]
+    else:
+        options = [dict(peers=bool(peers))]
     rows: list[Any] = []
-    for op, case in _chosen(ops, cases):
-        usual = ("bf16",) if op == "attention" and not tpu else ("bf16", "fp32")
+    failed: list[str] = []
+    for op, case in _chosen(ops, cases, module):
+        usual = ("bf16", "fp32") if tpu else module.variant(op, case).dtypes
         for dtype in dtypes or usual:
             for target, option in itertools.product(targets, options):
-                made = module.distinct(module.compile_case(op, case, dtype, target, **option), rows)
+                try:
+                    compiled = module.compile_case(op, case, dtype, target, **option)
+                except Exception as error:  # the others are worth knowing
+                    failed.append(f"{op} {case} {dtype} {target}: {first_line(error)}")
+                    print(error, file=sys.stderr, flush=True)
+                    continue
+                made = module.distinct(compiled, rows)
                 rows += made
                 told = "; ".join(fault for row in made for fault in row.faults) or "no fault"
                 told = f"{op} {case} {dtype} {target}: {len(made)} rows, {told}"
@@ -73,21 +87,28 @@ def compile_targets(
                     out.parent.mkdir(parents=True, exist_ok=True)
                     with out.open("a") as file:
                         file.writelines(json.dumps(asdict(row)) + "\n" for row in made)
-    if not rows:
+    if not rows and not failed:
         raise ValueError("no such case; see kernels/cases.py")
     print(_table(rows, module))
     bad = [row for row in rows if row.faults]
     for row in bad:
         print(f"{row.title}: {'; '.join(row.faults)}")
+    for each in failed:
+        print(f"did not compile: {each}")
     print(f"{len(rows)} rows compiled for {', '.join(targets)}; {len(bad)} with faults")
-    return int(bool(bad))
+    return int(bool(bad or failed))
 
 
-def _chosen(ops: Iterable[str], names: Sequence[str] | None) -> Iterator[tuple[str, str]]:
+def _chosen(
+    ops: Iterable[str], names: Sequence[str] | None, module: Any
+) -> Iterator[tuple[str, str]]:
     for op in ops:
-        for case in CASES[op].values():
-            if case.name in names if names else tag(case) == "primary":
-                yield op, case.name
+        primary = [case.name for case in CASES[op].values() if tag(case) == "primary"]
+        variants = [each.case.name for each in getattr(module, "VARIANTS", {}).get(op, ())]
+        known = {"primary": primary, "variants": variants}
+        for name in names or known:
+            chosen = known.get(name, [name] if name in {*CASES[op], *variants} else [])
+            yield from ((op, each) for each in chosen)
 
 
 def _module(tpu: bool) -> Any:
@@ -108,9 +129,15 @@ def read(path: Path) -> str:
 
 
 def _table(rows: Iterable[Any], module: Any) -> str:
-    """A row a group: its key, then what the module's ``cells`` makes of the group."""
+    """A row a group: its key, then what the module's ``cells`` makes of the group.
+
+    Of GPUs then a row a main loop.
+    """
+    rows = list(rows)
     groups: dict[tuple, list[Any]] = {}
     for row in rows:
         groups.setdefault(module.key(row), []).append(row)
     told = [(*name, *module.cells(group)) for name, group in groups.items()]
-    return markdown_table(module.HEADINGS.split(", "), told)
+    table = markdown_table(module.HEADINGS.split(", "), told)
+    schedule = getattr(module, "schedule", None)
+    return f"{table}\n\n{schedule(rows)}\n" if schedule else table

@@ -2,31 +2,36 @@
 
 The ops' own host code runs on meta tensors, and every launch is replaced by the compilation it
 would have needed: so exactly the specialisations of real use are seen. A row is one kernel for one
-target: registers, stack, spills, shared memory, matrix instructions.
+target: registers, stack, spills, shared memory, matrix instructions and, for CUDA, counts of its
+main loop (``sass.py``). They say what the code is, not what time it takes.
 
-A fault is a spill in a forward kernel in bf16 or fp16, shared memory beyond the target's limit, or
-a bf16 or fp16 matmul without the target's matrix instruction.
+A fault is shared memory beyond the target's limit and, in bf16 and fp16: a spill in a forward or in
+a main loop, a matmul without the target's matrix instruction, products that ptxas lets wait for one
+another, no copy in flight where three or more stages were asked for, a main loop that loads most
+bytes by less than 16 at a time, fewer warps a multiprocessor than planned.
 """
 
 import contextlib
 import functools
 import importlib
 import re
-import subprocess
-import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from dataclasses import asdict, dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from vatt_fast.kernels.cases import CASES, make
+from vatt_fast.kernels import settings
+from vatt_fast.kernels.cases import CASES, Case, make
+from vatt_fast.kernels.tiles import Tiles
 
+from . import peer_kernels, sass
+from .lines import markdown_table
 from .machine import DTYPES
+from .timer import first_line
 
 KIB = 1024
 
@@ -68,11 +73,98 @@ class Row:
     shared_bytes: int
     matrix: str
     faults: list[str]
+    # of CUDA alone, see ``sass.Code``
+    instructions: int = 0
+    serialised: str = ""
+    programs: int = 0
+    loop: dict[str, Any] | None = None
+    versions: str = ""
 
     @property
     def title(self) -> str:
         kernel = f"{self.target} {self.op}.{self.kernel} {self.mode} {self.dtype}"
         return f"{kernel} at {self.case} ({self.tiles})"
+
+
+# Warps that a multiprocessor of sm_90 should hold at the primary cases, so that the softmax or the
+# loads of one program overlap with the products of another
+PLANNED_WARPS = {
+    ("attention", "_forward_kernel"): 16,
+    ("attention", "_backward_keys_kernel"): 8,
+    ("attention", "_backward_queries_kernel"): 12,
+    ("contrastive_lse", "_forward_kernel"): 8,
+    ("contrastive_lse", "_weights_kernel"): 8,
+    ("patch_embed", "_forward_kernel"): 8,
+}
+
+# -- what is compiled -------------------------------------------------------------------------
+
+
+class Variant(NamedTuple):
+    """A primary case with what training or the op's own arguments add to it."""
+
+    case: Case
+    fp32_parameters: bool = False  # as under autocast
+    d_lse: bool = False  # of attention: its log-sums have a gradient
+    dtypes: tuple[str, ...] = ("bf16",)
+
+
+_MASKS = dict(x_invalid=(3,), y_invalid=(0, 7))
+_CLIP = dict(clip=(32, 224, 224, 3), patch=(4, 16, 16))
+_FP32, _FP16 = dict(fp32_parameters=True), dict(dtypes=("fp16",))
+# op, primary case, what is added, as fields of the case or of ``Variant``
+_ADDED: tuple[tuple[str, str, str, dict[str, Any]], ...] = (
+    ("attention", "video_mbs_drop50", "bias", dict(bias=True)),
+    ("attention", "video_mbs_drop50", "mask", dict(num_keys=(785, 300))),
+    ("attention", "video_mbs_drop50", "bias_mask", dict(bias=True, num_keys=(785, 300))),
+    ("attention", "video_mbs_drop50", "d_lse", dict(d_lse=True)),
+    ("attention", "text_bbs", "d_lse", dict(d_lse=True)),
+    ("attention", "video_mbs_drop50", "head_dim_16", dict(head_dim=16)),
+    ("attention", "video_mbs_drop50", "head_dim_32", dict(head_dim=32)),
+    ("attention", "video_mbs_drop50", "head_dim_80", dict(head_dim=80)),
+    ("attention", "video_mbs_drop50", "head_dim_128", dict(head_dim=128)),
+    ("attention", "video_mbs_drop50", "fp16", _FP16),
+    ("attention", "text_bbs", "fp16", _FP16),
+    ("drop_token", "video_mbs_drop50", "fp16", _FP16),
+    # no bound: a learned temperature, or a low one
+    ("contrastive_lse", "va_bbs", "no_bound", dict(bound=False)),
+    ("contrastive_lse", "vt_bbs_one_device", "no_bound", dict(bound=False)),
+    ("contrastive_lse", "vt_bbs", "masks", _MASKS),
+    ("contrastive_lse", "vt_bbs", "no_bound_masks", dict(bound=False) | _MASKS),
+    ("contrastive_lse", "va_bbs_one_device", "fp16", _FP16),
+    ("patch_embed", "video_mbs_drop50", "fp32_parameters", _FP32),
+    ("patch_embed", "video_tiny_drop50", "fp32_parameters", _FP32),
+    ("patch_embed", "audio_bbs_drop50", "fp32_parameters", _FP32),
+    ("patch_embed", "audio_bbs_drop50", "shifted", _FP32 | dict(scale=0.5, shift=0.25)),
+    ("patch_embed", "video_mbs_drop50", "gathered", _FP32 | dict(gathered=True)),
+    ("patch_embed", "audio_bbs_drop50", "gathered", _FP32 | dict(gathered=True)),
+    ("patch_embed", "video_mbs_drop50", "per_clip", _FP32 | dict(per="clip")),
+    # the agnostic order: position and AGG are added later
+    (*("patch_embed", "video_mbs_drop0", "only_projected"), dict(position=False, agg=False)),
+    ("patch_embed", "video_mbs_drop50", "no_agg", _FP32 | dict(agg=False)),
+    ("patch_embed", "video_mbs_drop50", "clip", _FP32 | _CLIP),
+    ("patch_embed", "video_mbs_drop50", "padded", _CLIP | dict(clip=(31, 220, 222, 3))),
+    ("patch_embed", "audio_bbs_drop50", "waveform", dict(clip=(153600,), patch=(128,))),
+    ("patch_embed", "video_mbs_drop50", "fp16", _FP16),
+)
+
+
+def _made(op: str, of: str, name: str, added: dict[str, Any]) -> Variant:
+    ours = {key: value for key, value in added.items() if key in Variant._fields}
+    changes = {key: value for key, value in added.items() if key not in Variant._fields}
+    return Variant(replace(CASES[op][of], name=f"{of}_{name}", **changes), **ours)
+
+
+VARIANTS: dict[str, list[Variant]] = {
+    op: [_made(*each) for each in _ADDED if each[0] == op] for op in CASES
+}
+
+
+def variant(op: str, case: str) -> Variant:
+    """A case by name, of the table of cases or of VARIANTS."""
+    known = {each.case.name: each for each in VARIANTS[op]}
+    usual = ("bf16",) if op == "attention" else ("bf16", "fp32")  # its fp32 takes hours
+    return known.get(case) or Variant(CASES[op][case], dtypes=usual)
 
 
 # -- compiling in the place of launching ------------------------------------------------------
@@ -118,10 +210,20 @@ def compiling_for(target: str) -> Iterator[list]:
 
 @functools.lru_cache(maxsize=4)
 def meta_inputs(op: str, case: str, dtype: str) -> dict[str, Any]:
-    return make(CASES[op][case], DTYPES[dtype], "meta")
+    chosen = variant(op, case)
+    inputs = make(chosen.case, DTYPES[dtype], "meta")
+    if chosen.fp32_parameters:
+        inputs |= {
+            name: inputs[name].float()
+            for name in ("weight", "bias", "position", "agg")
+            if inputs[name] is not None
+        }
+    return inputs
 
 
-def launches(op: str, inputs: dict[str, Any], dtype: torch.dtype) -> Iterator[tuple[str, Any]]:
+def launches(
+    op: str, inputs: dict[str, Any], dtype: torch.dtype, *, d_lse: bool = False
+) -> Iterator[tuple[str, Any]]:
     """(mode, call) of all that an op's Triton backend launches for these inputs; forward first."""
     module = importlib.import_module(f"vatt_fast.kernels.{op}.triton_gpu")
     inputs = dict(inputs)
@@ -131,7 +233,7 @@ def launches(op: str, inputs: dict[str, Any], dtype: torch.dtype) -> Iterator[tu
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         bias_grad = inputs["bias"] is not None
         yield "fwd", lambda: module.forward(q, k, v, **inputs, deterministic=False)
-        saved = (out, None, q, k, v, out, wide)
+        saved = (out, wide if d_lse else None, q, k, v, out, wide)
         for deterministic in (True, False):
             options = inputs | dict(deterministic=deterministic, bias_grad=bias_grad)
             yield "bwd", functools.partial(module.backward, *saved, **options)
@@ -147,21 +249,66 @@ def launches(op: str, inputs: dict[str, Any], dtype: torch.dtype) -> Iterator[tu
         yield "bwd", lambda: module.backward(row, col, row, x, y, row, col, row, **inputs)
     else:
         patches, weight, bias = (inputs.pop(name) for name in ("patches", "weight", "bias"))
-        rows = patches.shape[1] if inputs["keep"] is None else inputs["keep"].shape[-1]
-        tokens = weight.new_empty((patches.shape[0], rows + 1, weight.shape[0]))
+        rows = patches.shape[1]
+        if inputs["keep"] is not None:
+            rows = inputs["keep"].shape[-1]
+        elif inputs["patch"] is not None:
+            rows = inputs["position"].shape[0]
+        tokens = weight.new_empty(
+            (patches.shape[0], rows + (inputs["agg"] is not None), weight.shape[0]), dtype=dtype
+        )
         yield "fwd", lambda: module.forward(patches, weight, bias, **inputs, dtype=dtype)
         yield "bwd", lambda: module.backward(tokens, patches, weight, bias, **inputs, dtype=dtype)
 
 
-def compile_case(op: str, case: str, dtype: str, target: str) -> list[Row]:
-    """Every kernel that the case's forward and backward would launch on ``target``."""
+def compile_case(
+    op: str,
+    case: str,
+    dtype: str,
+    target: str,
+    *,
+    peers: bool = False,
+    modes: tuple[str, ...] = ("fwd", "bwd"),
+) -> list[Row]:
+    """Every kernel that the case's forward and backward would launch on ``target``.
+
+    Args:
+        peers: those of ``peer_kernels`` too, where they can run the case.
+    """
     rows = []
-    for mode, call in launches(op, meta_inputs(op, case, dtype), DTYPES[dtype]):
+    inputs = meta_inputs(op, case, dtype)
+    every = launches(op, inputs, DTYPES[dtype], d_lse=variant(op, case).d_lse)
+    calls = [(mode, call) for mode, call in every if mode in modes]
+    if peers and peer_kernels.can_run(op, inputs):
+        forwards = peer_kernels.FORWARD[op]
+        calls += [("peer", functools.partial(forward, **inputs)) for forward in forwards]
+    for mode, call in calls:
         with compiling_for(target) as compiled:
             call()
         for function, arguments, kernel in compiled:
             rows.append(_row(op, case, dtype, mode, target, function, arguments, kernel))
     return rows
+
+
+def refusal(
+    op: str, case: str, dtype: str, target: str, mode: str, choices: dict[str, Tiles]
+) -> str | None:
+    """Why a tuner need not time a case under these tiles, by kernel.
+
+    A kernel does not compile, spills, or its products wait for one another. What is compiled so
+    under the case's own tiles does not count: something has to run.
+    """
+    usual = {str(row) for row in compile_case(op, case, dtype, target, modes=(mode,))}
+    try:
+        with settings.force_tiles(**choices):
+            rows = compile_case(op, case, dtype, target, modes=(mode,))
+    except Exception as error:
+        return first_line(error)
+    for row in rows:
+        if str(row) not in usual and (row.serialised or row.spills):
+            waiting = f", products wait for one another ({row.serialised})" * bool(row.serialised)
+            return f"{row.kernel}: {row.spills} spills{waiting}"
+    return None
 
 
 # -- reading what was compiled ----------------------------------------------------------------
@@ -192,6 +339,8 @@ def _row(op, case, dtype, mode, target, function, arguments, kernel) -> Row:
 
 
 def _faults(row: Row, kernel) -> list[str]:
+    if row.mode == "peer":
+        return []
     target, faults = TARGETS[row.target], []
     if row.shared_bytes > target.shared_bytes:
         faults.append(
@@ -209,23 +358,34 @@ def _faults(row: Row, kernel) -> list[str]:
     )
     if rows_of_tiles and needed not in row.matrix:
         faults.append(f"no {needed} for matmul tiles of {rows_of_tiles} rows")
+    return faults + _loop_faults(row, kernel.metadata)
+
+
+def _loop_faults(row: Row, metadata) -> list[str]:
+    faults, loop = [], row.loop
+    if row.serialised:
+        faults.append(f"its products wait for one another ({row.serialised})")
+    if loop is None:
+        return faults
+    if loop["looped"] and loop["spills"]:
+        faults.append(f"{loop['spills']} spills in the loop")
+    if loop["copies_ahead"] == 0 and metadata.num_stages > 2:
+        faults.append(f"no copy in flight in spite of {metadata.num_stages} stages")
+    if row.case not in CASES[row.op]:
+        return faults  # a bias has odd rows, a mask single bytes, a small head little to load
+    if 2 * loop["narrow_bytes"] > loop["loaded_bytes"]:
+        narrow = f"{loop['narrow_bytes']} of {loop['loaded_bytes']} bytes"
+        faults.append(f"loads {narrow} by less than 16 at a time")
+    planned = PLANNED_WARPS.get((row.op, row.kernel), 0)
+    warps = row.programs * metadata.num_warps
+    if row.target == "sm_90" and "HGMMA" in row.matrix and warps < planned:
+        faults.append(f"{warps} warps a multiprocessor, {planned} are planned")
     return faults
 
 
-@functools.cache  # the disassembler takes as long as the compiler, and cases meet the same kernel
 def _read_cuda(kernel) -> dict[str, Any]:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
-        file.flush()
-        usage, code = (_cuobjdump(option, file.name) for option in ("-res-usage", "-sass"))
-    found = {name: int(number) for name, number in re.findall(r"\b(REG|STACK):(\d+)", usage)}
-    matrix = {name for name in ("UTCHMMA", "HGMMA", "HMMA") if re.search(rf"\b{name}\b", code)}
-    return dict(
-        registers=found["REG"],
-        stack_bytes=found["STACK"],
-        spills=len(re.findall(r"\b(?:STL|LDL)\b", code)),  # stores to and loads from local memory
-        matrix=" ".join(sorted(matrix)),
-    )
+    code = asdict(sass.read(kernel))
+    return code | dict(versions=sass.versions(kernel.metadata.target.arch))
 
 
 def _read_hip(kernel) -> dict[str, Any]:
@@ -246,20 +406,14 @@ def _read_hip(kernel) -> dict[str, Any]:
     )
 
 
-def _cuobjdump(option: str, path: str) -> str:
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    return subprocess.run([tool, option, path], check=True, capture_output=True, text=True).stdout
-
-
 # -- table ------------------------------------------------------------------------------------
 
 
 def distinct(rows: list[Row], known: list[Row]) -> list[Row]:
     """Those that are not ``known``: cases that meet the same specialisation are one row."""
-    fields = ("kernel", "mode", "dtype", "target", "tiles", "registers", "spills", "shared_bytes")
 
-    def what(row: Row) -> tuple:
-        return (*(getattr(row, field) for field in fields), *row.faults)
+    def what(row: Row) -> str:
+        return str(replace(row, case=""))
 
     seen = {what(row) for row in known}
     return [row for key, row in {what(row): row for row in rows}.items() if key not in seen]
@@ -279,3 +433,35 @@ def cells(group: list[Row]) -> tuple:
     *most, shared = (max(getattr(row, field) for row in group) for field in fields)
     matrix = " / ".join(sorted({row.matrix or "none" for row in group}))
     return len(group), *most, f"{shared / KIB:.0f}", matrix
+
+
+SCHEDULE = "kernel, mode, case, target, tile, warps / stages, registers, programs, serialised, "
+SCHEDULE += "instructions, products, waits, barriers, copies ahead, narrow bytes, exponentials, "
+SCHEDULE += "spills, shared clk, tensor clk"
+
+
+def schedule(rows: list[Row]) -> str:
+    """Markdown: main loops, a row a specialisation, as ``sass.Loop`` names their counts."""
+    told = []
+    for row in rows:
+        if row.loop is None:
+            continue
+        tiles = dict(re.findall(r"(\w+)=(\w+)", row.tiles))
+        tile = "x".join(tiles[name] for name in _TILE if name in tiles)
+        loop, ahead = row.loop, row.loop["copies_ahead"]
+        told.append(
+            (
+                *(f"{row.op}.{row.kernel}", row.mode, row.case, row.target, tile),
+                f"{tiles['num_warps']} / {tiles['num_stages']}",
+                *(row.registers, row.programs, row.serialised),
+                str(loop["instructions"]) + ("" if loop["looped"] else " (no loop)"),
+                *(loop["products"], loop["waits"], loop["barriers"]),
+                *("" if ahead is None else ahead, f"{loop['narrow_bytes']}/{loop['loaded_bytes']}"),
+                *(loop["exponentials"], loop["spills"]),
+                *(loop["shared_clocks"], loop["tensor_clocks"]),
+            )
+        )
+    return markdown_table(SCHEDULE.split(", "), told) if told else ""
+
+
+_TILE = ("BLOCK_T", "BLOCK_S", "BLOCK_M", "BLOCK_N", "BLOCK_ROWS", "BLOCK_DIM", "BLOCK_VALUES")

@@ -1,322 +1,403 @@
-"""Everything that waits for a GPU, in stages of at most nine minutes each, into one folder.
+"""What a quarter of an hour on a GPU is for, most valuable first, into one folder.
 
-    python -m bench gpu --out DIR                     # all stages, each within its budget
-    python -m bench gpu --out DIR --stage ops         # one; called again it continues
-    python -m bench gpu --out DIR --dry-run           # on the CPU, smallest cases, one round
+    python -m bench gpu --out DIR --minutes 12      # called again, it continues where it stopped
+    python -m bench gpu --out DIR --item tune       # some of it
+    python -m bench gpu --out DIR --dry-run         # on the CPU, smallest cases, one round
 
-parity  the battery's check on the device in every dtype, and pytest on it  -> parity.jsonl, .txt
-tune    every candidate tile at the primary cases                           -> tuned/<arch>.json
-ops     every op at its primary cases against its peers                     -> ops.jsonl
-step    a whole training step at three drop rates                               -> step.jsonl
-paper   the paper's configurations by drop rate, training and inference     -> paper.jsonl
-scaling ops by size                                                         -> scaling.jsonl
+compile    the kernels timed below, on all cores: the rest waits for no compiler  -> compile.jsonl
+parity     bf16: primary cases with few clips, then the battery's own       -> parity.jsonl
+attention  at 785, 1569 and 393 tokens: tiles, one pass or two, SDPA's kernels    -> ops.jsonl
+ops        patch_embed, contrastive_lse, drop_token against their peers     -> ops.jsonl
+tune       tiles, of those whose code has no fault                          -> tuned/<arch>.json
+step       a training step of MBS, and torch.compile's strongest            -> step.jsonl
 
-A part that fails is reported in summary.md (and failures.jsonl) and the rest goes on. The exit
-status is 1 where parity is red.
+Every part is noted as it ends (parts.jsonl, summary.md); one that fails is told there, and the rest
+goes on. The exit status is 1 where parity is red. For more, with more time: ``bench ops``,
+``steps``, ``scaling`` and ``tune`` on a CUDA device, and pytest.
 """
 
-import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 import itertools
 import json
 import multiprocessing
-import os
-import subprocess
-import sys
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from vatt_fast.kernels import backends
-from vatt_fast.kernels.cases import CASES, Case, tag
+from vatt_fast.kernels import backends, parity, settings
+from vatt_fast.kernels.cases import CASES, Case, make, tag
 from vatt_fast.kernels.ops import OPS
+from vatt_fast.kernels.tiles import Tiles
 
-from . import lines, machine, sweeps, tune
-from .floors import MODES, Mode
-from .machine import ROOT
+from . import calls, contenders, lines, machine, sweeps, tune
+from .contenders import Contender
+from .floors import Mode, work
+from .machine import DTYPES
+from .measure import Task, race
 from .report import tables
-from .setting import RED, Setting, is_measured, verdict_of
-from .steps import OF_THE_PAPER
+from .setting import RED, Setting, chosen_among, verdict_of
 from .sweeps import Cell
-from .timer import first_line
+from .timer import first_line, side_stream
 
-BUDGET_S = 540.0
-_PRESET = "mbs"
-_TESTED = ("fp32", "fp16", "bf16", "fp64")
-_FILES = {
-    "ops": "Ops",
-    "step": "Training step",
-    "paper": "The paper's configurations",
-    "scaling": "Ops by size",
+MINUTES = 12.0
+BACKEND = tune.BACKEND
+# the strongest peers: each compiled one costs the time of a compilation
+_PEERS: dict[str, tuple[str, ...]] = {
+    "attention": ("sdpa_flash", "sdpa_cudnn", "sdpa_efficient"),
+    "patch_embed": ("gather_first", "gather_first_compiled"),
+    "contrastive_lse": ("materialised", "materialised_compiled", "cut_cross_entropy"),
+    "drop_token": ("gather",),
+}
+_OUT_OF_TIME = "out of time; run it again to continue"
+# what is timed, and, compiled beforehand, under which tiles besides the kernels' own
+_TIMED: dict[str, tuple[str, ...]] = {
+    "attention": ("video_mbs_drop50", "video_mbs_drop0", "video_mbs_drop75"),
+    "patch_embed": ("video_mbs_drop50", "audio_bbs_drop50", "video_mbs_drop0"),
+    "contrastive_lse": ("va_bbs_one_device", "vt_bbs_one_device", "vt_bbs"),
+    "drop_token": ("video_mbs_drop50",),
+}
+_WAYS: dict[Mode, dict[str, dict[str, Tiles]]] = {
+    "fwd": {
+        f"{rows}x{columns} w{warps} s{stages}": {
+            "attention_forward": dict(
+                BLOCK_T=rows, BLOCK_S=columns, num_warps=warps, num_stages=stages
+            )
+        }
+        for rows, columns, warps, stages in (
+            *((128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 2), (64, 64, 4, 3)),
+        )
+    },
+    "bwd": {
+        "one pass": {"attention_backward": dict(ONE_PASS=1)},
+        "two passes": {"attention_backward": dict(ONE_PASS=0)},
+    },
 }
 # what a dry run does instead: enough to pass every line of the logic
-_DRY_CASES = {
-    "attention": "one_query_one_key",
-    "drop_token": "one_of_one",
-    "contrastive_lse": "one_pair",
-    "patch_embed": "one_patch",
+_DRY: dict[str, tuple[str, ...]] = {
+    "attention": ("one_query_one_key",),
+    "patch_embed": ("one_patch",),
+    "contrastive_lse": ("one_pair",),
+    "drop_token": ("one_of_one",),
 }
-_DRY_TUNED = ("drop_token", "contrastive_lse")  # in Triton's interpreter, one candidate each
+
+Missing = list[tuple[str, str]]  # what is not there, why
+Part = tuple[str, Callable[[], Missing]]
 
 
 @dataclasses.dataclass
 class Run:
-    """One invocation: where results go, how long a stage may take."""
+    """One invocation: where results go, and until when (time.monotonic) its present item may go."""
 
     out: Path
     device: torch.device
     dry: bool
-    budget: float
-    began: float = 0.0
+    deadline: float = float("inf")
 
     @property
     def dtype(self) -> str:
         return "fp32" if self.dry else "bf16"
 
     @property
-    def deadline(self) -> float:
-        return self.began + self.budget
-
-    @property
-    def left(self) -> float:
-        return self.deadline - time.monotonic()
-
-    def file(self, stage: str) -> Path:
-        return self.out / f"{stage}.jsonl"
-
-    def setting(self, **options) -> Setting:
-        """What parity.jsonl does not show green on this commit and device may not be timed."""
-        if self.dry:
-            options |= dict(rounds=1, warmup=1, quick=True)
-        if self.tuned():
-            options["tiles"] = "tuned in this run"
-        setting = Setting(
-            self.device, deadline=self.deadline, compiled_peers=not self.dry, **options
-        )
-        verdicts = self.verdicts()
-        for op, names in backends.BACKENDS.items():
-            for name in names:
-                setting.set_verdict(op, name, _refusal(verdicts.get((op, name), {})))
-        return setting
-
-    def tuned(self) -> tune.Table:
-        """What the tune stage has written into the folder."""
-        paths = sorted((self.out / "tuned").glob("*.json"))
-        return tune.read_table(paths[0]) if len(paths) == 1 else {}
+    def out_of_time(self) -> bool:
+        return time.monotonic() > self.deadline
 
     @property
     def here(self) -> dict[str, object]:
         return {"commit": machine.commit(), "device": machine.name(self.device), "dry": self.dry}
 
+    def file(self, name: str) -> Path:
+        return self.out / f"{name}.jsonl"
+
+    def cases(self, op: str) -> list[Case]:
+        return [CASES[op][name] for name in (_DRY if self.dry else _TIMED)[op]]
+
+    def records(self, name: str) -> list[dict[str, Any]]:
+        """Of this commit and device: others prove nothing here."""
+        path = self.file(name)
+        found = path.read_text().splitlines() if path.exists() else []
+        return [each for each in map(json.loads, found) if self.here.items() <= each.items()]
+
+    def note(self, name: str, **what: Any) -> None:
+        with self.file(name).open("a") as file:
+            file.write(json.dumps(self.here | what) + "\n")
+
+    def setting(self, **options: Any) -> Setting:
+        """What parity.jsonl does not show green may not be timed."""
+        if self.dry:
+            options |= dict(rounds=1, warmup=1, quick=True)
+        made = Setting(self.device, deadline=self.deadline, **options)
+        verdicts = self.verdicts()
+        for op, names in backends.BACKENDS.items():
+            for name in names:
+                reasons = verdicts.get((op, name), {"": "its parity check did not run here"})
+                made.set_verdict(op, name, _refusal(reasons.values()))
+        return made
+
     def verdicts(self) -> dict[tuple[str, str], dict[str, str | None]]:
-        """{(op, backend): {dtype: why it is not green, or None}} on this commit and device."""
+        """{(op, backend): {case: why it is not green, or None}}."""
         found: dict[tuple[str, str], dict[str, str | None]] = {}
-        for each in _records(self.file("parity")):
-            if self.here.items() <= each.items():
-                found.setdefault((each["op"], each["backend"]), {})[each["dtype"]] = each["reason"]
+        for each in self.records("parity"):
+            found.setdefault((each["op"], each["backend"]), {})[each["case"]] = each["reason"]
         return found
 
-    def fail(self, stage: str, part: str, error: str) -> None:
-        print(f"not done: {stage}: {part}: {error}", flush=True)
-        _append(self.file("failures"), {"stage": stage, "part": part, "error": error})
-
-    def forget_failures(self, stage: str) -> None:
-        """A stage that runs again replaces its report."""
-        kept = [each for each in self.failures() if each["stage"] != stage]
-        self.file("failures").write_text("".join(json.dumps(each) + "\n" for each in kept))
-
-    def failures(self) -> list[dict]:
-        return _records(self.file("failures"))
+    def tuned(self) -> tune.Table:
+        """What the item has written into the folder."""
+        paths = sorted((self.out / "tuned").glob("*.json"))
+        return tune.read_table(paths[0]) if paths else {}
 
 
-def _refusal(by_dtype: dict[str, str | None]) -> str | None:
-    """None where one dtype is green and none is red."""
-    reasons = [why for why in by_dtype.values() if why]
-    if red := [why for why in reasons if RED in why]:
+def _refusal(reasons: Iterable[str | None]) -> str | None:
+    """None where one case is green and none is red."""
+    why = list(reasons)
+    if red := [each for each in why if each and RED in each]:
         return red[0]
-    if None in by_dtype.values():
-        return None
-    return reasons[0] if reasons else "its parity check did not run here"
+    return None if None in why else next(iter(why), None)
 
 
-def _records(path: Path) -> list[dict]:
-    return [json.loads(text) for text in path.read_text().splitlines()] if path.exists() else []
+def _side_by_side(
+    run: Run, function: Callable, jobs: list, take: Callable[[Any, Any], Missing]
+) -> Missing:
+    """Give ``take`` (job, result or exception) as they come; what found no time is missing too."""
+    missing: Missing = []
+    with tune.workers() as pool:  # ended with the block, whatever they are at
+        results = pool.imap_unordered(functools.partial(_tried, function), jobs)
+        for count in range(len(jobs)):
+            try:
+                left = max(0.0, run.deadline - time.monotonic())
+                found = results.next(timeout=min(left, threading.TIMEOUT_MAX))
+            except multiprocessing.TimeoutError:
+                return [*missing, (f"{len(jobs) - count} left", _OUT_OF_TIME)]
+            missing += take(*found)
+    return missing
 
 
-def _append(path: Path, record: dict) -> None:
-    with path.open("a") as file:
-        file.write(json.dumps(record) + "\n")
+def _tried(function: Callable, job: Any) -> tuple[Any, Any]:
+    try:
+        return job, function(*job)
+    except Exception as error:
+        return job, RuntimeError(first_line(error))
+
+
+# -- compile ----------------------------------------------------------------------------------
+
+
+def _compile_parts(run: Run) -> Iterator[Part]:
+    if not run.dry:  # what is interpreted cannot be compiled
+        yield "timed kernels", functools.partial(_compile, run)
+
+
+def _compile(run: Run) -> Missing:
+    """Fill Triton's cache, and keep what the code is."""
+    ways = [way for of_mode in _WAYS.values() for way in of_mode.values()]
+    arch = tune.arch()
+    jobs: list[tuple] = [(op, case.name, arch, {}) for op in OPS for case in run.cases(op)]
+    jobs += [("attention", case.name, arch, way) for case in run.cases("attention") for way in ways]
+
+    def take(job, rows) -> Missing:
+        if isinstance(rows, Exception):
+            return [(" ".join(job[:2]), str(rows))]
+        for row in rows:
+            run.note("compile", **dataclasses.asdict(row))
+        return [(row.title, "; ".join(row.faults)) for row in rows if row.faults]
+
+    return _side_by_side(run, _compiled_rows, jobs, take)
+
+
+def _compiled_rows(op: str, case: str, arch: str, choices: dict[str, Tiles]) -> list[Any]:
+    from .compile_gpu import compile_case  # needs Triton, compiling
+
+    with settings.force_tiles(**choices):
+        return compile_case(op, case, "bf16", arch)
 
 
 # -- parity -----------------------------------------------------------------------------------
 
 
-def parity_stage(run: Run) -> None:
-    """The check of every backend and dtype, in processes side by side.
-
-    Compiling kernels takes most of the time, and one process compiles on one core.
-    """
-    run.file("parity").unlink(missing_ok=True)
-    if run.dry:
-        for op, case in _DRY_CASES.items():
-            for name in ("reference", "triton_gpu"):
-                few = [CASES[op][case]]
-                reason = verdict_of(op, name, run.dtype, run.device, cases=few)
-                _note(run, op, name, run.dtype, reason)
-        return
+def _check_all(run: Run) -> Missing:
+    """Every case by itself, in processes side by side, what is timed first; noted as they come."""
+    few = [(op, calls.reduced(case, torch.device("cpu"))) for op in OPS for case in run.cases(op)]
+    if not run.dry:
+        few += [(op, case) for op in OPS for case in CASES[op].values() if tag(case) == "parity"]
+    names = {op: ["reference", BACKEND] if run.dry else chosen_among(op, run.device) for op in OPS}
     jobs = [
-        (op, name, dtype)
-        for dtype in _TESTED
-        for op, names in backends.BACKENDS.items()
-        for name in names
+        (op, name, case, run.dtype, run.device)
+        for op, case in few
+        for name in names[op]
+        if case.name not in run.verdicts().get((op, name), {})
     ]
-    workers = max(1, min(len(jobs), (os.cpu_count() or 2) - 1))
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
-        futures = {pool.submit(verdict_of, *job, run.device, run.deadline): job for job in jobs}
-        for future in concurrent.futures.as_completed(futures):
-            error = future.exception()
-            reason = f"{RED}: {first_line(error)}" if error else future.result()
-            _note(run, *futures[future], reason)
-    _pytest(run)
+
+    def take(job, reason) -> Missing:
+        op, name, case, *_ = job
+        reason = f"{RED}: {reason}" if isinstance(reason, Exception) else reason
+        run.note("parity", op=op, backend=name, case=case.name, reason=reason)
+        print(f"{op} {name} {case.name}: {reason or 'green'}", flush=True)
+        return [(f"{op} {name} {case.name}", reason)] if reason and RED in reason else []
+
+    return _side_by_side(run, _check, jobs, take)
 
 
-def _note(run: Run, op: str, backend: str, dtype: str, reason: str | None) -> None:
-    what = {"op": op, "backend": backend, "dtype": dtype, "reason": reason}
-    _append(run.file("parity"), run.here | what)
-    print(f"{op} {backend} {dtype}: {reason or 'green'}", flush=True)
-    if reason and "no parity case ran" not in reason:
-        run.fail("parity", f"{op} {backend} {dtype}", reason)
+def _check(op: str, name: str, case: Case, dtype: str, device: torch.device) -> str | None:
+    torch.set_num_threads(1)  # the truth is computed on the host, in many processes
+    if device.type == "cuda":
+        try:
+            torch.cuda.synchronize()
+        except Exception as error:  # an earlier check's fault is not this one's
+            return f"not checked: this process has lost the device: {first_line(error)}"
+    return verdict_of(op, name, dtype, device, cases=[case])
 
 
-def _pytest(run: Run) -> None:
-    """What the check does not cover: the battery's properties, and the tests marked gpu."""
-    parts = {
-        "properties": ["tests/kernels/test_ops.py", "-k", "cuda and not test_gradients"],
-        "marked gpu": ["tests", "-m", "gpu"],
-    }
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    with (run.out / "parity.txt").open("w") as file:
-        for name, arguments in parts.items():
-            command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
-            print(f"== {name}", file=file, flush=True)
-            try:
-                timeout = max(1.0, run.left)
-                done = subprocess.run(
-                    command, cwd=ROOT, env=environment, stdout=file, stderr=file, timeout=timeout
-                )
-            except subprocess.TimeoutExpired:
-                run.fail("parity", name, "out of time")
-                continue
-            if done.returncode:
-                run.fail("parity", name, f"pytest ended with {done.returncode}; see parity.txt")
+# -- ops --------------------------------------------------------------------------------------
 
 
-# -- tune -------------------------------------------------------------------------------------
+def _race_ways(run: Run, op: str, case: Case) -> Missing:
+    """Our kernels as they choose, under other tiles and plans, and SDPA's, in one race a mode."""
+    own = "reference" if run.dry else BACKEND  # what is interpreted is not timed
+    setting = run.setting(backends=(own,), peer_names=_PEERS[op])
+    absent: dict[str, str] = {}
+    rate = case.origin.drop_rate if case.origin else None
+    with side_stream(run.device):
+        present = contenders.of_op(setting, op, case, run.dtype, absent)
+        ours = [each for each in present if each.name == own]
+        for mode, ways in _WAYS.items():
+            others = [_under(run, op, case, ours[0], *way) for way in ways.items() if ours]
+            absent |= {each.name: why for each, why in others if why}
+            right = [each for each, why in others if not why]
+            least = work(case, mode, DTYPES[run.dtype].itemsize)
+            task = Task(op, case.name, run.dtype, mode, least, rate)
+            found, missing = race(setting, task, [*present, *right])
+            sweeps.keep(found, run.file("ops"))
+            absent |= {f"{name} {mode}": reason for name, reason in missing.items()}
+    return list(absent.items())
 
 
-def tune_stage(run: Run) -> None:
-    wanted = [each for each in _in_turn(run) if not run.dry or each[0] in _DRY_TUNED]
+def _under(
+    run: Run, op: str, case: Case, ours: Contender, name: str, way: dict[str, Tiles]
+) -> tuple[Contender, str | None]:
+    """Ours under other tiles, by kernel; why it may not be timed."""
+
+    def build(mode: Mode):
+        built = ours.build(mode)
+        return built if isinstance(built, str) else [tune.under(way, call) for call in built]
+
+    dtype = DTYPES[run.dtype]
+    inputs = make(calls.reduced(case, run.device), dtype, run.device, seed=99)
+    function = calls.on_backend(op, ours.name)
+    title = f"{ours.name} {name}"
+    try:
+        with settings.force_tiles(**way):
+            found = calls.values(function, op, inputs)
+        errors = parity.errors(found, calls.truth(op, inputs, dtype))
+        reason = calls.red(errors, ours.errors, dtype)
+    except Exception as error:  # such as tiles that want more than the device has
+        errors, reason = {}, first_line(error)
+    return dataclasses.replace(ours, name=title, build=build, errors=errors), reason
+
+
+def _race_peers(run: Run, op: str, case: Case) -> Missing:
+    modes: tuple[Mode, ...] = ("fwd", "fwd+bwd")
+    names = [name for name in _PEERS[op] if not (run.dry and name.endswith("_compiled"))]
+    setting, out = run.setting(peer_names=tuple(names)), run.file("ops")
+    _, missing = sweeps.measure_cases(setting, [(op, case)], run.dtype, modes, out)
+    return [(f"{where}: {who}", why) for where, who, why in missing]
+
+
+# -- tune and step ----------------------------------------------------------------------------
+
+
+def _tune_case(run: Run, op: str, case: Case) -> Missing:
     path = run.out / "tuned" / f"{tune.arch()}.json"
-    table = {} if run.dry else tune.read_table(tune.installed_path())
-    table |= tune.read_table(path)
+    table = ({} if run.dry else tune.read_table(tune.installed_path())) | tune.read_table(path)
     setting = run.setting(rounds=20)
-    for part, reason in tune.tune_cases(setting, wanted, run.dtype, path, table, few=run.dry):
-        run.fail("tune", part, reason)
+    gate = contextlib.nullcontext() if run.dry else tune.compiled_first(tune.workers())
+    with gate as refusals:
+        what = (setting, [(op, case)], run.dtype, path, table)
+        return tune.tune_cases(*what, few=run.dry, refusals=refusals)
 
 
-# -- ops and sizes ----------------------------------------------------------------------------
-
-
-def ops_stage(run: Run) -> None:
-    setting, out = run.setting(), run.file("ops")
-    modes: Sequence[Mode] = ("fwd", "fwd+bwd") if run.dry else MODES
-    for (op, backend), reason in setting.refused.items():
-        run.fail("ops", f"{op}: {backend}", reason)
-    wanted = [
-        (op, case)
-        for op, case in _in_turn(run)
-        if not is_measured(setting, out, op, case, run.dtype, modes)
+def _step(run: Run) -> Iterator[Part]:
+    cells = [
+        Cell("mbs", 0.5, "fwd+bwd", 16),
+        Cell("mbs", 0.5, "fwd+bwd", 16, ("max-autotune-no-cudagraphs",)),
     ]
-    for where, who, reason in sweeps.measure_cases(setting, wanted, run.dtype, modes, out)[1]:
-        if (where.partition(" ")[0], who) not in setting.refused:
-            run.fail("ops", f"{where}: {who}", reason)
+    for cell in [Cell("tiny", 0.5, "fwd+bwd", 2)] if run.dry else cells:
+        yield " ".join((cell.case, *cell.compile)), functools.partial(_race_steps, run, cell)
 
 
-def scaling_stage(run: Run) -> None:
-    setting = run.setting()
-    modes: list[Mode] = ["fwd"] if run.dry else ["fwd", "fwd+bwd"]
-    for op, cases in sweeps.SIZES.items():
-        sizes = [min(cases)] if run.dry else list(cases)
-        out = run.file("scaling")
-        for where, who, reason in sweeps.measure_sizes(
-            setting, op, sizes, run.dtype, modes, out, longest=2.0, resume=True
-        ):
-            run.fail("scaling", f"{where}: {who}", reason)
-
-
-def _in_turn(run: Run) -> list[tuple[str, Case]]:
-    """(op, case): the first case of every op, then the second, ..."""
-    queues = [[(op, case) for case in _cases(run, op)] for op in OPS]
-    return [each for turn in itertools.zip_longest(*queues) for each in turn if each]
-
-
-def _cases(run: Run, op: str) -> list[Case]:
-    """What matters most first: 224 pixels, half dropped, the paper's main preset; tiny last."""
-    if run.dry:
-        return [CASES[op][_DRY_CASES[op]]]
-
-    def rank(case: Case) -> tuple:
-        origin = case.origin
-        assert origin is not None
-        drop_order = {0.5: 0, 0.0: 1, 0.75: 2}.get(origin.drop_rate, 3)
-        tiny, main = "tiny" in origin.presets, "mbs" in origin.presets
-        return tiny, drop_order, origin.pixels == 320, not main, case.name
-
-    return sorted((case for case in CASES[op].values() if tag(case) == "primary"), key=rank)
-
-
-# -- whole steps ------------------------------------------------------------------------------
-
-
-def step_stage(run: Run) -> None:
-    """What matters most first; the compiler's slowest setting last."""
-    if run.dry:
-        _measure_cells(run, "step", [Cell("tiny", 0.5, "fwd+bwd", 2)])
-        return
-    wanted = [Cell(_PRESET, rate, "fwd+bwd", 16, ("default",)) for rate in (0.5, 0.0, 0.75)]
-    strongest = ("max-autotune-no-cudagraphs",)
-    wanted.append(Cell(_PRESET, 0.5, "fwd+bwd", 16, strongest))
-    _measure_cells(run, "step", wanted)
-
-
-def paper_stage(run: Run) -> None:
-    modes: list[Mode] = ["fwd+bwd", "fwd"]
-    if run.dry:
-        wanted = [Cell("tiny", 0.5, mode, 2) for mode in modes]
-    else:  # compilation takes minutes: one rate of the main preset, when all else is there
-        wanted = [
-            Cell(name, rate, mode, 32 if name == "tiny" else 16)
-            for name in OF_THE_PAPER
-            for mode in modes
-            for rate in sweeps.DROP_RATES
-        ]
-        wanted += [Cell("mbs_32x224x224", 0.5, mode, 16, ("default",)) for mode in modes]
-    _measure_cells(run, "paper", wanted)
-
-
-def _measure_cells(run: Run, stage: str, wanted: Sequence[Cell]) -> None:
-    setting = run.setting(clock="perf_counter", rounds=7, warmup=1)
+def _race_steps(run: Run, cell: Cell) -> Missing:
+    table = run.tuned()
+    tiles = "tuned in this run" if table else ""
+    setting = run.setting(clock="perf_counter", rounds=7, warmup=1, tiles=tiles)
     if reason := setting.refusal():
-        run.fail(stage, "all", reason)
-        return
-    out = run.file(stage)
-    left = sweeps.unmeasured(wanted, run.dtype, out, setting)
-    for where, who, reason in sweeps.measure_cells(setting, left, run.dtype, out):
-        run.fail(stage, f"{where}: {who}", reason)
+        return [("", reason)]
+    with tune.applied(table) if table else contextlib.nullcontext():
+        found = sweeps.measure_cells(setting, [cell], run.dtype, run.file("step"))
+    return [(f"{where}: {who}", why) for where, who, why in found]
+
+
+def _cases(
+    do: Callable[[Run, str, Case], Missing], *ops: str, dry: tuple[str, ...] = ()
+) -> Callable[[Run], Iterator[Part]]:
+    """Parts: a case of an op each; the first case of every op before the second of one."""
+
+    def parts(run: Run) -> Iterator[Part]:
+        chosen = dry or ops if run.dry else ops
+        for turn in itertools.zip_longest(*map(run.cases, chosen)):
+            for op, case in zip(chosen, turn, strict=True):
+                if case:
+                    yield f"{op} {case.name}", functools.partial(do, run, op, case)
+
+    return parts
+
+
+_MEASURED = ("patch_embed", "contrastive_lse", "drop_token")
+_TUNED = ("attention", "contrastive_lse", "patch_embed")
+# item -> (its share of the time, its parts)
+ITEMS: dict[str, tuple[float, Callable[[Run], Iterator[Part]]]] = {
+    "compile": (0.08, _compile_parts),
+    "parity": (0.17, lambda run: iter([(run.dtype, functools.partial(_check_all, run))])),
+    "attention": (0.23, _cases(_race_ways, "attention")),
+    "ops": (0.16, _cases(_race_peers, *_MEASURED)),
+    # interpreted, these two take seconds
+    "tune": (0.20, _cases(_tune_case, *_TUNED, dry=("drop_token", "contrastive_lse"))),
+    "step": (0.16, _step),
+}
+
+
+def main(run: Run, items: Iterable[str], minutes: float) -> int:
+    """Do the items in their order; 1 where parity is red."""
+    run.out.mkdir(parents=True, exist_ok=True)
+    print(machine.name(run.device), machine.versions(run.device), flush=True)
+    end = time.monotonic() + 60 * minutes
+    left = {item: ITEMS[item] for item in ITEMS if item in items}
+    for item, (share, parts) in list(left.items()):
+        # what one leaves goes to the others
+        part_of_left = share / sum(each for each, _ in left.values())
+        run.deadline = time.monotonic() + part_of_left * (end - time.monotonic())
+        del left[item]
+        for name, do in parts(run):
+            done = {(each["item"], each["part"]) for each in run.records("parts") if each["done"]}
+            if (item, name) not in done:
+                _do(run, item, name, do)
+                (run.out / "summary.md").write_text(summarise(run))
+    return int(any(RED in (why or "") for each in run.verdicts().values() for why in each.values()))
+
+
+def _do(run: Run, item: str, name: str, do: Callable[[], Missing]) -> None:
+    began = time.monotonic()
+    print(f"== {item}: {name}", flush=True)
+    try:
+        missing = [("", _OUT_OF_TIME)] if run.out_of_time else do()
+    except Exception as error:
+        missing = [("", first_line(error))]
+    done = not any("out of time" in why for _, why in missing)
+    seconds = round(time.monotonic() - began, 1)
+    run.note("parts", item=item, part=name, done=done, seconds=seconds, missing=missing)
 
 
 # -- summary ----------------------------------------------------------------------------------
@@ -324,70 +405,31 @@ def _measure_cells(run: Run, stage: str, wanted: Sequence[Cell]) -> None:
 
 def summarise(run: Run) -> str:
     """Markdown of what the folder holds."""
-    versions = ", ".join(f"{k} {v}" for k, v in machine.versions(run.device).items())
     title = "# GPU run"
     if run.dry:
-        title = "# Dry run on the CPU: it shows that the stages work, its times mean nothing"
+        title = "# Dry run on the CPU: it shows that the items work, its times mean nothing"
+    versions = ", ".join(f"{name} {value}" for name, value in machine.versions(run.device).items())
     told = [title, "", f"{machine.name(run.device)}; {versions}; commit {machine.commit()}", ""]
-    verdicts = [
-        (op, backend, dtype, reason or "green")
-        for (op, backend), by_dtype in sorted(run.verdicts().items())
-        for dtype, reason in by_dtype.items()
+    last = {(each["item"], each["part"]): each for each in run.records("parts")}
+    rows = [
+        (item, part, each["seconds"], "" if each["done"] else "not finished")
+        for (item, part), each in last.items()
     ]
-    table = lines.markdown_table(("op", "backend", "dtype", "verdict"), verdicts)
-    told += ["## Parity", "", table]
-    told += ["", "## Tuned tables", ""]
-    for path in sorted((run.out / "tuned").glob("*.json")):
-        tuned = sorted(tune.read_table(path).items())
-        kernels = ", ".join(f"{kernel} ({len(entries)})" for kernel, entries in tuned)
-        told.append(f"- {path.name}: {kernels}")
-    for stage, title in _FILES.items():
-        told += ["", f"## {title}", ""]
-        if measured := lines.read(run.file(stage)):
-            told.append(tables.every_line(tables.current(measured)))
+    told += [lines.markdown_table(("item", "part", "seconds", ""), rows), "", "## Parity", ""]
+    verdicts = [
+        (op, backend, len(by_case), _refusal(by_case.values()) or "green")
+        for (op, backend), by_case in sorted(run.verdicts().items())
+    ]
+    told += [lines.markdown_table(("op", "backend", "cases", "verdict"), verdicts)]
+    tuned = [f"{kernel} ({len(entries)})" for kernel, entries in sorted(run.tuned().items())]
+    told += ["", "## Tuned", "", ", ".join(tuned) or "Nothing."]
+    for name, heading in (("ops", "Ops"), ("step", "Training step")):
+        if measured := lines.read(run.file(name)):
+            told += ["", f"## {heading}", "", tables.every_line(tables.current(measured))]
     told += ["", "## What did not run or failed", ""]
-    told += _grouped(run.failures()) or ["Nothing."]
+    told += [
+        f"- {': '.join(filter(None, (item, part, what, why)))}"
+        for (item, part), each in last.items()
+        for what, why in each["missing"]
+    ] or ["Nothing."]
     return "\n".join(told) + "\n"
-
-
-def _grouped(failures: list[dict[str, str]]) -> list[str]:
-    """One line for one reason: "op case: contender" fails the same way at many cases."""
-    groups: dict[tuple[str, str, str], list[str]] = {}
-    for each in failures:
-        where, _, who = each["part"].rpartition(": ")
-        groups.setdefault((each["stage"], who, each["error"]), []).append(where)
-    told = []
-    for (stage, who, error), places in groups.items():
-        at = f" at {places[0]}" if places[0] else ""
-        if len(places) > 1:
-            at = f" at {len(places)} cases, {places[0]} first"
-        told.append(f"- {stage}: {who}{at}: {error}")
-    return told
-
-
-STAGES: dict[str, Callable[[Run], None]] = {
-    "parity": parity_stage,
-    "tune": tune_stage,
-    "ops": ops_stage,
-    "step": step_stage,
-    "paper": paper_stage,
-    "scaling": scaling_stage,
-}
-
-
-def main(run: Run, stages: Sequence[str]) -> int:
-    """Run the stages in their order; 1 where parity is red."""
-    run.out.mkdir(parents=True, exist_ok=True)
-    for stage in (each for each in STAGES if each in stages):
-        run.began = time.monotonic()
-        run.forget_failures(stage)
-        print(f"== {stage}, at most {run.budget:.0f} s", flush=True)
-        try:
-            table = run.tuned() if stage not in ("parity", "tune") else {}
-            with tune.applied(table) if table else contextlib.nullcontext():
-                STAGES[stage](run)
-        except Exception as error:
-            run.fail(stage, "the whole stage", first_line(error))
-        print(f"== {stage} took {time.monotonic() - run.began:.0f} s", flush=True)
-        (run.out / "summary.md").write_text(summarise(run))
-    return int(any(each["stage"] == "parity" for each in run.failures()))

@@ -3,12 +3,15 @@
 A backend's ``TUNING`` names its kernels and their candidates. While a case runs, ``tiles.choose``
 is overheard to learn under which keys each kernel looks itself up; then each candidate is forced in
 turn. One that fails to compile, wants more than the device has or changes the result is left out
-and counted. Nothing here runs in production: the table is a file.
+and counted; so is one whose code spills or lets its products wait for one another, before it is
+timed. Nothing here runs in production: the table is a file.
 """
 
 import contextlib
 import functools
 import json
+import multiprocessing
+import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -24,11 +27,13 @@ from vatt_fast.kernels.tiles import Tiles
 
 from . import calls
 from .floors import Mode
-from .machine import DTYPES
+from .machine import DTYPES, GPUS
 from .setting import Setting
 from .timer import Call, Clock, first_line, interleaved, side_stream
 
 Table = dict[str, dict[str, Tiles]]
+# op, case, dtype, mode, tiles by kernel -> why each is not worth a timing, or None
+Refusals = Callable[[str, str, str, Mode, Sequence[dict[str, Tiles]]], list[str | None]]
 # the kernel's own heuristic stays unless a candidate needs less than this share of its time
 _MARGIN = 0.99
 BACKEND = "triton_gpu"
@@ -54,6 +59,7 @@ def overheard() -> Iterator[list[Request]]:
 
     found: list[Request] = []
     tiles.choose = choose  # backends look it up in the module at every call
+    tiles.forget()  # unless they remember its answer
     try:
         yield found
     finally:
@@ -74,6 +80,7 @@ def tune_case(
     function: Callable | None = None,
     skipped: Counter | None = None,
     deadline: float | None = None,
+    refusals: Refusals | None = None,
 ) -> None:
     """Add to ``table`` the fastest tiles of every kernel that the case runs under a new key.
 
@@ -81,6 +88,7 @@ def tune_case(
         candidates_of: a backend's TUNING. function: the op on that backend; None is ``triton_gpu``.
         skipped: counts candidates left out, by reason.
         deadline: time.monotonic() after which no further kernel is begun.
+        refusals: leaves candidates out by their compiled code; None: all are timed.
     """
     function = calls.on_backend(op, BACKEND) if function is None else function
     skipped = Counter() if skipped is None else skipped
@@ -89,7 +97,8 @@ def tune_case(
     modes: tuple[Mode, ...] = ("fwd", "bwd")
     best: dict[str, Tiles] = {}
     for mode in modes:
-        work = _Work(op, function, inputs, sets, mode, dtype, clock, rounds, skipped)
+        refuse = refusals and functools.partial(refusals, op, case.name, _name(dtype), mode)
+        work = _Work(op, function, inputs, sets, mode, dtype, clock, rounds, skipped, refuse)
         under = _requests(work, candidates_of)
         planned = {
             kernel
@@ -125,12 +134,14 @@ def tune_cases(
     table: Table,
     *,
     few: bool = False,
+    refusals: Refusals | None = None,
 ) -> list[tuple[str, str]]:
     """Tune ops at cases and write the table to ``path`` after each; (what was not tuned, why).
 
     Args:
         table: its entries are not measured again.
         few: one candidate a kernel: exercises the code.
+        refusals: see ``tune_case``.
     """
     skipped = Counter[str]()
     missing: dict[str, str] = {}
@@ -159,7 +170,10 @@ def tune_cases(
                     rounds=setting.rounds,
                     skipped=skipped,
                     deadline=setting.deadline,
+                    refusals=refusals,
                 )
+            if setting.out_of_time:
+                missing[f"{op} {case.name}"] = "out of time; run it again to continue"
         except Exception as error:
             missing[f"{op} {case.name}"] = first_line(error)
         if table:
@@ -180,6 +194,11 @@ class _Work(NamedTuple):
     clock: Clock
     rounds: int
     skipped: Counter
+    refuse: Callable[[Sequence[dict[str, Tiles]]], list[str | None]] | None
+
+
+def _name(dtype: torch.dtype) -> str:
+    return next(name for name, each in DTYPES.items() if each == dtype)
 
 
 def _is_plan(candidate: Tiles) -> bool:
@@ -236,8 +255,13 @@ def _fastest(
     ready: dict[str, list[Call]] = {}
     named = {json.dumps(each): each for each in options}
     expected: dict[str, torch.Tensor] | None = None
-    for name, option in named.items():
-        choices = others | {kernel: option}
+    chosen = {name: others | {kernel: option} for name, option in named.items()}
+    reasons = work.refuse([*chosen.values()]) if work.refuse else [None] * len(chosen)
+    for (name, choices), reason in zip(chosen.items(), reasons, strict=True):
+        if reason:
+            work.skipped["code"] += 1
+            print(f"  {kernel} {name}: {reason}")
+            continue
         try:
             with settings.force_tiles(**choices):
                 found = calls.values(work.function, work.op, work.inputs)
@@ -248,7 +272,7 @@ def _fastest(
                     work.skipped["changes the result"] += 1
                     continue
                 ready[name] = [
-                    _under(choices, calls.call(work.function, work.op, each, work.mode))
+                    under(choices, calls.call(work.function, work.op, each, work.mode))
                     for each in work.sets
                 ]
         except Exception as error:
@@ -271,12 +295,41 @@ def _fastest(
     return named[best]
 
 
-def _under(choices: dict[str, Tiles], call: Call) -> Call:
+def under(choices: dict[str, Tiles], call: Call) -> Call:
+    """The call with these tiles, by kernel."""
+
     def run() -> Any:
         with settings.force_tiles(**choices):
             return call()
 
     return run
+
+
+@contextlib.contextmanager
+def compiled_first(pool: Any) -> Iterator[Refusals | None]:
+    """Candidates compiled for this device on all cores of a ``multiprocessing.Pool``.
+
+    None where the compilers' output is not read: all candidates are timed.
+    """
+
+    def refusals(op, case, dtype, mode, choices):
+        jobs = [(op, case, dtype, arch(), mode, each) for each in choices]
+        return pool.starmap(_refusal, jobs, chunksize=1)
+
+    with pool:
+        yield refusals if arch() in GPUS else None
+
+
+def _refusal(*job) -> str | None:
+    from .compile_gpu import refusal  # needs Triton, compiling
+
+    return refusal(*job)
+
+
+def workers() -> Any:
+    """Processes beside this one, on all cores but one: a process compiles on one."""
+    count = max(1, (os.cpu_count() or 2) - 1)
+    return multiprocessing.get_context("spawn").Pool(count)
 
 
 def tunable(op: str) -> ModuleType | None:
@@ -314,10 +367,12 @@ def applied(table: Table) -> Iterator[None]:
     """Kernels take this table for the device's while the block runs, before it is installed."""
     original = tiles.table
     tiles.table = lambda arch: table
+    tiles.forget()
     try:
         yield
     finally:
         tiles.table = original
+        tiles.forget()
 
 
 @functools.cache

@@ -26,12 +26,22 @@ def choose(kernel: str, arch: str, dtype: torch.dtype, heuristic: Tiles, **shape
     return forced_tiles(kernel) or table(arch).get(kernel, {}).get(key(dtype, **shape)) or heuristic
 
 
+caches: list[Callable[[], None]] = []  # what empties a memory of choices, one each
+
+
+def forget() -> None:
+    """Have every choice made anew, after a table or ``choose`` itself was replaced."""
+    for clear in caches:
+        clear()
+
+
 def memoised(plan: Callable[..., Tiles]) -> Callable[..., Tiles]:
     """``plan(kernel, *what it depends on)``, asked once for each of its arguments.
 
     To look a shape up takes as long as half of a launch. Forced tiles still come first.
     """
     remembered = functools.lru_cache(maxsize=1024)(plan)
+    caches.append(remembered.cache_clear)
 
     @functools.wraps(plan)
     def choose(kernel: str, *rest: Any) -> Tiles:

@@ -106,6 +106,11 @@ def test_peers_count_for_their_lines_and_for_comparisons(tree):
     assert [a == b for a, b in zip(before, now, strict=True)] == [False, False, True]
 
 
+def test_a_backend_under_other_tiles_runs_the_same_sources(tree):
+    tiled = replace(LINE, backend=f"{LINE.backend} 128x64 w8 s2")
+    assert lines.source_of(tiled) == lines.source_of(LINE)
+
+
 def test_a_choice_of_dispatch_counts_for_auto(monkeypatch):
     key, rows = ("torch", "cpu"), digest.backends.PREFERENCE["torch", "cpu"]
     before = taken()

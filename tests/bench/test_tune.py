@@ -1,13 +1,15 @@
 """The tuner keeps the fastest tiles that are right."""
 
+import functools
 import json
 from collections import Counter
 
+import pytest
 import torch
 
-from bench import tune
+from bench import calls, tune
 from vatt_fast.kernels import tiles
-from vatt_fast.kernels.cases import AttentionCase
+from vatt_fast.kernels.cases import CASES, AttentionCase, make
 
 CPU = torch.device("cpu")
 
@@ -99,6 +101,67 @@ def test_the_heuristic_stays_unless_something_is_faster(monkeypatch):
     options = dict(candidates_of=candidates, clock=clock, rounds=1, function=function)
     tune.tune_case("attention", case, torch.float32, CPU, table=table, **options)
     assert table == {"fake_forward": {"fp32 queries=5": {"BLOCK": 64, "num_warps": 4}}}
+
+
+@pytest.mark.parametrize("op", ["contrastive_lse", "drop_token", "patch_embed", "attention"])
+def test_kernels_are_overheard_and_obey_a_table_whatever_they_remember(op):
+    pytest.importorskip("triton", reason="the kernels are Triton's")
+    case = next(iter(CASES[op].values()))
+    call = functools.partial(calls.on_backend(op, "triton_gpu"), **make(case))
+
+    def asked():
+        with tune.overheard() as requests:
+            call()
+        return {request.kernel: request for request in requests}
+
+    call()
+    first = asked()
+    assert first and asked() == first
+    table = {
+        request.kernel: {request.key: dict(request.heuristic) | {"num_warps": 1}}
+        for request in first.values()
+    }
+    used = []
+    original = tiles.choose
+
+    def choose(*args, **shape):
+        used.append(original(*args, **shape))
+        return used[-1]
+
+    with tune.applied(table), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiles, "choose", choose)
+        call()
+    assert used and all(each["num_warps"] == 1 for each in used)
+
+
+def test_what_the_compiled_code_forbids_is_never_timed(monkeypatch):
+    seen, asked = [], []
+    function, clock = fake_kernels(monkeypatch, seen)
+    blocks = [{"BLOCK": block, "num_warps": 4} for block in (96, 128)]
+
+    def refusals(*where, choices):
+        asked.append(where)
+        return ["2 spills" if each["fake_forward"]["BLOCK"] == 128 else None for each in choices]
+
+    table, skipped, timed = {}, Counter(), []
+    prepare = clock.prepare
+    clock.prepare = lambda calls: timed.append(len(calls)) or prepare(calls)
+    tune.tune_case(
+        "attention",
+        AttentionCase("fake", 2, 5, 5, 2, 8),
+        torch.float32,
+        CPU,
+        candidates_of={"fake_forward": blocks},
+        table=table,
+        clock=clock,
+        rounds=2,
+        function=function,
+        skipped=skipped,
+        refusals=lambda *job: refusals(*job[:-1], choices=job[-1]),
+    )
+    assert table == {"fake_forward": {"fp32 queries=5": blocks[0]}}
+    assert skipped == {"code": 1} and len(timed) == 2  # the heuristic and 96
+    assert asked == [("attention", "fake", "fp32", "fwd")]
 
 
 def test_a_table_serves_before_it_is_installed():
