@@ -333,10 +333,11 @@ void differentiate_keys(const Backward& bwd, int64_t chunk, int64_t step, float*
         // the next block's unit at this place, whose queries may be fewer
         const int64_t next_units = units_of(clamp(queries - block - BLOCK, 0, BLOCK));
         const int64_t next_block = unit - j + query_units * (key_units - at.i);
-        if (j + 1 == query_units)
-          add_key_sums(bwd, chunk, step, at, d_k, d_v, next_block + next_units * at.i, waiting);
         if (at.i + 1 == key_units)
           add_query_sums(bwd, step, at, next_block + minimum(j, next_units), waiting);
+        if (j + 1 == query_units)
+          add_key_sums(bwd, chunk, step, at, d_k, d_v,
+                       next_block + (at.i + 1 == key_units ? next_units : 0), waiting);
       }
     }
   }

@@ -2,6 +2,8 @@
 // VF_LEVEL.
 #pragma once
 
+#include <assert.h>
+
 #include "common/products.h"
 #include "common/sizes.h"
 
@@ -15,6 +17,7 @@ template <int MOST>
 class Waiting {
  public:
   void add(const Product& product, int64_t overwritten) {
+    assert(begin_ == end_ || overwritten_[end_ - 1] <= overwritten);
     products_[end_] = product, overwritten_[end_++] = overwritten;
   }
 

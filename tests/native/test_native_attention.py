@@ -23,6 +23,9 @@ CASES = [
     AttentionCase("sharp", 1, 33, 150, 2, 64, scale=2.0),
     AttentionCase("chunks", 1, 1090, 70, 1, 64),  # the backward takes queries 1024 at a time
     AttentionCase("many_keys", 1, 70, 1090, 1, 32),
+    # the backward's blocks of 128 queries: sums of one are added up while the next goes on
+    AttentionCase("blocks", 1, 385, 64, 1, 128),
+    AttentionCase("blocks_of_few_keys", 1, 385, 97, 1, 64),
     AttentionCase("one_query", 2, 1, 37, 2, 64),
     AttentionCase("one_key", 2, 40, 1, 2, 64),
 ]
