@@ -72,7 +72,7 @@ def compile_targets(
                 try:
                     compiled = module.compile_case(op, case, dtype, target, **option)
                 except Exception as error:  # the others are worth knowing
-                    failed.append(f"{op} {case} {dtype} {target}: {first_line(error)}")
+                    failed.append(f"{op} {case} {dtype} {target}: {first_line(_cause(error))}")
                     print(error, file=sys.stderr, flush=True)
                     continue
                 made = module.distinct(compiled, rows)
@@ -109,6 +109,11 @@ def _chosen(
         for name in names or known:
             chosen = known.get(name, [name] if name in {*CASES[op], *variants} else [])
             yield from ((op, each) for each in chosen)
+
+
+def _cause(error: BaseException) -> BaseException:
+    """The first error: Triton's own say where it was met."""
+    return _cause(error.__cause__) if error.__cause__ else error
 
 
 def _module(tpu: bool) -> Any:
