@@ -108,7 +108,7 @@ def backward(arch, d_out, d_lse, q, k, v, lse, *, scale, bias, key_mask, bias_gr
         "attention_backward_small",
         arch,
         q.dtype,
-        backward_small_tiles(T, S),
+        backward_small_tiles(T, S, D),
         queries=T,
         keys=S,
         head_dim=D,

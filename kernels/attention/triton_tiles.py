@@ -86,7 +86,8 @@ def forward_tiles(arch: str, dtype: torch.dtype, T: int, S: int, D: int, bias: b
     many = T >= 256 and not wide and not arch.startswith("gfx")
     rows, warps = (128, 8) if many else (64, 4)
     # two stages copy nothing ahead where products read from shared memory
-    stages = 3 if S >= 256 and not wide and reads_shared(arch) else 2
+    ahead = S >= 256 and columns * dot_size(D) <= 64 * 64 and reads_shared(arch)
+    stages = 3 if ahead else 2
     return dict(BLOCK_T=rows, BLOCK_S=columns, num_warps=warps, num_stages=stages)
 
 
@@ -144,9 +145,11 @@ def backward_bias_tiles(arch: str, dtype: torch.dtype, T: int, S: int, D: int, b
     return dict(BLOCK_T=rows, BLOCK_S=columns, num_warps=4, num_stages=1)
 
 
-def backward_small_tiles(T: int, S: int) -> Tiles:
-    """The tile itself is given: all queries by all keys."""
-    return dict(num_warps=4 if dot_size(T) * dot_size(S) > 16 * 16 else 2, num_stages=1)
+def backward_small_tiles(T: int, S: int, D: int) -> Tiles:
+    """The tile itself is given: all queries by all keys. Eight warps where four would spill."""
+    scores = dot_size(T) * dot_size(S)
+    warps = 8 if scores * dot_size(D) >= 32 * 32 * 128 else 4 if scores > 16 * 16 else 2
+    return dict(num_warps=warps, num_stages=1)
 
 
 # -- candidates of the tuner -------------------------------------------------------------------

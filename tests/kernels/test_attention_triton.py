@@ -84,6 +84,29 @@ def test_one_program_takes_the_scores_that_its_registers_hold(arch, queries, key
     assert triton_small.fits(arch, inputs["q"], inputs["k"], inputs["bias"]) == fits
 
 
+@pytest.mark.parametrize(
+    ("queries", "keys", "head_dim", "warps"),
+    [(5, 5, 64, 2), (17, 17, 64, 4), (17, 17, 128, 8), (64, 64, 64, 8)],
+)
+def test_one_programs_warps_grow_with_its_tiles(queries, keys, head_dim, warps):
+    assert triton_tiles.backward_small_tiles(queries, keys, head_dim)["num_warps"] == warps
+
+
+@pytest.mark.parametrize(
+    ("arch", "head_dim", "bias", "stages"),
+    [
+        ("sm_90", 64, False, 3),
+        ("sm_103", 64, True, 3),
+        ("sm_90", 128, False, 2),  # a third stage would leave shared memory for one program
+        ("sm_100", 128, True, 3),
+        ("sm_80", 64, False, 2),
+    ],
+)
+def test_the_forward_copies_ahead_where_shared_memory_allows(arch, head_dim, bias, stages):
+    tiles = triton_tiles.forward_tiles(arch, HALF, 785, 785, head_dim, bias)
+    assert tiles["num_stages"] == stages
+
+
 def test_a_call_asks_the_driver_for_its_architecture_once(monkeypatch):
     """The answer costs some microseconds, and a text's attention runs for no more than ten."""
     asked = []
