@@ -462,7 +462,7 @@ def backward(
     (M, D), T = x.shape, y.shape[0]
     running, precision = needs_running_max(bound), dot_precision(x.dtype)
     clips, texts = _chunk(M, T, x.element_size())
-    sizes = (clips, texts, D, precision, False)
+    sizes = (clips, texts, D, precision, running)
     blocks = {"GROUP_M": 8} | _choose("contrastive_lse_weights", arch(), x.dtype, *sizes)
 
     how = _how(x, running)
@@ -568,7 +568,6 @@ def _choose(
     precision: str,
     running: bool,
 ) -> Tiles:
-    """running: of the forward kernel that keeps running maxima."""
     heuristic = _heuristic(tiles.family(arch), dtype, clips, texts, dim, precision, running)
     shape = dict(clips=clips, texts=texts, dim=dim)
     return tiles.choose(kernel, arch, dtype, heuristic, **shape)
@@ -612,7 +611,7 @@ def _heuristic(
 ) -> Tiles:
     """Tiles of both kernels: large ones for the matrix unit, if every core still gets one.
 
-    running: of the forward kernel that keeps running maxima, whose registers hold half a tile.
+    running: with maxima; then, and in tf32, registers hold half of a large tile.
     """
 
     def count(block_m, block_n):
@@ -625,8 +624,10 @@ def _heuristic(
     stages = 2 if arch.startswith("gfx") else 3
     if dtype.itemsize == 4 and precision == "ieee":  # no matrix unit
         return dict(BLOCK_M=64, BLOCK_N=64, BLOCK_D=block_d, num_warps=4, num_stages=2)
+    if running and arch == "sm_100":  # larger ones spill in their loop (triton 3.7.1)
+        return dict(BLOCK_M=64, BLOCK_N=64, BLOCK_D=block_d, num_warps=8, num_stages=stages)
     if count(128, 128) >= 256:
-        width = 64 if running else 128
+        width = 64 if running or dtype.itemsize == 4 else 128
         return dict(BLOCK_M=128, BLOCK_N=width, BLOCK_D=block_d, num_warps=8, num_stages=stages)
     if running:
         return dict(BLOCK_M=64, BLOCK_N=64, BLOCK_D=block_d, num_warps=4, num_stages=stages)

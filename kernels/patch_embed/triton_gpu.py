@@ -45,15 +45,15 @@ def _corners(
     COLUMNS: tl.constexpr,
 ):
     """Offset of the first value of patches n of clips b, and its frame, line and column."""
-    if not CLIP:
-        return b.to(tl.int64) * stride_b + n.to(tl.int64) * stride_t, n, n, n
-    across, down = tl.cdiv(W, COLUMNS), tl.cdiv(H, LINES)
-    t = n // (across * down) * FRAMES
-    y = n // across % down * LINES
-    x = n % across * COLUMNS
-    offset = b.to(tl.int64) * stride_b + t.to(tl.int64) * stride_t
-    offset += y.to(tl.int64) * stride_h + x.to(tl.int64) * stride_w
-    return offset, t, y, x
+    offset = b.to(tl.int64) * stride_b
+    t, y, x = n, n, n
+    if CLIP:
+        across, down = tl.cdiv(W, COLUMNS), tl.cdiv(H, LINES)
+        t = n // (across * down) * FRAMES
+        y = n // across % down * LINES
+        x = n % across * COLUMNS
+        offset += y.to(tl.int64) * stride_h + x.to(tl.int64) * stride_w
+    return offset + t.to(tl.int64) * stride_t, t, y, x
 
 
 # Two uint8 u to bf16 u - 128, in half the instructions of the compiler's conversion. In bf16 0x4300
@@ -126,14 +126,16 @@ def _load_rows(
         raw = tl.load(pointer)
     else:
         raw = tl.load(pointer, mask=inside, other=0)
-    if patches.dtype.element_ty != tl.uint8:
-        return raw.to(DTYPE)
     if BY_HAND:
-        return tl.inline_asm_elementwise(
+        values = tl.inline_asm_elementwise(
             CENTRED_BF16, "=r,h", [raw], tl.bfloat16, is_pure=True, pack=2
         )
-    # raw - 128 in one operation; four values convert at a time
-    return (raw ^ 128).to(tl.int8, bitcast=True).to(DTYPE)
+    elif patches.dtype.element_ty == tl.uint8:
+        # raw - 128 in one operation; four values convert at a time
+        values = (raw ^ 128).to(tl.int8, bitcast=True).to(DTYPE)
+    else:
+        values = raw.to(DTYPE)
+    return values
 
 
 # -- forward -----------------------------------------------------------------------------------
@@ -776,15 +778,22 @@ def _row_stride(position) -> int:
 
 
 def _choose(kernel: str, rows: _Rows, dtype, dim: int, k: int) -> Tiles:
-    raw = rows.patches.element_size()
-    return _planned(f"patch_embed_{kernel}", arch(), dtype, rows.B * rows.K, dim, k, raw)
+    shape = (rows.B * rows.K, dim, k, rows.patches.element_size())
+    return _planned(f"patch_embed_{kernel}", arch(), dtype, *shape, rows.flags["PADDED"])
 
 
 @tiles.memoised
 def _planned(
-    kernel: str, arch: str, dtype: torch.dtype, rows: int, dim: int, k: int, raw: int
+    kernel: str,
+    arch: str,
+    dtype: torch.dtype,
+    rows: int,
+    dim: int,
+    k: int,
+    raw: int,
+    padded: bool,
 ) -> Tiles:
-    heuristic = triton_tiles.HEURISTICS[kernel](arch, dtype.itemsize, rows, dim, k, raw)
+    heuristic = triton_tiles.HEURISTICS[kernel](arch, dtype.itemsize, rows, dim, k, raw, padded)
     return tiles.choose(kernel, arch, dtype, heuristic, rows=rows, dim=dim, values=k, raw=raw)
 
 

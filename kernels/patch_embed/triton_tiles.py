@@ -79,16 +79,21 @@ def _cheapest(
     return min(shapes, key=cost)
 
 
-def forward_tiles(device: str, itemsize: int, rows: int, dim: int, k: int, raw: int) -> Tiles:
+def forward_tiles(
+    device: str, itemsize: int, rows: int, dim: int, k: int, raw: int, padded: bool = False
+) -> Tiles:
     """Fused wherever Triton's product comes near cuBLAS's.
 
     Packing moves 3 bytes a uint8 value, and the tokens twice more. At k 3072 and dim 1024 on an
     H200 that is about a third of the product's time (predicted). A gather with conversion inside
     the product loses as much there: a draw, and fused needs no memory. Packed where Triton has no
-    match for the library: fp32 without tensor cores, and Blackwell's.
+    match for the library: fp32 without tensor cores, and Blackwell's. And where the grid passes a
+    clip's end: the masks spill in the product's loop (sm_90, triton 3.7.1).
     """
     device = family(device)
     if (itemsize == 4 and dim * k >= 2**16) or (device == "sm_100" and k >= 1024 and dim >= 512):
+        return dict(PACKED=1)
+    if padded and k > 256:
         return dict(PACKED=1)
     fold = int(k <= 256)  # every program folds its part again: cheaper than a launch
     if itemsize == 4:
@@ -115,7 +120,9 @@ def forward_tiles(device: str, itemsize: int, rows: int, dim: int, k: int, raw: 
     )
 
 
-def weight_tiles(device: str, itemsize: int, rows: int, dim: int, k: int, raw: int) -> Tiles:
+def weight_tiles(
+    device: str, itemsize: int, rows: int, dim: int, k: int, raw: int, padded: bool = False
+) -> Tiles:
     """Packed at large k and dim.
 
     There the converted rows pass through shared memory at every step, and no product overlaps
@@ -145,7 +152,9 @@ def weight_tiles(device: str, itemsize: int, rows: int, dim: int, k: int, raw: i
     )
 
 
-def add_tiles(device: str, itemsize: int, rows: int, dim: int, k: int, raw: int) -> Tiles:
+def add_tiles(
+    device: str, itemsize: int, rows: int, dim: int, k: int, raw: int, padded: bool = False
+) -> Tiles:
     return dict(BLOCK_ROWS=8, BLOCK_DIM=min(triton.next_power_of_2(dim), 512), num_warps=4)
 
 
