@@ -10,6 +10,8 @@
 
 #include "common/bf16_panels.h"
 #include "common/large_products.h"
+#include "common/pairs.h"
+#include "common/pieces.h"
 #include "rows.h"
 
 namespace vatt_fast {
@@ -26,19 +28,6 @@ int64_t units(int64_t count) { return ceil_div(count, UNIT); }
 int64_t units_a_block(int64_t depth) {
   return clamp(SECOND_CACHE / (UNIT * depth), 1, LONG / UNIT);
 }
-
-// Scratch in pieces, each on a cache line of its own.
-struct Pieces {
-  uintptr_t next;
-
-  template <typename T>
-  T* take(int64_t count) {
-    next = (next + 63) / 64 * 64;
-    T* piece = reinterpret_cast<T*>(next);
-    next += static_cast<uintptr_t>(count) * sizeof(T);
-    return piece;
-  }
-};
 
 // A row of 32 values as bf16, beyond `count` zeros.
 inline __m512i load_32(const Bf16* from, int64_t count) {
@@ -283,63 +272,27 @@ WeighMemory weigh_memory(Pieces& pieces, int64_t rows, int64_t dim, int64_t k, i
   return memory;
 }
 
-// 32 rows of 32 values, two rows side by side: in `low` 16 such pairs of the first 16 columns.
-// whole: all 32 rows and columns are there; else what is not is zero.
-template <bool whole>
-inline void pair_rows(const Bf16* from, int64_t stride, int64_t rows, int64_t columns,
-                      __m512i low[16], __m512i high[16]) {
-  const __m512i first = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40,
-                                         8, 39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
-  const __m512i second = _mm512_add_epi16(first, _mm512_set1_epi16(16));
-#pragma GCC unroll 16
-  for (int64_t i = 0; i < 16; ++i) {
-    __m512i pair[2];
-    for (int64_t j = 0; j < 2; ++j) {
-      const Bf16* row = from + (2 * i + j) * stride;
-      if (whole)
-        pair[j] = _mm512_loadu_si512(row);
-      else
-        pair[j] = 2 * i + j < rows ? load_32(row, columns) : _mm512_setzero_si512();
-    }
-    low[i] = _mm512_permutex2var_epi16(pair[0], first, pair[1]);
-    high[i] = _mm512_permutex2var_epi16(pair[0], second, pair[1]);
-  }
-}
-
-inline void pair_rows(const Bf16* from, int64_t stride, int64_t rows, int64_t columns,
-                      __m512i low[16], __m512i high[16]) {
-  if (rows == UNIT && columns >= UNIT)
-    pair_rows<true>(from, stride, rows, columns, low, high);
-  else
-    pair_rows<false>(from, stride, rows, columns, low, high);
-}
-
 // One task: 32 rows of d_tokens, transposed, and the 32 rows of patches that they met.
 template <typename In>
 void pack_both(const WeighPatches& call, const WeighMemory& memory, int64_t first) {
   const int64_t count = minimum(call.rows.count - first, UNIT), wide = round_up(call.k, UNIT);
-  const Bf16* d_tokens = static_cast<const Bf16*>(call.d_tokens) + first * call.dim;
+  const uint16_t* d_tokens = static_cast<const uint16_t*>(call.d_tokens) + first * call.dim;
+  const uint16_t* rows = reinterpret_cast<const uint16_t*>(memory.rows);
   __m512i low[16], high[16];
   for (int64_t d = 0; d < round_up(call.dim, SHORT); d += UNIT) {
-    pair_rows(d_tokens + d, call.dim, count, call.dim - d, low, high);
-    transpose_16(low);
-    transpose_16(high);
+    transpose_rows(d_tokens + d, call.dim, count, call.dim - d, low, high);
     uint16_t* to = memory.left + d / SHORT * SHORT * round_up(call.rows.count, DEPTH) +
                    first / DEPTH * DEPTH * SHORT + d % SHORT * DEPTH + first % DEPTH;
-    for (int64_t i = 0; i < 16; ++i) {
-      _mm512_storeu_si512(to + i * DEPTH, low[i]);
-      _mm512_storeu_si512(to + (i + 16) * DEPTH, high[i]);
-    }
+    store_each(low, to, DEPTH);
+    store_each(high, to + 16 * DEPTH, DEPTH);
   }
   for (int64_t r = 0; r < count; ++r)
     pack_row<In>(call.patches, call.rows, first + r, call.k, memory.rows + r * wide);
   for (int64_t v = 0; v < call.k; v += UNIT) {
-    pair_rows(memory.rows + v, wide, count, call.k - v, low, high);
+    pair_rows(rows + v, wide, count, call.k - v, low, high);
     uint16_t* to = memory.right + v * round_up(call.rows.count, UNIT) + first * UNIT;
-    for (int64_t i = 0; i < 16; ++i) {
-      _mm512_storeu_si512(to + 32 * i, low[i]);
-      _mm512_storeu_si512(to + TILE + 32 * i, high[i]);
-    }
+    store_each(low, to, 32);
+    store_each(high, to + TILE, 32);
   }
 }
 
