@@ -12,6 +12,7 @@
 #include <omp.h>
 
 #include "common/bf16_panels.h"
+#include "common/large_products.h"
 #include "common/sizes.h"
 #include "common/vectors.h"
 
@@ -64,8 +65,9 @@ static inline Tile tile_of(const LseChunk& chunk, int64_t number) {
           .columns = columns,
           .strip = strip,
           .block = block,
-          .products = chunk.products + (chunk.x ? memory : row * chunk.stride + column),
-          .stride = chunk.x ? TILE_COLUMNS : chunk.stride};
+          .products = chunk.products +
+                      (chunk.products_stride ? row * chunk.products_stride + column : memory),
+          .stride = chunk.products_stride ? chunk.products_stride : TILE_COLUMNS};
 }
 
 static inline bool counts(const LseChunk& chunk, int64_t row) {
@@ -76,44 +78,59 @@ static inline bool counts(const LseChunk& chunk, int64_t row) {
 
 #if VF_PRODUCTS
 
-// Computes the tile's products, 32 x 32 at a time. 32 texts stay in the first cache while all clips
-// of the tile pass by.
+constexpr int64_t PANEL = 64;   // texts
+constexpr int64_t DEPTH = 256;  // dimensions: of a panel so many stay in the first cache
+
+// Computes the tile's products: all its clips pass by a part of a panel.
 static void multiply(const LseChunk& chunk, const Tile& tile) {
   if (!chunk.x) return;
-  const int64_t panel = 16 * chunk.dim;
-  for (int64_t j = 0; j < tile.columns; j += UNIT)
-    for (int64_t i = 0; i < tile.rows; i += UNIT) {
-      multiply({.factors = {.left = chunk.x + (tile.row + i) * chunk.dim,
+  const uint16_t *right = chunk.y_panels + tile.column * chunk.dim,
+                 *end = chunk.y_panels + padded(chunk.columns) * chunk.dim;
+  Late late = {};
+  for (int64_t j = 0; j < tile.columns; j += PANEL)
+    for (int64_t d = 0; d < chunk.dim; d += DEPTH) {
+      const int64_t width = minimum(tile.columns - j, PANEL), depth = minimum(chunk.dim - d, DEPTH);
+      const uint16_t* next = right + depth * width;
+      multiply({.factors = {.left = chunk.x + tile.row * chunk.dim + d,
                             .left_stride = chunk.dim,
                             .left_next = 32,
-                            .right = chunk.y_panels + (tile.column + j) / 16 * panel,
-                            .right_column = panel,
-                            .right_next = TILE},
-                .depth = chunk.dim / 32,
-                .sums = tile.products + i * tile.stride + j,
+                            .right = right,
+                            .right_column = TILE,
+                            .right_next = 32 * width},
+                .left_unit = UNIT * chunk.dim,
+                .right_unit = 2 * TILE,
+                .rows = ceil_div(tile.rows, UNIT),
+                .columns = width / UNIT,
+                .depth = depth / 32,
+                .sums = tile.products + j,
                 .stride = tile.stride,
-                .fresh = true});
+                .fresh = d == 0,
+                .ahead = next,
+                .ahead_values = minimum(end - next, DEPTH * PANEL)},
+               late);
+      right = next;
     }
+  finish(late);
 }
 
 bool contrastive_lse_pack(const uint16_t* y, int64_t texts, int64_t dim, uint16_t* panels,
                           int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t text = 0; text < texts; text += 16)
-    for (int64_t d = 0; d < dim; d += 32) {
+  for (int64_t text = 0; text < texts; text += 16) {
+    const int64_t first = text / PANEL * PANEL, width = minimum(texts - first, PANEL);
+    uint16_t* to = panels + first * dim + (text - first) / 16 * TILE;
+    for (int64_t d = 0; d < dim; d += 32, to += 32 * width) {
       __m512i r[16];
       load_transposed(y + text * dim + d, dim, r);
-      for (int i = 0; i < 16; i++) _mm512_storeu_si512(panels + text * dim + 16 * d + 32 * i, r[i]);
+      for (int i = 0; i < 16; i++) _mm512_storeu_si512(to + 32 * i, r[i]);
     }
+  }
   return true;
 }
 
-// A row of weights, rounded to bf16.
-static void keep_weights(const LseChunk& chunk, const Tile& tile, int64_t i) {
-  if (!chunk.x) return;
-  const float* weights = tile.products + i * tile.stride;
-  uint16_t* to = chunk.weights + (tile.row + i) * chunk.stride + tile.column;
-  for (int64_t j = 0; j < tile.columns; j += 32)
+// A tile's row of weights, rounded to bf16.
+static void round_weights(const float* weights, int64_t count, uint16_t* to) {
+  for (int64_t j = 0; j < count; j += 32)
     _mm512_storeu_si512(to + j,
                         to_bf16(_mm512_loadu_ps(weights + j + 16), _mm512_loadu_ps(weights + j)));
 }
@@ -123,7 +140,7 @@ static void keep_weights(const LseChunk& chunk, const Tile& tile, int64_t i) {
 static inline void begin_products() {}
 static inline void end_products() {}
 static inline void multiply(const LseChunk&, const Tile&) {}
-static inline void keep_weights(const LseChunk&, const Tile&, int64_t) {}
+static inline void round_weights(const float*, int64_t, uint16_t*) {}
 
 bool contrastive_lse_pack(const uint16_t*, int64_t, int64_t, uint16_t*, int) { return false; }
 
@@ -327,12 +344,14 @@ static double weigh_own(const LseChunk& chunk, const LseGradients& gradients, in
 // One task: a tile of products becomes weights. Returns its part of d_scale.
 static double weigh_tile(const LseChunk& chunk, const Tile& tile, const LseGradients& gradients) {
   double d_scale = 0;
-  float own_products[TILE_COLUMNS];
+  float own_products[TILE_COLUMNS], weights_of_row[TILE_COLUMNS];
   for (int64_t i = 0; i < tile.rows; i++) {
-    float* row = tile.products + i * tile.stride;
+    const float* row = tile.products + i * tile.stride;
+    const int64_t place = (tile.row + i) * chunk.stride + tile.column;
+    float* to = chunk.bf16_weights ? weights_of_row : static_cast<float*>(chunk.weights) + place;
     const Span own = own_texts(chunk, tile.row + i, tile.column,
                                clamp(tile.column + tile.columns, 0, chunk.columns));
-    for (int64_t j = own.begin; j < own.end; j++)
+    for (int64_t j = own.begin; j < own.end; j++)  // the weights may take the products' place
       own_products[j - own.begin] = row[j - tile.column];
     const bool in_columns = counts(chunk, tile.row + i);
     Floats total = {};
@@ -343,11 +362,12 @@ static double weigh_tile(const LseChunk& chunk, const Tile& tile, const LseGradi
           where(y_counts, weights_of(chunk, gradients, tile.row + i, tile.column + j, in_columns,
                                      products * chunk.scale));
       total += weights * products;
-      store(row + j, weights * chunk.scale);
+      store(to + j, weights * chunk.scale);
     }
     d_scale += sum_of(total) +
-               weigh_own(chunk, gradients, tile.row + i, own, own_products, row - tile.column);
-    keep_weights(chunk, tile, i);
+               weigh_own(chunk, gradients, tile.row + i, own, own_products, to - tile.column);
+    if (chunk.bf16_weights)
+      round_weights(weights_of_row, tile.columns, static_cast<uint16_t*>(chunk.weights) + place);
   }
   return d_scale;
 }

@@ -1,5 +1,5 @@
-// Python's entry to contrastive_lse.cpp. What a chunk's calls have in common is an object of its
-// own.
+// Python's entry to contrastive_lse.cpp and contrastive_lse_gradient.cpp. What a chunk's calls have
+// in common is an object of its own.
 #include "contrastive_lse.h"
 
 #include "binding.h"
@@ -23,12 +23,23 @@ struct Kernels {
 const std::initializer_list<Version<Kernels>> versions = {VF_LEVELS_CONTRASTIVE_LSE(VERSION)};
 #undef VERSION
 
-LseChunk chunk_of(Address products, int64_t stride, int64_t rows, int64_t columns, Address x_counts,
-                  Address y_counts, int64_t first_own, int64_t texts_per_clip, float scale,
-                  bool running, int threads, Address x, Address y_panels, int64_t dim,
-                  Address weights) {
+struct Products {
+  void (*product)(const LseProduct&);
+  int64_t (*scratch)(int64_t depth, int64_t dim, int threads);
+};
+
+#define VERSION(level) \
+  {Level::level, {level::contrastive_lse_product, level::contrastive_lse_product_scratch}},
+const std::initializer_list<Version<Products>> products = {
+    VF_LEVELS_CONTRASTIVE_LSE_GRADIENT(VERSION)};
+#undef VERSION
+
+LseChunk chunk_of(Address products, int64_t products_stride, int64_t rows, int64_t columns,
+                  Address x_counts, Address y_counts, int64_t first_own, int64_t texts_per_clip,
+                  float scale, bool running, int threads, Address x, Address y_panels, int64_t dim,
+                  Address weights, int64_t stride, bool bf16_weights) {
   return {.products = at<float>(products),
-          .stride = stride,
+          .products_stride = products_stride,
           .rows = rows,
           .columns = columns,
           .x_counts = at<const uint8_t>(x_counts),
@@ -41,7 +52,9 @@ LseChunk chunk_of(Address products, int64_t stride, int64_t rows, int64_t column
           .x = at<const uint16_t>(x),
           .y_panels = at<const uint16_t>(y_panels),
           .dim = dim,
-          .weights = at<uint16_t>(weights)};
+          .weights = at(weights),
+          .stride = stride,
+          .bf16_weights = bf16_weights};
 }
 
 void forward(const LseChunk& chunk, Address row, Address col, Address pos, Address row_peak,
@@ -72,12 +85,32 @@ void pack(Address y, int64_t texts, int64_t dim, Address panels, int threads) {
     throw std::logic_error("this instruction set multiplies no bf16");
 }
 
+void product(Address weights, int64_t stride, bool transposed, int64_t rows, int64_t depth,
+             Address vectors, int64_t vectors_stride, int64_t dim, Address sums,
+             int64_t sums_stride, bool bf16_sums, bool grows, Address scratch, int threads) {
+  best(products).product({.weights = at<const uint16_t>(weights),
+                          .stride = stride,
+                          .transposed = transposed,
+                          .rows = rows,
+                          .depth = depth,
+                          .vectors = at<const uint16_t>(vectors),
+                          .vectors_stride = vectors_stride,
+                          .dim = dim,
+                          .sums = at(sums),
+                          .sums_stride = sums_stride,
+                          .bf16_sums = bf16_sums,
+                          .grows = grows,
+                          .scratch = at(scratch),
+                          .threads = threads});
+}
+
 const Bindings bindings([](py::module_& m) {
   // local: tests load several builds of the module into one process
   py::class_<LseChunk>(m, "ContrastiveLseChunk", py::module_local())
-      .def(py::init(&chunk_of), py::kw_only(), "products"_a, "stride"_a, "rows"_a, "columns"_a,
-           "x_counts"_a, "y_counts"_a, "first_own"_a, "texts_per_clip"_a, "scale"_a, "running"_a,
-           "threads"_a, "x"_a, "y_panels"_a, "dim"_a, "weights"_a);
+      .def(py::init(&chunk_of), py::kw_only(), "products"_a, "products_stride"_a, "rows"_a,
+           "columns"_a, "x_counts"_a, "y_counts"_a, "first_own"_a, "texts_per_clip"_a, "scale"_a,
+           "running"_a, "threads"_a, "x"_a, "y_panels"_a, "dim"_a, "weights"_a, "stride"_a,
+           "bf16_weights"_a);
   m.def(
       "contrastive_lse_scratch_floats",
       [](int64_t rows, int64_t columns) { return best(versions).scratch_floats(rows, columns); },
@@ -89,6 +122,15 @@ const Bindings bindings([](py::module_& m) {
         "pos"_a, "row_peak"_a, "col_peak"_a, "pos_peak"_a, "scratch"_a);
   m.def("contrastive_lse_backward", &backward, Released(), py::kw_only(), "chunk"_a, "row"_a,
         "col"_a, "pos"_a, "row_lse"_a, "col_lse"_a, "pos_lse"_a, "d_scale"_a, "scratch"_a);
+  m.def("contrastive_lse_product", &product, Released(), py::kw_only(), "weights"_a, "stride"_a,
+        "transposed"_a, "rows"_a, "depth"_a, "vectors"_a, "vectors_stride"_a, "dim"_a, "sums"_a,
+        "sums_stride"_a, "bf16_sums"_a, "grows"_a, "scratch"_a, "threads"_a);
+  m.def(
+      "contrastive_lse_product_scratch",
+      [](int64_t depth, int64_t dim, int threads) {
+        return best(products).scratch(depth, dim, threads);
+      },
+      py::kw_only(), "depth"_a, "dim"_a, "threads"_a);
 });
 
 }  // namespace

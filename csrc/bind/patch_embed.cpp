@@ -1,5 +1,6 @@
-// Python's entry to patch_embed.cpp. Dtypes are named as in Element.
-#include "patch_embed.h"
+// Python's entry to patch_embed/passes.cpp and patch_embed/product.cpp. Dtypes are named as in
+// Element.
+#include "patch_embed/patch_embed.h"
 
 #include "binding.h"
 
@@ -18,7 +19,20 @@ struct Kernels {
   {Level::level,                                                                         \
    {level::pack_patches, level::read_weight, level::finish_tokens, level::sum_gradients, \
     level::finish_weight}},
-const std::initializer_list<Version<Kernels>> versions = {VF_LEVELS_PATCH_EMBED(VERSION)};
+const std::initializer_list<Version<Kernels>> versions = {VF_LEVELS_PATCH_EMBED_PASSES(VERSION)};
+#undef VERSION
+
+struct Products {
+  void (*project)(const ProjectPatches&);
+  void (*weigh)(const WeighPatches&);
+  int64_t (*project_scratch)(int64_t dim, int64_t k, int threads);
+  int64_t (*weigh_scratch)(int64_t rows, int64_t dim, int64_t k, int threads);
+};
+
+#define VERSION(level) \
+  {Level::level,       \
+   {level::project_patches, level::weigh_patches, level::project_scratch, level::weigh_scratch}},
+const std::initializer_list<Version<Products>> products = {VF_LEVELS_PATCH_EMBED_PRODUCT(VERSION)};
 #undef VERSION
 
 template <typename Call>
@@ -33,6 +47,10 @@ Element element_of(const std::string& name) {
   if (name == "fp16") return Element::fp16;
   if (name == "fp32") return Element::fp32;
   throw std::invalid_argument("unknown element type " + name);
+}
+
+int64_t values_of(const Patches& patches) {
+  return patches.frames * patches.lines * patches.columns * patches.channels;
 }
 
 int64_t lines_of(int64_t keep_stride, int64_t clips) { return keep_stride ? clips : 1; }
@@ -73,13 +91,12 @@ void pack(const Patches& patches, Address packed, const std::string& element, in
   const Rows rows = {.first = first, .count = count, .K = K, .A = A};
   const int64_t lines = lines_of(patches.keep_stride, clips_of(rows));
   check_keep(patches.keep, lines, K, patches_of(patches), "patches");
-  run(&Kernels::pack_patches,
-      {.patches = patches,
-       .packed = at(packed),
-       .element = element_of(element),
-       .rows = rows,
-       .k = patches.frames * patches.lines * patches.columns * patches.channels,
-       .threads = threads});
+  run(&Kernels::pack_patches, {.patches = patches,
+                               .packed = at(packed),
+                               .element = element_of(element),
+                               .rows = rows,
+                               .k = values_of(patches),
+                               .threads = threads});
 }
 
 void weight(Address weight, const std::string& weight_element, int64_t weight_stride, Address bias,
@@ -157,6 +174,62 @@ void finish_d_weight(Address product, const std::string& element, Address d_weig
                                 .threads = threads});
 }
 
+void project(const Patches& patches, Address weight, const std::string& weight_element,
+             int64_t weight_stride, Address bias, float factor, float scale, Address position,
+             const std::string& position_element, int64_t position_stride, int64_t positions,
+             Address agg, Address keep, int64_t keep_stride, Address tokens, int64_t B, int64_t K,
+             int64_t dim, Address scratch, int threads) {
+  const int64_t A = agg ? 1 : 0;
+  const Rows rows = {.first = 0, .count = B * (A + K), .K = K, .A = A};
+  const int64_t* kept = at<const int64_t>(keep);
+  check_keep(patches.keep, lines_of(patches.keep_stride, B), K, patches_of(patches), "patches");
+  if (position) check_keep(kept, lines_of(keep_stride, B), K, positions, "patches");
+  const ProjectPatches call = {.patches = patches,
+                               .rows = rows,
+                               .weight = at(weight),
+                               .weight_element = element_of(weight_element),
+                               .weight_stride = weight_stride,
+                               .bias = at<const float>(bias),
+                               .factor = factor,
+                               .scale = scale,
+                               .position = at(position),
+                               .position_element = element_of(position_element),
+                               .position_stride = position_stride,
+                               .agg = at<const float>(agg),
+                               .keep = kept,
+                               .keep_stride = keep_stride,
+                               .tokens = at(tokens),
+                               .dim = dim,
+                               .k = values_of(patches),
+                               .scratch = at(scratch),
+                               .threads = threads};
+  py::gil_scoped_release others_may_run;
+  best(products).project(call);
+}
+
+void weigh(const Patches& patches, Address d_tokens, Address d_weight, const std::string& element,
+           Address d_bias, float scale, float factor, bool grows, int64_t first, int64_t count,
+           int64_t K, int64_t A, int64_t dim, Address scratch, int threads) {
+  const Rows rows = {.first = first, .count = count, .K = K, .A = A};
+  const int64_t lines = lines_of(patches.keep_stride, clips_of(rows));
+  check_keep(patches.keep, lines, K, patches_of(patches), "patches");
+  const WeighPatches call = {.patches = patches,
+                             .rows = rows,
+                             .d_tokens = at(d_tokens),
+                             .d_weight = at(d_weight),
+                             .element = element_of(element),
+                             .d_bias = at<const float>(d_bias),
+                             .scale = scale,
+                             .factor = factor,
+                             .grows = grows,
+                             .dim = dim,
+                             .k = values_of(patches),
+                             .scratch = at(scratch),
+                             .threads = threads};
+  py::gil_scoped_release others_may_run;
+  best(products).weigh(call);
+}
+
 const Bindings bindings([](py::module_& m) {
   // local: tests load several builds of the module into one process
   py::class_<Patches>(m, "Patches", py::module_local())
@@ -178,6 +251,25 @@ const Bindings bindings([](py::module_& m) {
         "K"_a, "dim"_a, "rows"_a, "threads"_a);
   m.def("patch_embed_finish_weight", &finish_d_weight, py::kw_only(), "product"_a, "element"_a,
         "d_weight"_a, "d_bias"_a, "scale"_a, "factor"_a, "grows"_a, "dim"_a, "k"_a, "threads"_a);
+  m.def("patch_embed_project", &project, py::kw_only(), "patches"_a, "weight"_a, "weight_element"_a,
+        "weight_stride"_a, "bias"_a, "factor"_a, "scale"_a, "position"_a, "position_element"_a,
+        "position_stride"_a, "positions"_a, "agg"_a, "keep"_a, "keep_stride"_a, "tokens"_a, "B"_a,
+        "K"_a, "dim"_a, "scratch"_a, "threads"_a);
+  m.def("patch_embed_weigh", &weigh, py::kw_only(), "patches"_a, "d_tokens"_a, "d_weight"_a,
+        "element"_a, "d_bias"_a, "scale"_a, "factor"_a, "grows"_a, "first"_a, "count"_a, "K"_a,
+        "A"_a, "dim"_a, "scratch"_a, "threads"_a);
+  m.def(
+      "patch_embed_project_scratch",
+      [](int64_t dim, int64_t k, int threads) {
+        return best(products).project_scratch(dim, k, threads);
+      },
+      py::kw_only(), "dim"_a, "k"_a, "threads"_a);
+  m.def(
+      "patch_embed_weigh_scratch",
+      [](int64_t rows, int64_t dim, int64_t k, int threads) {
+        return best(products).weigh_scratch(rows, dim, k, threads);
+      },
+      py::kw_only(), "rows"_a, "dim"_a, "k"_a, "threads"_a);
 });
 
 }  // namespace

@@ -2,9 +2,11 @@
 pass (csrc/contrastive_lse.cpp) does the rest.
 
 Forward: the pass sums exp(S) by rows, columns and own texts; where |S| is known to be small no
-maximum is subtracted and a score costs one exp. Backward: the products once more; the pass turns
-them in place into weights d loss / d S and sums d_scale; two products with the weights follow,
-torch's.
+maximum is subtracted and a score costs one exp. Backward: the pass turns the products into weights
+d loss / d S and sums d_scale; two products with the weights follow, torch's.
+
+A forward that a backward follows keeps its products for it where all of them take no more than
+_KEPT_BYTES; elsewhere the backward computes them once more.
 
 The products are fp32 whatever the inputs (rounded to bf16, a cosine near 1 would shift its score by
 0.03 at a scale of 14): torch's fp32 ones, or, of bf16 vectors where the processor multiplies them
@@ -30,7 +32,10 @@ from .bound import needs_running_max
 
 # clips, texts: 8 MiB of products; they come back from the cache, and torch is near its full speed
 _CHUNK = (1024, 2048)
-_CHUNK_OF_TILES = (2048, 4096)  # 16 MiB of bf16 weights
+# 16 MiB of bf16 weights; the products, where they are kept, just below the 32 MiB at which glibc
+# takes fresh pages for a block
+_CHUNK_OF_TILES = (2048, 4032)
+_KEPT_BYTES = 256 * 2**20  # of 8192 x 8192 products
 _ALIGNMENT = 32  # of clips, texts and dimensions, as tiles are read
 _FEW_SCORES = 1 << 18
 
@@ -38,6 +43,8 @@ _FEW_SCORES = 1 << 18
 def forward(x, y, *, scale, texts_per_clip, first, x_valid=None, y_valid=None, bound=None):
     scores = _Scores(x, y, scale, texts_per_clip, first, x_valid, y_valid, bound)
     M, T = x.shape[0], y.shape[0]
+    if any(getattr(each, "requires_grad", False) for each in (x, y, scale)):
+        scores.keep_products()
     totals = [torch.zeros(size, dtype=torch.float64) for size in (M, T, M)]  # row, col, pos
     peaks = [torch.full((size,), -math.inf) for size in (M, T, M)] if scores.running else None
     for chunk in scores.chunks():
@@ -56,7 +63,28 @@ def forward(x, y, *, scale, texts_per_clip, first, x_valid=None, y_valid=None, b
     lses = [total.log_() for total in totals]  # of an empty set -inf
     if peaks:
         lses = [lse.add_(peak) for lse, peak in zip(lses, peaks, strict=True)]
-    return tuple(lse.float() for lse in lses)
+    row, col, pos = (lse.float() for lse in lses)
+    if scores.kept:
+        # the memory of row lives for as long as something holds row, as what differentiates it does
+        row.untyped_storage().kept_products = _Kept.of(x, y, scores.kept)
+    return row, col, pos
+
+
+class _Kept(NamedTuple):
+    """Products that a forward left for its backward, and of which vectors they are."""
+
+    vectors: tuple
+    products: list[torch.Tensor]  # of each chunk
+
+    @classmethod
+    def of(cls, x, y, products):
+        return cls(tuple((each.data_ptr(), each.shape, each._version) for each in (x, y)), products)
+
+    @classmethod
+    def found(cls, row, x, y) -> list[torch.Tensor]:
+        """Those of x and y that came with row; none where there are no such."""
+        kept = getattr(row.untyped_storage(), "kept_products", None)
+        return kept.products if kept and kept == cls.of(x, y, kept.products) else []
 
 
 def backward(
@@ -76,7 +104,8 @@ def backward(
     y_valid=None,
     bound=None,
 ):
-    scores = _Scores(x, y, scale, texts_per_clip, first, x_valid, y_valid, bound, backward=True)
+    scores = _Scores(x, y, scale, texts_per_clip, first, x_valid, y_valid, bound)
+    scores.weigh(_Kept.found(row, x, y))
     pairs = [
         _gradient(d_lse, lse, scores.running)
         for d_lse, lse in ((d_row, row), (d_col, col), (d_pos, pos))
@@ -112,7 +141,7 @@ def backward(
 
 
 def _multiply(sums, a, b, begin: bool):
-    """sums = a @ b to begin with, later sums += a @ b."""
+    """sums = a @ b to begin with, later sums += a @ b; a bf16 one is a chunk's weights."""
     if a.dtype == torch.float32:
         # of long sums into few results the library gives its threads a part each: bits would depend
         # on their number
@@ -120,10 +149,26 @@ def _multiply(sums, a, b, begin: bool):
         for d in range(0, a.shape[1], step):
             part = slice(d, d + step)
             sums.addmm_(a[:, part], b[part], beta=float(d > 0 or not begin))
-    elif begin:
-        sums.copy_(a @ b)
-    else:
-        sums += a @ b
+        return
+    b = b if b.stride(1) == 1 else b.contiguous()
+    transposed, threads = a.stride(1) != 1, torch.get_num_threads()
+    sizes = dict(depth=a.shape[1], dim=b.shape[1], threads=threads)
+    size = native.extension.contrastive_lse_product_scratch(**sizes)
+    scratch = torch.empty(size, dtype=torch.uint8)
+    native.extension.contrastive_lse_product(
+        weights=address(a),
+        stride=a.stride(0) if not transposed else a.stride(1),
+        transposed=transposed,
+        rows=a.shape[0],
+        vectors=address(b),
+        vectors_stride=b.stride(0),
+        sums=address(sums),
+        sums_stride=sums.stride(0),
+        bf16_sums=sums.dtype == torch.bfloat16,
+        grows=not begin,
+        scratch=address(scratch),
+        **sizes,
+    )
 
 
 class _Chunk(NamedTuple):
@@ -144,7 +189,7 @@ class _Chunk(NamedTuple):
 class _Scores:
     """The products of clips and texts, a chunk at a time; for every chunk of texts all clips."""
 
-    def __init__(self, x, y, scale, texts_per_clip, first, x_valid, y_valid, bound, backward=False):
+    def __init__(self, x, y, scale, texts_per_clip, first, x_valid, y_valid, bound):
         self.x, self.y, self.scale = x, y, float(scale)
         self.texts_per_clip, self.first = texts_per_clip, first
         self.x_valid = None if x_valid is None else x_valid.contiguous()
@@ -158,45 +203,74 @@ class _Scores:
             rows=self.clips, columns=self.texts
         )
         self.scratch = torch.empty(floats)
-        shape = self.clips, _padded(self.texts)
-        if self.tiles:
+        self.kept: list[torch.Tensor] = []
+        self.computed = True  # here, not before
+        self.weights = torch.empty(0, 0)
+        if self.tiles:  # a thread's tile
             tile = native.extension.contrastive_lse_tile_floats()
             self.products = torch.empty((torch.get_num_threads(), tile))
-            self.weights = torch.empty(shape if backward else (0, shape[1]), dtype=torch.bfloat16)
         else:
-            self.products = self.weights = torch.empty(shape)  # the one becomes the other
+            self.products = torch.empty((self.clips, _padded(self.texts)))
 
-    def chunks(self) -> Iterator[_Chunk]:
+    def keep_products(self) -> None:
+        """Have them stay in memory, if they may."""
+        shapes = [
+            # tiles end at whole units; a row more than its length apart, they share no cache sets
+            (_padded(clips.stop - clips.start), _padded(texts.stop - texts.start) + _ALIGNMENT)
+            for texts, clips in self._places()
+        ]
+        if 4 * sum(map(math.prod, shapes)) <= _KEPT_BYTES:
+            self.kept = [torch.empty(shape) for shape in shapes]
+
+    def weigh(self, kept: list[torch.Tensor]) -> None:
+        """Have chunks with room for weights; of products that were kept, if any."""
+        self.kept, self.computed = kept, not kept
+        if kept or self.tiles:
+            dtype = torch.bfloat16 if self.tiles else torch.float32
+            shape = _padded(self.clips), _padded(self.texts) + _ALIGNMENT  # as in keep_products
+            self.weights = torch.empty(shape, dtype=dtype)
+        else:
+            self.weights = self.products  # the one becomes the other
+
+    def _places(self) -> Iterator[tuple[slice, slice]]:
+        """Of each chunk its texts and clips."""
         M, T = self.x.shape[0], self.y.shape[0]
         for j in range(0, T, self.texts):
-            texts = slice(j, min(j + self.texts, T))
-            y = self.y[texts] if self.tiles else self.y[texts].float()
-            panels = _panels(y) if self.tiles else None
             for i in range(0, M, self.clips):
-                clips = slice(i, min(i + self.clips, M))
-                x = self.x[clips] if self.tiles else self.x[clips].float()
-                if panels is None:
-                    _multiply(self.products[: x.shape[0], : y.shape[0]], x, y.t(), True)
-                rows = _aligned(x) if panels is not None else None
-                x_counts = None if self.x_valid is None else self.x_valid[clips]
-                chunk = native.extension.ContrastiveLseChunk(
-                    products=address(self.products),
-                    stride=self.weights.stride(0),
-                    rows=x.shape[0],
-                    columns=y.shape[0],
-                    x_counts=address(x_counts),
-                    y_counts=address(self.y_counts[texts]),
-                    first_own=(self.first + i) * self.texts_per_clip - j,
-                    texts_per_clip=self.texts_per_clip,
-                    scale=self.scale,
-                    running=self.running,
-                    threads=torch.get_num_threads(),
-                    x=address(rows),
-                    y_panels=address(panels),
-                    dim=0 if panels is None else panels.shape[1],
-                    weights=0 if panels is None else address(self.weights),
-                )
-                yield _Chunk(clips, texts, x, y, chunk)
+                yield slice(j, min(j + self.texts, T)), slice(i, min(i + self.clips, M))
+
+    def chunks(self) -> Iterator[_Chunk]:
+        panels = None
+        for number, (texts, clips) in enumerate(self._places()):
+            if clips.start == 0:
+                y = self.y[texts] if self.tiles else self.y[texts].float()
+                panels = _panels(y) if self.tiles and self.computed else None
+            x = self.x[clips] if self.tiles else self.x[clips].float()
+            products = self.kept[number] if self.kept else self.products
+            if self.computed and not self.tiles:
+                _multiply(products[: x.shape[0], : y.shape[0]], x, y.t(), True)
+            rows = None if panels is None else _aligned(x)
+            x_counts = None if self.x_valid is None else self.x_valid[clips]
+            chunk = native.extension.ContrastiveLseChunk(
+                products=address(products),
+                products_stride=products.stride(0) if self.kept or not self.tiles else 0,
+                rows=x.shape[0],
+                columns=y.shape[0],
+                x_counts=address(x_counts),
+                y_counts=address(self.y_counts[texts]),
+                first_own=(self.first + clips.start) * self.texts_per_clip - texts.start,
+                texts_per_clip=self.texts_per_clip,
+                scale=self.scale,
+                running=self.running,
+                threads=torch.get_num_threads(),
+                x=address(rows),
+                y_panels=address(panels),
+                dim=0 if rows is None else rows.shape[1],
+                weights=address(self.weights),
+                stride=self.weights.stride(0),
+                bf16_weights=self.tiles,
+            )
+            yield _Chunk(clips, texts, x, y, chunk)
 
 
 def _panels(y) -> torch.Tensor:

@@ -1,17 +1,19 @@
-"""Raw patches to tokens on the CPU: C++ passes (csrc/patch_embed.cpp) around torch's product.
+"""Raw patches to tokens on the CPU, in C++ (csrc/patch_embed).
 
-Kept rows are written out in the product's dtype, straight from where they lie. One pass reads the
-weight; one adds bias, position and AGG as the tokens are written, and applies the scale there. The
-backward packs the rows again and sums d_tokens once for d_bias, d_position and d_agg. Rows are
-packed a chunk at a time: memory that is used again costs no page faults, which on some machines
-cost more than the product.
+bf16 with AVX-512 BF16 or AMX: our own product. Kept rows go from where they lie into a core's
+cache, a block at a time, and sums become tokens, or the weight's gradient, before they leave it.
 
-The product is in the compute dtype where the processor multiplies it. bf16 on others is multiplied
-in fp32, which is several times faster there than torch's emulation, and is rounded once, at the
-end.
+Otherwise: passes around torch's product. Kept rows are written out in the product's dtype, straight
+from where they lie. One pass reads the weight; one adds bias, position and AGG as the tokens are
+written, and applies the scale there. Rows are packed a chunk at a time: memory that is used again
+costs no page faults, which on some machines cost more than the product. The product is in the
+compute dtype where torch multiplies it. bf16 on others is multiplied in fp32, which is several
+times faster there than torch's emulation, and is rounded once, at the end.
 
-The passes give the same bits for any number of threads; the product, and what is made of it, as far
-as the library's product does.
+Either backward packs the rows again and sums d_tokens once for d_bias, d_position and d_agg.
+
+Ours and the passes give the same bits for any number of threads; the library's product, and what is
+made of it, as far as it does.
 """
 
 from collections.abc import Iterator
@@ -54,48 +56,57 @@ def forward(
     gathered=False,
     dtype,
 ):
-    dim, B = weight.shape[0], patches.shape[0]
     rows = _Rows(patches, keep, agg, patch, gathered, dtype)
-    weight, whole_bias = _weight(
-        weight, bias, shift / scale + rows.centre, scale, rows.product_dtype
-    )
+    weight, bias = _readable(weight), _vector(bias)
     position, agg = _readable(position), _vector(agg)
-    place = dict(position=0, position_element="fp32", position_stride=0, positions=0)
-    if position is not None:
-        place = dict(
-            position=address(position),
-            position_element=_ELEMENTS[position.dtype],
-            position_stride=position.stride(0),
-            positions=position.shape[0],
-        )
-    tokens = torch.empty((B * (rows.A + rows.K), dim), dtype=dtype)
-    product = None
+    tokens = torch.empty((patches.shape[0] * (rows.A + rows.K), weight.shape[0]), dtype=dtype)
+    added = dict(
+        _place(position),
+        agg=address(agg),
+        keep=address(rows.keep),
+        keep_stride=rows.keep_stride,
+        K=rows.K,
+        dim=weight.shape[0],
+        scale=scale,
+        threads=torch.get_num_threads(),
+    )
+    run = _project if rows.multiplied_here else _project_by_library
+    run(rows, weight, bias, tokens, scale * (shift / scale + rows.centre), added)
+    return tokens.view(patches.shape[0], rows.A + rows.K, -1)
+
+
+def _project(rows, weight, bias, tokens, factor, added):
+    sizes = dict(dim=weight.shape[0], k=rows.k, threads=added["threads"])
+    scratch = _scratch(native.extension.patch_embed_project_scratch(**sizes))
+    native.extension.patch_embed_project(
+        patches=rows.native,
+        weight=address(weight),
+        weight_element=_ELEMENTS[weight.dtype],
+        weight_stride=weight.stride(0),
+        bias=address(bias),
+        factor=factor,
+        tokens=address(tokens),
+        B=rows.patches.shape[0],
+        scratch=address(scratch),
+        **added,
+    )
+
+
+def _project_by_library(rows, weight, bias, tokens, factor, added):
+    weight, whole_bias = _weight(weight, bias, factor, rows.product_dtype)
     for first, packed in rows.chunks(_CHUNK_BYTES):
-        count = packed.shape[0]
-        part = tokens[first : first + count]
-        if dtype == packed.dtype:
-            product = part
-        elif product is None or product.shape[0] != count:
-            product = torch.empty((count, dim), dtype=packed.dtype)
-        torch.mm(packed, weight.T, out=product)
+        part = tokens[first : first + packed.shape[0]]
+        product = torch.nn.functional.linear(packed, weight)
         native.extension.patch_embed_finish(
             product=address(product),
             product_element=_ELEMENTS[product.dtype],
             tokens=address(part),
-            element=_ELEMENTS[dtype],
-            scale=scale,
+            element=_ELEMENTS[tokens.dtype],
             bias=address(whole_bias),
-            **place,
-            agg=address(agg),
-            keep=address(rows.keep),
-            keep_stride=rows.keep_stride,
             first=first,
-            count=count,
-            K=rows.K,
-            dim=dim,
-            threads=torch.get_num_threads(),
+            count=packed.shape[0],
+            **added,
         )
-    return tokens.view(B, rows.A + rows.K, dim)
 
 
 def backward(
@@ -116,24 +127,12 @@ def backward(
 ):
     """d_patches (None unless asked for), d_weight, d_bias, d_position, d_agg (None where
     absent)."""
-    dim, k = weight.shape
     rows = _Rows(patches, keep, agg, patch, gathered, dtype)
     d_tokens = d_tokens.contiguous()
     d_bias, d_position, d_agg = _sums(d_tokens, position, rows)
 
-    d_weight, product = torch.empty((dim, k)), None
-    fp32 = rows.product_dtype == torch.float32
-    for first, packed in rows.chunks(_CHUNK_BYTES if fp32 else _LONG_CHUNK_BYTES):
-        d_rows = d_tokens.view(-1, dim)[first : first + packed.shape[0]].to(packed.dtype)
-        if fp32:  # the product itself adds up
-            torch.addmm(d_weight, d_rows.T, packed, beta=int(first > 0), out=d_weight)
-        else:
-            product = torch.mm(d_rows.T, packed)
-            _finish_weight(
-                product, d_weight, d_bias, scale, shift + rows.centre * scale, grows=first > 0
-            )
-    if fp32:
-        _finish_weight(d_weight, d_weight, d_bias, scale, shift + rows.centre * scale)
+    run = _weigh if rows.multiplied_here else _weigh_by_library
+    d_weight = run(rows, d_tokens, weight, d_bias, scale, shift + rows.centre * scale)
 
     d_input = None
     if d_patches:  # rare: patches are data
@@ -145,6 +144,50 @@ def backward(
         if patch is not None:
             d_input = unpatchify(d_input, patch, tuple(patches.shape[1:]))
     return d_input, d_weight, d_bias, d_position, d_agg
+
+
+def _weigh(rows, d_tokens, weight, d_bias, scale, factor):
+    dim, threads = weight.shape[0], torch.get_num_threads()
+    parts = rows.parts(_LONG_CHUNK_BYTES)
+    # several chunks add up in fp32
+    d_weight = torch.empty((dim, rows.k), dtype=torch.float32 if len(parts) > 1 else weight.dtype)
+    sizes = dict(rows=parts[0].stop, dim=dim, k=rows.k, threads=threads)
+    scratch = _scratch(native.extension.patch_embed_weigh_scratch(**sizes))
+    for part in parts:
+        native.extension.patch_embed_weigh(
+            patches=rows.native,
+            d_tokens=address(d_tokens.view(-1, dim)[part]),
+            d_weight=address(d_weight),
+            element=_ELEMENTS[d_weight.dtype],
+            d_bias=address(d_bias),
+            scale=scale,
+            factor=factor,
+            grows=part.start > 0,
+            first=part.start,
+            count=part.stop - part.start,
+            K=rows.K,
+            A=rows.A,
+            dim=dim,
+            scratch=address(scratch),
+            threads=threads,
+        )
+    return d_weight
+
+
+def _weigh_by_library(rows, d_tokens, weight, d_bias, scale, factor):
+    dim = weight.shape[0]
+    d_weight = torch.empty((dim, rows.k))
+    fp32 = rows.product_dtype == torch.float32
+    for first, packed in rows.chunks(_CHUNK_BYTES if fp32 else _LONG_CHUNK_BYTES):
+        d_rows = d_tokens.view(-1, dim)[first : first + packed.shape[0]].to(packed.dtype)
+        if fp32:  # the product itself adds up
+            torch.addmm(d_weight, d_rows.T, packed, beta=int(first > 0), out=d_weight)
+        else:
+            product = torch.mm(d_rows.T, packed)
+            _finish_weight(product, d_weight, d_bias, scale, factor, grows=first > 0)
+    if fp32:
+        _finish_weight(d_weight, d_weight, d_bias, scale, factor)
+    return d_weight
 
 
 class _Rows:
@@ -175,32 +218,37 @@ class _Rows:
         # the second is what tests also emulate
         multiplied = native_bf16(patches.device) or native.multiplies_bf16()
         self.product_dtype = dtype if multiplied else torch.float32
+        self.multiplied_here = dtype == torch.bfloat16 and native.multiplies_bf16()
 
-    def chunks(self, most_bytes: int) -> Iterator[tuple[int, torch.Tensor]]:
-        """The first row of each chunk, and its rows; the next one lies in the same memory."""
+    def parts(self, most_bytes: int) -> list[slice]:
+        """The rows in chunks of equal length."""
         R = self.patches.shape[0] * (self.A + self.K)
         chunks = -(-R * self.k * self.product_dtype.itemsize // most_bytes)
         count = -(-R // chunks)
-        memory = torch.empty((count, self.k), dtype=self.product_dtype)
-        for first in range(0, R, count):
-            packed = memory[: R - first]
+        return [slice(first, min(first + count, R)) for first in range(0, R, count)]
+
+    def chunks(self, most_bytes: int) -> Iterator[tuple[int, torch.Tensor]]:
+        """The first row of each chunk, and its rows; the next one lies in the same memory."""
+        parts = self.parts(most_bytes)
+        memory = torch.empty((parts[0].stop, self.k), dtype=self.product_dtype)
+        for part in parts:
+            packed = memory[: part.stop - part.start]
             native.extension.patch_embed_pack(
                 patches=self.native,
                 packed=address(packed),
                 element=_ELEMENTS[packed.dtype],
-                first=first,
+                first=part.start,
                 count=packed.shape[0],
                 K=self.K,
                 A=self.A,
                 threads=torch.get_num_threads(),
             )
-            yield first, packed
+            yield part.start, packed
 
 
-def _weight(weight, bias, factor, scale, product_dtype):
-    """The weight as the product takes it, and the bias with the shift:
+def _weight(weight, bias, factor, product_dtype):
+    """The weight as the library's product takes it, and the bias with the shift:
     (row * scale + shift) @ weight.T + bias is scale * (row - centre) @ weight.T + whole bias."""
-    weight, bias = _readable(weight), _vector(bias)
     dim, k = weight.shape
     whole_bias = torch.empty(dim)
     copy = None if weight.dtype == product_dtype else torch.empty((dim, k), dtype=product_dtype)
@@ -211,7 +259,7 @@ def _weight(weight, bias, factor, scale, product_dtype):
         bias=address(bias),
         copy=address(copy),
         whole_bias=address(whole_bias),
-        factor=scale * factor,
+        factor=factor,
         dim=dim,
         k=k,
         threads=torch.get_num_threads(),
@@ -269,7 +317,7 @@ def _finish_weight(product, d_weight, d_bias, scale, factor, grows=False):
 
 def _layout(patches, patch):
     """Patches as the kernels take them, and where their values lie: of Patches in
-    csrc/patch_embed.h."""
+    csrc/patch_embed/patch_embed.h."""
     if patch is None:  # every row a frame of one pixel
         if patches.stride(-1) != 1:
             patches = patches.contiguous()
@@ -290,6 +338,22 @@ def _layout(patches, patch):
 def _num_patches(layout: dict[str, int]) -> int:
     across, down = -(-layout["W"] // layout["columns"]), -(-layout["H"] // layout["lines"])
     return -(-layout["T"] // layout["frames"]) * down * across
+
+
+def _place(position):
+    """Of a position's rows, or of none."""
+    if position is None:
+        return dict(position=0, position_element="fp32", position_stride=0, positions=0)
+    return dict(
+        position=address(position),
+        position_element=_ELEMENTS[position.dtype],
+        position_stride=position.stride(0),
+        positions=position.shape[0],
+    )
+
+
+def _scratch(count: int) -> torch.Tensor:
+    return torch.empty(count, dtype=torch.uint8)
 
 
 def _readable(matrix):

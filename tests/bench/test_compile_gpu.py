@@ -31,14 +31,8 @@ PARTS = {
 
 
 # the ragged tail still follows the loop there, and ptxas lets products wait (C7515)
-TAIL_LAST = pytest.mark.xfail(strict=True, reason="attention's tail comes after the loop")
-MARKED = [
-    pytest.param(part, marks=TAIL_LAST if part in ("attention", "attention_variants") else ())
-    for part in PARTS
-]
 
-
-@pytest.mark.parametrize("part", MARKED)
+@pytest.mark.parametrize("part", PARTS)
 def test_kernels_compile_within_the_rules(part, tmp_path):
     cases, targets = PARTS[part]
     op = part.removesuffix("_elsewhere").removesuffix("_variants")
@@ -120,7 +114,6 @@ def test_a_count_that_moves_is_told():
 KNOWN_FAULTS = {"_weight_kernel video_tiny_drop25": ["no copy in flight in spite of 3 stages"]}
 
 
-@TAIL_LAST
 def test_committed_counts_are_of_the_primary_cases_and_have_no_fault():
     from vatt_fast.kernels.cases import CASES, tag
 

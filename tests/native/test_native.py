@@ -196,9 +196,9 @@ def test_another_processor_gets_what_it_can_run(processor, level):
         floats = native.contrastive_lse_scratch_floats(rows=2, columns=32)
         scratch = array.array("f", [0]) * floats
         chunk = native.ContrastiveLseChunk(
-            products=address(products), stride=32, rows=2, columns=32, x_counts=0,
+            products=address(products), products_stride=32, rows=2, columns=32, x_counts=0,
             y_counts=address(counts), first_own=0, texts_per_clip=1, scale=1.0, running=False,
-            threads=2, x=0, y_panels=0, dim=0, weights=0,
+            threads=2, x=0, y_panels=0, dim=0, weights=0, stride=0, bf16_weights=False,
         )
         native.contrastive_lse_forward(
             chunk=chunk, row=address(row), col=address(col), pos=address(pos), row_peak=0,

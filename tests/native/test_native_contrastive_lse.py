@@ -10,7 +10,7 @@ import torch
 from native_fixtures import LEVELS, held_to, using
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vatt_fast.kernels import native
+from vatt_fast.kernels import contrastive_lse, native, use_backend
 from vatt_fast.kernels.contrastive_lse import native_cpu, reference
 
 # M clips of x, N clips in all, P texts a clip, D dimensions
@@ -251,6 +251,98 @@ def test_memory_is_that_of_a_chunk(level, monkeypatch, dtype):
     chunk = 4 * 128 * 256 + threads * tile + 8 * 256 * 1024
     assert peaks[2048] <= chunk + 40 * 2048 * 32 + 200 * 2048
     assert peaks[2048] - peaks[1024] <= 40 * 1024 * 32 + 200 * 1024  # far from 3 * 4 * 1024**2 more
+
+
+class Computed:
+    """Counts the products x @ y^T that a run computes, by its chunks."""
+
+    def __init__(self, monkeypatch):
+        self.count = 0
+        chunks = native_cpu._Scores.chunks
+
+        def counted(scores):
+            for chunk in chunks(scores):
+                self.count += scores.computed
+                yield chunk
+
+        monkeypatch.setattr(native_cpu._Scores, "chunks", counted)
+
+
+def through_the_op(x, y, options):
+    """Outputs and gradients of the public op, as training calls it."""
+    leaves = [each.clone().requires_grad_() for each in (x, y, options["scale"])]
+    with use_backend(contrastive_lse="native_cpu"):
+        outputs = contrastive_lse(*leaves[:2], **options | {"scale": leaves[2]})
+    generator = torch.Generator().manual_seed(0)
+    seeds = [torch.randn(output.shape, generator=generator) for output in outputs]
+    return [*outputs, *torch.autograd.grad(outputs, leaves, seeds, retain_graph=True)]
+
+
+@pytest.mark.parametrize("given", [14.5, None], ids=["bounded", "running"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(("M", "N", "P"), [(33, 65, 1), (65, 70, 5), (130, 520, 1)])
+def test_kept_products_change_no_bit(level, small_chunks, monkeypatch, M, N, P, dtype, given):
+    """The backward of a forward that kept them computes none, and the same."""
+    x, y, options = draw(M, N, P, dtype=dtype, bound=given, first=N - M, masked=True)
+    computed = Computed(monkeypatch)
+    kept = through_the_op(x, y, options)
+    forward = computed.count
+    monkeypatch.setattr(native_cpu, "_KEPT_BYTES", 0)
+    computed.count = 0
+    again = through_the_op(x, y, options)
+    assert forward == -(-M // 32) * -(-N * P // 64) and computed.count == 2 * forward
+    for name, ours, wanted in zip(NAMES, kept, again, strict=True):
+        assert torch.equal(ours, wanted), name
+
+
+def test_a_second_backward_finds_the_kept_products_unharmed(level, monkeypatch):
+    x, y, options = draw(40, 50, masked=True)
+    x.requires_grad_()
+    outputs = native_cpu.forward(x, y, **options)
+    computed = Computed(monkeypatch)
+    seeds = [torch.ones_like(output) for output in outputs]
+    first, second = (native_cpu.backward(*seeds, x, y, *outputs, **options) for _ in range(2))
+    assert computed.count == 0 and all(map(torch.equal, first, second))
+
+
+def test_kept_products_are_used_for_their_vectors_alone(level, monkeypatch):
+    """Another x, or the same one changed: computed once more."""
+    x, y, options = draw(40, 50)
+    outputs = native_cpu.forward(x.clone().requires_grad_(), y, **options)
+    seeds = [torch.ones_like(output) for output in outputs]
+    computed = Computed(monkeypatch)
+    native_cpu.backward(*seeds, x, y, *outputs, **options)
+    assert computed.count == 1
+    x.requires_grad_()
+    outputs = native_cpu.forward(x, y, **options)
+    with torch.no_grad():
+        x += 0.5
+    computed.count = 0
+    native_cpu.backward(*seeds, x, y, *outputs, **options)
+    assert computed.count == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_kept_products_stay_within_their_bound(level, small_chunks, monkeypatch, dtype):
+    """All of them or none; without a gradient to come, none; gone with the outputs."""
+    x, y, options = draw(200, 300, dtype=dtype)
+    # 7 blocks of at most 32 clips, 5 of at most 64 texts, each row 32 texts longer
+    need = 4 * 7 * 32 * (320 + 5 * 32)
+    for bound, wanted, keeps in (
+        (need, True, True),
+        (need - 1, True, False),
+        (need, False, False),
+    ):
+        monkeypatch.setattr(native_cpu, "_KEPT_BYTES", bound)
+        x.requires_grad_(wanted)
+        gc.collect()
+        with torch.no_grad(), Allocated() as allocated:
+            outputs = native_cpu.forward(x, y, **options)
+        assert (allocated.now >= need) == keeps, bound
+        assert allocated.now < 1.25 * need
+        del outputs
+        gc.collect()
+        assert allocated.now < need // 2
 
 
 def guarded(values, at_end):

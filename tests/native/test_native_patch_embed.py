@@ -72,6 +72,39 @@ def test_chunks_leave_no_seam(level, monkeypatch, name, dtype):
         assert_close(run(native_cpu, inputs, dtype), whole, 4 * torch.finfo(dtype).eps)
 
 
+# rows a clip, k, dim: short of, at and past the blocks of our own product (32 rows, 64 columns,
+# 128 of the longer side, 256 of the depth)
+BLOCKS = [(31, 256, 64), (32, 257, 65), (65, 290, 96), (129, 127, 130), (270, 530, 33)]
+
+
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("shape", BLOCKS, ids=str)
+def test_edges_of_the_products_blocks(level, shape, weights):
+    """In bf16, from patches of a strided clip, AGG's rows inside the blocks; a weight with a row
+    stride; its gradient is bf16 where it is."""
+    K, k, dim = shape
+    generator = torch.Generator().manual_seed(K)
+    clip = torch.randint(0, 256, (2, K, 2 * k), dtype=torch.uint8, generator=generator)
+    inputs = dict(
+        patches=clip[:, :, ::2] if k % 2 else clip[:, :, :k],
+        weight=(torch.randn(dim, k + 3, generator=generator) / k**0.5).to(weights)[:, :k],
+        bias=torch.randn(dim, generator=generator),
+        position=torch.randn(K, dim, generator=generator).to(weights),
+        keep=torch.stack([torch.randperm(K, generator=generator) for _ in range(2)]),
+        agg=torch.randn(dim, generator=generator),
+        scale=2 / 255,
+        shift=-1.0,
+    )
+    wide = {
+        name: value.double()
+        if isinstance(value, torch.Tensor) and value.is_floating_point()
+        else value
+        for name, value in inputs.items()
+    }
+    expected = run(reference, wide, torch.float64)
+    assert_close(run(native_cpu, inputs, torch.bfloat16), expected, 5e-3)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_threads_share_the_work_and_change_nothing(level, monkeypatch, dtype):
     """The passes give the same bits for any number of threads; torch's product stays on one

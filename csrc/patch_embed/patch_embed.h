@@ -1,6 +1,9 @@
-// The passes over memory around patch_embed's products, which are torch's.
-// Forward: read_weight, then for every chunk of rows pack_patches, product, finish_tokens.
-// Backward: sum_gradients, then for every chunk pack_patches, product, finish_weight.
+// What patch_embed is made of.
+// Around products that are the library's, passes over memory. Forward: read_weight, then for every
+// chunk of rows pack_patches, product, finish_tokens. Backward: sum_gradients, then for every chunk
+// pack_patches, product, finish_weight.
+// Where bf16 is multiplied (product.cpp), with our own products. Forward: project_patches.
+// Backward: sum_gradients, then for every chunk of rows weigh_patches.
 //
 // B clips, N patches, K kept, k values a patch; A 1 with AGG, else 0. tokens, their product and
 // packed rows have R = B (A + K) rows: AGG first in every clip. Matrices are dense with dim or k
@@ -101,6 +104,41 @@ struct FinishWeight {  // d_weight = scale * product + factor * d_bias of its ro
   int threads;
 };
 
+struct ProjectPatches {  // tokens = scale * rows @ weight^T + bias + position[keep], and AGG
+  Patches patches;
+  Rows rows;  // all of them
+  const void* weight;
+  Element weight_element;  // bf16 or fp32, which is rounded to bf16
+  int64_t weight_stride;
+  const float* bias;  // and factor * its row sums of the weight as rounded
+  float factor, scale;
+  const void* position;  // or null
+  Element position_element;
+  int64_t position_stride;
+  const float* agg;     // null where A = 0
+  const int64_t* keep;  // as in Patches
+  int64_t keep_stride;
+  void* tokens;  // bf16
+  int64_t dim, k;
+  void* scratch;  // project_scratch() bytes
+  int threads;
+};
+
+struct WeighPatches {  // d_weight = scale * d_tokens^T @ rows + factor * d_bias of its row, or
+                       // grows by scale * d_tokens^T @ rows
+  Patches patches;
+  Rows rows;
+  const void* d_tokens;  // bf16, from the first row
+  void* d_weight;
+  Element element;  // of d_weight, bf16 or fp32
+  const float* d_bias;
+  float scale, factor;
+  bool grows;
+  int64_t dim, k;
+  void* scratch;  // weigh_scratch() bytes
+  int threads;
+};
+
 #define VF_DECLARE(level)                  \
   namespace level {                        \
   void pack_patches(const PackPatches&);   \
@@ -109,7 +147,17 @@ struct FinishWeight {  // d_weight = scale * product + factor * d_bias of its ro
   void sum_gradients(const SumGradients&); \
   void finish_weight(const FinishWeight&); \
   }
-VF_LEVELS_PATCH_EMBED(VF_DECLARE)
+VF_LEVELS_PATCH_EMBED_PASSES(VF_DECLARE)
+#undef VF_DECLARE
+
+#define VF_DECLARE(level)                                                   \
+  namespace level {                                                         \
+  void project_patches(const ProjectPatches&);                              \
+  void weigh_patches(const WeighPatches&);                                  \
+  int64_t project_scratch(int64_t dim, int64_t k, int threads);             \
+  int64_t weigh_scratch(int64_t rows, int64_t dim, int64_t k, int threads); \
+  }
+VF_LEVELS_PATCH_EMBED_PRODUCT(VF_DECLARE)
 #undef VF_DECLARE
 
 }  // namespace vatt_fast
