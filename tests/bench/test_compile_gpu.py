@@ -32,6 +32,7 @@ PARTS = {
 
 # the ragged tail still follows the loop there, and ptxas lets products wait (C7515)
 
+
 @pytest.mark.parametrize("part", PARTS)
 def test_kernels_compile_within_the_rules(part, tmp_path):
     cases, targets = PARTS[part]
