@@ -100,6 +100,8 @@ def forward_tiles(
         height, width, values, warps, stages = 64, 64, 32, 4, 2
     elif k <= 256:  # bound by memory
         height, width, values, warps, stages = 64, 64 if dim <= 64 else 128, 32, 4, 3
+        if padded or k % values:  # masks take the registers of half a tile
+            warps = 8
     else:
         throughputs = {(128, 128): 0.9, (64, 128): 0.7, (64, 64): 0.45}
         height, width = _cheapest(throughputs, device, rows, dim)
