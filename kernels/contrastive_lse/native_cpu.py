@@ -63,11 +63,12 @@ def forward(x, y, *, scale, texts_per_clip, first, x_valid=None, y_valid=None, b
     lses = [total.log_() for total in totals]  # of an empty set -inf
     if peaks:
         lses = [lse.add_(peak) for lse, peak in zip(lses, peaks, strict=True)]
-    row, col, pos = (lse.float() for lse in lses)
+    results = tuple(lse.float() for lse in lses)
     if scores.kept:
         # the memory of row lives for as long as something holds row, as what differentiates it does
-        row.untyped_storage().kept_products = _Kept.of(x, y, scores.kept)
-    return row, col, pos
+        memory: Any = results[0].untyped_storage()
+        memory.kept_products = _Kept.of(x, y, scores.kept)
+    return results
 
 
 class _Kept(NamedTuple):
