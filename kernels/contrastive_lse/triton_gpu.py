@@ -527,7 +527,7 @@ class _Sum:
 def _rows(vectors):
     """Kernels and matrix products read rows whose elements are contiguous.
 
-    The rows of a tile lie in 31 bits: 64 would cost the registers of a warp group (60 a thread).
+    The rows of a tile lie in 31 bits: 64 would cost 10 registers a thread.
     """
     near = vectors.stride(0) * _MAX_ROWS < 2**31
     return vectors if near and vectors.stride(-1) == 1 else vectors.contiguous()
