@@ -326,6 +326,18 @@ def test_black_and_silence_are_valid(tmp_path):
     assert found.video_valid and found.audio_valid
 
 
+@tried(LYING, "the same window twice from one reader, AAC whose decoder fills in noise", "the same")
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".ts", ".aac"])
+def test_a_reader_reads_the_same_again(tmp_path, suffix):
+    path = tmp_path / f"again{suffix}"
+    video = None if suffix == ".aac" else "mpeg4"
+    encode(path, video=video, audio="aac", seconds=4.0)
+    with MediaReader(path) as reader:
+        first, second, other = (reader.clip(start=s, **WINDOW) for s in (0.0, 0.0, 1.3))
+        np.testing.assert_array_equal(first.audio, second.audio)
+    np.testing.assert_array_equal(read_clip(path, start=1.3, **WINDOW).audio, other.audio)
+
+
 @tried(TAGS, "a Matroska DURATION of `3.0`, of `soon`, of `-1:00:00`", "the tag is not believed")
 @pytest.mark.parametrize("tag", [b"3.0", b"soon", b"-1:00:00", b"1:2:3:4", b"", b"nan:00:00"])
 def test_odd_durations(tmp_path, tag):

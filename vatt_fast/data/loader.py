@@ -94,6 +94,7 @@ def evaluation_clips(
     start: float | None = None,
     windows: int | None = None,
     first: int = 0,
+    with_empty: bool = False,
     cache_dir: str | os.PathLike | None = None,
     workers: int = 0,
 ) -> Iterator[Batch]:
@@ -110,6 +111,7 @@ def evaluation_clips(
         windows: so many instead, spread evenly over each file, in rows one after the other; 1 is
             the middle. Their captions are those nearest to the file's middle.
         first: batches that are left out, to go on with a work begun.
+        with_empty: batches of which no file can be read come too, with their ``skipped``.
 
     Raises:
         MediaError: no file can be decoded. ValueError: as ``ClipFolder``.
@@ -131,7 +133,9 @@ def evaluation_clips(
             return [round(start * spec.frames_per_second)]
         return [round(place * (count - 1))]
 
-    return _EvaluationBatches(clips, batch_size, choose, windows or 1).run(workers, first)
+    return _EvaluationBatches(clips, batch_size, choose, windows or 1).run(
+        workers, first, with_empty
+    )
 
 
 class _EvaluationBatches(Dataset):
@@ -167,13 +171,13 @@ class _EvaluationBatches(Dataset):
                 files += [self.clips.files[index]] * self.windows
         return to_batch(batch, files, skipped)
 
-    def run(self, workers: int, first: int) -> Iterator[Batch]:
+    def run(self, workers: int, first: int, with_empty: bool) -> Iterator[Batch]:
         found = 0
         for batch in _loader(self, range(first, len(self)), workers):
             found += len(batch)
-            if len(batch):
+            if len(batch) or with_empty:
                 yield batch
-            else:
+            if not len(batch):
                 warnings.warn(
                     "skipped a whole batch of corrupt files: "
                     + ", ".join(one.file for one in batch.skipped),

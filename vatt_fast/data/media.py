@@ -195,12 +195,14 @@ class MediaReader(MediaFile):
         width: int,
         num_samples: int,
         sample_rate_hz: int,
+        only: str | None = None,
     ) -> Clip:
+        """``only`` "video" or "audio": the other one is None, undecoded."""
         video = audio = None
         shown = heard = (0, 0)
-        if self.info.has_video:
+        if self.info.has_video and only != "audio":
             video, shown = self._video(start, num_frames, frames_per_second, height, width)
-        if self.info.has_audio:
+        if self.info.has_audio and only != "video":
             audio, heard = self._audio(start, num_samples, sample_rate_hz)
         return Clip(video, audio, shown, heard)
 
@@ -221,7 +223,7 @@ class MediaReader(MediaFile):
             width=width,
         )
         if not self.info.has_video:
-            raise MediaError(self._missing("video"))
+            raise MediaError(self.missing("video"))
         frames = np.zeros((num_frames, height, width, 3), np.uint8)
         times = start + np.arange(num_frames) / frames_per_second
         with self._naming_the_file():
@@ -314,7 +316,7 @@ class MediaReader(MediaFile):
         """The samples, and which of them the file holds."""
         _check_window(start, num_samples=num_samples, sample_rate_hz=sample_rate_hz)
         if not self.info.has_audio:
-            raise MediaError(self._missing("audio"))
+            raise MediaError(self.missing("audio"))
         with self._naming_the_file():
             samples, heard = self._samples(start, num_samples, sample_rate_hz)
         return np.clip(samples, -1.0, 1.0), heard

@@ -94,6 +94,7 @@ class MediaFile:
         av = import_av()
         self.close()
         self._container = self._connect()
+        self._begun: set[str] = set()  # kinds whose decoders have worked
         # kept, since it holds the scaler's tables
         self._reformatter = av.video.reformatter.VideoReformatter()
         if hasattr(self, "info"):
@@ -128,7 +129,7 @@ class MediaFile:
                     self._undecodable[stream.type].append(self._codec_of(stream))
         if not any(self._decodable.values()):
             if any(self._undecodable.values()):
-                raise MediaError(f"{self._missing('video')}; {self._missing('audio')}")
+                raise MediaError(f"{self.missing('video')}; {self.missing('audio')}")
             raise MediaError(f"{self.path} has neither video nor audio; name a media file")
 
     def _codec_of(self, stream: Any) -> str:
@@ -145,7 +146,7 @@ class MediaFile:
         described = re.search(rf"Stream #0:{stream.index}\b.*?: (?:Video|Audio): ([^,\n]*)", text)
         return described[1].strip() if described else "unknown"
 
-    def _missing(self, kind: str) -> str:
+    def missing(self, kind: str) -> str:
         """Why the file has no stream of this kind."""
         if codecs := self._undecodable[kind]:
             return (
@@ -255,6 +256,9 @@ class MediaFile:
         latest = max(seconds, begins) + STAMP_TOLERANCE_SECONDS
         for earlier in (0.0, INDEX_ERROR_SECONDS):
             if self._packets is None:
+                if kind in self._begun:
+                    # decoders remember: the noise that AAC fills in would be another one
+                    self._open()
                 if not self._seek(kind, seconds - earlier):
                     break
                 frames = self._timed_frames(kind, from_key=True)
@@ -296,6 +300,7 @@ class MediaFile:
             skip: as many packets of the stream are left out.
         """
         stream = self._stream(kind)
+        self._begun.add(kind)
         deadline = Deadline(self.path)
         following = 0.0
         # where a container's stamps are in the order of storage, pictures take them in rising order
