@@ -1,4 +1,4 @@
-"""``embed`` and ``retrieve``: outputs whole or absent, kills continued, what is left out is said."""
+"""``embed`` and ``retrieve``: outputs whole or absent, kills continued, omissions said."""
 
 import json
 import os

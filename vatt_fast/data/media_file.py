@@ -254,6 +254,7 @@ class MediaFile:
         stream = self._stream(kind)
         begins = float((stream.start_time or 0) * stream.time_base) - self._origin_seconds
         latest = max(seconds, begins) + STAMP_TOLERANCE_SECONDS
+        del stream  # the container is opened anew below, which ends it
         for earlier in (0.0, INDEX_ERROR_SECONDS):
             if self._packets is None:
                 if kind in self._begun:
@@ -263,7 +264,7 @@ class MediaFile:
                     break
                 frames = self._timed_frames(kind, from_key=True)
             else:
-                packets = self._packets[stream.index]
+                packets = self._packets[self._decodable[kind][0]]
                 place = packets.key_before(seconds - earlier + self._origin_seconds)
                 if not place:
                     break
