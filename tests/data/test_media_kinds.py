@@ -243,6 +243,39 @@ def mixed_rate_sound(path, codec):
         o.mux(stream.encode(None))
 
 
+@tried(LYING, "transport and program streams cut amid a group of pictures", "from the next key on")
+@pytest.mark.parametrize(
+    ("suffix", "codec", "unit"), [(".ts", "libx264", 188), (".mpg", "mpeg2video", 2048)]
+)
+def test_recordings_that_begin_anywhere(tmp_path, suffix, codec, unit):
+    path = tmp_path / f"cut{suffix}"
+    encode(
+        path, video=codec, audio="mp2", seconds=6, fps=25, muxer=None if unit == 188 else "vob",
+        video_options={"g": "24", "bf": "0", "x264-params": "scenecut=0"},
+    )  # fmt: skip
+    content = path.read_bytes()
+    path.write_bytes(content[len(content) // 3 // unit * unit :])
+    with MediaReader(path) as reader:
+        window = dict(frames_per_second=25, height=SIDE, width=SIDE)
+        whole = reader.video(start=0, num_frames=90, **window)
+        lit = [number for number in read_numbers(whole) if number is not None]
+        assert len(lit) > 50
+        steps = np.diff(lit)
+        assert set(steps.tolist()) <= {0, 1}
+        later = reader.video(start=2.0, num_frames=20, **window)
+        assert read_numbers(later) == read_numbers(whole)[50:70]
+
+
+@tried(
+    LYING, "a playlist of another file, named .mp4", "MediaError: the file named is the one read"
+)
+def test_playlists(clip):
+    path = clip.with_name("list.mp4")
+    path.write_text(f"ffconcat version 1.0\nfile {clip.name}\n")
+    with pytest.raises(MediaError, match=r"list\.mp4"):
+        probe(path)
+
+
 @tried(GUESSED, "AAC and MP3 of a changing bit rate, without a header", "duration measured")
 @pytest.mark.parametrize(("name", "codec"), [("a.aac", "aac"), ("a.mp3", "libmp3lame")])
 def test_durations_are_measured(tmp_path, name, codec):

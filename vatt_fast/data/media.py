@@ -347,7 +347,9 @@ class MediaReader(MediaFile):
                 line = np.zeros(
                     math.ceil((num_samples + 2 * margin) * rate / sample_rate_hz), np.float32
                 )
-                position = self._on_the_grid(seconds, rate)
+                # a first frame may be cut at its beginning, never at its end
+                ends = seconds + frame.samples / rate
+                position = self._on_the_grid(ends, rate) - frame.samples
             elif frame.sample_rate != rate:
                 raise MediaError(
                     f"{self.path} changes its sample rate from {rate} to {frame.sample_rate} Hz; "
@@ -387,7 +389,7 @@ class MediaReader(MediaFile):
         return np.pad(resampled, (0, num_samples - len(resampled))), heard
 
     def _on_the_grid(self, seconds: float, rate: int) -> int:
-        """The sample at which decoding begins.
+        """The sample of a time at which codec frames meet.
 
         Where stamps are coarser than samples, as Matroska's milliseconds, it is found by counting
         whole codec frames, so that every window of a file lies on the same samples.

@@ -8,6 +8,7 @@ durations, their seeks, some their time stamps. They are read through once, with
 """
 
 import contextlib
+import math
 import os
 import re
 import stat
@@ -30,6 +31,8 @@ INDEX_ERROR_SECONDS = 10.0
 # A file that takes more time of the processor than this for one window, or whose reads hang for
 # longer than this, is given up.
 DEADLINE_SECONDS = 120.0
+# What FFmpeg opens by opening other files: the file named is the file read.
+PLAYLISTS = ("concat", "dash", "hls", "imf", "sdp")
 # Larger pictures are refused before they are decoded: 134 million pixels, four times those of 8K.
 MAX_PIXELS = 2**27
 
@@ -120,7 +123,8 @@ class MediaFile:
         )
 
     def _choose_streams(self) -> None:
-        cover = import_av().stream.Disposition.attached_pic
+        disposition = import_av().stream.Disposition
+        cover = disposition.attached_pic | disposition.timed_thumbnails
         for stream in self._container.streams:
             if stream.type in self._decodable and not stream.disposition & cover:
                 if _opens(stream):
@@ -165,6 +169,8 @@ class MediaFile:
         self._packets: dict[int, Packets] | None = None
         has = {kind: bool(streams) for kind, streams in self._decodable.items()}
         name = container.format.name
+        if name in PLAYLISTS:
+            raise MediaError(f"{self.path} is a list of other files ({name}); name those")
         if name == "image2" or name.endswith("_pipe"):
             return MediaInfo(0.0, True, False, True)
         if self._has_an_index():
@@ -266,7 +272,7 @@ class MediaFile:
             else:
                 packets = self._packets[self._decodable[kind][0]]
                 place = packets.key_before(seconds - earlier + self._origin_seconds)
-                if not place:
+                if place == packets.key_before(-math.inf):
                     break
                 self._open()
                 frames = self._timed_frames(kind, skip=place)
@@ -277,7 +283,10 @@ class MediaFile:
                 return
             frames.close()
         self._open()  # no index, or one that led too far: read from the start
-        yield from self._timed_frames(kind)
+        first_key = 0
+        if self._packets is not None:
+            first_key = self._packets[self._decodable[kind][0]].key_before(-math.inf)
+        yield from self._timed_frames(kind, skip=first_key)
 
     def _seek(self, kind: str, seconds: float) -> bool:
         """Move to the key frame at or before ``seconds``, as far as the container's index is right.

@@ -32,12 +32,16 @@ class Packets:
     reordered: bool
 
     def key_before(self, seconds: float) -> int:
-        """The place of the last key packet presented at or before ``seconds``; 0 for none."""
-        if self.reordered and not self.keys.all():
+        """The place of the last key packet presented at or before ``seconds``.
+
+        The first key packet where there is none: recordings begin amid a group of pictures.
+        """
+        places = np.flatnonzero(self.keys)
+        if not len(places) or (self.reordered and len(places) < len(self.keys)):
             return 0
         with np.errstate(invalid="ignore"):
-            places = np.flatnonzero(self.keys & (self.stamps <= seconds))
-        return int(places[-1]) if len(places) else 0
+            before = places[self.stamps[places] <= seconds]
+        return int(before[-1] if len(before) else places[0])
 
 
 def scan(
