@@ -114,7 +114,7 @@ def test_cover_and_crop_of_a_picture(tmp_path):
     assert view(tmp_path / "wide.png")[:, [2, -3], 0].min() > 150
 
 
-@tried("memory and size of pictures", "12000 x 12000 JPEG, within 500 MB", "read")
+@tried("memory and size of pictures", "12000 x 12000 JPEG", "read with less than 60 MB")
 def test_a_huge_jpeg_takes_little_memory(tmp_path):
     path = tmp_path / "huge.jpg"
     Image.new("RGB", (12000, 12000), (200, 30, 30)).save(path, quality=30)
