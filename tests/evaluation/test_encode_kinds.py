@@ -73,8 +73,8 @@ def test_frames_of_other_types(model, frames, convert):
 
 @tried(
     ARRAYS,
-    "floats 0..1 and 0..255, ints beyond 255, nan, channels first; stereo, int64, floats of 16 bits, "
-    "16-bit samples in int32, two or three axes too many, bool",
+    "floats 0..1 and 0..255, ints beyond 255, nan, channels first; stereo, int64, floats of "
+    "16 bits, 16-bit samples in int32, two or three axes too many, bool",
     "ValueError with rule and remedy",
 )
 @pytest.mark.parametrize(
