@@ -30,7 +30,7 @@ except ImportError as error:
 from .demo.run import DemoConfig, run_demo
 from .devices import pick_device
 from .encoding import embed_sentences, encode
-from .evaluation.embed import embed_folder
+from .evaluation.embed import checked_output, embed_folder
 from .evaluation.search import (
     WINDOWS,
     best_clips,
@@ -90,11 +90,11 @@ def embed(
         features: add the features of all tokens: video_features (N, tokens, dim) and so on.
         device: torch device; auto takes a GPU where there is one.
     """
-    net = _trained(model, device)
+    path = checked_output(out)  # before the seconds that the model takes
     done = embed_folder(
-        net,
+        _trained(model, device),
         data,
-        out,
+        path,
         batch_size=batch_size,
         windows=windows,
         pooled=pooled,

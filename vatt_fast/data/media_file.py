@@ -315,8 +315,12 @@ class MediaFile:
         following = 0.0
         # where a container's stamps are in the order of storage, pictures take them in rising order
         rising: Iterator[float] | None = None
-        if self._packets is not None and self._packets[stream.index].reordered:
-            rising = iter(self._packets[stream.index].stamps[skip:])
+        if self._packets is not None:
+            stamps = self._packets[stream.index].stamps[skip:]
+            if self._packets[stream.index].reordered:
+                rising = iter(stamps)
+            if skip and len(stamps) and math.isfinite(stamps[0]):
+                following = float(stamps[0]) - self._origin_seconds
         for packet in self._container.demux(stream):
             deadline.check()
             if skip and packet.size:

@@ -60,10 +60,7 @@ def embed_folder(
             fit; and as ``evaluation_clips``.
         OSError: the disk is full; parts stay, and the same call goes on.
     """
-    out = Path(out)
-    if out.suffix != ".npz":
-        out = out.with_name(out.name + ".npz")
-    check_writable(out)
+    out = checked_output(out)
     if features and windows > 1:
         raise ValueError("features belong to one window; leave windows at 1, or features out")
     parts = out.with_name(out.name + ".parts")
@@ -87,19 +84,23 @@ def embed_folder(
     return dataclasses.replace(_join(parts, out), continued=continued)
 
 
-def check_writable(out: Path) -> None:
-    """Raises ValueError where a file of this name cannot be written."""
+def checked_output(out: str | os.PathLike) -> Path:
+    """The .npz file to write, ending so. Raises ValueError where it cannot be written."""
+    out = Path(out)
+    if out.suffix != ".npz":
+        out = out.with_name(out.name + ".npz")
     if out.is_dir():
         raise ValueError(f"{out} is a folder; name a file to write")
     if not out.parent.is_dir():
         raise ValueError(f"{out.parent} is no folder; make it, or write {out.name} elsewhere")
     try:
-        # as root, the rights of a folder say nothing
-        probe = out.with_name(f".{out.name}.{os.getpid()}.part")
-        probe.touch()
-        probe.unlink()
+        # tried, since to root the rights of a folder say nothing
+        trial = out.with_name(f".{out.name}.{os.getpid()}.part")
+        trial.touch()
+        trial.unlink()
     except OSError as error:
         raise ValueError(f"{out} cannot be written ({error.strerror})") from error
+    return out
 
 
 def _embedded(
