@@ -24,7 +24,6 @@ from torch.utils.data import Dataset
 
 from .cache import ClipCache
 from .clips import Batch, ClipSpec, DropToken, Skipped, copy_kept_rows, spread, to_batch
-from .folder import CAPTIONS as CAPTIONS
 from .folder import folder_captions, warn_of_other_media
 from .media import MediaError, MediaReader
 from .text import Vocabulary, nearest_sentences
