@@ -164,6 +164,18 @@ def test_kills_are_continued(run, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["clips", "killed.npz", "whole.npz"]
 
 
+@tried(KILLED, "Ctrl-C", "one line that says so, status 130")
+def test_an_interruption_is_said(run, clips, tmp_path, capsys, monkeypatch):
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(embed_module, "embed_batch", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        embed(run, clips, tmp_path / "e.npz")
+    assert stop.value.code == 130 and not (tmp_path / "e.npz").exists()
+    assert capsys.readouterr().err.splitlines() == ["vatt-fast: interrupted"]
+
+
 @tried(KILLED, "another model, a changed file, other settings after a kill", "begun anew")
 @pytest.mark.parametrize("change", ["model", "file", "settings"])
 def test_parts_of_another_work_are_not_used(clips, tmp_path, monkeypatch, change):
