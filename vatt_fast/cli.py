@@ -2,15 +2,15 @@
 
 import importlib.metadata
 import importlib.util
+import io
 import platform
 import sys
 import textwrap
-from collections.abc import Callable, Iterator
-from json import dumps, loads  # ``json`` is an option of the verbs
+from collections.abc import Callable, Iterable
+from json import dumps  # ``json`` is an option of the verbs
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import torch
 
 from . import VATT, __version__, create_model
@@ -27,13 +27,17 @@ except ImportError as error:
 
 # These need parts of the same extra, so they come after the message above. Every verb's options
 # need most of them; all of them take 0.2 s of the 4 s to import torch.
-from .data.clips import Batch, ClipSpec
-from .data.dataset import folder_captions
-from .data.loader import evaluation_clips
 from .demo.run import DemoConfig, run_demo
 from .devices import pick_device
-from .encoding import embed_batches, embed_sentences, encode
-from .evaluation.retrieval import retrieval_metrics, top_k
+from .encoding import embed_sentences, encode
+from .evaluation.embed import checked_output, embed_folder
+from .evaluation.search import (
+    WINDOWS,
+    best_clips,
+    measure,
+    read_folder,
+    require_known_words,
+)
 from .on_jax.compile_tpu import CompileTPUConfig, compile_step, write_report
 from .paper_tables import flops_table, format_tables, parameter_table
 from .training.loop import PretrainConfig, pretrain
@@ -61,8 +65,17 @@ def run_pretrain(config: PretrainConfig) -> None:
     print(f"trained model: {config.out}")
 
 
-def embed(model: str, data: str, out: str, batch_size: int = 32) -> None:
-    """Embed every clip of a folder into an .npz file.
+def embed(
+    model: str,
+    data: str,
+    out: str,
+    batch_size: int = 32,
+    windows: int = 1,
+    pooled: bool = False,
+    features: bool = False,
+    device: str = "auto",
+) -> None:
+    """Embed every clip of a folder into an .npz file; continues where it was killed.
 
     Args:
         model: saved model or run folder.
@@ -70,16 +83,40 @@ def embed(model: str, data: str, out: str, batch_size: int = 32) -> None:
         out: .npz to write: files (N,), z_video_va and z_audio_va (N, d_va), z_video_vt (N, d_vt),
             z_text_vt (N, P, d_vt), of unit norm. They belong to the window in a file's middle and
             its P nearest sentences; rows of a missing stream or sentence are nan.
-        batch_size: clips at a time.
+        batch_size: files at a time, and between two points where a killed run continues.
+        windows: windows spread evenly over each file, whose embeddings are averaged; 1 is the
+            middle.
+        pooled: add the towers' pooled outputs: video_pooled (N, dim) and so on.
+        features: add the features of all tokens: video_features (N, tokens, dim) and so on.
+        device: torch device; auto takes a GPU where there is one.
     """
-    embeddings, files, skipped = _embed_folder(model, data, batch_size)
-    np.savez(out, allow_pickle=False, files=np.array(files), **embeddings)
-    print(f"{len(files)} clips embedded into {out}{_skipped(skipped)}")
+    path = checked_output(out)  # before the seconds that the model takes
+    done = embed_folder(
+        _trained(model, device),
+        data,
+        path,
+        batch_size=batch_size,
+        windows=windows,
+        pooled=pooled,
+        features=features,
+    )
+    continued = ", continued" if done.continued else ""
+    print(f"{done.files} clips embedded into {done.path}{continued}{_skipped(done.skipped)}")
 
 
-def _skipped(files: list[str]) -> str:
-    listed = ", ".join(files[:5])
-    return f"; skipped {len(files)} unreadable: {listed}" if files else ""
+def _skipped(files: Iterable[str]) -> str:
+    names = list(files)
+    listed = ", ".join(names[:5])
+    return f"; skipped {len(names)} unreadable: {listed}" if names else ""
+
+
+def _trained(model: str, device: str) -> VATT:
+    net = create_model(model).to(pick_device(device))
+    if net.vocabulary is None:
+        raise ValueError(
+            "this model has no vocabulary.txt; give the folder of a finished or running pretrain"
+        )
+    return net
 
 
 def retrieve(
@@ -89,6 +126,8 @@ def retrieve(
     audio: str | None = None,
     top: int = 5,
     batch_size: int = 32,
+    windows: int = WINDOWS,
+    device: str = "auto",
     json: bool = False,
 ) -> None:
     """Find clips of a folder by sentences or by a sound.
@@ -102,86 +141,30 @@ def retrieve(
         text: sentences to look for.
         audio: media file whose sound to look for.
         top: clips to list for each query.
-        batch_size: clips at a time.
+        batch_size: files at a time.
+        windows: windows spread evenly over each file, whose embeddings are averaged.
+        device: torch device; auto takes a GPU where there is one.
         json: print JSON.
     """
-    net = create_model(model)
-    embeddings, files, _ = _embed_folder(net, data, batch_size)
-    if not text and audio is None:
-        _print(_measure(net, data, embeddings, files), json)
+    if top < 1:
+        raise ValueError(f"top is {top}; at least 1 clip is listed")
+    net = _trained(model, device)
+    require_known_words(net, text)
+    sound = None if audio is None else encode(net, audio=audio, windows=windows)
+    folder = read_folder(net, data, windows=windows, batch_size=batch_size)
+    if folder.skipped:
+        print(f"vatt-fast: {_skipped(folder.skipped)[2:]}", file=sys.stderr)
+    if not text and sound is None:
+        _print(measure(net, data, folder), json)
         return
-    queries = [(sentence, embed_sentences(net, [sentence]), "z_video_vt") for sentence in text]
-    if audio is not None:
-        queries.append((audio, encode(net, audio=audio)["z_audio_va"].numpy(), "z_video_va"))
-    found = {}
-    for name, query, space in queries:
-        seen = np.flatnonzero(np.isfinite(embeddings[space]).all(1))
-        if not seen.size:
-            raise ValueError(f"{data} has no clip with video to look for")
-        best = seen[top_k(query, embeddings[space][seen], min(top, seen.size))[0]]
-        found[name] = {files[i]: round(float(query[0] @ embeddings[space][i]), 4) for i in best}
+    found = {
+        sentence: best_clips(vector, folder.video_vt, folder.files, top)
+        for sentence, vector in zip(text, embed_sentences(net, text) if text else (), strict=True)
+    }
+    if audio is not None and sound is not None:
+        vector = sound["z_audio_va"].numpy()[0]
+        found[audio] = best_clips(vector, folder.video_va, folder.files, top)
     _print(found, json)
-
-
-def _measure(
-    net: VATT, data: str, embeddings: dict[str, np.ndarray], files: list[str]
-) -> dict[str, dict[str, float]]:
-    """Retrieval by the folder's own sentences and sounds, as far as it has them."""
-    given = Path(data) / "queries.json"
-    if given.is_file():
-        sentences = [
-            (files.index(name), sentence)
-            for name, sentence in loads(given.read_text()).items()
-            if name in files
-        ]
-    else:
-        captions = folder_captions(data)
-        sentences = [
-            (i, caption.text) for i, name in enumerate(files) for caption in captions[name]
-        ]
-    video = np.isfinite(embeddings["z_video_vt"]).all(1)
-    place = np.cumsum(video) - 1  # index among the clips with video
-    results = {}
-    sentences = [(i, sentence) for i, sentence in sentences if video[i]]
-    if sentences:
-        queries = embed_sentences(net, [sentence for _, sentence in sentences])
-        truth = np.array([place[i] for i, _ in sentences])
-        results["text_to_video"] = {
-            "queries": len(truth),
-            **retrieval_metrics(queries, embeddings["z_video_vt"][video], truth),
-        }
-    both = video & np.isfinite(embeddings["z_audio_va"]).all(1)
-    if both.any():
-        metrics = retrieval_metrics(
-            embeddings["z_audio_va"][both], embeddings["z_video_va"][video], place[both]
-        )
-        results["audio_to_video"] = {"queries": int(both.sum()), **metrics}
-    if not results:
-        raise ValueError(
-            f"{data} has neither captions nor sound to query with; give --text or --audio"
-        )
-    return results
-
-
-def _embed_folder(
-    model: VATT | str, data: str, batch_size: int
-) -> tuple[dict[str, np.ndarray], list[str], list[str]]:
-    """Embeddings by name, the files they belong to, and the files that could not be read."""
-    net = create_model(model) if isinstance(model, str) else model
-    if net.vocabulary is None:
-        raise ValueError(
-            "this model has no vocabulary.txt; give the folder of a finished or running pretrain"
-        )
-    skipped: list[str] = []
-
-    spec = ClipSpec.from_config(net.config)
-
-    def watched() -> Iterator[Batch]:
-        for batch in evaluation_clips(data, spec, vocabulary=net.vocabulary, batch_size=batch_size):
-            skipped.extend(one.file for one in batch.skipped)
-            yield batch
-
-    return *embed_batches(net, watched()), skipped
 
 
 def compile_tpu(config: CompileTPUConfig) -> None:
@@ -300,15 +283,18 @@ def main(arguments: list[str] | None = None) -> None:
         "doctor": doctor,
         "flops": flops,
     }
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # names of any bytes
     try:
         tyro.extras.subcommand_cli_from_dict(
             verbs, prog="vatt-fast", description="VATT on replaceable kernels", args=arguments
         )
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"vatt-fast: {error}", file=sys.stderr)
         raise SystemExit(2) from error
     except KeyboardInterrupt as stop:
-        print(f"vatt-fast: {stop or 'interrupted'}", file=sys.stderr)
+        print(f"vatt-fast: {str(stop) or 'interrupted'}", file=sys.stderr)
         raise SystemExit(130) from stop
 
 

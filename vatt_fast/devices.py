@@ -17,11 +17,14 @@ def pick_device(name: str) -> torch.device:
     """The torch device of that name; "auto" is the first GPU if there is one, else the CPU.
 
     Raises:
-        ValueError: a CUDA device that this torch does not see.
+        ValueError: a device of no such name, or a CUDA device that this torch does not see.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(name)
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device is {name!r}; use 'cpu', 'cuda', 'cuda:1' or 'auto'") from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(
             f"device is {name!r}, but this torch sees no CUDA device; use 'cpu' or 'auto'"

@@ -94,8 +94,8 @@ def check_text(config: VATTConfig, text: Any) -> None:
     """Check word ids (B, P, W) or (B, W), 0 = padding.
 
     Raises:
-        ValueError: another shape or dtype, more words than the position table holds, or, in a
-            NumPy array, ids beyond the vocabulary (on a device nobody reads them).
+        ValueError: another shape or dtype, more words than the position table holds, or, on the
+            host, ids beyond the vocabulary (on a device nobody reads them).
     """
     name = str(text.dtype).removeprefix("torch.")
     if text.ndim not in (2, 3) or not name.startswith(("int", "uint")):
@@ -109,9 +109,9 @@ def check_text(config: VATTConfig, text: Any) -> None:
             f"text has {text.shape[-1]} words; this model's position table holds {config.words}: "
             "cut the sentences"
         )
-    if isinstance(text, np.ndarray) and not 0 <= text.min() <= text.max() < config.vocab_size:
+    if _is_readable(text) and not 0 <= text.min() <= text.max() < config.vocab_size:
         raise ValueError(
-            f"text holds ids {text.min()} to {text.max()}; this model's vocabulary has "
+            f"text holds ids {int(text.min())} to {int(text.max())}; this model's vocabulary has "
             f"{config.vocab_size} words, 0 is padding"
         )
 
@@ -185,14 +185,18 @@ def _check_rows(modality: str, rows: Any, keep: Any, grid: tuple[int, ...], valu
 def _check_keep(modality: str, keep: Any, count: int, batch: int) -> None:
     if keep is None:
         return
-    on_host = isinstance(keep, np.ndarray) or (
-        isinstance(keep, Tensor) and keep.device.type == "cpu"
-    )
-    # indices on a device were checked where they were drawn; reading them would wait for it
-    if on_host and not torch.compiler.is_compiling():
+    if _is_readable(keep):
         check_keep(keep, count, name=f"{modality}_keep")
     if keep.ndim == 2 and keep.shape[0] != batch:
         raise ValueError(
             f"{modality}_keep is {tuple(keep.shape)} for a batch of {batch}; "
             "it takes (K,) or (B, K)"
         )
+
+
+def _is_readable(indices: Any) -> bool:
+    """Whether values lie on the host. Reading them on a device would wait for it."""
+    if isinstance(indices, Tensor):
+        plain = type(indices) in (Tensor, torch.nn.Parameter)
+        return plain and indices.device.type == "cpu" and not torch.compiler.is_compiling()
+    return isinstance(indices, np.ndarray)

@@ -111,7 +111,8 @@ def test_embed_and_retrieve_commands(demo, tmp_path, capsys):
     np.testing.assert_allclose(np.linalg.norm(found["z_audio_va"], axis=1), 1, rtol=1e-5)
 
     capsys.readouterr()
-    main(["retrieve", "--model", str(root / "run"), "--data", str(test_clips), "--json"])
+    options = ["--model", str(root / "run"), "--data", str(test_clips), "--windows", "1", "--json"]
+    main(["retrieve", *options])
     measured = json.loads(capsys.readouterr().out)
     sentences = json.loads((test_clips / "queries.json").read_text())
     model = create_model(root / "run")
@@ -125,22 +126,7 @@ def test_embed_and_retrieve_commands(demo, tmp_path, capsys):
     assert measured["text_to_video"] == pytest.approx({"queries": 12, **expected})
 
     first = str(test_clips / found["files"][0])
-    main(
-        [
-            "retrieve",
-            "--model",
-            str(root / "run"),
-            "--data",
-            str(test_clips),
-            "--text",
-            "a red ring",
-            "--audio",
-            first,
-            "--top",
-            "3",
-            "--json",
-        ]
-    )
+    main(["retrieve", *options, "--text", "a red ring", "--audio", first, "--top", "3"])
     hits = json.loads(capsys.readouterr().out)
     assert set(hits) == {"a red ring", first}
     similarity = found["z_video_vt"] @ model.encode(text="a red ring")["z_text_vt"].numpy()[0]

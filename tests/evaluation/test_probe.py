@@ -73,3 +73,12 @@ def test_the_training_folds_choose_the_penalty():
     weak, strong = linear_probe(*split, strengths=(1e-5,)), linear_probe(*split, strengths=(1.0,))
     assert strong > weak + 5
     assert linear_probe(*split, strengths=(1e-5, 1.0)) == strong
+
+
+def test_labels_may_be_tuples():
+    """Any hashable value is a label, also one that training never saw."""
+    rng = np.random.default_rng(0)
+    features = rng.normal(size=(60, 4))
+    labels = [("red", "ring") if row[0] > 0 else ("blue", "star") for row in features]
+    assert linear_probe(features[:40], labels[:40], features[40:], labels[40:]) > 80
+    assert linear_probe(features[:40], labels[:40], features[40:], [("new",)] * 20) == 0

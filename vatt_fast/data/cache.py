@@ -29,7 +29,7 @@ class ClipCache:
         self.folder = folder
         self.spec = spec
         sizes = [spec.height, spec.width, spec.frames_per_second, spec.sample_rate_hz]
-        self._key = json.dumps(["vatt_fast clip 1", *sizes])
+        self._key = json.dumps(["vatt_fast clip 2", *sizes])
         folder.mkdir(parents=True, exist_ok=True)
 
     def read_into(
@@ -37,12 +37,13 @@ class ClipCache:
     ) -> tuple[int, bool, bool]:
         """Fill zeroed ``video`` and ``audio`` with a window.
 
-        ``start_frame`` chooses it, given the duration. Returns its first frame and whether the file
-        has video and audio. Raises MediaError for a corrupt file.
+        ``start_frame`` chooses it, given the duration. Returns its first frame and whether there is
+        video and audio in it. Raises MediaError for a corrupt file, OSError for one that cannot be
+        opened.
         """
         status = path.stat()
         name = f"{self._key} {path.absolute()} {status.st_size} {status.st_mtime_ns}"
-        entry = self.folder / f"{hashlib.sha256(name.encode()).hexdigest()[:32]}.clip"
+        entry = self.folder / f"{hashlib.sha256(os.fsencode(name)).hexdigest()[:32]}.clip"
         found = self._read(entry, start_frame, video, audio)
         if found is None:
             self._write(entry, path)
@@ -73,22 +74,16 @@ class ClipCache:
             if os.fstat(file.fileno()).st_size != audio_at + 4 * (samples or 0):
                 return None
             first = start_frame(header["duration_seconds"])
-            if frames is not None:
-                from_frame = 0 if is_image else first
-                self._fill(
-                    file, self.HEADER_BYTES, from_frame, video[:1] if is_image else video, frames
-                )
-                if is_image:
-                    video[1:] = video[0]
+            from_sample = round(first / spec.frames_per_second * spec.sample_rate_hz)
+            if is_image:
+                self._fill(file, self.HEADER_BYTES, 0, video[:1], frames)
+                video[1:] = video[0]
+            elif frames is not None:
+                self._fill(file, self.HEADER_BYTES, first, video, frames)
             if samples is not None:
-                self._fill(
-                    file,
-                    audio_at,
-                    round(first / spec.frames_per_second * spec.sample_rate_hz),
-                    audio,
-                    samples,
-                )
-        return first, frames is not None, samples is not None
+                self._fill(file, audio_at, from_sample, audio, samples)
+        shows = is_image or _overlap(header["shown"], first, spec.frames)
+        return first, shows, _overlap(header["heard"], from_sample, spec.samples)
 
     @staticmethod
     def _fill(file: FileIO, table_at: int, first: int, rows: np.ndarray, available: int) -> None:
@@ -115,6 +110,8 @@ class ClipCache:
             "is_image": info.is_image,
             "frames": None if clip.video is None else frames,
             "samples": None if clip.audio is None else samples,
+            "shown": clip.shown,
+            "heard": clip.heard,
         }
         part = entry.with_name(f".{uuid.uuid4().hex}.part")
         try:
@@ -126,3 +123,8 @@ class ClipCache:
             part.replace(entry)
         finally:
             part.unlink(missing_ok=True)
+
+
+def _overlap(held: tuple[int, int], first: int, count: int) -> bool:
+    """Whether a window of ``count`` from ``first`` on holds any of what a file holds."""
+    return max(held[0], first) < min(held[1], first + count)

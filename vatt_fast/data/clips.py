@@ -40,6 +40,12 @@ class ClipSpec:
         """How long a window is: the longer of its video and its audio."""
         return max(self.frames / self.frames_per_second, self.samples / self.sample_rate_hz)
 
+    def places(self, duration_seconds: float) -> int:
+        """How many windows fit into a file: they begin at frames 0 up to, but without, this."""
+        # the small term: 3.2 - 1.6 must count as 16 frames of 0.1 s
+        spare = (duration_seconds - self.seconds) * self.frames_per_second + 1e-6
+        return max(0, math.floor(spare)) + 1
+
     def reader_arguments(self) -> dict[str, Any]:
         """The sizes under the names of ``MediaReader.clip``."""
         return dict(
@@ -52,9 +58,22 @@ class ClipSpec:
         )
 
 
+def spread(count: int, windows: int) -> list[int]:
+    """``windows`` of ``count`` places, evenly spaced from the first to the last; 1 is the middle.
+
+    Raises:
+        ValueError: no window.
+    """
+    if windows < 1:
+        raise ValueError(f"windows is {windows}; it must be at least 1")
+    if windows == 1:
+        return [round(0.5 * (count - 1))]
+    return [round(window / (windows - 1) * (count - 1)) for window in range(windows)]
+
+
 @dataclass(frozen=True)
 class Skipped:
-    """A file that could not be decoded, and why."""
+    """A file that could not be read or decoded, and why."""
 
     file: str
     reason: str
@@ -62,7 +81,7 @@ class Skipped:
 
 @dataclass(frozen=True)
 class Batch:
-    """B clips. What a file lacks is zeros with its ``valid`` False.
+    """B clips. What a file lacks in the window is zeros with its ``valid`` False.
 
     ``skipped`` lists the corrupt files that others stand in for. A batch drawn with ``DropToken``
     holds the kept patch rows instead of whole clips, and which ones they are.

@@ -13,20 +13,20 @@ and the file itself give the same clip.
 Shapes: B clips, K kept patches, k values a patch.
 """
 
-import math
+import itertools
 import os
 from collections.abc import Callable, Iterator
-from pathlib import Path, PurePosixPath
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from torch.utils.data import Dataset
 
 from .cache import ClipCache
-from .clips import Batch, ClipSpec, DropToken, Skipped, copy_kept_rows, to_batch
-from .media import MEDIA_SUFFIXES, MediaError, MediaReader
-from .text import Caption, Vocabulary, load_captions, nearest_sentences
-
-CAPTIONS = "captions.json"
+from .clips import Batch, ClipSpec, DropToken, Skipped, copy_kept_rows, spread, to_batch
+from .folder import folder_captions, warn_of_other_media
+from .media import MediaError, MediaReader
+from .text import Vocabulary, nearest_sentences
 
 # One stream of random numbers for each decision: a new decision must not change the old ones.
 _ORDER, _WINDOW, _REPLACEMENT, _OTHER_CAPTIONS = range(4)
@@ -58,6 +58,7 @@ class ClipFolder:
         self.spec = spec
         self.vocabulary = vocabulary
         self.captions = folder_captions(folder)
+        warn_of_other_media(self.folder, self.captions)
         self.files = tuple(sorted(self.captions))
         self.captions_from = np.arange(len(self.files))  # whose captions a file is given
         self._cache = None if cache_dir is None else ClipCache(Path(cache_dir), spec)
@@ -101,42 +102,100 @@ class ClipFolder:
             write: ``write(target, clip, modality)`` copies a clip into its place; None copies all.
 
         Raises:
-            MediaError: a corrupt file; nothing is written.
+            MediaError: a file that is corrupt, vanished or may not be read; nothing is written.
         """
-        rates = self.spec.frames_per_second
+        targets = {name: batch[name][row] for name in ("video", "audio")}
+        # a cache reads whole clips to where they belong, without another copy
+        whole = targets if write is None else None
+        window = self._window(index, choose, whole)
+        self._write(batch, row, window, write)
+        self._write_text(batch, row, index, self._seconds(window.first))
+
+    def read_windows_into(
+        self,
+        batch: dict[str, np.ndarray],
+        row: int,
+        index: int,
+        choose: Callable[[int], list[int]],
+        windows: int,
+    ) -> None:
+        """Write several windows of file ``index`` into rows from ``row`` on, or none of them.
+
+        Each row's captions are those nearest to the only window, or to the file's middle.
+
+        Args:
+            choose: gets the number of places where a window fits and names as many as ``windows``.
+
+        Raises:
+            MediaError: as ``read_into``.
+        """
+        count = 1
+
+        def numbered(number: int) -> Callable[[int], int]:
+            def start(places: int) -> int:
+                nonlocal count
+                count = places
+                return choose(places)[number]
+
+            return start
+
+        # all are read before the first is written
+        found = [self._window(index, numbered(number), None) for number in range(windows)]
+        middle = found[0].first if windows == 1 else spread(count, 1)[0]
+        for place, window in enumerate(found, row):
+            self._write(batch, place, window, None)
+            self._write_text(batch, place, index, self._seconds(middle))
+
+    def _window(
+        self, index: int, choose: Callable[[int], int], whole: dict[str, np.ndarray] | None
+    ) -> "_Window":
+        """One window; a cache writes it into zeroed ``whole``, where that is given."""
+        path = self.folder / self.files[index]
 
         def start_frame(duration_seconds: float) -> int:
-            # the small term: 3.2 - 1.6 must count as 16 frames of 0.1 s
-            spare = (duration_seconds - self.spec.seconds) * rates + 1e-6
-            return choose(max(0, math.floor(spare)) + 1)
+            return choose(self.spec.places(duration_seconds))
 
-        path = self.folder / self.files[index]
-        targets = {name: batch[name][row] for name in ("video", "audio")}
-        clips: dict[str, np.ndarray | None]
-        if self._cache is None:
+        try:
+            if self._cache is not None:
+                whole = whole or self._empty_clip()
+                first, *valid = self._cache.read_into(path, start_frame, **whole)
+                return _Window(first, whole["video"], whole["audio"], *valid)
             with MediaReader(path) as reader:
                 first = start_frame(reader.info.duration_seconds)
-                clip = reader.clip(start=first / rates, **self.spec.reader_arguments())
-            clips = {"video": clip.video, "audio": clip.audio}
-        else:
-            # whole clips are read to where they belong, without another copy
-            whole = targets if write is None else self._empty_clip()
-            first, *found = self._cache.read_into(path, start_frame, **whole)
-            clips = {
-                name: value if has else None
-                for (name, value), has in zip(whole.items(), found, strict=True)
-            }
-        for name, values in clips.items():
-            batch[f"{name}_valid"][row] = values is not None
-            if values is not None and values is not targets[name]:
+                clip = reader.clip(
+                    start=first / self.spec.frames_per_second, **self.spec.reader_arguments()
+                )
+            return _Window(first, clip.video, clip.audio, clip.video_valid, clip.audio_valid)
+        except OSError as error:
+            if error.filename is None or os.fspath(error.filename) != os.fspath(path):
+                raise  # not of this file: the cache's disk, say
+            raise MediaError(f"{path} cannot be opened ({error.strerror})") from error
+
+    def _write(
+        self,
+        batch: dict[str, np.ndarray],
+        row: int,
+        window: "_Window",
+        write: Callable[[np.ndarray, np.ndarray, str], None] | None,
+    ) -> None:
+        for name, values, valid in (
+            ("video", window.video, window.video_valid),
+            ("audio", window.audio, window.audio_valid),
+        ):
+            target = batch[name][row]
+            batch[f"{name}_valid"][row] = valid
+            # a cache may have written into the target itself
+            if valid and values is not None and not np.may_share_memory(values, target):
                 if write is None:
-                    targets[name][:] = values
+                    target[:] = values
                 else:
-                    write(targets[name], values, name)
-        start = first / rates
-        batch["start_seconds"][row] = start
-        captions_of = int(self.captions_from[index])
-        self._write_text(batch, row, captions_of, (start, start + self.spec.seconds))
+                    write(target, values, name)
+        batch["start_seconds"][row] = self._seconds(window.first)[0]
+
+    def _seconds(self, first: int) -> tuple[float, float]:
+        """When a window that begins at a frame begins and ends."""
+        start = first / self.spec.frames_per_second
+        return start, start + self.spec.seconds
 
     def _empty_clip(self) -> dict[str, np.ndarray]:
         shapes = self._clip_shapes
@@ -150,6 +209,7 @@ class ClipFolder:
     ) -> None:
         if self.vocabulary is None:
             return
+        index = int(self.captions_from[index])
         captions = self.captions[self.files[index]]
         if index not in self._encoded:
             self._encoded[index] = self.vocabulary.encode(
@@ -163,13 +223,24 @@ class ClipFolder:
             batch["text_valid"][row, : len(nearest)] = numbers.any(axis=1)
 
 
+@dataclass(frozen=True)
+class _Window:
+    """A window of a file: its first frame, its clips, and whether they hold anything."""
+
+    first: int
+    video: np.ndarray | None
+    audio: np.ndarray | None
+    video_valid: bool
+    audio_valid: bool
+
+
 class ClipDataset(Dataset):
     """``dataset[step]`` is the batch of that step.
 
     Every file comes once an epoch, in a new order, each at a random window. A batch holds no file
     twice unless the folder is smaller than the batch; the files that do not fill an epoch's last
-    batch sit that epoch out. A corrupt file is replaced by another one and listed, on the batch and
-    in ``skipped``.
+    batch sit that epoch out. A file that is corrupt, or vanished, is replaced by another one and
+    listed, on the batch and in ``skipped``.
 
     Args:
         batch_size: this rank's clips: rank r of ``world`` gets rows ``r * batch_size`` and on of a
@@ -237,8 +308,9 @@ class ClipDataset(Dataset):
         keeps, rows = self._draw(step)
         batch = self.clips.empty_batch(size, rows)
         files, skipped = [], []
+        stand_ins = self._stand_ins(everyone, step)
         for row, (planned, place) in enumerate(zip(everyone[mine], places, strict=True)):
-            for index in self._candidates(int(planned), everyone, step, row):
+            for index in itertools.chain([int(planned)], stand_ins):
                 if self._read(batch, row, index, place, keeps):
                     files.append(self.files[index])
                     break
@@ -274,19 +346,17 @@ class ClipDataset(Dataset):
             self._epoch_order = (epoch, _permutation(len(self.files), self.seed, _ORDER, epoch))
         return self._epoch_order[1]
 
-    def _candidates(self, planned: int, everyone: np.ndarray, step: int, row: int) -> Iterator[int]:
-        """The planned file, then its replacements, in a fixed random order.
+    def _stand_ins(self, everyone: np.ndarray, step: int) -> Iterator[int]:
+        """Replacements for one rank's corrupt files of a step, each for one row, in a fixed order.
 
-        Files that this batch does not hold yet come first.
+        Those that no rank's batch holds come first, dealt out to the ranks, so that no clip is
+        twice in a batch while there are others. Then any file stands in, again and again.
         """
-        yield planned
-        others = _permutation(
-            len(self.files), self.seed, _REPLACEMENT, step, self.rank * self.batch_size + row
-        )
+        others = _permutation(len(self.files), self.seed, _REPLACEMENT, step)
         present = np.isin(others, everyone)
-        yield from (
-            int(index) for index in (*others[~present], *others[present]) if index != planned
-        )
+        yield from map(int, others[~present][self.rank :: self.world])
+        while any(int(index) not in self._bad for index in others):
+            yield from map(int, others)
 
     def _read(
         self,
@@ -314,48 +384,6 @@ class ClipDataset(Dataset):
             self._bad[index] = str(error)
             return False
         return True
-
-
-def folder_captions(folder: str | os.PathLike) -> dict[str, tuple[Caption, ...]]:
-    """The captions of each media file of a folder, by its name.
-
-    A file that captions.json leaves out has none. Media lie in the folder itself; those named with
-    a path ("talks/one.mp4") may lie deeper. Raises ValueError as ``ClipFolder``.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise ValueError(
-            f"{folder} is no folder; name one with media files and, for text, a {CAPTIONS}"
-        )
-    captions = load_captions(folder / CAPTIONS) if (folder / CAPTIONS).exists() else {}
-    for name in captions:
-        parts = PurePosixPath(name).parts
-        if name.startswith("/") or ".." in parts or "\\" in name:
-            raise ValueError(
-                f"{folder / CAPTIONS} names {name!r}; "
-                "media lie inside the folder: name them relative to it"
-            )
-        if not (folder / name).is_file():
-            raise ValueError(
-                f"{folder / CAPTIONS} has captions of {name!r}, which is not in {folder}; "
-                "add the file or remove its captions"
-            )
-    with os.scandir(folder) as entries:
-        present = [
-            e.name
-            for e in entries
-            if e.is_file()
-            and not e.name.startswith(".")
-            and e.name.lower().endswith(MEDIA_SUFFIXES)
-        ]
-    if not (present or captions):
-        inside = sorted(path.name for path in folder.iterdir() if path.is_dir())
-        hint = f"; it has the folders {', '.join(inside[:5])}: name one of them" if inside else ""
-        raise ValueError(
-            f"{folder} has no media files ({' '.join(MEDIA_SUFFIXES)})"
-            f"{hint or '; put some there or name another folder'}"
-        )
-    return {name: captions.get(name, ()) for name in {*present, *captions}}
 
 
 def _random_bits(count: int, *key: int) -> np.ndarray:

@@ -3,26 +3,46 @@
 import math
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch.utils.data import DataLoader, Dataset
 
-from .clips import Batch, ClipSpec, Skipped, to_batch
+from .clips import Batch, ClipSpec, Skipped, spread, to_batch
 from .dataset import ClipDataset, ClipFolder
 from .media import MediaError
 from .text import Vocabulary
 
 
 class ClipLoader(DataLoader):
-    """A DataLoader that adds what its workers skipped to this process's ``dataset.skipped``."""
+    """A DataLoader whose workers' findings arrive in this process.
 
-    dataset: "ClipDataset | _EvaluationBatches"
+    What they skipped is added to the dataset's ``skipped``; their errors are the ones they raised.
+    """
+
+    def __init__(self, clips: "ClipDataset | _EvaluationBatches", **options: Any) -> None:
+        super().__init__(_ErrorsAsValues(clips), **options)
+        self.clips = clips
 
     def __iter__(self):
         for batch in super().__iter__():
-            self.dataset.skipped.update((one.file, one.reason) for one in batch.skipped)
+            if isinstance(batch, Exception):
+                raise batch
+            self.clips.skipped.update((one.file, one.reason) for one in batch.skipped)
             yield batch
+
+
+class _ErrorsAsValues(Dataset):
+    """Returns errors: a DataLoader would raise them anew with the worker's traceback as message."""
+
+    def __init__(self, batches: "ClipDataset | _EvaluationBatches") -> None:
+        self.batches = batches
+
+    def __getitem__(self, step: int) -> Batch | Exception:
+        try:
+            return self.batches[step]
+        except (ValueError, OSError) as error:
+            return error
 
 
 def loader(
@@ -72,18 +92,26 @@ def evaluation_clips(
     batch_size: int = 32,
     place: float = 0.5,
     start: float | None = None,
+    windows: int | None = None,
+    first: int = 0,
+    with_empty: bool = False,
     cache_dir: str | os.PathLike | None = None,
     workers: int = 0,
 ) -> Iterator[Batch]:
-    """Every file once, in sorted order, at one window, as whole clips.
+    """Every file once, in sorted order, at one window or several, as whole clips.
 
-    The last batch may be smaller. A corrupt file is left out, and listed on the batch that it would
-    have been in.
+    The last batch may be smaller. A file that cannot be read is left out, and listed on the batch
+    that it would have been in.
 
     Args:
+        batch_size: files in a batch.
         place: where the window lies between the file's first (0) and last (1) possible one; 0.5
             is its middle.
         start: a time in seconds instead, rounded to the frames' grid.
+        windows: so many instead, spread evenly over each file, in rows one after the other; 1 is
+            the middle. Their captions are those nearest to the file's middle.
+        first: batches that are left out, to go on with a work begun.
+        with_empty: batches of which no file can be read come too, with their ``skipped``.
 
     Raises:
         MediaError: no file can be decoded. ValueError: as ``ClipFolder``.
@@ -94,56 +122,68 @@ def evaluation_clips(
         raise ValueError(f"start is {start} s; it must be a finite time, 0 or later")
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; a batch has at least 1 clip")
-    batches = _EvaluationBatches(
-        ClipFolder(folder, spec, vocabulary=vocabulary, cache_dir=cache_dir),
-        batch_size,
-        place,
-        start,
+    if windows is not None and windows < 1:
+        raise ValueError(f"windows is {windows}; it must be at least 1")
+    clips = ClipFolder(folder, spec, vocabulary=vocabulary, cache_dir=cache_dir)
+
+    def choose(count: int) -> list[int]:
+        if windows is not None:
+            return spread(count, windows)
+        if start is not None:
+            return [round(start * spec.frames_per_second)]
+        return [round(place * (count - 1))]
+
+    return _EvaluationBatches(clips, batch_size, choose, windows or 1).run(
+        workers, first, with_empty
     )
-    return batches.run(workers)
 
 
 class _EvaluationBatches(Dataset):
-    def __init__(self, clips: ClipFolder, batch_size: int, place: float, start: float | None):
-        self.clips, self.batch_size, self.place, self.start = clips, batch_size, place, start
+    """``choose`` gets the number of places where a window fits and names ``windows`` of them."""
+
+    def __init__(
+        self,
+        clips: ClipFolder,
+        batch_size: int,
+        choose: Callable[[int], list[int]],
+        windows: int,
+    ):
+        self.clips, self.batch_size = clips, batch_size
+        self.choose, self.windows = choose, windows
         self.skipped: dict[str, str] = {}
 
-    def _choose(self, count: int) -> int:
-        if self.start is not None:
-            return round(self.start * self.clips.spec.frames_per_second)
-        return round(self.place * (count - 1))
+    def __len__(self) -> int:
+        return math.ceil(len(self.clips.files) / self.batch_size)
 
     def __getitem__(self, step: int) -> Batch:
         planned = range(
             step * self.batch_size, min((step + 1) * self.batch_size, len(self.clips.files))
         )
-        batch = self.clips.empty_batch(len(planned))
+        batch = self.clips.empty_batch(len(planned) * self.windows)
         files: list[str] = []
         skipped = []
         for index in planned:
             try:
-                self.clips.read_into(batch, len(files), index, self._choose)
+                self.clips.read_windows_into(batch, len(files), index, self.choose, self.windows)
             except MediaError as error:
                 skipped.append(Skipped(self.clips.files[index], str(error)))
             else:
-                files.append(self.clips.files[index])
+                files += [self.clips.files[index]] * self.windows
         return to_batch(batch, files, skipped)
 
-    def run(self, workers: int) -> Iterator[Batch]:
+    def run(self, workers: int, first: int, with_empty: bool) -> Iterator[Batch]:
         found = 0
-        for batch in _loader(
-            self, range(math.ceil(len(self.clips.files) / self.batch_size)), workers
-        ):
+        for batch in _loader(self, range(first, len(self)), workers):
             found += len(batch)
-            if len(batch):
+            if len(batch) or with_empty:
                 yield batch
-            else:
+            if not len(batch):
                 warnings.warn(
                     "skipped a whole batch of corrupt files: "
                     + ", ".join(one.file for one in batch.skipped),
                     stacklevel=2,
                 )
-        if not found:
+        if not found and not first:
             reason = next(iter(self.skipped.values()))
             raise MediaError(
                 f"none of the {len(self.clips.files)} files in {self.clips.folder} can be decoded; "

@@ -1,14 +1,24 @@
 """An open media file, through PyAV: its streams, and their decoded frames from any time on.
 
 ``media.py`` makes arrays of the frames. Time 0 is the start of the file's presentation.
+
+Containers that keep an index of their packets are sought by it. The others estimate: their
+durations, their seeks, some their time stamps. They are read through once, without decoding
+(``media_scan.py``); windows are then found by counting packets.
 """
 
 import contextlib
+import math
 import os
+import re
+import stat
+import time
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
+
+from .media_scan import Packets, import_av, scan
 
 # Containers round time stamps, Matroska to whole milliseconds. A frame stamped this much late is
 # still on time.
@@ -18,6 +28,15 @@ END_TOLERANCE_SECONDS = 0.25
 # Where an index leads too far, the next try is this much earlier. If that fails too, the file is
 # read from its start.
 INDEX_ERROR_SECONDS = 10.0
+# A file that takes more time of the processor than this for one window, or whose reads hang for
+# longer than this, is given up.
+DEADLINE_SECONDS = 120.0
+# What FFmpeg opens by opening other files: the file named is the file read.
+PLAYLISTS = ("concat", "dash", "hls", "imf", "sdp")
+# Larger pictures are refused before they are decoded: 134 million pixels, four times those of 8K.
+MAX_PIXELS = 2**27
+
+_MATROSKA_TIME = re.compile(r"(\d+):(\d\d):(\d\d(?:\.\d*)?)")
 
 
 class MediaError(ValueError):
@@ -34,14 +53,39 @@ class MediaInfo:
     is_image: bool
 
 
+class Deadline:
+    """Raises MediaError once a file has taken too much of the processor's time."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.until = time.thread_time() + DEADLINE_SECONDS
+
+    def check(self) -> None:
+        if time.thread_time() > self.until:
+            raise MediaError(
+                f"{self.path} took more than {DEADLINE_SECONDS:g} s to decode; replace or remove "
+                "the file"
+            )
+
+
 class MediaFile:
     """An open media file; a context manager. Raises MediaError for a corrupt file."""
 
     def __init__(self, path: str | os.PathLike) -> None:
         self.path = Path(path)
-        with open(self.path, "rb"):  # errors of the file system are not errors of the content
-            pass
         self._container: Any = None
+        # Streams that can be decoded here, by kind, and the codecs of those that cannot. They are
+        # indices: a stream must not outlive its container.
+        self._decodable: dict[str, list[int]] = {"video": [], "audio": []}
+        self._undecodable: dict[str, list[str]] = {"video": [], "audio": []}
+        # errors of the file system are not errors of the content
+        status = os.stat(self.path)
+        if not stat.S_ISREG(status.st_mode):
+            kind = "a folder" if stat.S_ISDIR(status.st_mode) else "no regular file"
+            raise MediaError(f"{self.path} is {kind}; name a media file")
+        with open(self.path, "rb"):
+            pass
+        self._identity = (os.fspath(self.path), status.st_size, status.st_mtime_ns)
         try:
             with self._naming_the_file():
                 self._open()
@@ -53,45 +97,116 @@ class MediaFile:
         av = import_av()
         self.close()
         self._container = self._connect()
-        cover = av.stream.Disposition.attached_pic
-        # by kind, looked up anew at each use: a stream must not outlive its container
-        self._streams: dict[str, Any] = {}
-        for stream in self._container.streams:
-            if (
-                stream.type in ("video", "audio")
-                and stream.type not in self._streams
-                and not stream.disposition & cover
-            ):
-                self._streams[stream.type] = stream
-                stream.codec_context.thread_count = 1  # loaders run one process a core
+        self._begun: set[str] = set()  # kinds whose decoders have worked
         # kept, since it holds the scaler's tables
         self._reformatter = av.video.reformatter.VideoReformatter()
-        format_name = self._container.format.name
-        is_image = format_name == "image2" or format_name.endswith("_pipe")
-        start_seconds = (self._container.start_time or 0) / av.time_base
-        # a negative start is a codec's warm-up, which is not presented
-        self._origin_seconds = max(start_seconds, 0.0)
-        duration = self._container.duration
-        if is_image:
-            seconds = 0.0
-        elif duration is not None:
-            seconds = max(duration / av.time_base + min(start_seconds, 0.0), 0.0)
+        if hasattr(self, "info"):
+            for streams in self._decodable.values():
+                if streams:
+                    _opens(self._container.streams[streams[0]])
         else:
-            with self._connect() as other:
-                seconds = _last_packet_end(other) - self._origin_seconds
-        self.info = MediaInfo(seconds, "video" in self._streams, "audio" in self._streams, is_image)
-        if not (self.info.has_video or self.info.has_audio):
-            raise MediaError(f"{self.path} has neither video nor audio; name a media file")
+            self._choose_streams()
+            self.info = self._inspect()
 
     def _connect(self) -> Any:
         # With "file:", a name that holds a colon stays a name. With the whitelist, a playlist
         # cannot reach for the network.
         return import_av().open(
-            f"file:{self.path}", options={"protocol_whitelist": "file"}, metadata_errors="replace"
+            f"file:{self.path}",
+            options={
+                "protocol_whitelist": "file",
+                "max_pixels": str(MAX_PIXELS),
+                "pattern_type": "none",
+            },
+            metadata_errors="replace",
+            timeout=DEADLINE_SECONDS,
+        )
+
+    def _choose_streams(self) -> None:
+        disposition = import_av().stream.Disposition
+        cover = disposition.attached_pic | disposition.timed_thumbnails
+        for stream in self._container.streams:
+            if stream.type in self._decodable and not stream.disposition & cover:
+                if _opens(stream):
+                    self._decodable[stream.type].append(stream.index)
+                else:
+                    self._undecodable[stream.type].append(self._codec_of(stream))
+        if not any(self._decodable.values()):
+            if any(self._undecodable.values()):
+                raise MediaError(f"{self.missing('video')}; {self.missing('audio')}")
+            raise MediaError(f"{self.path} has neither video nor audio; name a media file")
+
+    def _codec_of(self, stream: Any) -> str:
+        """A stream's codec, or the container's tag where FFmpeg has no decoder."""
+        if stream.codec_context is not None:
+            return stream.codec_context.name
+        logging = import_av().logging
+        level = logging.get_level()
+        logging.set_level(logging.INFO)  # what FFmpeg describes goes through its log
+        try:
+            text = self._container.dumps_format()
+        finally:
+            logging.set_level(level)
+        described = re.search(rf"Stream #0:{stream.index}\b.*?: (?:Video|Audio): ([^,\n]*)", text)
+        return described[1].strip() if described else "unknown"
+
+    def missing(self, kind: str) -> str:
+        """Why the file has no stream of this kind."""
+        if codecs := self._undecodable[kind]:
+            return (
+                f"{self.path} has {kind} that cannot be decoded here (codec {', '.join(codecs)}); "
+                "convert the file"
+            )
+        other = "audio" if kind == "video" else "video"
+        return f"{self.path} has no {kind} stream; read its {other} only"
+
+    def _inspect(self) -> MediaInfo:
+        container = self._container
+        per_second = import_av().time_base
+        start_seconds = (container.start_time or 0) / per_second
+        # a negative start is a codec's warm-up, which is not presented
+        self._origin_seconds = max(start_seconds, 0.0)
+        self._packets: dict[int, Packets] | None = None
+        has = {kind: bool(streams) for kind, streams in self._decodable.items()}
+        name = container.format.name
+        if name in PLAYLISTS:
+            raise MediaError(f"{self.path} is a list of other files ({name}); name those")
+        if name == "image2" or name.endswith("_pipe"):
+            return MediaInfo(0.0, True, False, True)
+        if self._has_an_index():
+            seconds = container.duration / per_second + min(start_seconds, 0.0)
+        else:
+            self._packets = scan(*self._identity, self._connect, Deadline(self.path).check)
+            ends = [
+                self._packets[index].end
+                for streams in self._decodable.values()
+                for index in streams[:1]
+                if index in self._packets
+            ]
+            seconds = max(ends, default=0.0) - self._origin_seconds
+        return MediaInfo(max(seconds, 0.0), has["video"], has["audio"], False)
+
+    def _has_an_index(self) -> bool:
+        """Whether duration and seeks are facts, not estimates."""
+        container = self._container
+        name = container.format.name
+        if container.duration is None:
+            return False
+        if "matroska" in name:
+            # the duration of a stream is an estimate here: Matroska has none
+            return all(stream.duration is None for stream in container.streams)
+        if "mov" in name:
+            return not _is_fragmented(self.path) and all(
+                stream.duration is not None
+                for stream in container.streams
+                if stream.type in ("video", "audio")
+            )
+        # only in PCM is a byte's place its time
+        return name == "flac" or (
+            name == "wav" and self._container.streams[0].codec_context.name.startswith("pcm_")
         )
 
     def close(self) -> None:
-        self._streams = {}
         if self._container is not None:
             self._container.close()
             self._container = None
@@ -102,18 +217,65 @@ class MediaFile:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
+    def _stream(self, kind: str) -> Any:
+        return self._container.streams[self._decodable[kind][0]]
+
     def _decode_from(self, kind: str, seconds: float) -> Iterator[tuple[Any, float]]:
         """Decoded frames and their times, from at or before ``seconds``.
 
-        They begin later where the stream does.
+        They begin later where the stream does. They are of the first stream that decodes.
         """
-        stream = self._streams[kind]
+        av = import_av()
+        while True:
+            frames = self._stream_from(kind, seconds)
+            try:
+                first = next(frames, None)
+            except (av.error.FFmpegError, ValueError):
+                if not self._leave_a_dead_stream(kind):
+                    raise
+                continue
+            if first is None and self._leave_a_dead_stream(kind):
+                continue
+            if first is not None:
+                yield first
+                yield from frames
+            return
+
+    def _leave_a_dead_stream(self, kind: str) -> bool:
+        """Go on with the next stream of a kind where nothing of the present one decodes."""
+        av = import_av()
+        if len(self._decodable[kind]) == 1:
+            return False
+        self._open()
+        try:
+            if next(self._timed_frames(kind), None) is not None:
+                return False
+        except (av.error.FFmpegError, ValueError):
+            pass  # dead, as was asked
+        del self._decodable[kind][0]
+        self._open()
+        return True
+
+    def _stream_from(self, kind: str, seconds: float) -> Iterator[tuple[Any, float]]:
+        stream = self._stream(kind)
         begins = float((stream.start_time or 0) * stream.time_base) - self._origin_seconds
         latest = max(seconds, begins) + STAMP_TOLERANCE_SECONDS
+        del stream  # the container is opened anew below, which ends it
         for earlier in (0.0, INDEX_ERROR_SECONDS):
-            if not self._seek(kind, seconds - earlier):
-                break
-            frames = self._timed_frames(kind, from_key=True)
+            if self._packets is None:
+                if kind in self._begun:
+                    # decoders remember: the noise that AAC fills in would be another one
+                    self._open()
+                if not self._seek(kind, seconds - earlier):
+                    break
+                frames = self._timed_frames(kind, from_key=True)
+            else:
+                packets = self._packets[self._decodable[kind][0]]
+                place = packets.key_before(seconds - earlier + self._origin_seconds)
+                if place == packets.key_before(-math.inf):
+                    break
+                self._open()
+                frames = self._timed_frames(kind, skip=place)
             first = next(frames, None)
             if first is not None and first[1] <= latest:
                 yield first
@@ -121,14 +283,17 @@ class MediaFile:
                 return
             frames.close()
         self._open()  # no index, or one that led too far: read from the start
-        yield from self._timed_frames(kind, from_key=False)
+        first_key = 0
+        if self._packets is not None:
+            first_key = self._packets[self._decodable[kind][0]].key_before(-math.inf)
+        yield from self._timed_frames(kind, skip=first_key)
 
     def _seek(self, kind: str, seconds: float) -> bool:
         """Move to the key frame at or before ``seconds``, as far as the container's index is right.
 
         False where the container has no index.
         """
-        stream = self._streams[kind]
+        stream = self._stream(kind)
         try:
             target = int((max(seconds, 0.0) + self._origin_seconds) / stream.time_base)
             self._container.seek(target, stream=stream, backward=True)
@@ -137,18 +302,40 @@ class MediaFile:
         return True
 
     def _timed_frames(
-        self, kind: str, *, from_key: bool
+        self, kind: str, *, from_key: bool = False, skip: int = 0
     ) -> Generator[tuple[Any, float], None, None]:
-        stream = self._streams[kind]
+        """Decoded frames and their times: all, or those from the first key frame on.
+
+        Args:
+            skip: as many packets of the stream are left out.
+        """
+        stream = self._stream(kind)
+        self._begun.add(kind)
+        deadline = Deadline(self.path)
         following = 0.0
+        # where a container's stamps are in the order of storage, pictures take them in rising order
+        rising: Iterator[float] | None = None
+        if self._packets is not None:
+            stamps = self._packets[stream.index].stamps[skip:]
+            if self._packets[stream.index].reordered:
+                rising = iter(stamps)
+            if skip and len(stamps) and math.isfinite(stamps[0]):
+                following = float(stamps[0]) - self._origin_seconds
         for packet in self._container.demux(stream):
-            # transport streams seek to any packet; what comes before a key frame decodes to rubbish
+            deadline.check()
+            if skip and packet.size:
+                skip -= 1
+                continue
+            # what comes before a key frame decodes to rubbish
             if from_key and not packet.is_keyframe:
                 continue
             from_key = False
             for frame in packet.decode():
                 stamp = frame.pts if frame.pts is not None else frame.dts
-                if stamp is not None:
+                if rising is not None:
+                    following = next(rising, following + self._origin_seconds)
+                    following -= self._origin_seconds
+                elif stamp is not None:
                     following = float(stamp * frame.time_base) - self._origin_seconds
                 # raw streams carry no stamps: then frames follow one another
                 yield frame, following
@@ -168,19 +355,18 @@ class MediaFile:
 
     def _declared_end(self, kind: str) -> float | None:
         """When the container says that the stream ends; None for containers that estimate it."""
-        stream = self._streams[kind]
+        stream = self._stream(kind)
         name = self._container.format.name
-        if stream.duration is not None and any(
-            exact in name for exact in ("mov", "wav", "flac", "ogg")
+        if self._packets is None and "matroska" not in name and stream.duration is not None:
+            end = float(((stream.start_time or 0) + stream.duration) * stream.time_base)
+            return min(end - self._origin_seconds, self.info.duration_seconds)
+        # written by some muxer, or by hand: what cannot be read says nothing
+        if "matroska" in name and (
+            tag := _MATROSKA_TIME.fullmatch(stream.metadata.get("DURATION", "").strip("\0 "))
         ):
-            start = stream.start_time or 0
-            return min(
-                float((start + stream.duration) * stream.time_base) - self._origin_seconds,
-                self.info.duration_seconds,
-            )
-        if "matroska" in name and (tag := stream.metadata.get("DURATION")):
-            hours, minutes, seconds = tag.split(":")
-            return int(hours) * 3600 + int(minutes) * 60 + float(seconds) - self._origin_seconds
+            hours, minutes, seconds = map(float, tag.groups())
+            end = hours * 3600 + minutes * 60 + seconds - self._origin_seconds
+            return min(end, self.info.duration_seconds)
         return None
 
     @contextlib.contextmanager
@@ -191,26 +377,53 @@ class MediaFile:
             yield
         except MediaError:
             raise
-        except (av.error.FFmpegError, ValueError, StopIteration) as error:
+        # damaged headers hold numbers that divide by zero, overflow, or ask for all memory
+        except (
+            av.error.FFmpegError,
+            ValueError,
+            ArithmeticError,
+            MemoryError,
+            StopIteration,
+        ) as error:
             reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+            if isinstance(error, av.error.ExitError):
+                reason = f"a read took more than {DEADLINE_SECONDS:g} s"
             raise MediaError(
                 f"{self.path} cannot be decoded ({reason}); replace or remove the file"
             ) from error
 
 
-def _last_packet_end(container: Any) -> float:
-    """When the last packet ends.
+def _opens(stream: Any) -> bool:
+    """Whether there is a decoder, and it takes the stream's header."""
+    context = stream.codec_context
+    if context is None:
+        return False
+    context.thread_count = 1  # loaders run one process a core
+    context.options = {"max_pixels": str(MAX_PIXELS)}
+    try:
+        context.open(strict=False)
+    except (import_av().error.FFmpegError, ValueError):
+        return False
+    return True
 
-    For files that do not say how long they are: streamed WebM, raw streams.
-    """
-    end, counted = 0.0, 0.0
-    for packet in container.demux():
-        length = float((packet.duration or 0) * packet.time_base)
-        if packet.pts is not None:
-            end = max(end, float(packet.pts * packet.time_base) + length)
-        if packet.stream == container.streams[0]:
-            counted += length  # packets without stamps follow one another
-    return max(end, counted)
+
+def _is_fragmented(path: Path) -> bool:
+    """Whether an MP4 file is made of fragments, whose header does not know their end."""
+    with open(path, "rb") as file:
+        size_of_file = os.fstat(file.fileno()).st_size
+        place = 0
+        while place + 8 <= size_of_file:
+            file.seek(place)
+            head = file.read(16)
+            size, name = int.from_bytes(head[:4], "big"), head[4:8]
+            if name == b"moof":
+                return True
+            if size == 1:
+                size = int.from_bytes(head[8:16], "big")
+            if size < 8:  # 0: to the end of the file
+                return False
+            place += size
+    return False
 
 
 def frame_seconds(frame: Any, stream: Any) -> float:
@@ -219,17 +432,15 @@ def frame_seconds(frame: Any, stream: Any) -> float:
         return frame.samples / frame.sample_rate
     if frame.duration:
         return float(frame.duration * frame.time_base)
+    return _interval(stream) or 0.0
+
+
+def held_seconds(frame: Any, stream: Any) -> float:
+    """How long a stream's last picture is shown: no longer than others, whatever it declares."""
+    own = frame_seconds(frame, stream)
+    return min(own, _interval(stream) or own)
+
+
+def _interval(stream: Any) -> float | None:
     rate = stream.average_rate or stream.guessed_rate
-    return float(1 / rate) if rate else 0.0
-
-
-def import_av() -> Any:
-    """PyAV, imported where media are first read or written: training on arrays does not need it."""
-    try:
-        import av
-        import av.video.reformatter
-    except ImportError as error:
-        raise ImportError(
-            "media files need PyAV, which is not installed: pip install vatt_fast[data]"
-        ) from error
-    return av
+    return float(1 / rate) if rate else None

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from .media_file import import_av
+from .media_scan import import_av
 
 # Without x264's look-ahead: on small pictures it reads memory that nobody set, and the same frames
 # gave different files.

@@ -1,15 +1,18 @@
 """Sentences to word numbers, and which sentences belong to a clip.
 
 The rules are those of the released code: punctuation is removed, letters are lower-cased, and white
-space separates words. Number 0 is padding and 1 an unknown word. Nothing marks the beginning or the
-end of a sentence.
+space separates words. Symbols (notes, emoji, currencies) go as punctuation does, and so do
+characters without a shape; one accented letter is the same however it is composed. Number 0 is
+padding and 1 an unknown word. Nothing marks the beginning or the end of a sentence.
 """
 
+import dataclasses
 import json
 import math
 import os
 import string
 import unicodedata
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,14 +29,13 @@ def split_words(sentence: str) -> list[str]:
     """The words of a sentence: "It's a dog, barking." gives ["its", "a", "dog", "barking"]."""
     if sentence.isascii():
         return sentence.translate(_NO_PUNCTUATION).lower().split()
-    kept = (
-        c
-        for c in sentence
-        if c not in string.punctuation and not unicodedata.category(c).startswith("P")
-    )
-    return "".join(kept).lower().split()
+    composed = unicodedata.normalize("NFC", sentence)
+    kept = "".join(c for c in composed if unicodedata.category(c) not in _NO_LETTERS)
+    return unicodedata.normalize("NFC", kept.lower()).split()
 
 
+# punctuation, symbols, shapeless characters, halves of a surrogate pair
+_NO_LETTERS = {"Pc", "Pd", "Pe", "Pf", "Pi", "Po", "Ps", "Sc", "Sk", "Sm", "So", "Cf", "Cs"}
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
@@ -63,6 +65,8 @@ class Vocabulary:
                 raise ValueError(
                     f"{word!r} is not one word; words hold no white space and are not empty"
                 )
+            if not _is_writable(word):
+                raise ValueError(f"{word!r} holds half of a surrogate pair; no file can hold it")
 
     @classmethod
     def build(cls, sentences: Iterable[str], max_size: int | None = None) -> "Vocabulary":
@@ -121,15 +125,18 @@ class Vocabulary:
         if path.suffix == ".json":
             text = json.dumps(self.words, ensure_ascii=False, indent=0)
         part = path.with_name(path.name + ".part")
-        part.write_text(text + "\n", encoding="utf-8")
-        part.replace(path)
+        try:
+            part.write_text(text + "\n", encoding="utf-8")
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Vocabulary":
         """Read what ``save`` wrote. Raises ValueError where the file holds something else."""
         path = Path(path)
         try:
-            text = path.read_text(encoding="utf-8")
+            text = path.read_text(encoding="utf-8-sig")
             as_json = path.suffix == ".json"
             words = json.loads(text) if as_json else text.removesuffix("\n").split("\n")
             if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
@@ -196,17 +203,14 @@ def nearest_sentences(
 def load_captions(path: str | os.PathLike) -> dict[str, tuple[Caption, ...]]:
     """Read ``{"clip.mp4": [{"start": 0.2, "end": 1.1, "text": "..."}, ...], ...}``.
 
+    Halves of surrogate pairs, as of an emoji cut in two, become U+FFFD, with a warning.
+
     Raises:
         ValueError: anything else, with file, caption, value, rule and remedy.
         FileNotFoundError: no such file.
     """
     path = Path(path)
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_refuse_repeats)
-    except ValueError as error:
-        raise ValueError(
-            f"{path} cannot be read as JSON ({error}); repair or rewrite it"
-        ) from error
+    content = read_json(path)
     if not isinstance(content, dict):
         raise ValueError(
             f"{path} holds a JSON {_kind(content)}; it must be an object of media names, each with "
@@ -223,7 +227,48 @@ def load_captions(path: str | os.PathLike) -> dict[str, tuple[Caption, ...]]:
             _caption(entry, f"{path}: {name!r} caption {place}")
             for place, entry in enumerate(entries)
         )
+    broken = [
+        f"{name!r} caption {place}"
+        for name, entries in captions.items()
+        for place, caption in enumerate(entries)
+        if not _is_writable(caption.text)
+    ]
+    if broken:
+        warnings.warn(
+            f"{path} has {len(broken)} texts with half of a surrogate pair, as of an emoji cut in "
+            f"two, replaced by U+FFFD: {', '.join(broken[:5])}",
+            stacklevel=2,
+        )
+        captions = {
+            name: tuple(dataclasses.replace(one, text=_writable(one.text)) for one in entries)
+            for name, entries in captions.items()
+        }
     return captions
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file in UTF-8, 16 or 32, with or without a byte-order mark, each name once.
+
+    Raises:
+        ValueError: anything else, with the file.
+    """
+    try:
+        return json.loads(path.read_bytes(), object_pairs_hook=_refuse_repeats)
+    except RecursionError as error:
+        raise ValueError(f"{path} is nested too deeply; rewrite it") from error
+    except ValueError as error:
+        raise ValueError(
+            f"{path} cannot be read as JSON ({error}); repair or rewrite it"
+        ) from error
+
+
+def _is_writable(text: str) -> bool:
+    return text.isascii() or not any("\ud800" <= c <= "\udfff" for c in text)
+
+
+def _writable(text: str) -> str:
+    """``text`` with U+FFFD for halves of surrogate pairs."""
+    return "".join("\ufffd" if "\ud800" <= c <= "\udfff" else c for c in text)
 
 
 def _caption(entry: Any, where: str) -> Caption:
@@ -245,13 +290,15 @@ def _caption(entry: Any, where: str) -> Caption:
                 f"{where} has {key} {value!r}, a JSON {_kind(value)}; "
                 "give it as a number of seconds"
             )
-        if not math.isfinite(value):
+        if not (math.isfinite(value) if isinstance(value, float) else abs(value) < 2**63):
             raise ValueError(
-                f"{where} has {key} {value}; times are finite: correct or remove the caption"
+                f"{where} has {key} {value:.6g}; times are finite: correct or remove the caption"
+                if isinstance(value, float)
+                else f"{where} has a {key} of {value.bit_length()} bits; correct or remove it"
             )
     if not isinstance(entry["text"], str):
         raise ValueError(
-            f"{where} has text {entry['text']!r}, a JSON {_kind(entry['text'])}; "
+            f"{where} has text {entry['text']!r:.80}, a JSON {_kind(entry['text'])}; "
             "give it as a string"
         )
     if entry["end"] < entry["start"]:

@@ -1,0 +1,228 @@
+"""Embedding a folder into one file, a batch at a time; may be killed at any time and continued."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.lib import format as npy
+
+from ..data.clips import ClipSpec
+from ..data.folder import CAPTIONS, folder_captions
+from ..data.loader import evaluation_clips
+from ..encoding import embed_batch
+from ..model import VATT
+
+_PLAN = "plan.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Embedded:
+    """What ``embed_folder`` wrote: the file, how many clips, which ones were skipped and why.
+
+    ``continued`` says whether a killed run was continued.
+    """
+
+    path: Path
+    files: int
+    skipped: dict[str, str]
+    continued: bool
+
+
+def embed_folder(
+    model: VATT,
+    data: str | os.PathLike,
+    out: str | os.PathLike,
+    *,
+    batch_size: int = 32,
+    windows: int = 1,
+    pooled: bool = False,
+    features: bool = False,
+) -> Embedded:
+    """Embed every clip of a folder into an .npz file, which is whole or absent.
+
+    Each batch is written beside it, into ``<out>.parts``, so memory stays that of one batch. The
+    same call after a kill goes on behind the last batch, if model, files and settings are the same;
+    otherwise it begins anew. In the end the parts become the file and go.
+
+    Args:
+        windows, pooled, features: as in ``encoding.embed_batch``.
+
+    Raises:
+        ValueError: an output that cannot be written, said before the work; settings that do not
+            fit; and as ``evaluation_clips``.
+        OSError: the disk is full; parts stay, and the same call goes on.
+    """
+    out = checked_output(out)
+    if features and windows > 1:
+        raise ValueError("features belong to one window; leave windows at 1, or features out")
+    parts = out.with_name(out.name + ".parts")
+    settings = dict(batch_size=batch_size, windows=windows, pooled=pooled, features=features)
+    plan = json.dumps({"model": _digest(model), "data": _data(Path(data)), **settings})
+    continued = _begin(parts, plan)
+    done = len(_parts(parts))
+    batches = evaluation_clips(
+        data,
+        ClipSpec.from_config(model.config),
+        vocabulary=model.vocabulary,
+        batch_size=batch_size,
+        windows=windows,
+        first=done,
+        with_empty=True,
+    )
+    for number, (found, files, skipped) in enumerate(
+        _embedded(model, batches, windows, pooled, features), done
+    ):
+        _write_part(parts, number, found, files, skipped)
+    return dataclasses.replace(_join(parts, out), continued=continued)
+
+
+def checked_output(out: str | os.PathLike) -> Path:
+    """The .npz file to write, ending so. Raises ValueError where it cannot be written."""
+    out = Path(out)
+    if out.suffix != ".npz":
+        out = out.with_name(out.name + ".npz")
+    if out.is_dir():
+        raise ValueError(f"{out} is a folder; name a file to write")
+    if not out.parent.is_dir():
+        raise ValueError(f"{out.parent} is no folder; make it, or write {out.name} elsewhere")
+    try:
+        # tried, since to root the rights of a folder say nothing
+        trial = out.with_name(f".{out.name}.{os.getpid()}.part")
+        trial.touch()
+        trial.unlink()
+    except OSError as error:
+        raise ValueError(f"{out} cannot be written ({error.strerror})") from error
+    return out
+
+
+def _embedded(
+    model: VATT, batches: Iterator, windows: int, pooled: bool, features: bool
+) -> Iterator[tuple[dict[str, np.ndarray], list[str], dict[str, str]]]:
+    modalities = ("video", "audio") if model.vocabulary is None else ("video", "audio", "text")
+    for batch in batches:
+        options: dict[str, Any] = dict(windows=windows, pooled=pooled, features=features)
+        found = embed_batch(model, batch, modalities=modalities, **options) if len(batch) else {}
+        skipped = {one.file: one.reason for one in batch.skipped}
+        yield found, list(batch.files[::windows]), skipped
+
+
+def _digest(model: VATT) -> str:
+    """One number for a model's weights and words."""
+    digest = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    words = () if model.vocabulary is None else model.vocabulary.words
+    digest.update("\n".join(words).encode())
+    return digest.hexdigest()
+
+
+def _data(folder: Path) -> str:
+    """One number for a folder's files and captions."""
+    digest = hashlib.sha256()
+    for name in sorted({*folder_captions(folder)}):
+        digest.update(os.fsencode(name))
+        try:
+            status = (folder / name).stat()
+        except OSError:
+            continue  # it will be skipped and listed
+        digest.update(f"{status.st_size} {status.st_mtime_ns}\n".encode())
+    captions = folder / CAPTIONS
+    if captions.exists():
+        digest.update(captions.read_bytes())
+    return digest.hexdigest()
+
+
+def _begin(parts: Path, plan: str) -> bool:
+    """Make the folder of parts, anew where it belongs to another plan; True where work is there."""
+    try:
+        same = (parts / _PLAN).read_text() == plan
+    except FileNotFoundError:
+        same = False
+    if not same:
+        if parts.exists():
+            shutil.rmtree(parts)
+        parts.mkdir()
+        _write_whole(parts / _PLAN, plan.encode())
+    return bool(_parts(parts))
+
+
+def _parts(parts: Path) -> list[Path]:
+    """The parts written, from the first one on without a gap."""
+    found: list[Path] = []
+    while (path := parts / f"{len(found):08d}.npz").exists():
+        found.append(path)
+    return found
+
+
+def _write_part(
+    parts: Path, number: int, found: dict[str, np.ndarray], files: list[str], skipped: dict
+) -> None:
+    path = parts / f"{number:08d}.npz"
+    said = json.dumps({"files": files, "skipped": skipped})
+    part = path.with_suffix(".part")
+    with open(part, "wb") as file:
+        np.savez(file, allow_pickle=False, said=np.array(said), **found)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
+
+
+def _write_whole(path: Path, content: bytes) -> None:
+    part = path.with_suffix(".part")
+    part.write_bytes(content)
+    part.replace(path)
+
+
+def _join(parts: Path, out: Path) -> Embedded:
+    """Write all parts into one .npz, an array after the other, and remove them."""
+    paths = _parts(parts)
+    files: list[str] = []
+    skipped: dict[str, str] = {}
+    rows: dict[str, int] = {}
+    shapes: dict[str, tuple[tuple[int, ...], np.dtype]] = {}
+    for path in paths:
+        with np.load(path) as part:
+            said = json.loads(str(part["said"]))
+            files += said["files"]
+            skipped |= said["skipped"]
+            for name in part.files:
+                if name != "said":
+                    rows[name] = rows.get(name, 0) + len(said["files"])
+                    if name not in shapes:
+                        shapes[name] = (part[name].shape[1:], part[name].dtype)
+    if not files:
+        shutil.rmtree(parts)
+        raise ValueError(f"none of the {len(skipped)} files can be read; nothing is written")
+    whole = out.with_name(f".{out.name}.part")
+    try:
+        with zipfile.ZipFile(whole, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+            with archive.open("files.npy", "w", force_zip64=True) as file:
+                npy.write_array(file, np.array(files), allow_pickle=False)
+            for name, (shape, dtype) in shapes.items():
+                header = {
+                    "descr": npy.dtype_to_descr(dtype),
+                    "fortran_order": False,
+                    "shape": (rows[name], *shape),
+                }
+                with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
+                    npy.write_array_header_2_0(file, header)
+                    for path in paths:
+                        with np.load(path) as part:
+                            if name in part.files:
+                                file.write(np.ascontiguousarray(part[name]).data)
+        with open(whole, "rb") as file:
+            os.fsync(file.fileno())
+        whole.replace(out)
+    finally:
+        whole.unlink(missing_ok=True)
+    shutil.rmtree(parts)
+    return Embedded(out, len(files), skipped, False)

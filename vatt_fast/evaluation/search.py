@@ -1,0 +1,174 @@
+"""Searching a folder by sentences or a sound, and measuring how well that works (paper 4.4)."""
+
+import dataclasses
+import os
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..data.clips import ClipSpec
+from ..data.folder import composed, folder_captions
+from ..data.loader import evaluation_clips
+from ..data.text import Caption, read_json, split_words
+from ..encoding import embed_batch, embed_sentences, without_known_words
+from ..model import VATT
+from .retrieval import retrieval_metrics, top_k
+
+QUERIES = "queries.json"
+# the protocol's: evenly spaced over a clip, their embeddings averaged, then of unit norm
+WINDOWS = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class EmbeddedFolder:
+    """A folder's embeddings: arrays (N, d) of unit norm, nan for a missing stream.
+
+    ``seconds`` are each file's windows, (N, windows) of their beginnings.
+    """
+
+    files: list[str]
+    video_va: np.ndarray
+    video_vt: np.ndarray
+    audio_va: np.ndarray
+    seconds: np.ndarray
+    skipped: dict[str, str]
+
+
+def read_folder(
+    model: VATT, data: str | os.PathLike, *, windows: int = WINDOWS, batch_size: int = 32
+) -> EmbeddedFolder:
+    """Embed the video and sound of a folder. Raises ValueError as ``evaluation_clips``."""
+    spec = ClipSpec.from_config(model.config)
+    parts: dict[str, list[np.ndarray]] = defaultdict(list)
+    files: list[str] = []
+    skipped: dict[str, str] = {}
+    for batch in evaluation_clips(
+        data, spec, vocabulary=None, batch_size=batch_size, windows=windows, with_empty=True
+    ):
+        skipped |= {one.file: one.reason for one in batch.skipped}
+        if not len(batch):
+            continue
+        files += batch.files[::windows]
+        found = embed_batch(model, batch, modalities=("video", "audio"), windows=windows)
+        found["seconds"] = batch.start_seconds.numpy().reshape(-1, windows)
+        for name, value in found.items():
+            parts[name].append(value)
+    arrays = {name: np.concatenate(values) for name, values in parts.items()}
+    return EmbeddedFolder(
+        files,
+        arrays["z_video_va"],
+        arrays["z_video_vt"],
+        arrays["z_audio_va"],
+        arrays["seconds"],
+        skipped,
+    )
+
+
+def require_known_words(model: VATT, sentences: Sequence[str]) -> None:
+    """Raises ValueError for sentences of which the model knows no word: nothing answers them."""
+    if sentences and (unknown := without_known_words(model, sentences)):
+        raise ValueError(
+            f"the model knows no word of {', '.join(map(repr, unknown))}; "
+            "its words are in vocabulary.txt"
+        )
+
+
+def best_clips(query: np.ndarray, embeddings: np.ndarray, files: Sequence[str], top: int) -> dict:
+    """{file: similarity} of the ``top`` clips most similar to a query (d,), best first.
+
+    Clips without the stream, whose rows are nan, are left out. Raises ValueError where none has it.
+    """
+    seen = np.flatnonzero(np.isfinite(embeddings).all(1))
+    if not seen.size:
+        raise ValueError("no clip of the folder has a picture to look for")
+    best = seen[top_k(query[None], embeddings[seen], min(top, seen.size))[0]]
+    return {files[i]: round(float(query @ embeddings[i]), 4) for i in best}
+
+
+def measure(model: VATT, data: str | os.PathLike, folder: EmbeddedFolder) -> dict[str, Any]:
+    """Retrieval by a folder's own sentences and sounds, as far as it has them.
+
+    The sentences are those of queries.json, one a file, or else the captions that lie in a window
+    that was embedded: of a long file the others speak of what nobody looked at.
+
+    Returns:
+        {"text_to_video": metrics and the number of queries, "audio_to_video": ...}, and under
+        "left_out" what could not be asked, and why, where there is such.
+
+    Raises:
+        ValueError: nothing to ask with, or a queries.json of another kind.
+    """
+    left_out: dict[str, Any] = {}
+    if folder.skipped:
+        left_out["unreadable files"] = sorted(folder.skipped)
+    if (Path(data) / QUERIES).is_file():
+        sentences = _given_queries(Path(data) / QUERIES, folder, left_out)
+    else:
+        sentences = _captions_in_windows(model, data, folder, left_out)
+    with_words = [(i, sentence) for i, sentence in sentences if split_words(sentence)]
+    _note(left_out, "sentences without words", len(sentences) - len(with_words))
+    video = np.isfinite(folder.video_vt).all(1)
+    sentences = [(i, sentence) for i, sentence in with_words if video[i]]
+    _note(left_out, "sentences of files without a picture", len(with_words) - len(sentences))
+    place = np.cumsum(video) - 1  # index among the clips with video
+    results: dict[str, Any] = {}
+    if sentences:
+        queries = embed_sentences(model, [sentence for _, sentence in sentences])
+        truth = np.array([place[i] for i, _ in sentences])
+        results["text_to_video"] = {
+            "queries": len(truth),
+            **retrieval_metrics(queries, folder.video_vt[video], truth),
+        }
+    both = video & np.isfinite(folder.audio_va).all(1)
+    if both.any():
+        metrics = retrieval_metrics(folder.audio_va[both], folder.video_va[video], place[both])
+        results["audio_to_video"] = {"queries": int(both.sum()), **metrics}
+    if not results:
+        raise ValueError(
+            f"{data} has neither captions nor sound to query with; give --text or --audio"
+        )
+    return results | ({"left_out": left_out} if left_out else {})
+
+
+def _given_queries(
+    path: Path, folder: EmbeddedFolder, left_out: dict[str, Any]
+) -> list[tuple[int, str]]:
+    given = read_json(path)
+    if not isinstance(given, dict) or not all(isinstance(s, str) for s in given.values()):
+        raise ValueError(f"{path} is no object of {{file: sentence}}; rewrite it")
+    index = {composed(name): i for i, name in enumerate(folder.files)}
+    index |= {name: i for i, name in enumerate(folder.files)}
+    found = {name: index.get(name, index.get(composed(name))) for name in given}
+    skipped = {composed(name) for name in folder.skipped}
+    missing = [name for name, i in found.items() if i is None and composed(name) not in skipped]
+    if missing:
+        left_out[f"names in {path.name} of no file"] = sorted(missing)
+    return [(i, given[name]) for name, i in found.items() if i is not None]
+
+
+def _captions_in_windows(
+    model: VATT, data: str | os.PathLike, folder: EmbeddedFolder, left_out: dict[str, Any]
+) -> list[tuple[int, str]]:
+    captions = folder_captions(data)
+    seconds = ClipSpec.from_config(model.config).seconds
+    inside, outside = [], 0
+    for i, name in enumerate(folder.files):
+        for caption in captions[name]:
+            if _overlaps(caption, folder.seconds[i], seconds):
+                inside.append((i, caption.text))
+            else:
+                outside += 1
+    _note(left_out, "captions outside the windows embedded", outside)
+    return inside
+
+
+def _overlaps(caption: Caption, starts: np.ndarray, seconds: float) -> bool:
+    return bool(((caption.start < starts + seconds) & (caption.end >= starts)).any())
+
+
+def _note(left_out: dict[str, Any], what: str, count: int) -> None:
+    if count:
+        left_out[what] = count
