@@ -12,7 +12,6 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from . import collectives
@@ -21,6 +20,11 @@ from .kernels import contrastive_lse
 
 # bf16 unit vectors may exceed unit length by their rounding; the op's bound allows for it
 BOUND_SLACK = 1.02
+
+# Embeddings shorter than this are 0 and pass no gradient. Batch norm makes them where all valid
+# rows are equal and its bias is still 0: one captioned clip in the first batch. The released code
+# divides the gradient by 1e-12 there, and Adam's second moment stays poisoned for 50,000 steps.
+NO_DIRECTION = 1e-6
 
 
 def nce_terms(row: Any, col: Any, pos: Any, form: NCEForm, *, xp: Any = torch) -> Any:
@@ -138,7 +142,10 @@ class Devices(Protocol):
         """torch or jax.numpy."""
 
     def unit(self, z: Any) -> Any:
-        """z / max(norm, 1e-12) along the last axis, in fp32 at least."""
+        """z of unit length along the last axis, in fp32 at least; no gradient where z is next to 0.
+
+        ``NO_DIRECTION`` says why.
+        """
 
     def gather(self, x: Any) -> Any:
         """(W * M, ...): every device's x. Gradients return to the owner, summed."""
@@ -228,7 +235,10 @@ class _TorchDevices:
     xp = torch
 
     def unit(self, z: Tensor) -> Tensor:
-        return F.normalize(z if z.dtype == torch.float64 else z.float(), dim=-1)
+        z = z if z.dtype == torch.float64 else z.float()
+        length = z.norm(dim=-1, keepdim=True)
+        # so compared, nan stays nan
+        return torch.where(length <= NO_DIRECTION, 0.0, z / length.clamp_min(NO_DIRECTION))
 
     def gather(self, x: Tensor) -> Tensor:
         return collectives.gather(x).flatten(0, 1)

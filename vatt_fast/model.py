@@ -88,7 +88,9 @@ def _resample(table: Tensor, length: int) -> Tensor:
     wide = torch.promote_types(table.dtype, torch.float32)
     knots, second = (_send(part, table.device).to(wide) for part in _spline(table.shape[0]))
     index = torch.arange(length, device=table.device)
-    return evaluate_spline(knots, second, index, length, xp=torch).to(table.dtype) @ table
+    weights = evaluate_spline(knots, second, index, length, xp=torch)
+    with torch.autocast(table.device.type, enabled=False):  # positions are not rounded twice
+        return weights.to(table.dtype) @ table
 
 
 # -- tokens ----------------------------------------------------------------------------------------
@@ -177,8 +179,9 @@ class WordTokens(nn.Module):
             tokens = _prepend(self.agg, tokens)
         if self.pre_proj is not None:
             tokens = F.gelu(self.pre_proj(tokens))
-        if self.agnostic:
-            tokens = tokens + self.position((ids.shape[1],)).to(tokens.dtype)
+        if self.agnostic:  # rows of the table, also for fewer words: padding changes nothing
+            position = self.position((len(self.position.tables[0]),))[: ids.shape[1]]
+            tokens = tokens + position.to(tokens.dtype)
         tokens = F.dropout(tokens, self.dropout, self.training)
         return _prepend(self.agg, tokens) if self.agnostic else tokens
 
@@ -282,6 +285,8 @@ class Encoder(nn.Module):
         self.distance_buckets: Tensor | None
         self.register_buffer("distance_buckets", None, persistent=False)
         self._place_buckets()
+        # weights that are assigned, not copied, may lie on another device than before
+        self.register_load_state_dict_post_hook(_place_buckets_of)
         self.blocks = nn.ModuleList(
             Block(tower, t5=t5, dropout=dropout) for _ in range(tower.depth)
         )
@@ -321,13 +326,34 @@ class Encoder(nn.Module):
         return self
 
 
+def _place_buckets_of(encoder: Encoder, keys: Any) -> None:
+    encoder._place_buckets()
+
+
 # -- common space ----------------------------------------------------------------------------------
+
+
+def moving_weights(count: Any, rows: int) -> tuple[Any, Any]:
+    """How a batch with ``count`` valid rows among ``rows`` moves batch norm's statistics.
+
+    Returns:
+        the share of the momentum that the batch is worth, 0 for fewer than two valid rows; and the
+        factor by which the biased variance of few rows falls short of that of all, on average.
+        Both are 1 where all rows are valid. For arrays of torch and JAX.
+    """
+    enough = count > 1
+    count = count * enough + 2 * ~enough
+    share = enough * (count - 1) / max(rows - 1, 1)
+    return share, count * (rows - 1) / ((count - 1) * rows)
 
 
 class BatchNorm(nn.Module):
     """Batch norm over the valid rows of all devices, in fp32, or fp64 for fp64 weights.
 
-    The moving variance is the biased one (Keras, not torch).
+    The moving variance is the biased one (Keras, not torch). With invalid rows the update leaves
+    the released code, which knows none: it is weighed by the number of valid rows, and the variance
+    of few is brought to what that of the whole batch is on average. A batch with fewer than two
+    valid rows teaches nothing.
     """
 
     def __init__(self, dim: int, *, momentum: float, eps: float):
@@ -350,9 +376,9 @@ class BatchNorm(nn.Module):
             mean = collectives.total((x * rows).sum(0)) / count.clamp(min=1)
             var = collectives.total(((x - mean).square() * rows).sum(0)) / count.clamp(min=1)
             with torch.no_grad():
-                # a batch without a valid row teaches nothing
-                step = self.momentum * (count > 0).to(dtype)
-                for running, now in ((self.running_mean, mean), (self.running_var, var)):
+                share, widen = moving_weights(count, x.shape[0] * collectives.world_size())
+                step = self.momentum * share
+                for running, now in ((self.running_mean, mean), (self.running_var, var * widen)):
                     running.copy_(torch.lerp(running.to(dtype), now, step))
         else:
             mean, var = self.running_mean.to(dtype), self.running_var.to(dtype)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from ..config import NCEForm, VATTConfig
 from ..kernels import jax_ops
-from ..losses import VATTLoss, sum_of_pairs, terms_over_devices
+from ..losses import NO_DIRECTION, VATTLoss, sum_of_pairs, terms_over_devices
 
 jax.tree_util.register_dataclass(VATTLoss, ["total", "va", "vt"], [])
 
@@ -72,11 +72,11 @@ class _JaxDevices:
     xp = jnp
 
     def unit(self, z):
-        # at 0 the gradient of a plain norm would be nan
         z = z.astype(jnp.promote_types(z.dtype, jnp.float32))
         square = jnp.square(z).sum(-1, keepdims=True)
-        length = jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1.0)), 0.0)
-        return z / jnp.maximum(length, 1e-12)
+        short = square <= NO_DIRECTION**2  # nan is not, and stays nan
+        # inside too: the gradient of what ``where`` leaves out would be nan
+        return jnp.where(short, 0.0, z / jnp.sqrt(jnp.where(short, 1.0, square)))
 
     def gather(self, x):
         return x if self.axis is None else jax.lax.all_gather(x, self.axis, tiled=True)

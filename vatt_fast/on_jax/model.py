@@ -30,7 +30,7 @@ from ..config import MAX_SCALE, MODALITIES, NORM_EPS, TowerConfig, VATTConfig
 from ..inputs import PatchInput, audio_input, check_text, require_input, video_input
 from ..kernels import jax_ops
 from ..kernels.patch_embed import patchify
-from ..model import VATTOutput
+from ..model import VATTOutput, moving_weights
 from ..positions import relative_position_buckets, resample_matrix
 from .weights import Arrays
 
@@ -94,7 +94,9 @@ def word_tokens(
     if "pre_proj.weight" in p:
         tokens = gelu(dense(part(p, "pre_proj"), tokens))
     if agnostic:
-        tokens = tokens + position_table(part(p, "position"), (ids.shape[1],)).astype(dtype)
+        table = part(p, "position")
+        position = position_table(table, (table["tables.0"].shape[0],))[: ids.shape[1]]
+        tokens = tokens + position.astype(dtype)
     tokens = drop(tokens, dropout, key)
     return _prepend(p["agg"], tokens) if agnostic else tokens
 
@@ -243,8 +245,10 @@ def batch_norm(
         count = _total(rows.sum(), axis)
         mean = _total((x * rows).sum(0), axis) / jnp.maximum(count, 1)
         var = _total((jnp.square(x - mean) * rows).sum(0), axis) / jnp.maximum(count, 1)
-        step = momentum * (count > 0)  # a batch without a valid row teaches nothing
-        now = {"running_mean": mean, "running_var": var}
+        devices = 1 if axis is None else jax.lax.psum(1, axis)  # a number, nothing is exchanged
+        share, widen = moving_weights(count, x.shape[0] * devices)
+        step = momentum * share
+        now = {"running_mean": mean, "running_var": var * widen}
         s = {
             name: (value + step * (jax.lax.stop_gradient(now[name]) - value)).astype(value.dtype)
             for name, value in s.items()
