@@ -41,6 +41,7 @@ from .evaluation.search import (
 from .on_jax.compile_tpu import CompileTPUConfig, compile_step, write_report
 from .paper_tables import flops_table, format_tables, parameter_table
 from .training.loop import PretrainConfig, pretrain
+from .training.metrics import NonFiniteError
 
 _WIDTH = 100
 # what ``doctor`` asks about: a training step of base_base_small
@@ -290,7 +291,7 @@ def main(arguments: list[str] | None = None) -> None:
         tyro.extras.subcommand_cli_from_dict(
             verbs, prog="vatt-fast", description="VATT on replaceable kernels", args=arguments
         )
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, NonFiniteError) as error:
         print(f"vatt-fast: {error}", file=sys.stderr)
         raise SystemExit(2) from error
     except KeyboardInterrupt as stop:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .config import VATTConfig
 from .data.text import Vocabulary
+from .files import replacing, write_text
 
 if TYPE_CHECKING:
     from .model import VATT
@@ -23,10 +24,11 @@ CONFIG, WEIGHTS, VOCABULARY = "config.json", "model.safetensors", "vocabulary.tx
 
 
 def save_model(model: "VATT", folder: str | Path) -> None:
+    """Write the model's files, each whole or not at all. Raises OSError, naming the file."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     save_tensors(model.state_dict(), folder / WEIGHTS)
-    (folder / CONFIG).write_text(model.config.to_json() + "\n")
+    write_text(folder / CONFIG, model.config.to_json() + "\n")
     if model.vocabulary is not None:
         model.vocabulary.save(folder / VOCABULARY)
 
@@ -77,14 +79,19 @@ def save_tensors(
     """Write safetensors.
 
     ``path`` is either the old file or the whole new one, whenever the process dies.
+
+    Raises:
+        OSError: it could not be written, and is as it was.
     """
-    part = path.with_name(path.name + ".part")
-    save_file(
-        {name: value.detach().contiguous() for name, value in tensors.items()},
-        part,
-        metadata=metadata,
-    )
-    part.replace(path)
+    with replacing(path) as part:
+        try:
+            save_file(
+                {name: value.detach().contiguous() for name, value in tensors.items()},
+                part,
+                metadata=metadata,
+            )
+        except SafetensorError as error:  # of the file system: the tensors are sound
+            raise OSError(str(error)) from error
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:

@@ -83,11 +83,10 @@ def test_a_run_in_jax_is_the_run_in_torch_and_may_change_sides(
     halfway = tmp_path / "from_torch"
     save = TorchTrainer.save
 
-    def save_and_copy(trainer, path, step, identity):
-        model = save(trainer, path, step, identity)
-        if step == 2:
+    def save_and_copy(trainer, path, model, standing):
+        save(trainer, path, model, standing)
+        if standing.step == 2:
             shutil.copytree(tmp_path / "torch", halfway)
-        return model
 
     monkeypatch.setattr(TorchTrainer, "save", save_and_copy)
     run(config)
@@ -147,7 +146,7 @@ def test_the_step_runs_where_it_was_asked_to(folder, tmp_path, monkeypatch):
 def test_bad_settings_are_named(folder, tmp_path):
     for changes, message in (
         (dict(device="quantum"), "this JAX sees none"),
-        (dict(framework="tensorflow"), "torch or jax"),
+        (dict(framework="tensorflow"), "it is one of torch, jax"),
     ):
         with pytest.raises(ValueError, match=message):
             run(

@@ -298,6 +298,12 @@ class ClipDataset(Dataset):
     def steps_per_epoch(self) -> int:
         return max(1, len(self.files) // (self.batch_size * self.world))
 
+    @property
+    def batch_bytes(self) -> int:
+        """Of a batch's arrays."""
+        one = self.clips.empty_batch(1, self._draw(0)[1])
+        return self.batch_size * sum(array.nbytes for array in one.values())
+
     def __getitem__(self, step: int) -> Batch:
         if step < 0:
             raise ValueError(f"step is {step}; steps count from 0")

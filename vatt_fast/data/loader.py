@@ -3,7 +3,7 @@
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 from torch.utils.data import DataLoader, Dataset
@@ -12,6 +12,9 @@ from .clips import Batch, ClipSpec, Skipped, spread, to_batch
 from .dataset import ClipDataset, ClipFolder
 from .media import MediaError
 from .text import Vocabulary
+
+_SHARED_MEMORY = "/dev/shm"
+_PREFETCHED = 2  # batches each worker has ready
 
 
 class ClipLoader(DataLoader):
@@ -25,7 +28,10 @@ class ClipLoader(DataLoader):
         self.clips = clips
 
     def __iter__(self):
-        for batch in super().__iter__():
+        return self._noting_skipped(super().__iter__())  # which starts the workers now
+
+    def _noting_skipped(self, batches: Iterator[Batch]) -> Generator[Batch, None, None]:
+        for batch in batches:
             if isinstance(batch, Exception):
                 raise batch
             self.clips.skipped.update((one.file, one.reason) for one in batch.skipped)
@@ -52,15 +58,35 @@ def loader(
     workers: int = 0,
     pin_memory: bool = False,
     start_method: str | None = None,
+    worker_init: Callable[[int], None] | None = None,
 ) -> ClipLoader:
     """Batches ``start_step`` .. ``stop_step - 1`` in order, the same for any number of workers.
 
     ``start_method`` is multiprocessing's: "spawn" where this process has threads that do not
-    survive a fork. Raises ValueError for steps out of order.
+    survive a fork. ``worker_init(number)`` runs first in each worker. Raises ValueError for steps
+    out of order, and where shared memory has no room for the workers' batches.
     """
     if not 0 <= start_step <= stop_step:
         raise ValueError(f"steps {start_step} to {stop_step}; they must be in order and 0 or later")
-    return _loader(dataset, range(start_step, stop_step), workers, pin_memory, start_method)
+    _check_shared_memory(dataset.batch_bytes, workers)
+    return _loader(
+        dataset, range(start_step, stop_step), workers, pin_memory, start_method, worker_init
+    )
+
+
+def _check_shared_memory(batch_bytes: int, workers: int) -> None:
+    """Workers pass batches through /dev/shm; where it is full they die, or wait for ever."""
+    if not workers or not os.path.isdir(_SHARED_MEMORY):
+        return
+    needed = (_PREFETCHED * workers + 1) * batch_bytes
+    disk = os.statvfs(_SHARED_MEMORY)
+    if needed > (free := disk.f_bavail * disk.f_frsize):
+        raise ValueError(
+            f"{workers} workers need {needed / 1e6:.0f} MB of shared memory for "
+            f"{_PREFETCHED * workers + 1} batches of {batch_bytes / 1e6:.1f} MB, and "
+            f"{_SHARED_MEMORY} has {free / 1e6:.0f} MB free; enlarge it, take smaller batches, "
+            "or --workers 0"
+        )
 
 
 def _loader(
@@ -69,9 +95,17 @@ def _loader(
     workers: int,
     pin_memory: bool = False,
     start_method: str | None = None,
+    worker_init: Callable[[int], None] | None = None,
 ) -> ClipLoader:
     options: dict[str, Any] = (
-        dict(persistent_workers=True, multiprocessing_context=start_method) if workers else {}
+        dict(
+            persistent_workers=True,
+            multiprocessing_context=start_method,
+            prefetch_factor=_PREFETCHED,
+            worker_init_fn=worker_init,
+        )
+        if workers
+        else {}
     )
     return ClipLoader(
         dataset,

@@ -21,6 +21,8 @@ from typing import Any
 
 import numpy as np
 
+from ..files import write_text
+
 PADDING, UNKNOWN = "<pad>", "<unk>"
 PADDING_ID, UNKNOWN_ID = 0, 1
 
@@ -124,12 +126,7 @@ class Vocabulary:
         text = "\n".join(self.words)
         if path.suffix == ".json":
             text = json.dumps(self.words, ensure_ascii=False, indent=0)
-        part = path.with_name(path.name + ".part")
-        try:
-            part.write_text(text + "\n", encoding="utf-8")
-            part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)
+        write_text(path, text + "\n")
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Vocabulary":

@@ -19,6 +19,7 @@ from ..data.media import read_video
 from ..encoding import embed_batches, embed_sentences
 from ..evaluation.probe import linear_probe
 from ..evaluation.retrieval import factor_agreement, retrieval_metrics, top_k
+from ..files import write_text
 from ..model import VATT
 from ..training.loop import (
     CHECKPOINT,
@@ -40,19 +41,19 @@ _SHEET_ROWS = 6
 class DemoConfig:
     """The demo's world and run. The defaults take minutes on two cores."""
 
-    out: str = "runs/demo"
+    out: str = "runs/demo"  # run folder, with report.md
     world: str = "runs/world"  # rendered once per seed and sizes, then reused
-    steps: int = 1000
-    batch_size: int = 32
-    drop_rate: float = 0.5
-    train_clips: int = 1200
-    test_clips: int = 200
-    seed: int = 0
+    steps: int = 1000  # updates in all
+    batch_size: int = 32  # clips of a step
+    drop_rate: float = 0.5  # fraction of video and audio patches removed by DropToken
+    train_clips: int = 1200  # to train on
+    test_clips: int = 200  # held out
+    seed: int = 0  # of the world and of the run
     shuffle_captions: bool = False  # captions of other clips: retrieval must stay near chance
-    learning_rate: float = 1.5e-3
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
-    framework: Literal["torch", "jax"] = "torch"
-    workers: int = 1
+    learning_rate: float = 1.5e-3  # after the warm-up
+    precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 where the device computes it
+    framework: Literal["torch", "jax"] = "torch"  # what trains
+    workers: int = 1  # processes that read clips; 0: none
 
 
 def run_demo(demo: DemoConfig, *, progress: bool = True) -> dict[str, Any]:
@@ -98,7 +99,7 @@ def run_demo(demo: DemoConfig, *, progress: bool = True) -> dict[str, Any]:
         "report": str(out / REPORT),
     }
     write_report(out, world, summary, before, after)
-    (out / SUMMARY).write_text(json.dumps(summary) + "\n")
+    write_text(out / SUMMARY, json.dumps(summary) + "\n")
     return summary
 
 
@@ -188,7 +189,8 @@ def write_report(out: Path, world: Path, summary: dict, before: dict, after: dic
         f"| {name} | {before['factors'][name]:.1f} | {after['factors'][name]:.1f} |"
         for name in after["factors"]
     )
-    (out / REPORT).write_text(
+    write_text(
+        out / REPORT,
         f"# Demo run\n\n{summary['steps']} steps, {summary['seconds']} s on this machine, "
         f"rendering included. {count} held-out clips.\n\n"
         f"## Text to video\n\n{retrieval_table(before['t2v'], after['t2v'], chance)}\n\n"
@@ -199,7 +201,7 @@ def write_report(out: Path, world: Path, summary: dict, before: dict, after: dic
         "## Motion, linear probe on frozen video features\n\n"
         f"{summary['motion_probe_before']:.1f} % untrained, "
         f"{summary['motion_probe']:.1f} % trained.\n\n"
-        "![Curves](curves.png)\n\n![Queries and their five best clips](contact_sheet.png)\n"
+        "![Curves](curves.png)\n\n![Queries and their five best clips](contact_sheet.png)\n",
     )
 
 

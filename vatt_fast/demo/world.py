@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 
 from ..data.media_writer import write_clip
+from ..files import write_text
 from .captions import caption_clip, query_sentence
 from .picture import render_frames
 from .scene import FACTORS, FRAMES_PER_SECOND, Course, Factors
@@ -224,6 +225,4 @@ def seeded(*key: int) -> np.random.Generator:
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    part.replace(path)
+    write_text(path, json.dumps(content, indent=1) + "\n")

@@ -9,6 +9,7 @@ summed into shards (fully sharded data parallelism).
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,9 +27,9 @@ from ..inputs import DropPer, sample_keeps
 from ..kernels.settings import lowering_for
 from ..losses import VATTLoss
 from ..model import VATT
-from ..training.checkpoint import read_state, write_state
-from ..training.settings import BETAS, PretrainConfig
-from ..training.step import initial_model
+from ..training.checkpoint import Standing, read_state, write_state
+from ..training.settings import BETAS, PretrainConfig, resolved
+from ..training.step import Update, has_words, initial_model
 from ..weights import load_weights
 from . import model as jax_model
 from . import weights as jax_weights
@@ -191,7 +192,7 @@ def make_step(
     options: StepOptions,
     drop_per: DropPer = "batch",
 ):
-    """A jitted ``step(state, batch, rate, key) -> (state, VATTLoss)`` on all devices of the mesh.
+    """A jitted ``step(state, batch, rate, key) -> (state, Update)`` on all devices of the mesh.
 
     Forward, losses, backward, Adam. ``batch`` is ``host_batch``'s; ``rate`` the learning rate;
     ``key`` the random key of dropout, used when the config asks for it.
@@ -203,13 +204,13 @@ def make_step(
     """
     specs = state_specs(state, mesh.size, options)
     everywhere: Any = PartitionSpec()
-    loss_specs: Any = VATTLoss(everywhere, everywhere, everywhere)
+    update_specs: Any = Update(VATTLoss(everywhere, everywhere, everywhere), everywhere)
     one_device = functools.partial(_device_step, config, mesh.size, options, drop_per)
     in_specs = (specs, PartitionSpec(AXIS), PartitionSpec(), PartitionSpec())
     # check_vma off: kernels do not say how their outputs vary over the mesh. Sums over devices are
     # all written out
     step = jax.shard_map(
-        one_device, mesh=mesh, in_specs=in_specs, out_specs=(specs, loss_specs), check_vma=False
+        one_device, mesh=mesh, in_specs=in_specs, out_specs=(specs, update_specs), check_vma=False
     )
     return jax.jit(step, donate_argnums=0)
 
@@ -232,6 +233,8 @@ def loss_and_gradients(
     if drop_per == "batch":  # each device has its own draw: the given (1, K) of it
         batch |= {name: batch[name][0] for name in ("video_keep", "audio_keep")}
     valid = {name: batch[name] for name in ("video_valid", "audio_valid", "text_valid")}
+    if not has_words(config):
+        batch["text"] = None
     trained = {name: value for name, value in params.items() if jax_weights.trainable(name, config)}
     shapes = _whole_shapes(config)
     axes = {name: sharded_axis(name, shape, devices, options) for name, shape in shapes.items()}
@@ -276,14 +279,29 @@ def loss_and_gradients(
 
 def _device_step(
     config, devices, options, drop_per, state: TrainState, batch, rate, key
-) -> tuple[TrainState, VATTLoss]:
+) -> tuple[TrainState, Update]:
     params, optimizer = state.params, state.optimizer
     loss, statistics, gradients = loss_and_gradients(
         config, devices, options, drop_per, params, state.statistics, batch, key
     )
+    norm = _total_norm(gradients, config, devices, options)
     updates, optimizer = _adam(options).update(gradients, optimizer)
     params = params | {name: params[name] - rate * update for name, update in updates.items()}
-    return TrainState(jax_model.clamp_temperature(params), statistics, optimizer), loss
+    state = TrainState(jax_model.clamp_temperature(params), statistics, optimizer)
+    return state, Update(loss, norm)
+
+
+def _total_norm(gradients: Arrays, config: VATTConfig, devices: int, options: StepOptions):
+    """The norm of all gradients together, where some are this device's shard of theirs."""
+    shapes = _whole_shapes(config)
+    squares: dict[bool, list] = {True: [], False: []}
+    for name, value in gradients.items():
+        split = sharded_axis(name, shapes[name], devices, options) is not None
+        squares[split].append(jnp.square(value.astype(jnp.float32)).sum())
+    total = sum(squares[False])
+    if squares[True]:
+        total += jax.lax.psum(sum(squares[True]), AXIS)
+    return jnp.sqrt(total)
 
 
 def _adam(options: StepOptions) -> optax.GradientTransformation:
@@ -313,7 +331,13 @@ class JaxTrainer:
     start_method: str | None = "spawn"  # JAX's threads do not survive a fork
     pin_memory = False
 
-    def __init__(self, run: PretrainConfig, config: VATTConfig, vocabulary: Vocabulary):
+    def __init__(
+        self,
+        run: PretrainConfig,
+        config: VATTConfig,
+        vocabulary: Vocabulary,
+        weights: Mapping[str, torch.Tensor] | None = None,
+    ):
         devices = pick_devices(run.device)
         self.platform, self.devices = devices[0].platform, len(devices)
         if run.batch_size % len(devices):
@@ -324,54 +348,59 @@ class JaxTrainer:
         self.run, self.config, self.vocabulary = run, config, vocabulary
         self.mesh = make_mesh(devices)
         bf16 = run.precision == "bf16" or (run.precision == "auto" and devices[0].platform != "cpu")
+        self.precision = "bf16" if bf16 else "fp32"
         self.options = StepOptions(
-            jnp.bfloat16 if bf16 else jnp.float32, run.adam_eps, run.shard_weights, run.recompute
+            jnp.bfloat16 if bf16 else jnp.float32,
+            resolved(run.adam_eps),
+            run.shard_weights,
+            run.recompute,
         )
-        state = initial_state(
-            *jax_weights.from_torch(initial_model(config, vocabulary, run.seed)), config
-        )
+        model = initial_model(config, vocabulary, run.seed, weights)
+        state = initial_state(*jax_weights.from_torch(model), config)
         self.specs = state_specs(state, self.mesh.size, self.options)
         self.state = place(self.mesh, self.specs, state)
         self._step = make_step(config, self.mesh, state, self.options, run.drop_per)
 
-    def restore(self, path: Path, identity: dict) -> int:
-        weights, moments, step = read_state(path, run=identity)
+    def restore(self, path: Path, step: int) -> None:
+        weights, moments = read_state(path)
         with torch.device("meta"):
             model = VATT(self.config)
         load_weights(model.to_empty(device="cpu"), weights, source=str(path))
         params, statistics = jax_weights.from_torch(model)
 
+        # torch has no moments of what got no gradient
+        none = {n: torch.zeros_like(p) for n, p in model.named_parameters() if p.requires_grad}
+
         def ours(key: str) -> Arrays:
-            arrays = jax_weights.rearrange(moments[key], self.config)
+            arrays = jax_weights.rearrange(none | moments[key], self.config)
             return {name: jnp.array(value.numpy()) for name, value in arrays.items()}
 
         count = jnp.asarray(step, jnp.int32)
         adam = optax.ScaleByAdamState(count, ours("exp_avg"), ours("exp_avg_sq"))
         self.state = place(self.mesh, self.specs, TrainState(params, statistics, adam))
-        return step
 
-    def step(self, batch: Batch, step: int, rate: float) -> VATTLoss:
+    def step(self, batch: Batch, step: int, rate: float) -> Update:
         shared = NamedSharding(self.mesh, PartitionSpec(AXIS))
         arrays = {name: jax.device_put(value, shared) for name, value in host_batch(batch).items()}
         # a continued run draws the same dropout
         key = jax.random.fold_in(jax.random.key(self.run.seed), step)
         with lowering_for(self.platform):  # which need not be JAX's default
-            self.state, loss = self._step(self.state, arrays, rate, key)
-        return loss
+            self.state, update = self._step(self.state, arrays, rate, key)
+        return update
 
     def temperature(self) -> float:
         return 1 / float(jax_model.scale(self.state.params, self.config))
 
-    def save(self, path: Path, step: int, identity: dict) -> VATT:
-        model, adam = self.model(), self.state.optimizer
+    def save(self, path: Path, model: VATT, standing: Standing) -> None:
+        adam = self.state.optimizer
         moments = {"exp_avg": adam.mu, "exp_avg_sq": adam.nu}
         tensors = {
             key: jax_weights.restore(jax_weights.as_tensors(value), self.config)
             for key, value in moments.items()
         }
-        tensors["step"] = {name: torch.tensor(float(step)) for name in tensors["exp_avg"]}
-        write_state(path, model.state_dict(), tensors, step=step, run=identity)
-        return model
+        done = float(standing.step)
+        tensors["step"] = {name: torch.tensor(done) for name in tensors["exp_avg"]}
+        write_state(path, model.state_dict(), tensors, standing)
 
     def model(self) -> VATT:
         return jax_weights.to_torch(

@@ -1,57 +1,150 @@
-"""Where a run stands: weights, Adam's state and step, in one safetensors file.
+"""Where a run stands: weights, Adam's state, step, settings and data, in one safetensors file.
 
 The file is replaced whole. Both frameworks write the same format.
 """
 
+import hashlib
 import json
+import os
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..files import link
 from ..model import VATT
 from ..weights import load_metadata, load_tensors, load_weights, save_tensors
+from .settings import differences
 
+CHECKPOINT = "checkpoint.safetensors"
 _MODEL, _OPTIMIZER = "model/", "optimizer/"
 
 
-def save_checkpoint(
-    path: Path, model: VATT, optimizer: torch.optim.Optimizer, *, step: int, run: dict
-) -> None:
-    """Write the state after ``step`` steps.
+class Data(NamedTuple):
+    """What a run is trained on, told by what it holds, not by how its folder is spelled."""
 
-    ``run`` is the JSON-able description that a resumed run must match.
-    """
+    files: int
+    bytes: int
+    digest: str  # of the files' names and sizes
+    captions: str  # digest of the captions' file; "" without
+
+    @classmethod
+    def of(cls, folder: str | Path, files: Sequence[str], captions: str) -> "Data":
+        """Of ``files`` in ``folder``, and its file ``captions``, which need not be there."""
+        digest, total = hashlib.sha256(), 0
+        for name in files:
+            try:
+                size = os.stat(Path(folder) / name).st_size
+            except OSError:  # gone since it was listed: it will be skipped, and be missed here
+                continue
+            digest.update(f"{name}\0{size}\n".encode(errors="surrogateescape"))
+            total += size
+        text = Path(folder) / captions
+        words = hashlib.sha256(text.read_bytes()).hexdigest() if text.is_file() else ""
+        return cls(len(files), total, digest.hexdigest(), words)
+
+    def changes_since(self, was: "Data") -> str:
+        """ "" where nothing has changed."""
+        told = []
+        if (was.files, was.bytes) != (self.files, self.bytes):
+            told.append(
+                f"{was.files} files of {was.bytes} bytes are now {self.files} of {self.bytes}"
+            )
+        elif was.digest != self.digest:
+            told.append("files have other names or sizes")
+        if was.captions != self.captions:
+            told.append("the captions were edited")
+        return "; ".join(told)
+
+
+class Standing(NamedTuple):
+    """What a checkpoint says of its run, beside the tensors."""
+
+    step: int  # steps done
+    run: dict[str, Any]  # ``settings.describe``
+    data: Data | None = None  # None: written before it was noted
+    # what a run may change, and must say so: precision and shares of DropToken's draws
+    arithmetic: dict[str, Any] | None = None
+    best_loss: float | None = None  # the lowest mean loss between two checkpoints so far
+
+    def metadata(self) -> dict[str, str]:
+        run = self.run if self.data is None else self.run | {"data": self.data._asdict()}
+        noted = {"arithmetic": self.arithmetic, "best_loss": self.best_loss}
+        return {"step": str(self.step), "run": json.dumps(run), "noted": json.dumps(noted)}
+
+
+def read_standing(path: Path) -> Standing:
+    """What ``path`` says of its run; tensors are not read. Raises ValueError for a damaged file."""
+    try:
+        metadata = load_metadata(path)
+        run, step = json.loads(metadata["run"]), int(metadata["step"])
+    except (ValueError, KeyError, OverflowError, MemoryError) as error:
+        raise ValueError(
+            f"{path} is not a whole checkpoint; it was cut short or damaged: delete it, or put "
+            "an earlier one in its place"
+        ) from error
+    data = run.pop("data", None)
+    noted = json.loads(metadata.get("noted", "{}"))
+    return Standing(step, run, Data(**data) if isinstance(data, dict) else None, **noted)
+
+
+def check_same_run(path: Path, was: Standing, run: dict[str, Any]) -> None:
+    """Raise ValueError where the checkpoint belongs to a run with other settings, named."""
+    if told := differences(was.run, run):
+        more = f"; and {len(told) - 3} more" if len(told) > 3 else ""
+        raise ValueError(
+            f"{path} belongs to another run ({'; '.join(told[:3])}{more}); "
+            "choose another output folder, or delete this one"
+        )
+
+
+def say_what_changed(path: Path, was: Standing, data: Data, arithmetic: dict[str, Any]) -> None:
+    """Warn of what a run may change, but goes on otherwise than it would have."""
+    told = [data.changes_since(was.data)] if was.data is not None else []
+    told += [
+        f"{name} was {before}, now {arithmetic[name]}"
+        for name, before in (was.arithmetic or {}).items()
+        if before != arithmetic[name]
+    ]
+    if told := list(filter(None, told)):
+        warnings.warn(
+            f"since {path} was written, {'; '.join(told)}: from step {was.step} on the run is not "
+            "what it would have been",
+            stacklevel=3,
+        )
+
+
+def save_checkpoint(
+    path: Path, model: VATT, optimizer: torch.optim.Optimizer, standing: Standing
+) -> None:
+    """Write a model's and its optimizer's state. Raises OSError; then the old file is intact."""
     names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     moments: dict[str, dict[str, Tensor]] = {}
     for parameter, state in optimizer.state.items():
         for key, value in state.items():
             moments.setdefault(key, {})[names[parameter]] = value
-    write_state(path, model.state_dict(), moments, step=step, run=run)
+    write_state(path, model.state_dict(), moments, standing)
 
 
-def load_checkpoint(path: Path, model: VATT, optimizer: torch.optim.Optimizer, *, run: dict) -> int:
-    """Restore what ``save_checkpoint`` wrote; returns the number of steps done.
-
-    Raises ValueError as ``read_state`` does.
-    """
-    weights, moments, step = read_state(path, run=run)
+def load_checkpoint(path: Path, model: VATT, optimizer: torch.optim.Optimizer) -> None:
+    """Restore what ``save_checkpoint`` wrote. Raises ValueError as ``read_state`` does."""
+    weights, moments = read_state(path)
     load_weights(model, weights, source=str(path))
     parameters = dict(model.named_parameters())
     for key, values in moments.items():
         for name, value in values.items():
             owner = parameters[name]
             optimizer.state[owner][key] = value.to(owner.device)  # a fused Adam's step counter too
-    return step
 
 
 def write_state(
     path: Path,
     weights: dict[str, Tensor],
     moments: dict[str, dict[str, Tensor]],
-    *,
-    step: int,
-    run: dict,
+    standing: Standing,
 ) -> None:
     """Write a checkpoint.
 
@@ -62,30 +155,12 @@ def write_state(
     tensors = {_MODEL + name: value for name, value in weights.items()}
     for key, values in moments.items():
         tensors |= {f"{_OPTIMIZER}{key}/{name}": value for name, value in values.items()}
-    save_tensors(tensors, path, metadata={"step": str(step), "run": json.dumps(run)})
+    save_tensors(tensors, path, metadata=standing.metadata())
 
 
-def read_state(
-    path: Path, *, run: dict
-) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]], int]:
-    """Weights, moments and the number of steps done, as ``write_state`` took them.
-
-    Raises:
-        ValueError: the file is cut short, or belongs to another run (the message names the first
-            differing settings).
-    """
+def read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
+    """Weights and moments, as ``write_state`` took them. Raises ValueError: the file is damaged."""
     tensors = load_tensors(path)
-    metadata = load_metadata(path)
-    saved = json.loads(metadata["run"])
-    if saved != run:
-        differing = [key for key in sorted({*saved, *run}) if saved.get(key) != run.get(key)]
-        shown = "; ".join(
-            f"{key} was {saved.get(key)!r}, now {run.get(key)!r}" for key in differing[:3]
-        )
-        raise ValueError(
-            f"{path} belongs to another run ({shown}); "
-            "choose another output folder, or delete this one"
-        )
     weights = {
         name.removeprefix(_MODEL): value
         for name, value in tensors.items()
@@ -96,4 +171,20 @@ def read_state(
         if name.startswith(_OPTIMIZER):
             key, _, weight = name.removeprefix(_OPTIMIZER).partition("/")
             moments.setdefault(key, {})[weight] = value
-    return weights, moments, int(metadata["step"])
+    return weights, moments
+
+
+# -- earlier and best ones -------------------------------------------------------------------------
+
+
+def keep_earlier(path: Path, keep_last: int) -> None:
+    """Give the checkpoint at ``path``, which will be replaced, a name with its step.
+
+    ``keep_last`` counts the one that will stand at ``path``; older ones beyond it are deleted.
+    """
+    if keep_last > 1 and path.exists():
+        step = read_standing(path).step
+        link(path, path.with_stem(f"{path.stem}_{step:08d}"))
+    kept = sorted(path.parent.glob(f"{path.stem}_????????{path.suffix}"), reverse=True)
+    for old in kept[keep_last - 1 :]:
+        old.unlink()

@@ -2,30 +2,47 @@
 
 import contextlib
 import dataclasses
-import json
-import signal
-import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from ..config import VATTConfig, preset
-from ..data.clips import ClipSpec, DropToken
-from ..data.dataset import ClipDataset, folder_captions
+from ..data.clips import Batch, ClipSpec, DropToken
+from ..data.dataset import ClipDataset
+from ..data.folder import CAPTIONS, folder_captions
 from ..data.loader import loader
 from ..data.text import PADDING, UNKNOWN, Vocabulary, split_words
+from ..data.word_vectors import read_word_vectors
 from ..devices import has_a_tpu, without_a_tpu
+from ..files import check_folder, link, only_writer, remove_litter
 from ..losses import VATTLoss
 from ..model import VATT
-from ..weights import save_model
-from .settings import PretrainConfig, describe, rate_of
+from ..positions import resample_matrix
+from ..weights import CONFIG, VOCABULARY, WEIGHTS, read_folder, save_model
+from .checkpoint import (
+    CHECKPOINT,
+    Data,
+    Standing,
+    check_same_run,
+    keep_earlier,
+    read_standing,
+    say_what_changed,
+)
+from .metrics import METRICS, FiniteWatch, MetricsLog, NonFiniteError
+from .settings import PretrainConfig, describe, rate_of, resolved, sizes
 from .step import TorchTrainer, Trainer
+from .stopping import StopRequests, kept_from_children, obey_the_parent_alone
 
-CHECKPOINT, METRICS = "checkpoint.safetensors", "metrics.jsonl"
+BEST = "best"
+_STEPS_TO_FIND_A_PAIR = 20
+
+__all__ = ["BEST", "CHECKPOINT", "METRICS", "PretrainConfig", "pretrain", "vocabulary_of"]
 
 
 def pretrain(
@@ -33,76 +50,202 @@ def pretrain(
 ) -> VATT:
     """Run or continue a pre-training; returns the trained model.
 
-    Writes a checkpoint every ``checkpoint_every`` steps, at the end, and on SIGINT or SIGTERM (then
-    raises KeyboardInterrupt). Called again with the same settings it continues there, with the same
-    batches and the same DropToken draws as an uninterrupted run.
+    Writes a checkpoint every ``checkpoint_every`` steps, at the end, and on SIGINT, SIGTERM or
+    SIGUSR1 (then raises KeyboardInterrupt). Called again with the same settings it continues there,
+    with the same batches and the same DropToken draws as an uninterrupted run. The run's vocabulary
+    is its own: it is built at the first start, and read back afterwards.
 
     Args:
         model_config: instead of ``run.preset`` and ``run.recipe``; vocab_size is replaced by the
             captions' vocabulary.
 
     Raises:
-        ValueError: settings out of range, unreadable data, or an output folder of another run.
+        ValueError: settings out of range, unreadable data, an output folder of another run, one
+            that another process writes to, or one that cannot be.
+        NonFiniteError: a loss or gradient is nan or infinite; the last checkpoint stays.
+        OSError: a file could not be written; the last checkpoint stays.
     """
     out = Path(run.out)
-    if run.warmup_steps >= run.steps:
+    check_folder(out)
+    if resolved(run.warmup_steps) >= run.steps:
         warnings.warn(
             f"warmup_steps {run.warmup_steps} >= steps {run.steps}: "
             f"the learning rate never reaches {run.learning_rate:g}",
             stacklevel=2,
         )
-    vocabulary = vocabulary_of(run.data, run.max_words)
-    config = dataclasses.replace(
-        model_config or preset(run.preset, run.recipe), vocab_size=len(vocabulary)
-    )
-    trainer = _trainer(run, config, vocabulary)
-    dataset = ClipDataset(
-        run.data,
-        ClipSpec.from_config(config),
-        vocabulary=vocabulary,
-        batch_size=run.batch_size,
-        seed=run.seed,
-        shuffle_captions=run.shuffle_captions,
-        cache_dir=run.cache,
-        drop_token=DropToken(config, run.drop_rate, run.drop_per, trainer.devices),
-    )
-    identity = describe(run, config)
-    start = trainer.restore(out / CHECKPOINT, identity) if (out / CHECKPOINT).exists() else 0
-    out.mkdir(parents=True, exist_ok=True)
-    logger = MetricsLog(out, start)
-
-    options: dict[str, Any] = dict(pin_memory=trainer.pin_memory, start_method=trainer.start_method)
-    batches = loader(dataset, start, run.steps, run.workers, **options)
-    quiet = None if progress else True
-    bar = tqdm(total=run.steps, initial=start, desc="pretrain", unit="step", disable=quiet)
-    began, clips = time.perf_counter(), 0
-    with contextlib.closing(logger), bar, stop_requests() as stopping:
-        for step, batch in enumerate(batches, start):
-            rate = rate_of(run, step)
-            loss = trainer.step(batch, step, rate)
-            clips += len(batch)
-            bar.update()
-            done = step + 1
-            if done % run.log_every == 0 or done == run.steps:
-                values = _values(loss, rate) | {
-                    "temperature": trainer.temperature(),
-                    "skipped_files": len(dataset.skipped),
-                    "clips_per_second": clips / (time.perf_counter() - began),
-                }
-                logger.write(done, values)
-                bar.set_postfix(loss=f"{values['loss']:.3f}")
-                began, clips = time.perf_counter(), 0
-            if done % run.checkpoint_every == 0 or done == run.steps or stopping.is_set():
-                save_model(trainer.save(out / CHECKPOINT, done, identity), out)
-            if stopping.is_set() and done < run.steps:
-                raise KeyboardInterrupt(
-                    f"stopped after step {done}; the same command continues from there"
-                )
+    with contextlib.ExitStack() as stack:
+        if out.is_dir():
+            stack.enter_context(_own(out))
+        standing = read_standing(out / CHECKPOINT) if (out / CHECKPOINT).exists() else None
+        config, vocabulary, weights = _beginning(run, model_config, out, standing)
+        settings = describe(run, config)
+        if standing is not None:
+            check_same_run(out / CHECKPOINT, standing, settings)
+        trainer = _trainer(run, config, vocabulary, weights)
+        dataset = ClipDataset(
+            run.data,
+            ClipSpec.from_config(config),
+            vocabulary=vocabulary,
+            batch_size=run.batch_size,
+            seed=run.seed,
+            shuffle_captions=run.shuffle_captions,
+            cache_dir=run.cache,
+            drop_token=DropToken(config, run.drop_rate, run.drop_per, trainer.devices),
+        )
+        if len(dataset.files) < run.batch_size:
+            warnings.warn(
+                f"{run.data} has {len(dataset.files)} files, fewer than batch_size "
+                f"{run.batch_size}: a batch holds files several times, each its own negative",
+                stacklevel=2,
+            )
+        data = Data.of(run.data, dataset.files, CAPTIONS)
+        arithmetic = {"precision": trainer.precision, "devices that draw": trainer.devices}
+        now = Standing(0, settings, data, arithmetic)
+        if standing is not None:
+            say_what_changed(out / CHECKPOINT, standing, data, arithmetic)
+            trainer.restore(out / CHECKPOINT, standing.step)
+            now = now._replace(step=standing.step, best_loss=standing.best_loss)
+        if not out.is_dir():
+            out.mkdir(parents=True)
+            stack.enter_context(_own(out))
+        _train(run, trainer, dataset, now, progress)
     if dataset.skipped:
         reasons = "\n  ".join(list(dataset.skipped.values())[:5])
         count = len(dataset.skipped)
         print(f"{count} media files could not be read, others stood in for them:\n  {reasons}")
     return trainer.model().eval()
+
+
+@contextlib.contextmanager
+def _own(out: Path) -> Iterator[None]:
+    """The run folder for this process alone, without what a killed one left there."""
+    with only_writer(out):
+        remove_litter(out)
+        yield
+
+
+def _train(
+    run: PretrainConfig, trainer: Trainer, dataset: ClipDataset, standing: Standing, progress: bool
+) -> None:
+    """The steps from ``standing`` on, and all that is written meanwhile."""
+    out, start = Path(run.out), standing.step
+    stop, watch, losses = StopRequests(), FiniteWatch(), _Mean()
+    bar = tqdm(total=run.steps, initial=start, desc="pretrain", unit="step", disable=not progress)
+    began, clips, saved, paired = time.perf_counter(), 0, start, False
+
+    def save(done: int) -> None:
+        nonlocal standing, saved
+        watch.check()
+        loss = losses.take()
+        best = standing.best_loss is None or loss < standing.best_loss
+        standing = standing._replace(step=done, best_loss=loss if best else standing.best_loss)
+        try:
+            _save(out, trainer, standing, best, run.keep_last)
+        except OSError as error:
+            intact = f"the checkpoint of step {saved} is intact" if saved else "no checkpoint yet"
+            raise OSError(
+                f"{error}; {intact}: make room, and the same command continues from there"
+            ) from error
+        saved = done
+
+    with contextlib.ExitStack() as stack:
+        logger = stack.enter_context(contextlib.closing(MetricsLog(out, start)))
+        stack.enter_context(bar)
+        stack.enter_context(stop)
+        batches = _batches(run, trainer, dataset, start)
+        stack.callback(batches.close)  # ends the workers; they would complain of a lost connection
+        for done in range(start + 1, run.steps + 1):
+            try:
+                with stop.waiting():
+                    batch = next(batches)
+            except KeyboardInterrupt:
+                if done - 1 > saved:
+                    save(done - 1)
+                raise _stopped(done - 1) from None
+            paired |= has_a_pair(batch)
+            if not paired and done - start >= min(_STEPS_TO_FIND_A_PAIR, dataset.steps_per_epoch):
+                raise ValueError(
+                    f"none of the first {(done - start) * run.batch_size} clips of {run.data} has "
+                    "video with sound, or video with a caption: there is nothing to learn from"
+                )
+            rate = rate_of(run, done - 1)
+            loss, norm = trainer.step(batch, done - 1, rate)
+            try:
+                watch.add(done, batch.files, {"loss": loss.total, "gradient norm": norm})
+                losses.add(loss.total)
+                clips += len(batch)
+                bar.update()
+                if done % run.log_every == 0 or done == run.steps:
+                    watch.check()
+                    values = _values(loss, rate) | {
+                        "gradient_norm": float(norm),
+                        "temperature": trainer.temperature(),
+                        "skipped_files": len(dataset.skipped),
+                        "clips_per_second": clips / (time.perf_counter() - began),
+                    }
+                    logger.write(done, values)
+                    bar.set_postfix(loss=f"{values['loss']:.3f}")
+                    began, clips = time.perf_counter(), 0
+                if done % run.checkpoint_every == 0 or done == run.steps or stop.requested:
+                    save(done)
+            except NonFiniteError as error:
+                intact = (
+                    f"{out / CHECKPOINT} of step {saved} stays" if saved else "nothing is saved"
+                )
+                raise NonFiniteError(
+                    f"{error}; {intact}: lower the learning rate, or look at these files"
+                ) from None
+            if stop.requested and done < run.steps:
+                raise _stopped(done)
+
+
+def has_a_pair(batch: Batch) -> bool:
+    """Whether some clip has video and sound, or video and a caption."""
+    other = batch.audio_valid | batch.text_valid.any(1)
+    return bool((batch.video_valid & other).any())
+
+
+def _stopped(done: int) -> KeyboardInterrupt:
+    return KeyboardInterrupt(f"stopped after step {done}; the same command continues from there")
+
+
+def _batches(
+    run: PretrainConfig, trainer: Trainer, dataset: ClipDataset, start: int
+) -> Generator[Batch, None, None]:
+    options: dict[str, Any] = dict(pin_memory=trainer.pin_memory, start_method=trainer.start_method)
+    options["worker_init"] = obey_the_parent_alone
+    with kept_from_children():
+        return iter(loader(dataset, start, run.steps, run.workers, **options))
+
+
+def _save(out: Path, trainer: Trainer, standing: Standing, best: bool, keep_last: int) -> None:
+    """The model's files first, the checkpoint last.
+
+    Whoever continues after a kill in between comes by here again.
+    """
+    model = trainer.model()
+    save_model(model, out)
+    if best:
+        (out / BEST).mkdir(exist_ok=True)
+        for name in (WEIGHTS, CONFIG, VOCABULARY):
+            link(out / name, out / BEST / name)
+    keep_earlier(out / CHECKPOINT, keep_last)
+    trainer.save(out / CHECKPOINT, model, standing)
+
+
+class _Mean:
+    """The mean of values that may still be on their way."""
+
+    def __init__(self):
+        self._values: list[Any] = []
+
+    def add(self, value: Any) -> None:
+        self._values.append(value)
+
+    def take(self) -> float:
+        """The mean of those added since the last time."""
+        values, self._values = [float(value) for value in self._values], []
+        return sum(values) / len(values)
 
 
 def _values(loss: VATTLoss, rate: float) -> dict[str, float]:
@@ -111,7 +254,12 @@ def _values(loss: VATTLoss, rate: float) -> dict[str, float]:
     return {"loss": values.pop("loss"), "learning_rate": rate, **values}
 
 
-def _trainer(run: PretrainConfig, config: VATTConfig, vocabulary: Vocabulary) -> Trainer:
+def _trainer(
+    run: PretrainConfig,
+    config: VATTConfig,
+    vocabulary: Vocabulary,
+    weights: dict[str, Tensor] | None,
+) -> Trainer:
     if run.framework == "jax":
         if not has_a_tpu():
             # where libtpu is installed to compile with, JAX would look for a TPU, and say so at
@@ -123,8 +271,54 @@ def _trainer(run: PretrainConfig, config: VATTConfig, vocabulary: Vocabulary) ->
             raise ValueError(
                 f"framework 'jax' needs {error.name}: pip install 'vatt_fast[jax]'"
             ) from error
-        return JaxTrainer(run, config, vocabulary)
-    return TorchTrainer(run, config, vocabulary)
+        return JaxTrainer(run, config, vocabulary, weights)
+    return TorchTrainer(run, config, vocabulary, weights)
+
+
+def _beginning(
+    run: PretrainConfig, model_config: VATTConfig | None, out: Path, standing: Standing | None
+) -> tuple[VATTConfig, Vocabulary, dict[str, Tensor] | None]:
+    """The model's config, its vocabulary, and the weights it starts from instead of random ones.
+
+    A continued run has its own vocabulary: word ids mean what they meant when it began.
+    """
+    config, weights = model_config or preset(run.preset, run.recipe), None
+    own = out / VOCABULARY
+    if run.init is not None:
+        config, weights, vocabulary = read_folder(run.init)
+        if vocabulary is None:
+            raise ValueError(f"{run.init} has no {VOCABULARY}; start from a folder that has one")
+        config = dataclasses.replace(config, **sizes(run))
+        return config, vocabulary, None if standing else _resampled(weights, config)
+    config = dataclasses.replace(config, **sizes(run))
+    if standing is not None and own.is_file():
+        vocabulary = Vocabulary.load(own)
+        if run.words is not None:
+            config = dataclasses.replace(config, word_dim=standing.run["model"]["word_dim"])
+    elif run.words is not None:
+        vocabulary, vectors = read_word_vectors(run.words, run.max_words)
+        config = dataclasses.replace(config, word_dim=vectors.shape[1])
+        weights = {"text_tokens.table.weight": torch.from_numpy(vectors)}
+    elif not config.train_words:
+        raise ValueError(
+            "this model freezes its word table (recipe 'released' does), which would stay "
+            "random: give word vectors with --words FILE, or take recipe 'paper'"
+        )
+    else:
+        vocabulary = vocabulary_of(run.data, run.max_words)
+    return dataclasses.replace(config, vocab_size=len(vocabulary)), vocabulary, weights
+
+
+def _resampled(weights: dict[str, Tensor], config: VATTConfig) -> dict[str, Tensor]:
+    """``weights`` with position tables of the lengths that ``config`` has."""
+    with torch.device("meta"):
+        wanted = {name: value.shape for name, value in VATT(config).state_dict().items()}
+    found = dict(weights)
+    for name, table in weights.items():
+        if ".position.tables." in name and table.shape[0] != wanted[name][0]:
+            matrix = torch.from_numpy(resample_matrix(table.shape[0], wanted[name][0]))
+            found[name] = (matrix @ table.double()).to(table.dtype)
+    return found
 
 
 def vocabulary_of(folder: str | Path, max_words: int) -> Vocabulary:
@@ -140,57 +334,3 @@ def vocabulary_of(folder: str | Path, max_words: int) -> Vocabulary:
         if any(map(split_words, sentences))
         else Vocabulary([PADDING, UNKNOWN])
     )
-
-
-@contextlib.contextmanager
-def stop_requests() -> Iterator[threading.Event]:
-    """An event set by SIGINT or SIGTERM, so that a run can end between two steps.
-
-    A second signal acts at once.
-    """
-    stopping = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stopping
-        return
-    before: dict[int, Any] = {}
-
-    def request(number, frame):
-        stopping.set()
-        signal.signal(number, before[number])
-
-    for each in (signal.SIGINT, signal.SIGTERM):
-        before[each] = signal.signal(each, request)
-    try:
-        yield stopping
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-class MetricsLog:
-    """metrics.jsonl (one line a logged step) and TensorBoard events.
-
-    A continued run drops lines beyond its checkpoint.
-    """
-
-    def __init__(self, folder: Path, start: int):
-        from torch.utils.tensorboard import SummaryWriter
-
-        path = folder / METRICS
-        # a killed run may leave half a line
-        text = path.read_text() if path.exists() else ""
-        whole_lines = text.rpartition("\n")[0].splitlines()
-        kept = [line for line in whole_lines if json.loads(line)["step"] <= start]
-        path.write_text("".join(line + "\n" for line in kept))
-        self.file = path.open("a")
-        self.board = SummaryWriter(str(folder), purge_step=start + 1)
-
-    def write(self, step: int, values: dict[str, float]) -> None:
-        self.file.write(json.dumps({"step": step, **values}) + "\n")
-        self.file.flush()
-        for name, value in values.items():
-            self.board.add_scalar(name, value, step)
-
-    def close(self) -> None:
-        self.file.close()
-        self.board.close()

@@ -2,14 +2,18 @@
 
 import dataclasses
 import json
-from typing import Any, Literal
+import math
+import types
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from ..config import VATTConfig
 from .schedule import Schedule, learning_rate
 
+T = TypeVar("T")
 BETAS = (0.9, 0.999)  # Adam's
 # a run may continue with other values of these; everything else must be as it was
 _FREE = (
+    "data",  # what it holds counts, not how the folder is spelled: ``Data`` in checkpoint.py
     "out",
     "workers",
     "framework",
@@ -18,8 +22,17 @@ _FREE = (
     "device",
     "log_every",
     "checkpoint_every",
+    "keep_last",
+    "words",  # the checkpoint holds the table
+    "init",
     "cache",
 )
+_SIZES = ("frames", "height", "width", "samples")
+# by recipe: appendix of the paper; the released code's pre-training (its Keras eps lies elsewhere)
+_BY_RECIPE: dict[str, dict[str, Any]] = {
+    "paper": dict(warmup_steps=10_000, schedule="quarter_cosine", adam_eps=1e-8),
+    "released": dict(warmup_steps=5_000, schedule="half_cosine", adam_eps=1e-7),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +41,10 @@ class PretrainConfig:
 
     All defaults but the preset follow the paper (section 4.1 and appendix). A laptop wants smaller
     batches, fewer steps and a higher learning rate (``vatt-fast demo`` has 32 clips, 1000 steps,
-    1.5e-3).
+    1.5e-3). What is None becomes what its comment says.
+
+    Raises:
+        ValueError: a setting that is out of range or none of its words.
     """
 
     # The comments are the options' help. One above a field holds until the next empty line.
@@ -44,45 +60,94 @@ class PretrainConfig:
     preset: str = "tiny"
 
     recipe: Literal["paper", "released"] = "paper"  # the paper's choices, or the released code's
-    steps: int = 500_000
+    steps: int = 500_000  # updates in all
     batch_size: int = 2048  # clips of a step
     drop_rate: float = 0.5  # fraction of video and audio patches removed by DropToken
     drop_per: Literal["batch", "clip"] = "batch"  # whether the clips of a batch share a draw
     learning_rate: float = 1e-4  # after the warm-up
-    final_learning_rate: float = 5e-5
-    warmup_steps: int = 10_000
-    schedule: Schedule = "quarter_cosine"
-    adam_eps: float = 1e-8
-    max_words: int = 65536  # size of the vocabulary built from the captions
-    seed: int = 0
+    final_learning_rate: float | None = None  # at the last step; None: half of learning_rate
+    warmup_steps: int | None = None  # None: by recipe 10000 (paper) or 5000 (released)
+    schedule: Schedule | None = None  # None: quarter_cosine (paper) or half_cosine (released)
+    adam_eps: float | None = None  # None: by recipe 1e-8 (paper) or 1e-7 (released)
+    max_words: int = 65536  # size of the vocabulary built from the captions, or read from words
+
+    # word vectors for the word table, and their vocabulary instead of the captions': word2vec text
+    # or binary, GloVe text, or the release's word2vec.pkl beside howto100m_en.txt
+    words: str | None = None
+
+    init: str | None = None  # saved model or run folder to start from; preset, recipe, words: its
+    frames: int | None = None  # of a clip; None: the preset's; so the next three
+    height: int | None = None  # pixels
+    width: int | None = None  # pixels
+    samples: int | None = None  # of a waveform
+    seed: int = 0  # of the weights, the order of clips, windows, DropToken and dropout
     shuffle_captions: bool = False  # captions of other clips: retrieval must stay near chance
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 where the device computes it
     framework: Literal["torch", "jax"] = "torch"  # jax: all devices of this host share the batch
     shard_weights: bool = False  # jax: weights and Adam's state lie in shards over the devices
     recompute: bool = False  # jax: keep only the blocks' inputs for the backward pass
-    device: str = "auto"
+    device: str = "auto"  # cpu, cuda, cuda:1, ...; auto: a GPU or TPU where there is one
     workers: int = 2  # processes that read clips; 0: none
     cache: str | None = None  # keep decoded clips here; for small data sets that fit the disk
     log_every: int = 10  # steps
     checkpoint_every: int = 500  # steps
+    keep_last: int = 1  # checkpoints: the newest, and so many less one before it
 
     def __post_init__(self):
-        for name in ("steps", "batch_size", "log_every", "checkpoint_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        self._check_words()
+        defaults = _BY_RECIPE[self.recipe] | {"final_learning_rate": self.learning_rate / 2}
+        for name, value in defaults.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+        least = dict.fromkeys(("steps", "log_every", "checkpoint_every", "keep_last"), 1)
+        least |= {"batch_size": 2, "max_words": 1}  # one clip has no negative: no gradient either
+        for name, value in least.items():
+            if getattr(self, name) < value:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {value}")
         for name in ("warmup_steps", "workers", "seed"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must not be negative")
+        for name in ("learning_rate", "final_learning_rate", "adam_eps"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be finite and not < 0")
+        if (final := resolved(self.final_learning_rate)) > self.learning_rate:
+            raise ValueError(
+                f"final_learning_rate is {final:g}, learning_rate {self.learning_rate:g}; "
+                "the rate falls after the warm-up: give a smaller final one"
+            )
+        for name in _SIZES:
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.init is not None and self.words is not None:
+            raise ValueError("init brings its own words; leave words out")
         if not 0 <= self.drop_rate < 1:
             raise ValueError(
                 f"drop_rate is {self.drop_rate}; it is the fraction removed and lies in [0, 1)"
             )
-        if self.framework not in ("torch", "jax"):
-            raise ValueError(f"framework is {self.framework!r}; it is torch or jax")
         if self.framework == "torch" and (self.shard_weights or self.recompute):
             raise ValueError(
                 "shard_weights and recompute belong to framework 'jax'; leave them out"
             )
+
+    def _check_words(self) -> None:
+        """Settings that are one of a few words are one of them."""
+        for name, kind in get_type_hints(PretrainConfig).items():
+            parts = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
+            words = [get_args(part) for part in parts if get_origin(part) is Literal]
+            value = getattr(self, name)
+            if words and value not in words[0] and not (value is None and len(parts) > 1):
+                raise ValueError(f"{name} is {value!r}; it is one of {', '.join(words[0])}")
+
+
+def sizes(run: PretrainConfig) -> dict[str, Any]:
+    """The input sizes that a run asks for."""
+    return {name: getattr(run, name) for name in _SIZES if getattr(run, name) is not None}
+
+
+def resolved(value: T | None) -> T:
+    """A setting that ``PretrainConfig`` has filled in where it was None."""
+    assert value is not None
+    return value
 
 
 def describe(run: PretrainConfig, config: VATTConfig) -> dict[str, Any]:
@@ -91,14 +156,41 @@ def describe(run: PretrainConfig, config: VATTConfig) -> dict[str, Any]:
     return json.loads(json.dumps(settings | {"model": dataclasses.asdict(config)}))
 
 
+def differences(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """How two descriptions differ: "batch_size was 4, now 8", at most a line a setting.
+
+    A setting that is younger than the saved description was at its default then.
+    """
+    young = {
+        each.name: each.default
+        for each in dataclasses.fields(PretrainConfig)
+        if each.default is not dataclasses.MISSING
+    }
+    was = {**{name: young.get(name) for name in now}, **saved}
+    was = {name: value for name, value in was.items() if name not in _FREE}
+    was["model"] = json.loads(VATTConfig().to_json()) | saved["model"]
+    return _told(was, now)
+
+
+def _told(was: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
+    told = []
+    for name in sorted({*was, *now}):
+        before, after = was.get(name), now.get(name)
+        if isinstance(before, dict) and isinstance(after, dict):
+            told += _told(before, after, f"{prefix}{name}.")
+        elif before != after:
+            told.append(f"{prefix}{name} was {before!r}, now {after!r}")
+    return told
+
+
 def rate_of(run: PretrainConfig, step: int) -> float:
     """Learning rate of a step, from 0."""
     # the paper counts from 0; from 1 spares the first step a rate of 0
     return learning_rate(
         step + 1,
         peak=run.learning_rate,
-        final=run.final_learning_rate,
-        warmup_steps=run.warmup_steps,
+        final=resolved(run.final_learning_rate),
+        warmup_steps=resolved(run.warmup_steps),
         total_steps=run.steps,
-        schedule=run.schedule,
+        schedule=resolved(run.schedule),
     )

@@ -1,20 +1,30 @@
 """One training step of the torch model, and the trainer that runs it."""
 
 import contextlib
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
+from torch import Tensor
 
 from ..config import VATTConfig
 from ..data.clips import Batch
-from ..data.text import Vocabulary
+from ..data.text import PADDING, UNKNOWN, Vocabulary
 from ..devices import pick_device
 from ..kernels.dispatch import native_bf16
 from ..losses import VATTLoss, vatt_loss
 from ..model import VATT
-from .checkpoint import load_checkpoint, save_checkpoint
-from .settings import BETAS, PretrainConfig
+from ..weights import load_weights
+from .checkpoint import Standing, load_checkpoint, save_checkpoint
+from .settings import BETAS, PretrainConfig, resolved
+
+
+class Update(NamedTuple):
+    """What one step found; the values may still be on their way."""
+
+    loss: VATTLoss
+    gradient_norm: Any  # a scalar array: the norm of all gradients together, of the whole batch
 
 
 class Trainer(Protocol):
@@ -24,21 +34,23 @@ class Trainer(Protocol):
     """
 
     devices: int  # that share this process's batch
+    precision: str  # "bf16" or "fp32", what the products are computed in
     start_method: str | None  # of the loader's worker processes; None: Python's default
     pin_memory: bool  # batches are wanted in page-locked memory
 
-    def restore(self, path: Path, identity: dict[str, Any]) -> int:
-        """Continue from a checkpoint; returns the number of steps done."""
+    def restore(self, path: Path, step: int) -> None:
+        """Continue from a checkpoint of so many steps."""
 
-    def step(self, batch: Batch, step: int, rate: float) -> VATTLoss:
-        """One update; the loss, whose values may still be on their way."""
+    def step(self, batch: Batch, step: int, rate: float) -> Update:
+        """One update."""
 
     def temperature(self) -> float: ...
 
-    def save(self, path: Path, step: int, identity: dict[str, Any]) -> VATT:
-        """Write a checkpoint; returns the model as it stands."""
+    def save(self, path: Path, model: VATT, standing: Standing) -> None:
+        """Write a checkpoint of ``model()`` and the optimizer."""
 
-    def model(self) -> VATT: ...
+    def model(self) -> VATT:
+        """As it stands."""
 
 
 class TorchTrainer:
@@ -47,34 +59,43 @@ class TorchTrainer:
     devices = 1
     start_method: str | None = None
 
-    def __init__(self, run: PretrainConfig, config: VATTConfig, vocabulary: Vocabulary):
+    def __init__(
+        self,
+        run: PretrainConfig,
+        config: VATTConfig,
+        vocabulary: Vocabulary,
+        weights: Mapping[str, Tensor] | None = None,
+    ):
         self.run, self.device = run, pick_device(run.device)
         self.pin_memory = self.device.type == "cuda"
         self.autocast = autocast(run.precision, self.device)
-        self._model = initial_model(config, vocabulary, run.seed).to(self.device).train()
+        self.precision = "bf16" if self.autocast._enabled else "fp32"
+        model = initial_model(config, vocabulary, run.seed, weights)
+        self._model = model.to(self.device).train()
         trainable = [p for p in self._model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.Adam(
-            trainable, lr=0.0, betas=BETAS, eps=run.adam_eps, fused=True
+            trainable, lr=0.0, betas=BETAS, eps=resolved(run.adam_eps), fused=True
         )
 
-    def restore(self, path: Path, identity: dict[str, Any]) -> int:
-        return load_checkpoint(path, self._model, self.optimizer, run=identity)
+    def restore(self, path: Path, step: int) -> None:
+        load_checkpoint(path, self._model, self.optimizer)
 
-    def step(self, batch: Batch, step: int, rate: float) -> VATTLoss:
+    def step(self, batch: Batch, step: int, rate: float) -> Update:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         # the copy out of pageable memory would wait for the last step's end
         batch = batch.to(self.device, non_blocking=self.pin_memory)
         loss = train_step(self._model, self.optimizer, batch, self.run, step, self.autocast)
         va, vt = (None if part is None else part.detach() for part in (loss.va, loss.vt))
-        return VATTLoss(loss.total.detach(), va, vt)
+        gradients = [p.grad for p in self._model.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        return Update(VATTLoss(loss.total.detach(), va, vt), norm)
 
     def temperature(self) -> float:
         return 1 / float(torch.as_tensor(self._model.scale()).detach())
 
-    def save(self, path: Path, step: int, identity: dict[str, Any]) -> VATT:
-        save_checkpoint(path, self._model, self.optimizer, step=step, run=identity)
-        return self._model
+    def save(self, path: Path, model: VATT, standing: Standing) -> None:
+        save_checkpoint(path, model, self.optimizer, standing)
 
     def model(self) -> VATT:
         return self._model
@@ -97,8 +118,9 @@ def train_step(
     )
     # first: the last step's gradients would lie beside this one's activations
     optimizer.zero_grad(set_to_none=True)
+    text = batch.text if has_words(model.config) else None
     with autocast:
-        output = model(batch.video, batch.audio, batch.text, **keeps, **valid)
+        output = model(batch.video, batch.audio, text, **keeps, **valid)
         loss = vatt_loss(output, model.config, scale=model.scale(), **valid)
     loss.total.backward()
     optimizer.step()
@@ -106,12 +128,30 @@ def train_step(
     return loss
 
 
-def initial_model(config: VATTConfig, vocabulary: Vocabulary, seed: int) -> VATT:
-    """The model a run with this seed starts from; leaves the caller's random state alone."""
+def has_words(config: VATTConfig) -> bool:
+    """False of a folder without captions, whose text is not computed."""
+    return config.vocab_size > len((PADDING, UNKNOWN))
+
+
+def initial_model(
+    config: VATTConfig,
+    vocabulary: Vocabulary,
+    seed: int,
+    weights: Mapping[str, Tensor] | None = None,
+) -> VATT:
+    """The model a run with this seed starts from; leaves the caller's random state alone.
+
+    ``weights`` by name take the place of random ones.
+
+    Raises:
+        ValueError: some are of no such name or shape.
+    """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = VATT(config)
     model.vocabulary = vocabulary
+    if weights is not None:
+        load_weights(model, {**model.state_dict(), **weights}, source="what the run starts from")
     return model
 
 
