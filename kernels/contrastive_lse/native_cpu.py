@@ -6,7 +6,7 @@ maximum is subtracted and a score costs one exp. Backward: the pass turns the pr
 d loss / d S and sums d_scale; two products with the weights follow, torch's.
 
 A forward that a backward follows keeps its products for it where all of them take no more than
-_KEPT_BYTES; elsewhere the backward computes them once more.
+KEPT_BYTES; elsewhere the backward computes them once more.
 
 The products are fp32 whatever the inputs (rounded to bf16, a cosine near 1 would shift its score by
 0.03 at a scale of 14): torch's fp32 ones, or, of bf16 vectors where the processor multiplies them
@@ -35,7 +35,7 @@ _CHUNK = (1024, 2048)
 # 16 MiB of bf16 weights; the products, where they are kept, just below the 32 MiB at which glibc
 # takes fresh pages for a block
 _CHUNK_OF_TILES = (2048, 4032)
-_KEPT_BYTES = 256 * 2**20  # of 8192 x 8192 products
+KEPT_BYTES = 256 * 2**20  # of 8192 x 8192 products
 _ALIGNMENT = 32  # of clips, texts and dimensions, as tiles are read
 _FEW_SCORES = 1 << 18
 
@@ -220,7 +220,7 @@ class _Scores:
             (_padded(clips.stop - clips.start), _padded(texts.stop - texts.start) + _ALIGNMENT)
             for texts, clips in self._places()
         ]
-        if 4 * sum(map(math.prod, shapes)) <= _KEPT_BYTES:
+        if 4 * sum(map(math.prod, shapes)) <= KEPT_BYTES:
             self.kept = [torch.empty(shape) for shape in shapes]
 
     def weigh(self, kept: list[torch.Tensor]) -> None:

@@ -288,7 +288,7 @@ for name in sorted(found):
         "patch_embed._forward_kernel POSITION": {"False", "True"},
         "patch_embed._forward_kernel AGG": {"0", "1"},
         "patch_embed._forward_kernel CLIP": {"False", "True"},
-        "patch_embed._forward_kernel PADDED": {"False", "True"},
+        "patch_embed._pack_kernel PADDED": {"False", "True"},
     }
     assert {name: flags[name] for name in wanted} == wanted
 

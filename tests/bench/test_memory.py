@@ -6,6 +6,7 @@ import torch
 from bench import calls
 from bench.timer import peak_bytes
 from vatt_fast.kernels.cases import AttentionCase, NCECase, PatchEmbedCase, make
+from vatt_fast.kernels.contrastive_lse.native_cpu import KEPT_BYTES
 
 CPU = torch.device("cpu")
 
@@ -26,9 +27,13 @@ def test_attention_grows_with_tokens_not_with_scores():
     assert peak(long, "attention") < 6.5 * operand
 
 
-def test_contrastive_sums_never_hold_the_matrix():
-    case = NCECase("", 3000, 3000, 1, 32, bound=True)
-    assert peak(case, "contrastive_lse") < 0.3 * 3000 * 3000 * 4
+def test_contrastive_sums_hold_the_matrix_for_the_backward_up_to_their_bound():
+    few, many = (NCECase("", size, size, 1, 32, bound=True) for size in (3000, 9000))
+    chunk = 0.3 * 3000 * 3000 * 4
+    assert 9000 * 9000 * 4 > KEPT_BYTES > 3000 * 3000 * 4
+    assert peak(few, "contrastive_lse", "fwd") < chunk  # nobody asks for a gradient
+    assert peak(few, "contrastive_lse") < 2 * 3000 * 3100 * 4 + chunk  # scores, and weights of them
+    assert peak(many, "contrastive_lse") < 0.3 * 9000 * 9000 * 4
 
 
 @pytest.mark.parametrize("kept", [None, 392])

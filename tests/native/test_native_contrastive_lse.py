@@ -287,7 +287,7 @@ def test_kept_products_change_no_bit(level, small_chunks, monkeypatch, M, N, P, 
     computed = Computed(monkeypatch)
     kept = through_the_op(x, y, options)
     forward = computed.count
-    monkeypatch.setattr(native_cpu, "_KEPT_BYTES", 0)
+    monkeypatch.setattr(native_cpu, "KEPT_BYTES", 0)
     computed.count = 0
     again = through_the_op(x, y, options)
     assert forward == -(-M // 32) * -(-N * P // 64) and computed.count == 2 * forward
@@ -333,7 +333,7 @@ def test_kept_products_stay_within_their_bound(level, small_chunks, monkeypatch,
         (need - 1, True, False),
         (need, False, False),
     ):
-        monkeypatch.setattr(native_cpu, "_KEPT_BYTES", bound)
+        monkeypatch.setattr(native_cpu, "KEPT_BYTES", bound)
         x.requires_grad_(wanted)
         gc.collect()
         with torch.no_grad(), Allocated() as allocated:
