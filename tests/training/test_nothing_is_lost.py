@@ -342,6 +342,17 @@ def test_the_last_ones_and_the_best_are_kept(folder, whole, tmp_path):
     same_weights(whole, out)
 
 
+def test_a_log_off_a_terminal_has_a_line_a_checkpoint(folder, tmp_path, capfd):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="warmup_steps")
+        pretrain(settings(folder, tmp_path, steps=4), model_config=MODEL)
+    told = capfd.readouterr()
+    assert re.fullmatch(
+        r"step 2 of 4 saved, mean loss \d\S*\nstep 4 of 4 saved, mean loss \d\S*\n", told.out
+    )
+    assert "step/s" not in told.err
+
+
 def rewrite_metadata(out: Path, change) -> None:
     with safe_open(out / CHECKPOINT, "pt") as file:
         metadata = file.metadata()

@@ -130,7 +130,8 @@ def _train(
     """The steps from ``standing`` on, and all that is written meanwhile."""
     out, start = Path(run.out), standing.step
     stop, watch, losses = StopRequests(), FiniteWatch(), _Mean()
-    bar = tqdm(total=run.steps, initial=start, desc="pretrain", unit="step", disable=not progress)
+    shown = None if progress else True  # None: on a terminal
+    bar = tqdm(total=run.steps, initial=start, desc="pretrain", unit="step", disable=shown)
     began, clips, saved, paired = time.perf_counter(), 0, start, False
 
     def save(done: int) -> None:
@@ -147,6 +148,8 @@ def _train(
                 f"{error}; {intact}: make room, and the same command continues from there"
             ) from error
         saved = done
+        if progress and bar.disable:  # a log file has no bar
+            print(f"step {done} of {run.steps} saved, mean loss {loss:.4g}", flush=True)
 
     with contextlib.ExitStack() as stack:
         logger = stack.enter_context(contextlib.closing(MetricsLog(out, start)))
