@@ -25,6 +25,7 @@ from safetensors.torch import load_file
 from training_runs import metrics, write_media
 
 from vatt_fast.training.checkpoint import CHECKPOINT, read_standing
+from vatt_fast.training.metrics import METRICS
 
 STEPS = 400
 
@@ -48,6 +49,17 @@ def finish(process: subprocess.Popen) -> None:
         raise SystemExit(f"a run ended with {process.returncode}:\n{errors.decode()}")
 
 
+def wait_for_lines(process: subprocess.Popen, path: Path, more: int) -> None:
+    """Until ``more`` steps and one are logged beyond those of the start."""
+
+    def count() -> int:
+        return len(path.read_text().splitlines()) if path.exists() else 0
+
+    goal = count() + more + 1
+    while process.poll() is None and count() < goal:
+        time.sleep(0.005)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -60,14 +72,15 @@ def main() -> None:
         root = Path(place)
         (root / "media").mkdir()
         folder, whole, killed = write_media(root / "media"), root / "whole", root / "killed"
-        began = time.monotonic()
         finish(start(folder, whole))
-        seconds = time.monotonic() - began
         kills, seen = 0, []
         while kills < given.kills:
             process = start(folder, killed)
-            # from before the first step to a third of a run beyond the imports
-            time.sleep(draw.uniform(0.0, 0.2 * seconds + 4))
+            if draw.random() < 0.2:  # amid the imports
+                time.sleep(draw.uniform(0.0, 4.0))
+            else:
+                wait_for_lines(process, killed / METRICS, draw.randrange(STEPS // given.kills))
+                time.sleep(draw.uniform(0.0, 0.2))
             if process.poll() is not None:
                 finish(process)
                 break  # done before its next kill
