@@ -1,13 +1,26 @@
 """Small pre-training runs that tests of both frameworks share."""
 
+import dataclasses
 import json
 from pathlib import Path
 
 import numpy as np
 
+from vatt_fast.config import PRESETS
 from vatt_fast.data.media_writer import write_clip
 from vatt_fast.training.loop import METRICS
 from vatt_fast.training.settings import PretrainConfig
+
+# a model of the files' size
+MODEL = dataclasses.replace(
+    PRESETS["tiny"],
+    frames=4,
+    height=16,
+    width=16,
+    samples=1280,
+    sample_rate_hz=8000,
+    texts_per_clip=2,
+)
 
 
 def write_media(folder: Path) -> Path:

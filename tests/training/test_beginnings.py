@@ -7,23 +7,13 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from training_runs import settings, write_media
+from training_runs import MODEL, settings, write_media
 
-from vatt_fast.config import PRESETS
 from vatt_fast.data.word_vectors import RELEASED_WORDS, read_word_vectors
 from vatt_fast.model import create_model
 from vatt_fast.positions import resample_matrix
 from vatt_fast.training.loop import pretrain
 
-MODEL = dataclasses.replace(
-    PRESETS["tiny"],
-    frames=4,
-    height=16,
-    width=16,
-    samples=1280,
-    sample_rate_hz=8000,
-    texts_per_clip=2,
-)
 WORDS = ["clip", "number", "the", "end", "of", "New_York", "Clip", "0", "überall"]
 
 

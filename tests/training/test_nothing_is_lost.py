@@ -18,10 +18,9 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from training_runs import metrics, settings, write_media
+from training_runs import MODEL, metrics, settings, write_media
 
 from vatt_fast.cli import main
-from vatt_fast.config import PRESETS
 from vatt_fast.data import loader as loader_module
 from vatt_fast.data.media_writer import write_clip
 from vatt_fast.files import only_writer, replacing, write_text
@@ -30,15 +29,6 @@ from vatt_fast.training.checkpoint import read_standing
 from vatt_fast.training.loop import BEST, CHECKPOINT, METRICS, PretrainConfig, pretrain
 from vatt_fast.training.metrics import NonFiniteError
 
-MODEL = dataclasses.replace(
-    PRESETS["tiny"],
-    frames=4,
-    height=16,
-    width=16,
-    samples=1280,
-    sample_rate_hz=8000,
-    texts_per_clip=2,
-)
 PATIENCE = 240  # seconds; machines may be busy
 
 

@@ -13,10 +13,9 @@ import numpy as np
 import pytest
 import torch
 from oracle import recording
-from training_runs import metrics, settings, write_media
+from training_runs import MODEL, metrics, settings, write_media
 
 from vatt_fast.cli import main
-from vatt_fast.config import PRESETS
 from vatt_fast.data.clips import Batch
 from vatt_fast.demo.run import DemoConfig
 from vatt_fast.model import VATT, create_model
@@ -27,16 +26,6 @@ from vatt_fast.training.loop import CHECKPOINT, METRICS, pretrain
 from vatt_fast.training.schedule import learning_rate
 from vatt_fast.training.settings import PretrainConfig
 from vatt_fast.weights import load_tensors
-
-MODEL = dataclasses.replace(
-    PRESETS["tiny"],
-    frames=4,
-    height=16,
-    width=16,
-    samples=1280,
-    sample_rate_hz=8000,
-    texts_per_clip=2,
-)
 
 
 @pytest.fixture(scope="module")
