@@ -1,9 +1,11 @@
 """Runs that are killed, stopped, starved or fed nonsense: the last good checkpoint stays, and what
 happened is one line."""
 
+import contextlib
 import dataclasses
 import json
 import os
+import random
 import re
 import signal
 import stat
@@ -25,9 +27,10 @@ from vatt_fast.data import loader as loader_module
 from vatt_fast.data.media_writer import write_clip
 from vatt_fast.files import only_writer, replacing, write_text
 from vatt_fast.model import create_model
-from vatt_fast.training.checkpoint import read_standing
+from vatt_fast.training.checkpoint import check_same_run, read_standing, read_state
 from vatt_fast.training.loop import BEST, CHECKPOINT, METRICS, PretrainConfig, pretrain
 from vatt_fast.training.metrics import NonFiniteError
+from vatt_fast.weights import read_folder
 
 PATIENCE = 240  # seconds; machines may be busy
 
@@ -391,6 +394,52 @@ def test_another_model_is_refused_by_the_names_of_its_differences(folder, whole)
             model_config=dataclasses.replace(MODEL, frames=8),
             progress=False,
         )
+
+
+def test_damaged_checkpoints_and_configs_are_said_to_be(folder, whole, tmp_path):
+    """Bits flipped in their headers, and files cut short: a ValueError, or a sound file."""
+    draw = random.Random(0)
+    checkpoint, config = (whole / CHECKPOINT).read_bytes(), (whole / "config.json").read_bytes()
+    header = 8 + int.from_bytes(checkpoint[:8], "little")
+    for name in ("model.safetensors", "vocabulary.txt"):
+        os.link(whole / name, tmp_path / name)
+    described = read_standing(whole / CHECKPOINT).run
+    refused = 0
+    for number in range(400):
+        bad = bytearray(checkpoint)
+        bad[draw.randrange(header)] ^= 1 << draw.randrange(8)
+        if number % 8 == 0:
+            bad = bad[: draw.randrange(len(bad))]
+        (tmp_path / CHECKPOINT).write_bytes(bad)
+        bad = bytearray(config)
+        bad[draw.randrange(len(bad))] ^= 1 << draw.randrange(8)
+        (tmp_path / "config.json").write_bytes(bad)
+        try:
+            standing = read_standing(tmp_path / CHECKPOINT)
+            check_same_run(tmp_path / CHECKPOINT, standing, described)
+            read_state(tmp_path / CHECKPOINT)
+        except ValueError:
+            refused += 1
+        with contextlib.suppress(ValueError):
+            read_folder(tmp_path)
+    assert refused > 200
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda metadata: metadata.update(run='{"mudel": {}}'),
+        lambda metadata: metadata.update(run="[]"),
+        lambda metadata: metadata.update(noted='{"arithmetik": 1}'),
+        lambda metadata: metadata.update(step="three"),
+        lambda metadata: metadata.pop("run"),
+    ],
+)
+def test_metadata_of_another_shape_are_a_damaged_checkpoint(folder, tmp_path, change):
+    run(settings(folder, tmp_path, steps=2))
+    rewrite_metadata(tmp_path, change)
+    with pytest.raises(ValueError, match="not a whole checkpoint"):
+        run(settings(folder, tmp_path, steps=2))
 
 
 # -- data that change ------------------------------------------------------------------------------

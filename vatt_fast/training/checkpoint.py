@@ -81,14 +81,16 @@ def read_standing(path: Path) -> Standing:
     try:
         metadata = load_metadata(path)
         run, step = json.loads(metadata["run"]), int(metadata["step"])
-    except (ValueError, KeyError, OverflowError, MemoryError) as error:
+        if not isinstance(run["model"], dict):
+            raise ValueError("it describes no model")
+        data = run.pop("data", None)
+        data = Data(**data) if isinstance(data, dict) else None
+        return Standing(step, run, data, **json.loads(metadata.get("noted", "{}")))
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, MemoryError) as error:
         raise ValueError(
             f"{path} is not a whole checkpoint; it was cut short or damaged: delete it, or put "
             "an earlier one in its place"
         ) from error
-    data = run.pop("data", None)
-    noted = json.loads(metadata.get("noted", "{}"))
-    return Standing(step, run, Data(**data) if isinstance(data, dict) else None, **noted)
 
 
 def check_same_run(path: Path, was: Standing, run: dict[str, Any]) -> None:
