@@ -18,6 +18,7 @@ from ..data.clips import ClipSpec
 from ..data.folder import CAPTIONS, folder_captions
 from ..data.loader import evaluation_clips
 from ..encoding import embed_batch
+from ..files import replacing, write_text
 from ..model import VATT
 
 _PLAN = "plan.json"
@@ -151,7 +152,7 @@ def _begin(parts: Path, plan: str) -> bool:
         if parts.exists():
             shutil.rmtree(parts)
         parts.mkdir()
-        _write_whole(parts / _PLAN, plan.encode())
+        write_text(parts / _PLAN, plan)
     return bool(_parts(parts))
 
 
@@ -166,20 +167,9 @@ def _parts(parts: Path) -> list[Path]:
 def _write_part(
     parts: Path, number: int, found: dict[str, np.ndarray], files: list[str], skipped: dict
 ) -> None:
-    path = parts / f"{number:08d}.npz"
     said = json.dumps({"files": files, "skipped": skipped})
-    part = path.with_suffix(".part")
-    with open(part, "wb") as file:
-        np.savez(file, allow_pickle=False, said=np.array(said), **found)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    part = path.with_suffix(".part")
-    part.write_bytes(content)
-    part.replace(path)
+    with replacing(parts / f"{number:08d}.npz") as part:
+        np.savez(part, allow_pickle=False, said=np.array(said), **found)
 
 
 def _join(parts: Path, out: Path) -> Embedded:
