@@ -125,6 +125,9 @@ def sample_keeps(
     per: DropPer = "batch",
     batch: int | None = None,
     rank: int = 0,
+    video: Any = None,
+    audio: Any = None,
+    video_grid: tuple[int, int, int] | None = None,
 ) -> dict[str, np.ndarray]:
     """Draw DropToken for one step of one device: {"video_keep": ..., "audio_keep": ...}.
 
@@ -133,14 +136,22 @@ def sample_keeps(
         per: "batch" keeps the same patches of all clips, (K,); "clip" draws anew for each clip,
             (batch, K), and needs ``batch``, the number of clips.
         rank: device of a data-parallel run; each draws its own.
+        video, audio, video_grid: the inputs that the draw is for, as the model takes them, where
+            they have another size than the config's. Only their shapes are read.
 
     Returns:
-        int32 indices, sorted, the same for the same seed, step and rank.
+        int32 indices, sorted, the same for the same seed, step, rank and number of patches.
 
     Raises:
         ValueError: an argument out of range, or per="clip" without ``batch``.
     """
     counts = {"video": config.num_video_patches, "audio": config.num_audio_patches}
+    if video is not None:
+        video_grid = video_input(config, video, grid=video_grid).grid
+    if video_grid is not None:
+        counts["video"] = math.prod(video_grid)
+    if audio is not None:
+        counts["audio"] = math.prod(audio_input(config, audio).grid)
     return {
         f"{modality}_keep": sample_keep(
             count,

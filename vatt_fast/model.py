@@ -575,6 +575,9 @@ class VATT(nn.Module):
         rank: int = 0,
         per: DropPer = "batch",
         batch: int | None = None,
+        video: Any = None,
+        audio: Any = None,
+        video_grid: tuple[int, int, int] | None = None,
     ) -> dict[str, Tensor]:
         """DropToken for one step, as ``forward`` takes it: see ``inputs.sample_keeps``.
 
@@ -582,6 +585,7 @@ class VATT(nn.Module):
             {"video_keep": ..., "audio_keep": ...}, int32 indices on the CPU.
         """
         options: dict[str, Any] = dict(seed=seed, step=step, rank=rank, per=per, batch=batch)
+        options |= dict(video=video, audio=audio, video_grid=video_grid)
         keeps = sample_keeps(self.config, drop_rate, **options)
         return {name: torch.from_numpy(keep) for name, keep in keeps.items()}
 

@@ -127,6 +127,27 @@ def test_drop_rate_zero_changes_nothing(model, inputs):
     same(model(**inputs, **model.sample_keep(0.0, seed=0, step=0)), model(**inputs))
 
 
+@pytest.mark.parametrize("as_rows", [False, True])
+def test_drop_token_of_another_size_is_drawn_for_it(model, as_rows):
+    """Half of what the clips at hand have, not of what the config's have."""
+    frames = torch.randint(0, 256, (2, 7, 27, 44, 3), dtype=torch.uint8)
+    clips: dict = {"video": frames, "audio": torch.rand(2, 1300)}
+    if as_rows:
+        clips = {"video": patchify(frames, (4, 8, 8)), "audio": patchify(clips["audio"], (128,))}
+        clips["video_grid"] = (2, 4, 6)
+    keep = model.sample_keep(0.5, seed=0, step=0, **clips)
+    assert {name: len(value) for name, value in keep.items()} == {
+        "video_keep": 24,  # of 2 x 4 x 6
+        "audio_keep": 5,  # of 11
+    }
+    out = model(**clips, **keep, features=True)
+    assert out.video_features.shape[1] == 25 and out.audio_features.shape[1] == 6
+    only_grid = model.sample_keep(0.5, seed=0, step=0, video_grid=(2, 4, 6))
+    assert torch.equal(only_grid["video_keep"], keep["video_keep"])
+    with pytest.raises(ValueError, match="indices"):
+        model(**clips, **model.sample_keep(0.5, seed=0, step=0))
+
+
 def test_other_sizes_odd_clips_and_images(model):
     torch.manual_seed(2)
     odd = torch.randint(0, 256, (2, 7, 27, 50, 3), dtype=torch.uint8)

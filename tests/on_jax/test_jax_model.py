@@ -18,7 +18,7 @@ from vatt_fast.config import TowerConfig, VATTConfig  # noqa: E402
 from vatt_fast.kernels import use_backend  # noqa: E402
 from vatt_fast.kernels.patch_embed import patchify  # noqa: E402
 from vatt_fast.losses import vatt_loss  # noqa: E402
-from vatt_fast.model import VATT  # noqa: E402
+from vatt_fast.model import VATT, VATTOutput  # noqa: E402
 from vatt_fast.on_jax import losses as jax_losses  # noqa: E402
 from vatt_fast.on_jax import model as jax_model  # noqa: E402
 from vatt_fast.on_jax import weights as jax_weights  # noqa: E402
@@ -211,6 +211,30 @@ def test_bf16_is_close_and_leaves_embeddings_fp32(specific):
         np.testing.assert_allclose(
             getattr(out, name).astype(jnp.float32), getattr(expected, name), atol=0.1
         )
+
+
+def test_the_loss_rounds_embeddings_as_autocast_does():
+    """Products of embeddings are of bf16 in both frameworks; fp32 would be 100 times further."""
+    config = config_of("modality_specific", "released")
+    rng = np.random.default_rng(0)
+    shapes = {"z_video_va": (8, 64), "z_audio_va": (8, 64)}
+    z = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+
+    def loss(z, dtype=jnp.bfloat16):
+        output = VATTOutput(**z, video_pooled=jnp.zeros((8, 4), dtype))
+        return jax_losses.vatt_loss(output, config).total
+
+    ours, gradients = jax.value_and_grad(loss)(z)
+    theirs = {name: torch.from_numpy(value).requires_grad_() for name, value in z.items()}
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = vatt_loss(VATTOutput(**theirs), config).total
+    expected.backward()
+    expected = expected.item()
+    apart = abs(float(loss(z, jnp.float32)) - expected)
+    assert abs(float(ours) - expected) < 0.01 * apart
+    for name, value in theirs.items():
+        error = np.linalg.norm(gradients[name] - value.grad.numpy())
+        assert error < 3e-3 * np.linalg.norm(value.grad), name
 
 
 def test_dropout_draws_anew_and_vanishes_without_a_key():

@@ -68,13 +68,16 @@ def litter(out: Path) -> list[str]:
     return [path.name for path in out.rglob("*") if ".part" in path.name or "tmp" in path.name]
 
 
-def python(code: str, *arguments, ends_with: int = 0) -> str:
-    """Run it in a process that can import this module; what it prints."""
+def python(code: str, *arguments, ends_with: int = 0, within: tuple[str, ...] = ()) -> str:
+    """Run it in a process that can import this module; what it prints.
+
+    ``within`` is the command that starts the process.
+    """
     here = Path(__file__).parent
     paths = os.pathsep.join([str(here), str(here.parent / "support")])
     threads = str(torch.get_num_threads())
     done = subprocess.run(
-        [sys.executable, "-c", code, *map(str, arguments)],
+        [*within, sys.executable, "-c", code, *map(str, arguments)],
         env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": threads},
         capture_output=True,
         text=True,
@@ -250,6 +253,38 @@ def test_a_full_disk_is_one_line_and_loses_nothing(folder, whole, tmp_path, whic
     assert read_standing(tmp_path / CHECKPOINT).step == 2 and not litter(tmp_path)
     run(settings(folder, tmp_path))
     same_weights(whole, tmp_path)
+
+
+ON_A_SMALL_DISK = """
+import subprocess, sys
+from pathlib import Path
+from test_nothing_is_lost import CHECKPOINT, litter, read_standing, run, same_weights, settings
+folder, whole, disk = map(Path, sys.argv[1:])
+out = disk / "run"
+def mount(options):
+    subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", disk], check=True)
+sizes = {path.stat().st_ino: path.stat().st_size for path in whole.rglob("*")}  # links count once
+mount(f"size={int(1.3 * sum(sizes.values()))}")  # for one save
+try:
+    run(settings(folder, out))
+except OSError as error:
+    print(error)
+assert read_standing(out / CHECKPOINT).step == 2 and not litter(out)
+mount("remount,size=1g")
+run(settings(folder, out))
+same_weights(whole, out)
+"""
+
+
+def test_a_full_tmpfs_loses_nothing(folder, whole, tmp_path):
+    """A real disk without room for the second save; once it has room, the same run goes on."""
+    apart = ("unshare", "--mount")  # the disk is seen by this process alone, and goes with it
+    trial = [*apart, "mount", "-t", "tmpfs", "tmpfs", str(tmp_path)]
+    if subprocess.run(trial, capture_output=True, check=False).returncode:
+        pytest.skip("this user may not mount a disk")
+    told = python(ON_A_SMALL_DISK, folder, whole, tmp_path, within=apart)
+    assert re.search("could not be written and is as it was: .*No space left on device", told)
+    assert "the checkpoint of step 2 is intact: make room, and the same command" in told
 
 
 def test_a_second_process_is_refused(folder, tmp_path):

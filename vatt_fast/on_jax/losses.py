@@ -55,12 +55,15 @@ def vatt_loss(
 ) -> VATTLoss:
     """``vatt_fast.vatt_loss`` on JAX arrays: the shares of the devices of ``axis`` sum to the loss.
 
-    ``scale`` is ``on_jax.model.scale(params, config)``; None takes the config's temperature.
+    ``scale`` is ``on_jax.model.scale(params, config)``; None takes the config's temperature. The
+    products of embeddings are computed in the towers' dtype, as they are under autocast in torch.
     """
+    pooled = (output.video_pooled, output.audio_pooled, output.text_pooled)
+    dtype = next((one.dtype for one in pooled if one is not None), None)
 
     def pair_loss(x, y, scale, y_valid) -> jax.Array:
-        options: dict[str, Any] = dict(scale=scale, form=config.nce_form, axis=axis)
-        terms = contrastive_terms(x, y, x_valid=video_valid, y_valid=y_valid, **options)
+        devices = _JaxDevices(axis, dtype)
+        terms = terms_over_devices(devices, x, y, scale, config.nce_form, video_valid, y_valid)
         return global_mean(*terms, axis)
 
     return sum_of_pairs(output, config, scale, audio_valid, text_valid, pair_loss)
@@ -69,6 +72,7 @@ def vatt_loss(
 @dataclass(frozen=True)
 class _JaxDevices:
     axis: str | None
+    dtype: Any = None  # of the products; None: the embeddings' own
     xp = jnp
 
     def unit(self, z):
@@ -85,7 +89,8 @@ class _JaxDevices:
         return 0 if self.axis is None else jax.lax.axis_index(self.axis) * clips
 
     def contrastive_lse(self, x, y, **options):
-        return jax_ops.contrastive_lse(x, y, **options)
+        dtype = self.dtype or x.dtype
+        return jax_ops.contrastive_lse(x.astype(dtype), y.astype(dtype), **options)
 
     def own_columns(self, col, clips: int, texts: int):
         col = col.reshape(-1, clips, texts)  # (W, M, P)
