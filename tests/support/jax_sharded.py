@@ -6,7 +6,10 @@ XLA_FLAGS=--xla_force_host_platform_device_count=8 python tests/support/jax_shar
 """
 
 import dataclasses
+import functools
 import json
+import tempfile
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -15,10 +18,13 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from vatt_fast.config import TowerConfig, VATTConfig
 from vatt_fast.data.clips import Batch, DropToken, copy_kept_rows
+from vatt_fast.data.text import PADDING, UNKNOWN, Vocabulary
 from vatt_fast.model import VATT
+from vatt_fast.on_jax import training
 from vatt_fast.on_jax import weights as jax_weights
 from vatt_fast.on_jax.training import (
     AXIS,
+    JaxTrainer,
     StepOptions,
     host_batch,
     initial_state,
@@ -27,7 +33,8 @@ from vatt_fast.on_jax.training import (
     place,
     state_specs,
 )
-from vatt_fast.training.settings import BETAS
+from vatt_fast.training.checkpoint import Standing
+from vatt_fast.training.settings import BETAS, PretrainConfig
 
 TOWER = TowerConfig(depth=3, dim=16, mlp_dim=32, num_heads=2, head_dim=8)
 ONE_BLOCK = dataclasses.replace(TOWER, depth=1)
@@ -115,6 +122,38 @@ def run(devices: int, drop_per: str, **changes) -> dict[str, np.ndarray]:
     return found | {"loss/after": np.asarray(loss.total), "split": np.array(split)}
 
 
+def whole_on_a_device(restored: bool) -> list[str]:
+    """Split arrays of a trainer's state that some device held whole while the state was made."""
+    found, original = [], training.place
+
+    def watched(mesh, specs, tree):
+        placed = original(mesh, specs, tree)
+        shapes: dict[bool, set] = {True: set(), False: set()}
+        for x in jax.tree.leaves(placed):
+            shapes[x.sharding.is_fully_replicated].add(x.shape)
+        split = shapes[False] - shapes[True]  # a shape tells which arrays are meant
+        assert len(split) > 5
+        whole = [x for x in jax.live_arrays() if x.sharding.is_fully_replicated]
+        found.extend(str(x.shape) for x in whole if x.shape in split)
+        return placed
+
+    training.place = watched
+    training.StepOptions = functools.partial(StepOptions, smallest_shard=1)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            run = PretrainConfig(
+                data=folder, out=folder, framework="jax", batch_size=CLIPS, shard_weights=True
+            )
+            trainer = JaxTrainer(run, CONFIG, Vocabulary([PADDING, UNKNOWN]))
+            if restored:
+                trainer.save(Path(folder) / "state", trainer.model(), Standing(3, {}))
+                trainer.restore(Path(folder) / "state", 3)
+                assert int(trainer.state.optimizer.count) == 3
+    finally:
+        training.place, training.StepOptions = original, StepOptions
+    return found
+
+
 def errors(found: dict, expected: dict) -> dict[str, float]:
     """Greatest difference by kind, relative to the tensor's largest value.
 
@@ -136,6 +175,8 @@ def errors(found: dict, expected: dict) -> dict[str, float]:
 
 if __name__ == "__main__":
     results = {
+        # first: later ones leave arrays behind
+        "whole": whole_on_a_device(restored=False) + whole_on_a_device(restored=True),
         "everywhere": errors(run(8, "batch"), run(1, "batch")),
         "shards": errors(run(8, "clip", shard_weights=True, recompute=True), run(1, "clip")),
     }

@@ -108,10 +108,13 @@ def state_specs(state: TrainState, devices: int, options: StepOptions) -> TrainS
 
 
 def place(mesh: Mesh, specs, tree):
-    """The tree's arrays on the mesh's devices."""
+    """The tree's arrays on the mesh's devices. Of NumPy's, a device gets its own shard only."""
 
     def put(spec, x):
-        return jax.device_put(x, NamedSharding(mesh, spec))
+        sharding = NamedSharding(mesh, spec)
+        if not isinstance(x, np.ndarray):
+            return jax.device_put(x, sharding)
+        return jax.make_array_from_callback(x.shape, sharding, lambda index: np.array(x[index]))
 
     return jax.tree.map(put, specs, tree, is_leaf=lambda x: isinstance(x, PartitionSpec))
 
@@ -355,29 +358,35 @@ class JaxTrainer:
             run.shard_weights,
             run.recompute,
         )
-        model = initial_model(config, vocabulary, run.seed, weights)
-        state = initial_state(*jax_weights.from_torch(model), config)
-        self.specs = state_specs(state, self.mesh.size, self.options)
-        self.state = place(self.mesh, self.specs, state)
-        self._step = make_step(config, self.mesh, state, self.options, run.drop_per)
+        shapes = state_shapes(config)
+        self.specs = state_specs(shapes, self.mesh.size, self.options)
+        self.state = self._placed(initial_model(config, vocabulary, run.seed, weights))
+        self._step = make_step(config, self.mesh, shapes, self.options, run.drop_per)
 
     def restore(self, path: Path, step: int) -> None:
         weights, moments = read_state(path)
         with torch.device("meta"):
             model = VATT(self.config)
         load_weights(model.to_empty(device="cpu"), weights, source=str(path))
-        params, statistics = jax_weights.from_torch(model)
+        del self.state  # or there would be two for a while
+        self.state = self._placed(model, step, moments)
 
+    def _placed(
+        self, model: VATT, step: int = 0, moments: Mapping[str, Mapping[str, Any]] | None = None
+    ) -> TrainState:
+        """A model and Adam's moments on the devices, straight from the host, each in its shards."""
         # torch has no moments of what got no gradient
         none = {n: torch.zeros_like(p) for n, p in model.named_parameters() if p.requires_grad}
 
-        def ours(key: str) -> Arrays:
-            arrays = jax_weights.rearrange(none | moments[key], self.config)
-            return {name: jnp.array(value.numpy()) for name, value in arrays.items()}
+        def ours(key: str) -> dict[str, np.ndarray]:
+            tensors = none | dict(moments[key]) if moments else none
+            arrays = jax_weights.rearrange(tensors, self.config)
+            return {name: value.numpy(force=True) for name, value in arrays.items()}
 
-        count = jnp.asarray(step, jnp.int32)
+        count: Any = np.asarray(step, np.int32)
         adam = optax.ScaleByAdamState(count, ours("exp_avg"), ours("exp_avg_sq"))
-        self.state = place(self.mesh, self.specs, TrainState(params, statistics, adam))
+        state = TrainState(*jax_weights.on_host(model), adam)
+        return place(self.mesh, self.specs, state)
 
     def step(self, batch: Batch, step: int, rate: float) -> Update:
         shared = NamedSharding(self.mesh, PartitionSpec(AXIS))

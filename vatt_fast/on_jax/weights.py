@@ -60,9 +60,15 @@ def save(
 
 
 def from_torch(model: VATT) -> tuple[Arrays, Arrays]:
-    """The params and statistics of a torch model, copied."""
+    """The params and statistics of a torch model, copied to JAX's default device."""
+    params, statistics = jax.tree.map(jnp.array, on_host(model))
+    return params, statistics
+
+
+def on_host(model: VATT) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """The params and statistics of a torch model in NumPy arrays, which may share its memory."""
     arrays = {
-        name: jnp.array(value.numpy(force=True))
+        name: value.numpy(force=True)
         for name, value in rearrange(model.state_dict(), model.config).items()
     }
     return _without_statistics(arrays)
