@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from vatt_fast import contrastive_terms
+from vatt_fast.collectives import process_group
 from vatt_fast.losses import global_mean
 
 WORLD, CLIPS, DIM = 2, 6, 32  # processes, clips of each, width of an embedding
@@ -42,14 +43,13 @@ def gradients(model: nn.Module, rows: slice) -> list[Tensor]:
 
 
 def process(rank: int, folder: str) -> None:
-    rendezvous = f"file://{folder}/rendezvous"
-    torch.distributed.init_process_group("gloo", rendezvous, rank=rank, world_size=WORLD)
+    where = dict(init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD)
     mine = slice(rank * CLIPS, (rank + 1) * CLIPS)
-    # no variable holds the DDP module: one that outlives the process group may hang at the exit
-    found = gradients(DistributedDataParallel(TwoTowers()), mine)
-    if rank == 0:
-        torch.save(found, Path(folder) / "gradients.pt")
-    torch.distributed.destroy_process_group()
+    with process_group("gloo", **where):
+        # no variable holds the DDP module: one that outlives the process group may hang at the exit
+        found = gradients(DistributedDataParallel(TwoTowers()), mine)
+        if rank == 0:
+            torch.save(found, Path(folder) / "gradients.pt")
 
 
 if __name__ == "__main__":

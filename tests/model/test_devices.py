@@ -4,10 +4,15 @@ Invalid clips included.
 """
 
 import dataclasses
+import weakref
 
 import torch
+import torch.distributed as dist
 import torch.multiprocessing as mp
+from processes import gloo_threads, in_processes
+from torch.nn.parallel import DistributedDataParallel
 
+from vatt_fast.collectives import process_group
 from vatt_fast.config import PRESETS
 from vatt_fast.losses import vatt_loss
 from vatt_fast.model import VATT
@@ -23,6 +28,7 @@ CONFIG = dataclasses.replace(
     learn_temperature=True,
 )
 WORLD, CLIPS = 2, 3  # a device
+FORMS = ("paper", "released", "symmetric")
 
 
 def batch():
@@ -53,32 +59,22 @@ def step(rows: slice, form: str):
     return loss.total.detach().double(), gradients, dict(model.named_buffers())
 
 
-def _process(rank: int, rendezvous: str, results) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=WORLD
-    )
-    for form in ("paper", "released", "symmetric"):
-        total, gradients, buffers = step(slice(rank * CLIPS, (rank + 1) * CLIPS), form)
-        plain = {name: value.numpy() for name, value in (gradients | buffers).items()}
-        results[form, rank] = (total.item(), plain)
-    torch.distributed.destroy_process_group()
+def shares_of(rank: int, world: int):
+    mine = slice(rank * CLIPS, (rank + 1) * CLIPS)
+    return {form: step(mine, form) for form in FORMS}
 
 
-def test_two_devices_equal_one(tmp_path):
-    with mp.get_context("spawn").Manager() as manager:
-        results = manager.dict()
-        mp.spawn(_process, (str(tmp_path / "rendezvous"), results), nprocs=WORLD)
-        parts = dict(results)
-    for form in ("paper", "released", "symmetric"):
+def test_two_devices_equal_one():
+    parts = in_processes(WORLD, shares_of)
+    for form in FORMS:
         total, gradients, buffers = step(slice(None), form)
-        shares = [parts[form, rank] for rank in range(WORLD)]
+        shares = [part[form] for part in parts]
         torch.testing.assert_close(
-            torch.tensor([s[0] for s in shares]).double().mean(), total, rtol=1e-5, atol=1e-6
+            torch.stack([s[0] for s in shares]).mean(), total, rtol=1e-5, atol=1e-6
         )
         largest = max(g.abs().max() for g in gradients.values())
         for name, value in gradients.items():
-            mean = torch.stack([torch.as_tensor(s[1][name]) for s in shares]).mean(
+            mean = torch.stack([s[1][name] for s in shares]).mean(
                 0
             )  # what DistributedDataParallel hands the optimizer
             error = (mean - value).abs().max()
@@ -87,6 +83,29 @@ def test_two_devices_equal_one(tmp_path):
             )
         for name, value in buffers.items():
             for share in shares:
-                torch.testing.assert_close(
-                    torch.as_tensor(share[1][name]), value, rtol=1e-4, atol=1e-5
-                )
+                torch.testing.assert_close(share[2][name], value, rtol=1e-4, atol=1e-5)
+
+
+def train_a_step(rank: int, world: int):
+    """What a user's loop does; the group, weakly, and the threads it has."""
+    model = DistributedDataParallel(VATT(CONFIG).train())
+    optimizer = torch.optim.Adam(model.parameters())
+    inputs, valid = batch()
+    loss = vatt_loss(model(**inputs, **valid), CONFIG, scale=model.module.scale(), **valid)
+    loss.total.backward()
+    optimizer.step()
+    return weakref.ref(dist.group.WORLD), gloo_threads()
+
+
+def run_and_leave(rank: int, folder: str):
+    where = dict(init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD)
+    with process_group("gloo", **where):
+        group, threads = train_a_step(rank, WORLD)
+        dist.barrier()
+    assert threads, "this torch names gloo's threads otherwise: the next line would see none"
+    assert not gloo_threads() and group() is None
+
+
+def test_nothing_holds_a_process_group_that_is_destroyed(tmp_path):
+    """Its threads would run into the interpreter's end, and abort the process now and then."""
+    mp.spawn(run_and_leave, (str(tmp_path),), nprocs=WORLD)

@@ -8,7 +8,6 @@ import re
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from oracle import (
     CONFIGS,
     EMBEDDINGS,
@@ -27,6 +26,7 @@ from oracle import (
     recording,
     specific_config,
 )
+from processes import in_processes
 
 from vatt_fast import collectives
 from vatt_fast.inputs import video_input
@@ -218,32 +218,14 @@ def test_losses_on_one_device():
     check_losses(1, [[device_loss(0, 1, form, masked)] for _, form, masked in loss_cases()])
 
 
-def _device_process(rank: int, world: int, rendezvous: str, results: list) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world
-    )
+def device_losses(rank: int, world: int) -> list[dict[str, torch.Tensor]]:
     assert collectives.world_size() == world
-    for i, (_, form, masked) in enumerate(loss_cases()):
-        results[i * world + rank] = {
-            name: value.numpy() for name, value in device_loss(rank, world, form, masked).items()
-        }
-    torch.distributed.destroy_process_group()
+    return [device_loss(rank, world, form, masked) for _, form, masked in loss_cases()]
 
 
-def test_losses_on_two_devices(tmp_path):
+def test_losses_on_two_devices():
     world = int(array("loss/B_L_R_tau")[2])
-    with mp.get_context("spawn").Manager() as manager:
-        results = manager.list([None] * (world * 4))
-        mp.spawn(_device_process, (world, str(tmp_path / "rendezvous"), results), nprocs=world)
-        parts = [
-            {
-                name: torch.from_numpy(value) if value.ndim else torch.tensor(value)
-                for name, value in p.items()
-            }
-            for p in results
-        ]
-    check_losses(world, [parts[i * world : (i + 1) * world] for i in range(4)])
+    check_losses(world, list(zip(*in_processes(world, device_losses), strict=True)))
 
 
 # -- end to end ------------------------------------------------------------------------------------

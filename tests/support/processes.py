@@ -1,0 +1,40 @@
+"""Several processes joined by gloo, as many devices are."""
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from vatt_fast.collectives import process_group
+
+
+def in_processes(world: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """What ``function(rank, world, *arguments)`` returns in each of ``world`` processes, by rank.
+
+    Results are what ``torch.save`` takes. A process group that outlives ``destroy_process_group``
+    fails the call: its threads may abort the interpreter at its end.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(_process, (world, folder, function, arguments), nprocs=world)
+        return [
+            torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(world)
+        ]
+
+
+def _process(rank: int, world: int, folder: str, function: Callable, arguments: tuple) -> None:
+    torch.set_num_threads(1)
+    where = dict(init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
+    with process_group("gloo", **where):
+        torch.save(function(rank, world, *arguments), Path(folder) / f"{rank}.pt")
+        dist.barrier()
+    assert not gloo_threads()
+
+
+def gloo_threads() -> list[str]:
+    """Names of this process's threads that belong to a gloo process group (Linux)."""
+    names = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+    return [name for name in names if "gloo" in name]
