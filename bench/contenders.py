@@ -46,16 +46,11 @@ def of_op(
     exact = calls.truth(op, inputs, DTYPES[dtype])
     plain = parity.errors(calls.values(calls.on_backend(op, "plain"), op, inputs), exact)
     sets = calls.input_sets(case, DTYPES[dtype], setting.device)
-    backend = functools.partial(_backend, setting, op)
     names = setting.backends or (AUTO, *backends.BACKENDS[op])
-    ours = [Peer(op, name, functools.partial(backend, name)) for name in names]
-    theirs = [
-        each
-        for each in peers(op, setting.peer_names)
-        if setting.compiled_peers or not each.compiled or setting.peer_names
-    ]
+    ours = {name: Peer(functools.partial(_backend, setting, op, name)) for name in names}
+    theirs = peers(op, setting.peer_names)
     found: list[Contender] = []
-    for each in (*ours, *theirs):
+    for name, each in (ours | theirs).items():
         errors: dict[str, float] = {}
         no_backward: str | None = None
         try:
@@ -65,17 +60,16 @@ def of_op(
         except Exception as error:
             function = first_line(error)
         if isinstance(function, str):
-            absent[each.name] = function
-        elif each in ours and (reason := calls.red(errors, plain, DTYPES[dtype])):
-            absent[each.name] = reason
-            setting.set_verdict(op, each.name, reason)
-            print(f"RED: {op} {each.name} on {case.name} {dtype}: {reason}; it is not timed")
-        elif each in theirs and not max(errors.values(), default=0) < 1:
-            absent[each.name] = f"it computes something else: errors {errors}"
+            absent[name] = function
+        elif name in ours and (reason := calls.red(errors, plain, DTYPES[dtype])):
+            absent[name] = reason
+            setting.set_verdict(op, name, reason)
+            print(f"RED: {op} {name} on {case.name} {dtype}: {reason}; it is not timed")
+        elif name in theirs and not max(errors.values(), default=0) < 1:
+            absent[name] = f"it computes something else: errors {errors}"
         else:
             build = functools.partial(_build, function, op, sets, no_backward)
-            made = Contender(each.name, each in ours, build, each.alike, each.package, errors)
-            found.append(made)
+            found.append(Contender(name, name in ours, build, each.alike, each.package, errors))
     return found
 
 

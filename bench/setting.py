@@ -31,7 +31,6 @@ class Setting:
     warmup: int = 3
     backends: tuple[str, ...] | None = None  # None: all of the op
     peer_names: tuple[str, ...] | None = None  # None: all of the op
-    compiled_peers: bool = True
     quick: bool = False  # sizes of the ceilings that only exercise the code
     deadline: float | None = None  # of time.monotonic
     seconds: float | None = None  # instead: of the rounds of each race; at least two are run

@@ -215,7 +215,7 @@ def measure_sizes(
     """
     last: dict[tuple[str, str], tuple[int, Line]] = {}  # by contender and mode
     missing: list[Missing] = []
-    rivals = [peer for peer in peers(op) if setting.compiled_peers or not peer.compiled]
+    rivals = [*peers(op)]
     for size in sorted(sizes):
         case = SIZES[op][size]
         if resume and out and is_measured(setting, out, op, case, dtype, modes):
@@ -230,11 +230,11 @@ def measure_sizes(
             limit = _COMPILED_UP_TO.get(op, size)
             if size > limit:
                 reason = f"torch.compile takes too long beyond {limit}"
-                left_out |= {peer.name: reason for peer in rivals if peer.compiled}
+                left_out |= {name: reason for name in rivals if name.endswith("_compiled")}
             missing += [(f"{op} {case.name}", who, why) for who, why in left_out.items()]
             if AUTO in left_out:
                 continue
-            names = tuple(peer.name for peer in rivals if peer.name not in left_out)
+            names = tuple(name for name in rivals if name not in left_out)
             here = dataclasses.replace(setting, backends=(AUTO,), peer_names=names)
             found, others = measure_cases(here, [(op, case)], dtype, modes, out)
             missing += others

@@ -44,8 +44,7 @@ def run(out, *options):
 
 
 def test_a_size_is_measured_once_and_the_slow_leave(monkeypatch, tmp_path, capsys):
-    peers = {peer.name: peer for peer in sweeps.peers("attention")}
-    monkeypatch.setattr(sweeps, "peers", lambda op: [peers["eager"], peers["sdpa_math"]])
+    monkeypatch.setattr(sweeps, "peers", lambda op: ("eager", "sdpa_math"))
     attention_at(monkeypatch, 5)
     first = run(tmp_path / "first.jsonl")
     assert {line.backend for line in first} == {"auto", "eager", "sdpa_math"}
