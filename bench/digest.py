@@ -16,6 +16,7 @@ import itertools
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from vatt_fast.kernels import backends
 
@@ -135,7 +136,7 @@ def _statements(source: str) -> list[ast.stmt]:
 @functools.cache
 def _peer_units(op: str, name: str) -> set[str]:
     """A peer's row in PEERS, and what that names, and what those name; none of a step's plain."""
-    defined: dict[str, ast.AST] = {}
+    defined: dict[str, Any] = {}
     for node in _statements((ROOT / "bench" / "peers.py").read_text()):
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             defined[node.name] = node
@@ -153,7 +154,7 @@ def _peer_units(op: str, name: str) -> set[str]:
     return found
 
 
-def _values(table: ast.Dict, key: str) -> list[ast.expr]:
+def _values(table: Any, key: str) -> list[Any]:
     """What a dictionary of literals holds under a key."""
     pairs = zip(table.keys, table.values, strict=True)
     return [value for each, value in pairs if each.value == key]

@@ -116,7 +116,6 @@ def race(
 
 def _first_call(task: Task, each: Contender, device: torch.device) -> _Ready | str:
     """Build a contender and run it once: here code is compiled, and Adam's state made."""
-    before = _allocated(device)
     built = each.build(task.mode)
     if isinstance(built, str):
         return built
@@ -132,14 +131,13 @@ def _first_call(task: Task, each: Contender, device: torch.device) -> _Ready | s
         if not torch.isfinite(results[0]).all():
             raise FloatingPointError("the result is not finite")
         # the losses of training steps differ: the weights move
-        output = results[0] if task.mode == "fwd" and each.alike else None
+        output = results[0] if task.mode == "fwd" else None
     results.clear()
     peak = None
     if task.mode != "bwd":  # what the forward kept would be missing
         peak = peak_bytes(built[0], device)
     if peak is not None and task.op == "step":
-        # on a GPU everything that is its own: another model lies beside ours
-        peak += _allocated(device) - (0 if each.alike else before)
+        peak += _allocated(device)
     return _Ready(each, built, peak, resident, output)
 
 
@@ -201,7 +199,7 @@ def _line(
     each = ready.contender
     timing = told[each.name]
     compute = task.work.bound(ceilings) == "compute"
-    speed = None  # another model does other work
+    speed = None  # another loss does other work
     if each.alike:
         speed = (task.work.flops / 1e9 if compute else task.work.bytes / 1e6) / timing.p50
     error, error_of = calls.worst(each.errors, task.mode) if each.errors else (None, None)
