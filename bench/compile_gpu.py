@@ -280,8 +280,7 @@ def compile_case(
     every = launches(op, inputs, DTYPES[dtype], d_lse=variant(op, case).d_lse)
     calls = [(mode, call) for mode, call in every if mode in modes]
     if peers and peer_kernels.can_run(op, inputs):
-        forwards = peer_kernels.FORWARD[op]
-        calls += [("peer", functools.partial(forward, **inputs)) for forward in forwards]
+        calls.append(("peer", functools.partial(peer_kernels.FORWARD[op], **inputs)))
     for mode, call in calls:
         with compiling_for(target) as compiled:
             call()
