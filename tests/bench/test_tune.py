@@ -71,9 +71,11 @@ def test_tuning_keeps_the_fastest_tiles_that_are_right(monkeypatch):
         "fake_one": blocks[2:],
     }
     table, skipped = {}, Counter()
-    options = dict(candidates_of=candidates, clock=clock, rounds=2, function=function)
+    options = dict(
+        skipped=skipped, candidates_of=candidates, clock=clock, rounds=2, function=function
+    )
     case = AttentionCase("fake", 2, 5, 5, 2, 8)
-    tune.tune_case("attention", case, torch.float32, CPU, table=table, skipped=skipped, **options)
+    tune.tune_case("attention", case, torch.float32, CPU, table=table, **options)
     best = {"BLOCK": 128, "num_warps": 4}
     key = "fp32 queries=5"
     assert table == {
@@ -86,9 +88,8 @@ def test_tuning_keeps_the_fastest_tiles_that_are_right(monkeypatch):
     assert tiles.choose.__module__ == tiles.__name__  # no longer overheard
 
     seen.clear()
-    tune.tune_case(
-        "attention", case, torch.float32, CPU, table=table, **options
-    )  # every key is there: nothing is timed
+    # every key is there: nothing is timed
+    tune.tune_case("attention", case, torch.float32, CPU, table=table, **options)
     assert ("fake_forward", tuple(best.items())) not in seen
 
 
@@ -99,6 +100,7 @@ def test_the_heuristic_stays_unless_something_is_faster(monkeypatch):
     table = {}
     case = AttentionCase("fake", 2, 5, 5, 2, 8)
     options = dict(candidates_of=candidates, clock=clock, rounds=1, function=function)
+    options |= dict(skipped=Counter())
     tune.tune_case("attention", case, torch.float32, CPU, table=table, **options)
     assert table == {"fake_forward": {"fp32 queries=5": {"BLOCK": 64, "num_warps": 4}}}
 
