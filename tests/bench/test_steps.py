@@ -15,6 +15,7 @@ from bench.setting import Setting
 from bench.sweeps import Cell
 from bench.timer import peak_bytes
 from vatt_fast.config import PRESETS, TowerConfig, VATTConfig
+from vatt_fast.kernels.cases import CASES
 from vatt_fast.model import VATT
 
 CPU = torch.device("cpu")
@@ -144,20 +145,14 @@ def test_a_cell_is_measured_once(small_video, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("verdict", "reason"),
+    ("verdict", "ops", "reason"),
     [
-        (
-            lambda op: "its parity checks ran out of time",
-            "no parity check of attention, drop_token",
-        ),
-        (
-            lambda op: "parity is red: 1 failed" if op == "contrastive_lse" else None,
-            "parity is red: contrastive_lse",
-        ),
+        ("its parity checks ran out of time", [*CASES], "no parity check of attention, drop_token"),
+        ("parity is red: 1 failed", ["contrastive_lse"], "parity is red: contrastive_lse"),
     ],
 )
-def test_nothing_is_timed_unless_parity_is_green(verdict, reason, monkeypatch, tmp_path):
-    monkeypatch.setattr(setting, "verdict_of", lambda op, *others: verdict(op))
+def test_nothing_is_timed_unless_parity_is_green(verdict, ops, reason, monkeypatch, tmp_path):
+    monkeypatch.setattr(setting, "verdict_of", lambda op, *_: verdict if op in ops else None)
     out = tmp_path / "lines.jsonl"
     with pytest.raises(SystemExit, match=reason):
         run("steps --device cpu --configuration tiny", "--out", out)
