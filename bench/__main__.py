@@ -47,64 +47,45 @@ _STAGES = (
 _COMPILED_AT = [0.5]  # drop rates with compiled steps on a CPU
 
 
-class _Commands:
-    """Subcommands and the options they share."""
+def _parser() -> argparse.ArgumentParser:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("python -m bench", description=__doc__, formatter_class=raw)
+    commands = parser.add_subparsers(dest="command", metavar="what")
+    ops, both = list(OPS), ["fwd", "fwd+bwd"]
 
-    def __init__(self) -> None:
-        self.parser = argparse.ArgumentParser(
-            prog="python -m bench",
-            description=__doc__,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        self.commands = self.parser.add_subparsers(dest="command", metavar="what")
-
-    def add(self, run: Any, help: str) -> Any:
-        made = self.commands.add_parser(run.__name__.strip("_"), help=help, description=help)
+    def add(run: Any, help: str) -> Any:
+        made = commands.add_parser(run.__name__.strip("_"), help=help, description=help)
         made.set_defaults(run=run, parser=made)
         return made.add_argument
 
-    def add_measured(self, run: Any, help: str, *, seconds: float | None, modes: list[str]) -> Any:
-        """With the options of every command that measures."""
-        option = self.add(run, help)
+    def add_measured(run: Any, help: str, seconds: float | None, modes: Sequence[str]) -> Any:
+        option = add(run, help)
         here = "cuda" if torch.cuda.is_available() else "cpu"
         option("--device", default=here, choices=["cpu", "cuda"])
         option("--dtype", choices=[*DTYPES], help="bf16 where the hardware multiplies it, or fp32")
-        option("--mode", nargs="+", default=["fwd", "fwd+bwd"], choices=modes)
+        option("--mode", nargs="+", default=both, choices=modes)
         option("--seconds", type=float, default=seconds, help="of a race; two rounds at least run")
         option("--resume", action="store_true", help="leave out what the results hold")
         option("--out", help="append lines to this file; the machine's own unless given, '': none")
         return option
 
-
-def _parser() -> argparse.ArgumentParser:
-    made = _Commands()
-    ops, both = list(OPS), ["fwd", "fwd+bwd"]
-
-    option = made.add_measured(
-        _ops, "time ops against peers", seconds=None, modes=list(floors.MODES)
-    )
+    option = add_measured(_ops, "time ops against peers", None, floors.MODES)
     option("--op", nargs="+", choices=ops, default=ops)
     option("--case", nargs="+", help="names, primary, parity or cpu; by default what fits")
     option("--backends", nargs="+", help="ours, auto among them; all of the op unless given")
     option("--peers", nargs="*", help="all of the op unless given; give none for ours alone")
 
-    option = made.add_measured(_steps, "time whole steps, by drop rate", seconds=60, modes=both)
-    option(
-        "--configuration",
-        nargs="+",
-        choices=steps.CONFIGURATIONS,
-        metavar="NAME",
-        default=list(steps.OF_THE_PAPER),
-        help=", ".join(steps.CONFIGURATIONS),
-    )
+    option = add_measured(_steps, "time whole steps, by drop rate", 60, both)
+    told = dict(choices=steps.CONFIGURATIONS, metavar="NAME", help=", ".join(steps.CONFIGURATIONS))
+    option("--configuration", nargs="+", default=list(steps.OF_THE_PAPER), **told)
     option("--drop-rate", type=float, nargs="+", default=list(sweeps.DROP_RATES))
     option("--batch", type=int, help="clips; 1 on a CPU and 16 on a GPU, of tiny 32, unless given")
     option("--compile", nargs="*", default=["default"], help="its modes; on a CPU at rate 0.5")
 
-    option = made.add_measured(_scaling, "time ops by size", seconds=30, modes=both)
+    option = add_measured(_scaling, "time ops by size", 30, both)
     option("--op", nargs="+", choices=sweeps.SIZES, default=list(sweeps.SIZES))
 
-    option = made.add(_accuracy, "pre-train the demo's world by drop rate; 90 minutes on 2 cores")
+    option = add(_accuracy, "pre-train the demo's world by drop rate; 90 minutes on 2 cores")
     option("--drop-rate", type=float, nargs="+", default=list(sweeps.DROP_RATES))
     option("--seed", type=int, nargs="+", default=list(sweeps.SEEDS))
     option("--steps", type=int, default=1000)
@@ -112,42 +93,41 @@ def _parser() -> argparse.ArgumentParser:
     option("--folder", type=Path, default=Path("runs/accuracy"), help="of runs; several GB")
     option("--out", type=Path, default=sweeps.ACCURACY, help="append the runs to this file")
 
-    option = made.add(_floors, "print what every case costs at least")
+    option = add(_floors, "print what every case costs at least")
     option("--op", nargs="+", choices=ops, default=ops)
     option("--dtype", choices=[*DTYPES], default="bf16")
 
-    option = made.add(_tune, "tune the Triton kernels' tiles on this GPU")
+    option = add(_tune, "tune the Triton kernels' tiles on this GPU")
     option("--op", nargs="+", choices=ops, default=ops)
     option("--case", nargs="+", default=["primary"])
     option("--dtype", default="bf16", choices=[*DTYPES])
     option("--out", type=Path, help="keys in it stay; kernels/tiles/<arch>.json unless given")
 
-    option = made.add(_compile, "compile kernels for devices that are not here")
-    targets = [*GPUS, *TPUS]
-    option("--target", nargs="+", choices=targets, default=list(GPUS))
+    option = add(_compile, "compile kernels for devices that are not here")
+    option("--target", nargs="+", choices=[*GPUS, *TPUS], default=list(GPUS))
     option("--op", nargs="+", choices=ops, default=ops)
     option("--dtype", nargs="+", choices=[*DTYPES])
     option("--case", nargs="+", help="names, primary, GPU: variants; all of these unless given")
     option("--alone", action="store_true", help="TPU: attention without its projections")
     option("--schedule", action="store_true", help="TPU: bundles, cycles and spills by kernel")
-    peers = ["flash", "splash", "xla", "triton"]
-    option("--peers", nargs="+", default=[], choices=peers, help="too; GPU: triton, TPU: others")
+    named = ["flash", "splash", "xla", "triton"]
+    option("--peers", nargs="+", default=[], choices=named, help="too; GPU: triton, TPU: others")
     option("--out", type=Path, help="append the rows to this file, as JSON lines")
     option("--read", type=Path, help="only print the table of the rows in this file")
 
-    option = made.add(_gpu, "what a quarter of an hour on a GPU is for")
+    option = add(_gpu, "what a quarter of an hour on a GPU is for")
     option("--out", type=Path, required=True, help="folder; continued where it exists")
     option("--item", nargs="+", default=list(gpu.ITEMS), choices=gpu.ITEMS)
     option("--minutes", type=float, default=gpu.MINUTES, help="of all items")
     option("--dry-run", action="store_true", help="on the CPU, smallest cases, one round")
 
-    option = made.add(_report, "figures, and the marked tables of the docs")
+    option = add(_report, "figures, and the marked tables of the docs")
     option("--results", type=Path, default=lines.RESULTS, help="folder of result lines")
     option("--out", type=Path, default=ROOT / "bench" / "figures", help="folder of the figures")
     pages = [ROOT / "README.md", ROOT / "docs" / "benchmarks.md"]
     option("--pages", type=Path, nargs="*", default=pages, help="their marked tables are made anew")
     option("--check", action="store_true", help="write nothing; 1 where a table would change")
-    return made.parser
+    return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -248,14 +228,12 @@ def _scaling(given: argparse.Namespace) -> int:
     out = _out(given, setting)
     status = 0
     for op in given.op:
-        sizes = sweeps.SIZES[op]
-        done = (is_measured(setting, out, op, c, dtype, given.mode) for c in sizes.values())
-        if given.resume and all(done):
+        cases = sweeps.SIZES[op].values()
+        if given.resume and all(is_measured(setting, out, op, c, dtype, given.mode) for c in cases):
             continue
         gate(setting, [op], dtype, chosen_only=True)
         status |= setting.refusal([op]) is not None
-        options = dict(longest=30.0, resume=given.resume)
-        _tell(sweeps.measure_sizes(setting, op, [*sizes], dtype, given.mode, out, **options))
+        _tell(sweeps.measure_sizes(setting, op, dtype, given.mode, out, resume=given.resume))
     return int(status)
 
 

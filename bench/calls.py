@@ -34,27 +34,17 @@ _MAX_SETS = 8
 # what a CPU is judged by: the presets' own sizes, at batches that take a fraction of a second
 FOR_CPU: dict[str, tuple[str, ...]] = {
     "attention": (
-        "video_bbs_drop50_b1",
-        "video_bbs_drop0_b1",
-        "audio_bbs_drop50_b1",
-        "video_mbs_drop50_b2",
-        "text_bbs",
-        "video_tiny_drop50",
+        *("video_bbs_drop50_b1", "video_bbs_drop0_b1", "audio_bbs_drop50_b1"),
+        *("video_mbs_drop50_b2", "text_bbs", "video_tiny_drop50"),
     ),
     "drop_token": ("video_mbs_drop50", "video_mbs_drop50_per_clip"),
     "contrastive_lse": (
-        "va_bbs_one_device",
-        "vt_bbs_one_device",
-        "va_bbs_one_device_b8192",
-        "vt_bbs",
+        *("va_bbs_one_device", "vt_bbs_one_device", "va_bbs_one_device_b8192", "vt_bbs"),
     ),
     # rows: kept rows, as the loader of a training run writes them; clip: read in place
     "patch_embed": (
-        "video_mbs_drop50_b2_rows",
-        "video_mbs_drop0_b2_clip",
-        "video_mbs_drop50_b2_clip",
-        "audio_bbs_drop50_rows",
-        "video_tiny_drop50_rows",
+        *("video_mbs_drop50_b2_rows", "video_mbs_drop0_b2_clip", "video_mbs_drop50_b2_clip"),
+        *("audio_bbs_drop50_rows", "video_tiny_drop50_rows"),
     ),
 }
 
@@ -169,12 +159,12 @@ def _seeds(outputs: tuple[Tensor, ...]) -> list[Tensor]:
 
 def call(function: Function, op: str, inputs: dict[str, Any], mode: Mode) -> Call:
     """One timed call. bwd runs on a graph made once, whose saved tensors stay."""
+
+    def forward():
+        with torch.no_grad():
+            return function(**inputs)
+
     if mode == "fwd":
-
-        def forward():
-            with torch.no_grad():
-                return function(**inputs)
-
         return forward
     inputs, leaves = _with_leaves(op, inputs)
     tensors = list(leaves.values())
@@ -182,8 +172,7 @@ def call(function: Function, op: str, inputs: dict[str, Any], mode: Mode) -> Cal
         outputs = function(**inputs)
         seeds = _seeds(outputs)
         return lambda: torch.autograd.grad(outputs, tensors, seeds, retain_graph=True)
-    with torch.no_grad():
-        seeds = _seeds(function(**inputs))
+    seeds = _seeds(forward())
     return lambda: torch.autograd.grad(function(**inputs), tensors, seeds)
 
 

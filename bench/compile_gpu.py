@@ -112,17 +112,17 @@ class Variant(NamedTuple):
 _MASKS = dict(x_invalid=(3,), y_invalid=(0, 7))
 _CLIP = dict(clip=(32, 224, 224, 3), patch=(4, 16, 16))
 _FP32, _FP16 = dict(fp32_parameters=True), dict(dtypes=("fp16",))
-# op, primary case, what is added, as fields of the case or of ``Variant``
+# op, primary case, name and what is added, as fields of the case or of ``Variant``
 _ADDED: tuple[tuple[str, str, str, dict[str, Any]], ...] = (
     ("attention", "video_mbs_drop50", "bias", dict(bias=True)),
     ("attention", "video_mbs_drop50", "mask", dict(num_keys=(785, 300))),
     ("attention", "video_mbs_drop50", "bias_mask", dict(bias=True, num_keys=(785, 300))),
     ("attention", "video_mbs_drop50", "d_lse", dict(d_lse=True)),
     ("attention", "text_bbs", "d_lse", dict(d_lse=True)),
-    ("attention", "video_mbs_drop50", "head_dim_16", dict(head_dim=16)),
-    ("attention", "video_mbs_drop50", "head_dim_32", dict(head_dim=32)),
-    ("attention", "video_mbs_drop50", "head_dim_80", dict(head_dim=80)),
-    ("attention", "video_mbs_drop50", "head_dim_128", dict(head_dim=128)),
+    *(
+        ("attention", "video_mbs_drop50", f"head_dim_{d}", dict(head_dim=d))
+        for d in (16, 32, 80, 128)
+    ),
     ("attention", "video_mbs_drop50", "fp16", _FP16),
     ("attention", "text_bbs", "fp16", _FP16),
     ("drop_token", "video_mbs_drop50", "fp16", _FP16),
@@ -132,9 +132,10 @@ _ADDED: tuple[tuple[str, str, str, dict[str, Any]], ...] = (
     ("contrastive_lse", "vt_bbs", "masks", _MASKS),
     ("contrastive_lse", "vt_bbs", "no_bound_masks", dict(bound=False) | _MASKS),
     ("contrastive_lse", "va_bbs_one_device", "fp16", _FP16),
-    ("patch_embed", "video_mbs_drop50", "fp32_parameters", _FP32),
-    ("patch_embed", "video_tiny_drop50", "fp32_parameters", _FP32),
-    ("patch_embed", "audio_bbs_drop50", "fp32_parameters", _FP32),
+    *(
+        ("patch_embed", f"{tower}_drop50", "fp32_parameters", _FP32)
+        for tower in ("video_mbs", "video_tiny", "audio_bbs")
+    ),
     ("patch_embed", "audio_bbs_drop50", "shifted", _FP32 | dict(scale=0.5, shift=0.25)),
     ("patch_embed", "video_mbs_drop50", "gathered", _FP32 | dict(gathered=True)),
     ("patch_embed", "audio_bbs_drop50", "gathered", _FP32 | dict(gathered=True)),
@@ -280,8 +281,7 @@ def compile_case(
     every = launches(op, inputs, DTYPES[dtype], d_lse=variant(op, case).d_lse)
     calls = [(mode, call) for mode, call in every if mode in modes]
     if peers and peer_kernels.can_run(op, inputs):
-        forwards = peer_kernels.FORWARD[op]
-        calls += [("peer", functools.partial(forward, **inputs)) for forward in forwards]
+        calls.append(("peer", functools.partial(peer_kernels.FORWARD[op], **inputs)))
     for mode, call in calls:
         with compiling_for(target) as compiled:
             call()
@@ -316,12 +316,8 @@ def refusal(
 
 def _row(op, case, dtype, mode, target, function, arguments, kernel) -> Row:
     used = _read_hip(kernel) if TARGETS[target].gpu.backend == "hip" else _read_cuda(kernel)
-    tiles = {
-        name: value
-        for name, value in arguments.items()
-        if name.isupper() and isinstance(value, int)
-    }
-    warps = f"num_warps={kernel.metadata.num_warps} num_stages={kernel.metadata.num_stages}"
+    constants = {n: int(x) for n, x in arguments.items() if n.isupper() and isinstance(x, int)}
+    constants |= {name: getattr(kernel.metadata, name) for name in ("num_warps", "num_stages")}
     row = Row(
         op=op,
         case=case,
@@ -329,7 +325,7 @@ def _row(op, case, dtype, mode, target, function, arguments, kernel) -> Row:
         mode=mode,
         kernel=function.fn.__name__,
         target=target,
-        tiles=" ".join([*(f"{name}={int(value)}" for name, value in tiles.items()), warps]),
+        tiles=" ".join(f"{name}={value}" for name, value in constants.items()),
         shared_bytes=kernel.metadata.shared,
         faults=[],
         **used,
@@ -343,21 +339,18 @@ def _faults(row: Row, kernel) -> list[str]:
         return []
     target, faults = TARGETS[row.target], []
     if row.shared_bytes > target.shared_bytes:
-        faults.append(
-            f"{row.shared_bytes} bytes of shared memory, the limit is {target.shared_bytes}"
-        )
+        limit = target.shared_bytes
+        faults.append(f"{row.shared_bytes} bytes of shared memory, the limit is {limit}")
     if row.dtype == "fp32":
         return faults
     if row.spills and row.mode == "fwd":
         faults.append(f"{row.spills} spills")
     rows_of_tiles = [int(m) for m in re.findall(r"tt\.dot\b.*-> tensor<(\d+)x", kernel.asm["ttir"])]
-    needed = (
-        target.large
-        if rows_of_tiles and min(rows_of_tiles) >= 64 and kernel.metadata.num_warps >= 4
-        else target.small
-    )
-    if rows_of_tiles and needed not in row.matrix:
-        faults.append(f"no {needed} for matmul tiles of {rows_of_tiles} rows")
+    if rows_of_tiles:
+        large = min(rows_of_tiles) >= 64 and kernel.metadata.num_warps >= 4
+        needed = target.large if large else target.small
+        if needed not in row.matrix:
+            faults.append(f"no {needed} for matmul tiles of {rows_of_tiles} rows")
     return faults + _loop_faults(row, kernel.metadata)
 
 
@@ -394,10 +387,8 @@ def _read_hip(kernel) -> dict[str, Any]:
     def number(name: str) -> int:
         return int(re.search(rf"\.{name}:\s*(\d+)", text)[1])  # type: ignore[index]
 
-    scratch, spills = (
-        number("private_segment_fixed_size"),
-        number("vgpr_spill_count") + number("sgpr_spill_count"),
-    )
+    scratch = number("private_segment_fixed_size")
+    spills = number("vgpr_spill_count") + number("sgpr_spill_count")
     return dict(
         registers=number("vgpr_count"),
         stack_bytes=scratch,
@@ -448,19 +439,14 @@ def schedule(rows: list[Row]) -> str:
             continue
         tiles = dict(re.findall(r"(\w+)=(\w+)", row.tiles))
         tile = "x".join(tiles[name] for name in _TILE if name in tiles)
-        loop, ahead = row.loop, row.loop["copies_ahead"]
-        told.append(
-            (
-                *(f"{row.op}.{row.kernel}", row.mode, row.case, row.target, tile),
-                f"{tiles['num_warps']} / {tiles['num_stages']}",
-                *(row.registers, row.programs, row.serialised),
-                str(loop["instructions"]) + ("" if loop["looped"] else " (no loop)"),
-                *(loop["products"], loop["waits"], loop["barriers"]),
-                *("" if ahead is None else ahead, f"{loop['narrow_bytes']}/{loop['loaded_bytes']}"),
-                *(loop["exponentials"], loop["spills"]),
-                *(loop["shared_clocks"], loop["tensor_clocks"]),
-            )
-        )
+        loop = row.loop | {"narrow": f"{row.loop['narrow_bytes']}/{row.loop['loaded_bytes']}"}
+        loop["instructions"] = f"{loop['instructions']}{'' if loop['looped'] else ' (no loop)'}"
+        names = "instructions products waits barriers copies_ahead narrow exponentials spills "
+        names += "shared_clocks tensor_clocks"
+        counts = ["" if loop[name] is None else loop[name] for name in names.split()]
+        of_kernel = (f"{row.op}.{row.kernel}", row.mode, row.case, row.target, tile)
+        warps = f"{tiles['num_warps']} / {tiles['num_stages']}"
+        told.append((*of_kernel, warps, row.registers, row.programs, row.serialised, *counts))
     return markdown_table(SCHEDULE.split(", "), told) if told else ""
 
 

@@ -1,4 +1,4 @@
-"""Who runs: our backends and the peers of an op; ours, plain torch and other towers of a step."""
+"""Who runs: our backends and the peers of an op; ours and plain torch of a step."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -6,18 +6,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
 
 from vatt_fast.kernels import backends, parity
 from vatt_fast.kernels.cases import Case, make
 
-from . import calls, towers
+from . import calls
 from .calls import Function
 from .floors import Mode
 from .machine import DTYPES
 from .peers import Peer, peers
 from .setting import AUTO, Setting, interpreted
-from .steps import CLASSES, Formulation, Trainer, classification_loss
+from .steps import Formulation, Trainer
 from .timer import Call, first_line
 
 
@@ -29,7 +28,7 @@ class Contender:
     ours: bool
     # calls that differ in their inputs alone, each of the whole op, step or inference; or why none
     build: Callable[[Mode], Sequence[Call] | str]
-    alike: bool = True  # False: another loss or model in the same role; its values are not compared
+    alike: bool = True  # False: another loss in the same role; its values are not compared
     package: str | None = None  # a library's
     errors: dict[str, float] = field(default_factory=dict)  # of an op's outputs and gradients
 
@@ -46,16 +45,11 @@ def of_op(
     exact = calls.truth(op, inputs, DTYPES[dtype])
     plain = parity.errors(calls.values(calls.on_backend(op, "plain"), op, inputs), exact)
     sets = calls.input_sets(case, DTYPES[dtype], setting.device)
-    backend = functools.partial(_backend, setting, op)
     names = setting.backends or (AUTO, *backends.BACKENDS[op])
-    ours = [Peer(op, name, functools.partial(backend, name)) for name in names]
-    theirs = [
-        each
-        for each in peers(op, setting.peer_names)
-        if setting.compiled_peers or not each.compiled or setting.peer_names
-    ]
+    ours = {name: Peer(functools.partial(_backend, setting, op, name)) for name in names}
+    theirs = peers(op, setting.peer_names)
     found: list[Contender] = []
-    for each in (*ours, *theirs):
+    for name, each in (ours | theirs).items():
         errors: dict[str, float] = {}
         no_backward: str | None = None
         try:
@@ -65,17 +59,16 @@ def of_op(
         except Exception as error:
             function = first_line(error)
         if isinstance(function, str):
-            absent[each.name] = function
-        elif each in ours and (reason := calls.red(errors, plain, DTYPES[dtype])):
-            absent[each.name] = reason
-            setting.set_verdict(op, each.name, reason)
-            print(f"RED: {op} {each.name} on {case.name} {dtype}: {reason}; it is not timed")
-        elif each in theirs and not max(errors.values(), default=0) < 1:
-            absent[each.name] = f"it computes something else: errors {errors}"
+            absent[name] = function
+        elif name in ours and (reason := calls.red(errors, plain, DTYPES[dtype])):
+            absent[name] = reason
+            setting.set_verdict(op, name, reason)
+            print(f"RED: {op} {name} on {case.name} {dtype}: {reason}; it is not timed")
+        elif name in theirs and not max(errors.values(), default=0) < 1:
+            absent[name] = f"it computes something else: errors {errors}"
         else:
             build = functools.partial(_build, function, op, sets, no_backward)
-            made = Contender(each.name, each in ours, build, each.alike, each.package, errors)
-            found.append(made)
+            found.append(Contender(name, name in ours, build, each.alike, each.package, errors))
     return found
 
 
@@ -114,46 +107,11 @@ def _errors(
 
 
 def of_step(trainer: Trainer, formulations: Sequence[Formulation]) -> list[Contender]:
-    """The model by each formulation; for video alone also VideoMAE's tower."""
-    found = [
-        Contender(each.title, each.ours, functools.partial(_model_calls, trainer, each))
-        for each in formulations
+    """The model by each formulation."""
+
+    def build(formulation: Formulation, mode: Mode) -> Sequence[Call]:
+        return trainer.inference_of(formulation) if mode == "fwd" else trainer.step_of(formulation)
+
+    return [
+        Contender(each.title, each.ours, functools.partial(build, each)) for each in formulations
     ]
-    if trainer.modalities == ("video",):
-        build = functools.partial(_videomae_calls, trainer)
-        found.append(Contender("videomae", False, build, alike=False, package="transformers"))
-    return found
-
-
-def _model_calls(trainer: Trainer, formulation: Formulation, mode: Mode) -> Sequence[Call]:
-    return trainer.inference_of(formulation) if mode == "fwd" else trainer.step_of(formulation)
-
-
-def _videomae_calls(trainer: Trainer, mode: Mode) -> Sequence[Call] | str:
-    """Another library's tower on the same batches, its clips normalised beforehand.
-
-    It projects every patch, and its last block works for all tokens, whose mean it pools.
-    """
-    tower = towers.videomae(trainer.config, trainer.device)
-    if isinstance(tower, str):
-        return tower
-    head = nn.Linear(trainer.config.video.dim, CLASSES, device=trainer.device)
-    optimizer = torch.optim.Adam([*tower.parameters(), *head.parameters()], lr=1e-5, fused=True)
-    tower.train(mode != "fwd")
-
-    def infer(inputs):
-        with trainer.autocast(), torch.no_grad():
-            return head(towers.videomae_features(tower, inputs))
-
-    def step(inputs):
-        optimizer.zero_grad(set_to_none=True)
-        with trainer.autocast():
-            loss = classification_loss(head(towers.videomae_features(tower, inputs)))
-        loss.backward()
-        optimizer.step()
-        return loss.detach()
-
-    batches = [
-        towers.videomae_inputs(trainer.config, clip, keep) for clip, keep in trainer.video_clips()
-    ]
-    return [functools.partial(infer if mode == "fwd" else step, inputs) for inputs in batches]

@@ -3,9 +3,10 @@
 A line is stale once the digest of today's sources is another. The digest ignores what cannot change
 a time: comments, docstrings, formatting, imports, and the file that a definition stands in. A
 Python file counts as its top-level statements, a C++ file as its tokens. Which files belong to a
-line follows from the imports and includes themselves, beginning at the backend that ran. For "auto"
-all backends of an op's rows in PREFERENCE count, but not the rows' conditions: a row that now holds
-for other sizes leaves lines fresh whose backend is no longer the one that ran.
+line follows from the imports and includes themselves, beginning at the backend that ran; of
+``peers.py`` the peer's row and the definitions that it names count. For "auto" all backends of an
+op's rows in PREFERENCE count, but not the rows' conditions: a row that now holds for other sizes
+leaves lines fresh whose backend is no longer the one that ran.
 """
 
 import ast
@@ -15,6 +16,7 @@ import itertools
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from vatt_fast.kernels import backends
 
@@ -34,6 +36,8 @@ def of(op: str, backend: str, ours: bool, best_peer: str | None, dtype: str, cud
     units: set[str] = set()
     for path in files(op, backend, ours, best_peer, dtype, cuda):
         units.update(_units(path))
+    if peer := best_peer if ours else backend:
+        units.update(_peer_units(op, peer))
     return hashlib.sha256("\n".join(sorted(units)).encode()).hexdigest()[:12]
 
 
@@ -57,7 +61,6 @@ def files(
         for each in ops:
             found |= _op_files(each, name, dtype, cuda)
     if best_peer or not ours:
-        found |= {ROOT / "bench" / name for name in ("peers.py", "towers.py")}
         found |= {ROOT / "kernels" / each / "plain.py" for each in ops}
     if op == "step":
         found |= _closure([ROOT / each for each in _STEP], "vatt_fast")
@@ -118,13 +121,43 @@ def _imported(path: Path) -> list[Path]:
 
 def python_units(source: str) -> tuple[str, ...]:
     """The top-level statements of a module as dumps, without imports and docstrings."""
+    return tuple(ast.dump(node) for node in _statements(source))
+
+
+def _statements(source: str) -> list[ast.stmt]:
     tree = ast.parse(source)
     documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
     for node in ast.walk(tree):
         if isinstance(node, documented) and ast.get_docstring(node, clean=False) is not None:
             node.body = node.body[1:]
-    kept = (node for node in tree.body if not isinstance(node, ast.Import | ast.ImportFrom))
-    return tuple(ast.dump(node) for node in kept)
+    return [node for node in tree.body if not isinstance(node, ast.Import | ast.ImportFrom)]
+
+
+@functools.cache
+def _peer_units(op: str, name: str) -> set[str]:
+    """A peer's row in PEERS, and what that names, and what those name; none of a step's plain."""
+    defined: dict[str, Any] = {}
+    for node in _statements((ROOT / "bench" / "peers.py").read_text()):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            defined[node.name] = node
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            (target,) = node.targets if isinstance(node, ast.Assign) else (node.target,)
+            defined[ast.unparse(target)] = node
+    left = [row for table in _values(defined["PEERS"].value, op) for row in _values(table, name)]
+    found: set[str] = set()
+    while left:
+        node = left.pop()
+        if (unit := ast.dump(node)) not in found:
+            found.add(unit)
+            names = {each.id for each in ast.walk(node) if isinstance(each, ast.Name)}
+            left += [defined[each] for each in names & defined.keys()]
+    return found
+
+
+def _values(table: Any, key: str) -> list[Any]:
+    """What a dictionary of literals holds under a key."""
+    pairs = zip(table.keys, table.values, strict=True)
+    return [value for each, value in pairs if each.value == key]
 
 
 # -- C++ --------------------------------------------------------------------------------------

@@ -62,16 +62,13 @@ _TIMED: dict[str, tuple[str, ...]] = {
     "contrastive_lse": ("va_bbs_one_device", "vt_bbs_one_device", "vt_bbs"),
     "drop_token": ("video_mbs_drop50",),
 }
+_TILES = ((128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 2), (64, 64, 4, 3))
 _WAYS: dict[Mode, dict[str, dict[str, Tiles]]] = {
     "fwd": {
-        f"{rows}x{columns} w{warps} s{stages}": {
-            "attention_forward": dict(
-                BLOCK_T=rows, BLOCK_S=columns, num_warps=warps, num_stages=stages
-            )
+        f"{T}x{S} w{warps} s{stages}": {
+            "attention_forward": dict(BLOCK_T=T, BLOCK_S=S, num_warps=warps, num_stages=stages)
         }
-        for rows, columns, warps, stages in (
-            *((128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 2), (64, 64, 4, 3)),
-        )
+        for T, S, warps, stages in _TILES
     },
     "bwd": {
         "one pass": {"attention_backward": dict(ONE_PASS=1)},
@@ -79,12 +76,12 @@ _WAYS: dict[Mode, dict[str, dict[str, Tiles]]] = {
     },
 }
 # what a dry run does instead: enough to pass every line of the logic
-_DRY: dict[str, tuple[str, ...]] = {
-    "attention": ("one_query_one_key",),
-    "patch_embed": ("one_patch",),
-    "contrastive_lse": ("one_pair",),
-    "drop_token": ("one_of_one",),
-}
+_DRY = dict(
+    attention="one_query_one_key",
+    patch_embed="one_patch",
+    contrastive_lse="one_pair",
+    drop_token="one_of_one",
+)
 
 Missing = list[tuple[str, str]]  # what is not there, why
 Part = tuple[str, Callable[[], Missing]]
@@ -115,7 +112,7 @@ class Run:
         return self.out / f"{name}.jsonl"
 
     def cases(self, op: str) -> list[Case]:
-        return [CASES[op][name] for name in (_DRY if self.dry else _TIMED)[op]]
+        return [CASES[op][name] for name in ((_DRY[op],) if self.dry else _TIMED[op])]
 
     def records(self, name: str) -> list[dict[str, Any]]:
         """Of this commit and device: others prove nothing here."""
@@ -285,18 +282,18 @@ def _under(
         built = ours.build(mode)
         return built if isinstance(built, str) else [tune.under(way, call) for call in built]
 
+    errors: dict[str, float] = {}
     dtype = DTYPES[run.dtype]
     inputs = make(calls.reduced(case, run.device), dtype, run.device, seed=99)
-    function = calls.on_backend(op, ours.name)
-    title = f"{ours.name} {name}"
     try:
         with settings.force_tiles(**way):
-            found = calls.values(function, op, inputs)
+            found = calls.values(calls.on_backend(op, ours.name), op, inputs)
         errors = parity.errors(found, calls.truth(op, inputs, dtype))
         reason = calls.red(errors, ours.errors, dtype)
     except Exception as error:  # such as tiles that want more than the device has
-        errors, reason = {}, first_line(error)
-    return dataclasses.replace(ours, name=title, build=build, errors=errors), reason
+        reason = first_line(error)
+    other = dataclasses.replace(ours, name=f"{ours.name} {name}", build=build, errors=errors)
+    return other, reason
 
 
 def _race_peers(run: Run, op: str, case: Case) -> Missing:
@@ -321,10 +318,8 @@ def _tune_case(run: Run, op: str, case: Case) -> Missing:
 
 
 def _step(run: Run) -> Iterator[Part]:
-    cells = [
-        Cell("mbs", 0.5, "fwd+bwd", 16),
-        Cell("mbs", 0.5, "fwd+bwd", 16, ("max-autotune-no-cudagraphs",)),
-    ]
+    mbs = Cell("mbs", 0.5, "fwd+bwd", 16)
+    cells = [mbs, mbs._replace(compile=("max-autotune-no-cudagraphs",))]
     for cell in [Cell("tiny", 0.5, "fwd+bwd", 2)] if run.dry else cells:
         yield " ".join((cell.case, *cell.compile)), functools.partial(_race_steps, run, cell)
 
@@ -409,27 +404,27 @@ def summarise(run: Run) -> str:
     if run.dry:
         title = "# Dry run on the CPU: it shows that the items work, its times mean nothing"
     versions = ", ".join(f"{name} {value}" for name, value in machine.versions(run.device).items())
-    told = [title, "", f"{machine.name(run.device)}; {versions}; commit {machine.commit()}", ""]
+    here = f"{machine.name(run.device)}; {versions}; commit {machine.commit()}"
     last = {(each["item"], each["part"]): each for each in run.records("parts")}
     rows = [
         (item, part, each["seconds"], "" if each["done"] else "not finished")
         for (item, part), each in last.items()
     ]
-    told += [lines.markdown_table(("item", "part", "seconds", ""), rows), "", "## Parity", ""]
     verdicts = [
         (op, backend, len(by_case), _refusal(by_case.values()) or "green")
         for (op, backend), by_case in sorted(run.verdicts().items())
     ]
-    told += [lines.markdown_table(("op", "backend", "cases", "verdict"), verdicts)]
     tuned = [f"{kernel} ({len(entries)})" for kernel, entries in sorted(run.tuned().items())]
-    told += ["", "## Tuned", "", ", ".join(tuned) or "Nothing."]
-    for name, heading in (("ops", "Ops"), ("step", "Training step")):
-        if measured := lines.read(run.file(name)):
-            told += ["", f"## {heading}", "", tables.every_line(tables.current(measured))]
-    told += ["", "## What did not run or failed", ""]
-    told += [
+    left = [
         f"- {': '.join(filter(None, (item, part, what, why)))}"
         for (item, part), each in last.items()
         for what, why in each["missing"]
-    ] or ["Nothing."]
-    return "\n".join(told) + "\n"
+    ]
+    told = [title, here, lines.markdown_table(("item", "part", "seconds", ""), rows)]
+    told += ["## Parity", lines.markdown_table(("op", "backend", "cases", "verdict"), verdicts)]
+    told += ["## Tuned", ", ".join(tuned) or "Nothing."]
+    for name, heading in (("ops", "Ops"), ("step", "Training step")):
+        if measured := lines.read(run.file(name)):
+            told += [f"## {heading}", tables.every_line(tables.current(measured))]
+    told += ["## What did not run or failed", "\n".join(left) or "Nothing."]
+    return "\n\n".join(told) + "\n"

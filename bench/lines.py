@@ -37,7 +37,7 @@ class Line:
     gb_per_s: float | None  # achieved, where the floor is the bytes'
     share_of_ceiling: float | None  # of the ceiling measured in this process
     # worst of the outputs and, unless mode is fwd, of the gradients: ||x - fp64|| / ||fp64||;
-    # None where another loss or model is timed
+    # None where another loss is timed
     error: float | None
     error_of: str | None  # the tensor it belongs to
     error_batch: int | None  # the batch at which it was measured

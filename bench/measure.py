@@ -116,7 +116,6 @@ def race(
 
 def _first_call(task: Task, each: Contender, device: torch.device) -> _Ready | str:
     """Build a contender and run it once: here code is compiled, and Adam's state made."""
-    before = _allocated(device)
     built = each.build(task.mode)
     if isinstance(built, str):
         return built
@@ -132,14 +131,13 @@ def _first_call(task: Task, each: Contender, device: torch.device) -> _Ready | s
         if not torch.isfinite(results[0]).all():
             raise FloatingPointError("the result is not finite")
         # the losses of training steps differ: the weights move
-        output = results[0] if task.mode == "fwd" and each.alike else None
+        output = results[0] if task.mode == "fwd" else None
     results.clear()
     peak = None
     if task.mode != "bwd":  # what the forward kept would be missing
         peak = peak_bytes(built[0], device)
-    if peak is not None and task.op == "step":
-        # on a GPU everything that is its own: another model lies beside ours
-        peak += _allocated(device) - (0 if each.alike else before)
+        if task.op == "step" and device.type == "cuda":
+            peak += torch.cuda.memory_allocated(device)
     return _Ready(each, built, peak, resident, output)
 
 
@@ -148,24 +146,17 @@ def _times(
 ) -> tuple[str, dict[str, Timing]]:
     """The clock, and the times by it: where a graph cannot capture somebody, events time all."""
 
-    def run(clock: str, failed: Absent) -> dict[str, Timing]:
-        return interleaved(
-            ready,
-            rounds=setting.rounds,
-            warmup=setting.warmup,
-            clock=setting.make_clock(clock),
-            failed=failed,
-            **setting.limits(),
-        )
+    def run(clock: str) -> tuple[str, dict[str, Timing], Absent]:
+        failed: Absent = {}
+        options = dict(rounds=setting.rounds, warmup=setting.warmup, **setting.limits())
+        told = interleaved(ready, clock=setting.make_clock(clock), failed=failed, **options)
+        return clock, told, failed
 
-    clock = setting.clock
-    failed: Absent = {}
-    still: Absent = {}
-    told = run(clock, failed)
+    clock, told, failed = run(setting.clock)
     if failed and clock == "cuda_graph":
-        by_events = run("cuda_events", still)
-        if len(by_events) > len(told):
-            clock, told, failed = "cuda_events", by_events, still
+        by_events = run("cuda_events")
+        if len(by_events[1]) > len(told):
+            clock, told, failed = by_events
     absent |= failed
     return clock, told
 
@@ -185,10 +176,6 @@ def _others(task: Task, ready: Iterable[_Ready]) -> Absent:
     return wrong
 
 
-def _allocated(device: torch.device) -> int:
-    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
-
-
 def _line(
     setting: Setting,
     task: Task,
@@ -198,10 +185,9 @@ def _line(
     best: Contender | None,
     ceilings: Ceilings,
 ) -> Line:
-    each = ready.contender
-    timing = told[each.name]
+    each, timing = ready.contender, told[ready.contender.name]
     compute = task.work.bound(ceilings) == "compute"
-    speed = None  # another model does other work
+    speed = None  # another loss does other work
     if each.alike:
         speed = (task.work.flops / 1e9 if compute else task.work.bytes / 1e6) / timing.p50
     error, error_of = calls.worst(each.errors, task.mode) if each.errors else (None, None)
@@ -213,11 +199,9 @@ def _line(
             best_peer_ms_p50=told[best.name].p50,
             best_peer_error=calls.worst(best.errors, task.mode)[0] if best.errors else None,
         )
+    of_task = ("op", "case", "dtype", "mode", "drop_rate", "dropout")
     line = Line(
-        op=task.op,
-        case=task.case,
-        dtype=task.dtype,
-        mode=task.mode,
+        **{name: getattr(task, name) for name in of_task},
         backend=each.name,
         ours=each.ours,
         ms_p20=timing.p20,
@@ -238,8 +222,6 @@ def _line(
         versions=setting.versions | machine.package_version(each.package),
         commit=machine.commit(),
         date=machine.today(),
-        dropout=task.dropout,
-        drop_rate=task.drop_rate,
         clips_per_second=1e3 * task.batch / timing.p50 if task.batch else None,
         **compared,
     )

@@ -5,11 +5,7 @@ masked in every step. The contrastive log-sums take a tile of scores and a runni
 direction at a time. Neither has bias or masks, nor any trick of our own kernels.
 """
 
-import functools
-import importlib.util
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -106,97 +102,7 @@ def contrastive_lse(x, y, *, scale, **ignored):
     return tuple(sums)
 
 
-def flex_attention(q, k, v, *, scale, **absent):
-    """(out, lse in base 2) by FlexAttention's kernel, as torch.compile makes it for an H200.
-
-    Rendered from torch's own template, with the tiles that torch chooses there when it does not
-    tune, and neither a change of the scores nor a block mask.
-    """
-    # torch's own parts, which another release of it may keep elsewhere
-    from torch._inductor.template_heuristics.triton import CUDAConfigHeuristic
-
-    B, T, H, D = q.shape
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    out = torch.empty((B, T, H, D), dtype=q.dtype, device=q.device).transpose(1, 2)
-    lse = torch.empty((B, H, T), dtype=torch.float32, device=q.device)
-    # one block, number 0, of all keys
-    count = torch.ones((1, 1, 1), dtype=torch.int32, device=q.device)
-    index = torch.zeros((1, 1, 1, 1), dtype=torch.int32, device=q.device)
-    tiles = CUDAConfigHeuristic().h100_default_flex_config[q.dtype, D]
-    given = dict(Q=q, K=k, V=v, LSE=lse, MAX=lse, KV_NUM_BLKS=count, KV_IDX=index, OUT=out)
-    shapes = tuple((name, tuple(x.shape), x.stride()) for name, x in given.items())
-    kernel = _rendered(shapes, scale, tiles.block_m, tiles.block_n)
-    grid = (triton.cdiv(T, tiles.block_m), B, H)
-    options = dict(num_warps=tiles.num_warps, num_stages=tiles.num_stages)
-    kernel[grid](*given.values(), BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, **options)
-    return out.transpose(1, 2), lse
-
-
-@functools.cache
-def _rendered(
-    shapes: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...],
-    scale: float,
-    block_m: int,
-    block_n: int,
-) -> Any:
-    """torch's template with what inductor would fill in for these shapes and strides."""
-    from torch._inductor.kernel.flex.flex_attention import flex_attention_template
-
-    sizes = {name: size for name, size, _ in shapes}
-    strides = {name: stride for name, _, stride in shapes}
-    arguments = ", ".join(f"arg_{name}" for name in sizes)
-    T, D = sizes["Q"][2:]
-    constants: dict[str, Any] = dict(BLOCK_M=block_m, BLOCK_N=block_n, SM_SCALE=scale)
-    blocks = ", ".join(f"{name}: tl.constexpr" for name in list(constants)[:2])
-    constants |= dict.fromkeys(("SPARSE_Q_BLOCK_SIZE", "SPARSE_KV_BLOCK_SIZE"), 1 << 30)
-    constants |= dict.fromkeys(("QK_HEAD_DIM", "QK_HEAD_DIM_ROUNDED"), D)
-    constants |= dict.fromkeys(("V_HEAD_DIM", "V_HEAD_DIM_ROUNDED"), D)
-    constants |= dict(GQA_SHARED_HEADS=1, SAFE_HEAD_DIM=True, INDEX_DTYPE="tl.int32")
-    constants |= dict(IS_DIVISIBLE=T % 128 == 0 and sizes["K"][2] % 128 == 0)
-    constants |= dict(OUTPUT_LOGSUMEXP=True, FLOAT32_PRECISION="'ieee'")
-    for off in ("PRESCALE_QK", "ROWS_GUARANTEED_SAFE", "BLOCKS_ARE_CONTIGUOUS", "OUTPUT_MAX"):
-        constants[off] = False
-    constants["HAS_FULL_BLOCKS"] = False
-    defines = "\n".join(f"{name}: tl.constexpr = {value}" for name, value in constants.items())
-    head = ["import triton", "import triton.language as tl", "", "@triton.jit"]
-    head += [f"def flex_attention({arguments}, {blocks}):"]
-    head += [f"    {name} = arg_{name}" for name in sizes]
-    head += [f"    {line}" for line in defines.splitlines()[2:]]
-
-    def store(indices, value, mask, **_) -> str:
-        at = " + ".join(f"{i} * {n}" for i, n in zip(indices, strides["OUT"], strict=True))
-        return f"tl.store(OUT + {at}, {value}.to(OUT.dtype.element_ty), {mask})"
-
-    def modification(subgraph_number: int, output_name: str, score: str, **_) -> str:
-        return f"{output_name} = {('tl.full([1], True, tl.int1)', score)[subgraph_number == 0]}"
-
-    text = flex_attention_template.template.render(
-        def_kernel=lambda *_: "\n".join(head),
-        gen_argdefs=lambda: arguments,
-        gen_defines=lambda: defines,
-        size=lambda name, axis: sizes[name][axis],
-        stride=lambda name, axis=None: (
-            ", ".join(map(str, strides[name])) if axis is None else strides[name][axis]
-        ),
-        modification=modification,
-        store_output=store,
-        USE_TMA=False,
-        HAS_FULL_BLOCKS=False,
-    )
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "flex.py")
-        path.write_text(text)
-        spec = importlib.util.spec_from_file_location("flex", path)
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)  # triton.jit reads the source here
-    return module.flex_attention
-
-
-FORWARD: dict[str, tuple[Callable, ...]] = {
-    "attention": (attention, flex_attention),
-    "contrastive_lse": (contrastive_lse,),
-}
+FORWARD: dict[str, Callable] = {"attention": attention, "contrastive_lse": contrastive_lse}
 
 
 def can_run(op: str, inputs: dict[str, Any]) -> bool:

@@ -1,16 +1,17 @@
 """Other code that an op is measured against.
 
-Each peer builds, for a case, a function with the op's own arguments, or says why it is absent. A
-peer returns what ``calls.compared`` lists (attention without lse). Plain torch (the op's
-``plain.py``), eager and compiled; torch's fused attention, each kernel by itself; other libraries
-where they can be imported. Compiled peers are compiled for the exact shape. Another loss that a
-user would pick instead is a peer too, marked as not ``alike``: its time can be compared, its values
-cannot.
+A peer builds, for a case, a function with the op's own arguments, or says why it is absent. The
+function returns what ``calls.compared`` lists (attention without lse). Plain torch (the op's
+``plain.py``), eager and compiled for the exact shape; torch's fused attention, each kernel by
+itself; other libraries where they can be imported. Another loss that a user would pick instead is
+a peer too, marked as not ``alike``: its time can be compared, its values cannot.
+
+A result line depends on its peer's row in ``PEERS`` and on what that names (``digest.py``).
 """
 
 import functools
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import flex_attention
 
 from vatt_fast.kernels.attention import plain as plain_attention
 from vatt_fast.kernels.cases import Case
@@ -27,46 +29,27 @@ from vatt_fast.kernels.drop_token import plain as plain_drop_token
 from vatt_fast.kernels.patch_embed import plain as plain_patch_embed
 
 Function = Callable[..., tuple[Tensor, ...]]
+Build = Callable[[Any, torch.device], Function | str]
 
 # B batch, T queries, S keys, H heads, K kept, M clips of x, P texts a clip
 
 
 class Peer(NamedTuple):
-    op: str
-    name: str
-    build: Callable[[Case, torch.device], Function | str]
+    build: Build
     package: str | None = None  # a library's; None: torch itself
-    compiled: bool = False
     alike: bool = True  # False: another loss in the same role: timed, its values not compared
 
 
-_PEERS: list[Peer] = []
-
-
-def peer(
-    op: str, name: str, *, package: str | None = None, compiled: bool = False, alike: bool = True
-):
-    """Register ``build(case, device)``; adding a peer is one decorated function."""
-
-    def register(build):
-        _PEERS.append(Peer(op, name, build, package, compiled, alike))
-        return build
-
-    return register
-
-
-def peers(op: str, names: tuple[str, ...] | None = None) -> list[Peer]:
-    """The registered peers of an op, or those named.
+def peers(op: str, names: Sequence[str] | None = None) -> dict[str, Peer]:
+    """The peers of an op by name, or those named.
 
     Raises:
         ValueError: an unknown name.
     """
-    known = {each.name: each for each in _PEERS if each.op == op}
-    if names is None:
-        return list(known.values())
-    if unknown := sorted(set(names) - set(known)):
+    known = PEERS[op]
+    if unknown := sorted({*(names or ())} - {*known}):
         raise ValueError(f"unknown peers {', '.join(unknown)}; {op} has {', '.join(known)}")
-    return [known[name] for name in names]
+    return {name: known[name] for name in (known if names is None else names)}
 
 
 def compile_exactly(function: Function, **options) -> Function:
@@ -77,16 +60,30 @@ def compile_exactly(function: Function, **options) -> Function:
     return torch.compile(function, dynamic=False, **options)
 
 
-def _plain(op: str, name: str, function: Function) -> None:
-    """Register a function of plain torch, eager and compiled."""
+def _torch(
+    function: Function,
+    *,
+    compiled: bool = False,
+    unless: Callable[[Any], str | None] = lambda case: None,
+    alike: bool = True,
+) -> Peer:
+    """A function of torch, eager or compiled; ``unless`` says why a case is not for it."""
+
+    def build(case: Case, device: torch.device) -> Function | str:
+        return unless(case) or (compile_exactly(function) if compiled else function)
+
+    return Peer(build, alike=alike)
+
+
+def _plain(function: Callable) -> Function:
+    """Plain torch with its outputs as a tuple."""
 
     def run(*args, **options):
         outputs = function(*args, **options)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         return tuple(each for each in outputs if each is not None)
 
-    peer(op, name)(lambda case, device: run)
-    peer(op, f"{name}_compiled", compiled=True)(lambda case, device: compile_exactly(run))
+    return run
 
 
 # -- attention --------------------------------------------------------------------------------
@@ -106,10 +103,7 @@ def sdpa(*args, **options) -> tuple[Tensor, ...]:
     return plain_attention.attention(*args, **options)[:1]
 
 
-_plain("attention", "eager", matmul_softmax)
-
-
-def _sdpa_peer(name: str, backend: Any, devices: tuple[str, ...]) -> None:
+def _sdpa_by(backend: SDPBackend, *devices: str) -> Build:
     def build(case: Case, device: torch.device) -> Function | str:
         if device.type not in devices:
             return f"that kernel exists on {', '.join(devices)}, not on {device.type}"
@@ -120,39 +114,22 @@ def _sdpa_peer(name: str, backend: Any, devices: tuple[str, ...]) -> None:
 
         return run
 
-    peer("attention", name)(build)
+    return build
 
 
-_sdpa_peer("sdpa_flash", SDPBackend.FLASH_ATTENTION, ("cpu", "cuda"))
-_sdpa_peer("sdpa_efficient", SDPBackend.EFFICIENT_ATTENTION, ("cuda",))
-_sdpa_peer("sdpa_cudnn", SDPBackend.CUDNN_ATTENTION, ("cuda",))
-_sdpa_peer("sdpa_math", SDPBackend.MATH, ("cpu", "cuda"))
+def flex(q, k, v, *, scale, bias=None, key_mask=None):
+    def score_mod(score, b, h, t, s):
+        if bias is not None:
+            score = score + bias[h, t, s]
+        return score if key_mask is None else torch.where(key_mask[b, s], score, float("-inf"))
+
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    modified = None if bias is None and key_mask is None else score_mod
+    return (flex_attention(q, k, v, score_mod=modified, scale=scale).transpose(1, 2),)
 
 
-@peer("attention", "sdpa_compiled", compiled=True)
-def _(case, device):
-    return compile_exactly(sdpa)
-
-
-@peer("attention", "flex_compiled", compiled=True)
-def _(case, device):
-    from torch.nn.attention.flex_attention import flex_attention
-
-    def run(q, k, v, *, scale, bias=None, key_mask=None):
-        def score_mod(score, b, h, t, s):
-            if bias is not None:
-                score = score + bias[h, t, s]
-            return score if key_mask is None else torch.where(key_mask[b, s], score, float("-inf"))
-
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        modified = None if bias is None and key_mask is None else score_mod
-        return (flex_attention(q, k, v, score_mod=modified, scale=scale).transpose(1, 2),)
-
-    return compile_exactly(run)
-
-
-def _flash_attn(package: str, module: str):
-    def build(case, device):
+def _flash_attn(package: str, module: str) -> Build:
+    def build(case: Any, device: torch.device) -> Function | str:
         if device.type != "cuda":
             return f"{package} runs on CUDA"
         if case.bias or case.num_keys is not None:
@@ -169,12 +146,6 @@ def _flash_attn(package: str, module: str):
         return run
 
     return build
-
-
-peer("attention", "flash_attn", package="flash-attn")(_flash_attn("flash-attn", "flash_attn"))
-peer("attention", "flash_attn_3", package="flash-attn-3")(
-    _flash_attn("flash-attn-3", "flash_attn_interface")
-)
 
 
 # -- patch_embed ------------------------------------------------------------------------------
@@ -203,33 +174,15 @@ def project_then_drop(
     return (tokens,)
 
 
-_plain("patch_embed", "gather_first", plain_patch_embed.patch_embed)
-
-
-def _only_where_dropped(function: Function, compiled: bool):
-    def build(case, device):
-        if case.kept is None or case.gathered:
-            return "no row is to be dropped: it is gather_first"
-        return compile_exactly(function) if compiled else function
-
-    return build
-
-
-peer("patch_embed", "project_then_drop")(_only_where_dropped(project_then_drop, False))
-peer("patch_embed", "project_then_drop_compiled", compiled=True)(
-    _only_where_dropped(project_then_drop, True)
-)
-
-
-# -- drop_token -------------------------------------------------------------------------------
-
-_plain("drop_token", "gather", plain_drop_token.drop_token)
+def _nothing_dropped(case: Any) -> str | None:
+    if case.kept is None or case.gathered:
+        return "no row is to be dropped: it is gather_first"
+    return None
 
 
 # -- contrastive_lse --------------------------------------------------------------------------
 
 materialised = plain_contrastive.contrastive_lse
-_plain("contrastive_lse", "materialised", materialised)
 _CHUNK = 1024  # rows of x at a time
 
 
@@ -264,37 +217,24 @@ def _recomputed(function: Callable, *tensors: Tensor) -> Any:
     )
 
 
-def _only_in_chunks(compiled: bool):
-    def build(case, device):
-        if case.batch <= _CHUNK:
-            return f"{case.batch} rows are one chunk: it is materialised"
-        return compile_exactly(chunked) if compiled else chunked
-
-    return build
+def _one_chunk(case: Any) -> str | None:
+    if case.batch <= _CHUNK:
+        return f"{case.batch} rows are one chunk: it is materialised"
+    return None
 
 
-peer("contrastive_lse", "chunked")(_only_in_chunks(False))
-peer("contrastive_lse", "chunked_compiled", compiled=True)(_only_in_chunks(True))
-
-
-def _only_whole_pairs(package: str, case: Any) -> str | None:
+def _not_whole_pairs(package: str, case: Any) -> str | None:
     """Why a loss over a square of clips and texts, all of them there, cannot run a case."""
-    whole = (
-        case.texts_per_clip == 1
-        and case.batch == case.clips
-        and not case.x_invalid
-        and not case.y_invalid
-    )
-    return (
-        None if whole else f"{package} takes one text a clip, all clips on one device and no masks"
-    )
+    masks = case.x_invalid or case.y_invalid
+    if case.texts_per_clip == 1 and case.batch == case.clips and not masks:
+        return None
+    return f"{package} takes one text a clip, all clips on one device and no masks"
 
 
-@peer("contrastive_lse", "cut_cross_entropy", package="cut-cross-entropy")
-def _(case, device):
+def _cut_cross_entropy(case: Any, device: torch.device) -> Function | str:
     if device.type != "cuda":
         return "cut-cross-entropy runs on CUDA"
-    if reason := _only_whole_pairs("cut-cross-entropy", case):
+    if reason := _not_whole_pairs("cut-cross-entropy", case):
         return reason
     try:
         from cut_cross_entropy import linear_cross_entropy
@@ -334,13 +274,12 @@ def open_clip_losses() -> Any | str:
     return module
 
 
-@peer("contrastive_lse", "open_clip", package="open_clip_torch")
-def _(case, device):
+def _open_clip(case: Any, device: torch.device) -> Function | str:
     """ClipLoss: two matrices of logits, each by its own product.
 
     Its cross-entropies are their log-sums less the positive logits.
     """
-    if reason := _only_whole_pairs("open_clip's ClipLoss", case):
+    if reason := _not_whole_pairs("open_clip's ClipLoss", case):
         return reason
     if isinstance(losses := open_clip_losses(), str):
         return losses
@@ -380,14 +319,47 @@ def _siglip_rows(x, y, *, scale, first) -> Tensor:
     return F.softplus(S).sum(1) - own.squeeze(1)
 
 
-def _siglip(compiled: bool):
-    def build(case, device):
-        if case.texts_per_clip != 1 or case.x_invalid or case.y_invalid:
-            return "SigLIP takes one text a clip and no masks"
-        return compile_exactly(siglip) if compiled else siglip
-
-    return build
+def _no_siglip(case: Any) -> str | None:
+    if case.texts_per_clip != 1 or case.x_invalid or case.y_invalid:
+        return "SigLIP takes one text a clip and no masks"
+    return None
 
 
-peer("contrastive_lse", "siglip", alike=False)(_siglip(False))
-peer("contrastive_lse", "siglip_compiled", compiled=True, alike=False)(_siglip(True))
+# -- who they are -----------------------------------------------------------------------------
+
+PEERS: dict[str, dict[str, Peer]] = {
+    "attention": {
+        "eager": _torch(_plain(matmul_softmax)),
+        "eager_compiled": _torch(_plain(matmul_softmax), compiled=True),
+        "sdpa_flash": Peer(_sdpa_by(SDPBackend.FLASH_ATTENTION, "cpu", "cuda")),
+        "sdpa_efficient": Peer(_sdpa_by(SDPBackend.EFFICIENT_ATTENTION, "cuda")),
+        "sdpa_cudnn": Peer(_sdpa_by(SDPBackend.CUDNN_ATTENTION, "cuda")),
+        "sdpa_math": Peer(_sdpa_by(SDPBackend.MATH, "cpu", "cuda")),
+        "sdpa_compiled": _torch(sdpa, compiled=True),
+        "flex_compiled": _torch(flex, compiled=True),
+        "flash_attn": Peer(_flash_attn("flash-attn", "flash_attn"), "flash-attn"),
+        "flash_attn_3": Peer(_flash_attn("flash-attn-3", "flash_attn_interface"), "flash-attn-3"),
+    },
+    "patch_embed": {
+        "gather_first": _torch(_plain(plain_patch_embed.patch_embed)),
+        "gather_first_compiled": _torch(_plain(plain_patch_embed.patch_embed), compiled=True),
+        "project_then_drop": _torch(project_then_drop, unless=_nothing_dropped),
+        "project_then_drop_compiled": _torch(
+            project_then_drop, unless=_nothing_dropped, compiled=True
+        ),
+    },
+    "drop_token": {
+        "gather": _torch(_plain(plain_drop_token.drop_token)),
+        "gather_compiled": _torch(_plain(plain_drop_token.drop_token), compiled=True),
+    },
+    "contrastive_lse": {
+        "materialised": _torch(_plain(materialised)),
+        "materialised_compiled": _torch(_plain(materialised), compiled=True),
+        "chunked": _torch(chunked, unless=_one_chunk),
+        "chunked_compiled": _torch(chunked, unless=_one_chunk, compiled=True),
+        "cut_cross_entropy": Peer(_cut_cross_entropy, "cut-cross-entropy"),
+        "open_clip": Peer(_open_clip, "open_clip_torch"),
+        "siglip": _torch(siglip, unless=_no_siglip, alike=False),
+        "siglip_compiled": _torch(siglip, unless=_no_siglip, compiled=True, alike=False),
+    },
+}

@@ -31,7 +31,6 @@ class Setting:
     warmup: int = 3
     backends: tuple[str, ...] | None = None  # None: all of the op
     peer_names: tuple[str, ...] | None = None  # None: all of the op
-    compiled_peers: bool = True
     quick: bool = False  # sizes of the ceilings that only exercise the code
     deadline: float | None = None  # of time.monotonic
     seconds: float | None = None  # instead: of the rounds of each race; at least two are run
@@ -45,10 +44,7 @@ class Setting:
         self.clock = self.clock or ("cuda_graph" if cuda else "perf_counter")
         self.rounds = self.rounds or (50 if cuda else 11)
         if self.clock != "perf_counter" and not cuda:
-            raise ValueError(
-                f"clock {self.clock!r} needs a CUDA device; on {self.device.type} it is "
-                "perf_counter"
-            )
+            raise ValueError(f"clock {self.clock!r} needs a CUDA device; use perf_counter")
         self.versions = machine.versions(self.device)
         if self.tiles:
             self.versions["tiles"] = self.tiles
@@ -82,7 +78,7 @@ class Setting:
 
     @property
     def green(self) -> set[tuple[str, str]]:
-        return {pair for pair, reason in self.verdicts.items() if reason is None}
+        return self.verdicts.keys() - self.refused.keys()
 
     def refusal(self, ops: Iterable[str] = tuple(OPS)) -> str | None:
         """Why what dispatch chooses among, in a whole step or as "auto", may not be timed.
@@ -113,16 +109,14 @@ class Setting:
         Measured again for every race, since clock rates and neighbours change.
         """
         now = machine.measure_ceilings(self.device, DTYPES[dtype], quick=self.quick)
-        if dtype not in self.ceilings:
-            print(
-                f"ceilings on {self.device_name}: {now.tflops:.4g} TFLOP/s in {dtype}, "
-                f"copy {now.gb_per_s:.4g} GB/s"
-            )
-        best = self.ceilings.get(dtype, now)
-        self.ceilings[dtype] = Ceilings(
-            max(best.tflops, now.tflops), max(best.gb_per_s, now.gb_per_s)
-        )
-        return self.ceilings[dtype]
+        best = self.ceilings.get(dtype)
+        if best is None:
+            told = f"{now.tflops:.4g} TFLOP/s in {dtype}, copy {now.gb_per_s:.4g} GB/s"
+            print(f"ceilings on {self.device_name}: {told}")
+            best = now
+        highest = Ceilings(max(best.tflops, now.tflops), max(best.gb_per_s, now.gb_per_s))
+        self.ceilings[dtype] = highest
+        return highest
 
 
 def native_dtype(device: torch.device) -> str:

@@ -193,16 +193,6 @@ class Trainer:
             for seed in range(_BATCHES)
         ]
 
-    def video_clips(self) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """Frames and kept indices of each batch; in training frames of the batch's size."""
-        c = self.config
-        for batch in self.batches:
-            clip = batch["video"]
-            if clip.ndim == 3:
-                shape = (len(clip), c.frames, c.height, c.width, 3)
-                clip = torch.randint(0, 256, shape, dtype=torch.uint8, device=clip.device)
-            yield clip, batch.get("video_keep")
-
     def forget_gradients(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
 

@@ -7,7 +7,7 @@ import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -99,12 +99,9 @@ def _measure_cell(
 ) -> tuple[list[Line], Absent]:
     _, rate, mode, batch, compile_modes = cell
     trainer.set_batch(batch, rate, mode)
-    config, modalities = trainer.config, trainer.modalities
-    counted = true_flops(
-        config, rate, features=False, batch=batch, mode=mode, modalities=modalities
-    )
-    work = Work(sum(counted.values()), 0)
-    dropout = config.dropout if mode != "fwd" else 0.0
+    what: dict[str, Any] = dict(batch=batch, mode=mode, modalities=trainer.modalities)
+    work = Work(sum(true_flops(trainer.config, rate, features=False, **what).values()), 0)
+    dropout = trainer.config.dropout if mode != "fwd" else 0.0
     task = Task("step", cell.case, dtype, mode, work, rate, batch, dropout)
     present = contenders.of_step(trainer, formulations(("auto", "plain"), compile_modes))
     with many_compilations():
@@ -172,16 +169,17 @@ SIZES: dict[str, dict[int, Case]] = {
 _COMPILED_UP_TO = {"contrastive_lse": 1 << 15}
 
 
-def too_much(last: Line, growth: float, longest: float, free: int) -> str | None:
+_LONGEST = 30.0  # seconds that a call may take
+
+
+def too_much(last: Line, growth: float, free: int) -> str | None:
     """Why the call of a line is not tried at a size where it would cost ``growth`` times as much.
 
-    Args:
-        longest: seconds that a call may take.
-        free: bytes that it may take.
+    ``free`` bytes may be taken.
     """
     seconds, size = growth * last.ms_p50 / 1e3, growth * (last.peak_bytes or 0)
-    if seconds > longest:
-        return f"a call would take about {seconds:.0f} s, more than {longest:.0f}"
+    if seconds > _LONGEST:
+        return f"a call would take about {seconds:.0f} s, more than {_LONGEST:.0f}"
     if size > free:
         return f"a call would take about {size / 2**30:.0f} GiB, {free / 2**30:.0f} are free"
     return None
@@ -199,25 +197,20 @@ def free_bytes(device: torch.device) -> int:
 def measure_sizes(
     setting: Setting,
     op: str,
-    sizes: Sequence[int],
     dtype: str,
     modes: Sequence[Mode],
     out: Path | None,
     *,
-    longest: float,
     resume: bool,
 ) -> list[Missing]:
-    """Append the lines of an op, smallest size first, until the setting's deadline.
+    """Append the lines of an op, smallest size first; with ``resume`` those not measured yet.
 
-    A contender leaves the race at a size where, by its last call, one would take longer than
-    ``longest`` seconds or more memory than is free, if both grow with the square of the size, as
-    those of the costliest do.
+    A contender leaves the race at a size where, by its last call, one would take too long or more
+    memory than is free, if both grow with the square of the size, as those of the costliest do.
     """
     last: dict[tuple[str, str], tuple[int, Line]] = {}  # by contender and mode
     missing: list[Missing] = []
-    rivals = [peer for peer in peers(op) if setting.compiled_peers or not peer.compiled]
-    for size in sorted(sizes):
-        case = SIZES[op][size]
+    for size, case in SIZES[op].items():
         if resume and out and is_measured(setting, out, op, case, dtype, modes):
             found = lines.measured(out, setting.machine, op=op, case=case.name, dtype=dtype)
         else:
@@ -225,16 +218,16 @@ def measure_sizes(
             left_out = {
                 line.backend: reason
                 for known, line in last.values()
-                if (reason := too_much(line, (size / known) ** 2, longest, free))
+                if (reason := too_much(line, (size / known) ** 2, free))
             }
             limit = _COMPILED_UP_TO.get(op, size)
             if size > limit:
                 reason = f"torch.compile takes too long beyond {limit}"
-                left_out |= {peer.name: reason for peer in rivals if peer.compiled}
+                left_out |= {name: reason for name in peers(op) if name.endswith("_compiled")}
             missing += [(f"{op} {case.name}", who, why) for who, why in left_out.items()]
             if AUTO in left_out:
                 continue
-            names = tuple(peer.name for peer in rivals if peer.name not in left_out)
+            names = tuple(name for name in peers(op) if name not in left_out)
             here = dataclasses.replace(setting, backends=(AUTO,), peer_names=names)
             found, others = measure_cases(here, [(op, case)], dtype, modes, out)
             missing += others

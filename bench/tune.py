@@ -77,8 +77,8 @@ def tune_case(
     table: Table,
     clock: Clock,
     rounds: int,
+    skipped: Counter,
     function: Callable | None = None,
-    skipped: Counter | None = None,
     deadline: float | None = None,
     refusals: Refusals | None = None,
 ) -> None:
@@ -91,34 +91,29 @@ def tune_case(
         refusals: leaves candidates out by their compiled code; None: all are timed.
     """
     function = calls.on_backend(op, BACKEND) if function is None else function
-    skipped = Counter() if skipped is None else skipped
     inputs = make(case, dtype, device)
     sets = calls.input_sets(case, dtype, device)
-    modes: tuple[Mode, ...] = ("fwd", "bwd")
+    name = next(name for name, each in DTYPES.items() if each == dtype)
     best: dict[str, Tiles] = {}
+    planned = {kernel for kernel, each in candidates_of.items() if any(map(_is_plan, each))}
+    modes: tuple[Mode, ...] = ("fwd", "bwd")
     for mode in modes:
-        refuse = refusals and functools.partial(refusals, op, case.name, _name(dtype), mode)
+        refuse = refusals and functools.partial(refusals, op, case.name, name, mode)
         work = _Work(op, function, inputs, sets, mode, dtype, clock, rounds, skipped, refuse)
         under = _requests(work, candidates_of)
-        planned = {
-            kernel
-            for kernel, candidates in candidates_of.items()
-            if any(_is_plan(each) for each in candidates)
-        }
         # a plan decides which kernels run at all: so first the kernels, each under the plan that
         # runs it, then the plans between their bests
         for kernel in sorted(under, key=lambda kernel: kernel in planned):
             plan, asked = under[kernel]
-            if kernel in best or all(request.key in table.get(kernel, {}) for request in asked):
-                best.setdefault(
-                    kernel, table.get(kernel, {}).get(asked[0].key, dict(asked[0].heuristic))
-                )
+            known = table.get(kernel, {})
+            if kernel in best or all(request.key in known for request in asked):
+                best.setdefault(kernel, known.get(asked[0].key, dict(asked[0].heuristic)))
                 continue
             if deadline is not None and time.monotonic() > deadline:
                 print(f"{op} {case.name}: out of time before {kernel}")
                 return
             # without an entry the kernel's heuristic answers, and is a candidate like the others
-            options = _distinct([dict(asked[0].heuristic), *candidates_of[kernel]])
+            options = [dict(asked[0].heuristic), *candidates_of[kernel]]
             found = _fastest(work, kernel, options, {**best, **plan})
             if found is not None:
                 best[kernel] = found
@@ -145,37 +140,27 @@ def tune_cases(
     """
     skipped = Counter[str]()
     missing: dict[str, str] = {}
+    out_of_time = "out of time; run it again to continue"
     for op, case in wanted:
-        module = tunable(op)
+        module, title = tunable(op), f"{op} {case.name}"
         if module is None or (op, BACKEND) in setting.refused:
-            reason = setting.refused.get((op, BACKEND), "no Triton backend with candidates")
-            missing[op] = reason
+            missing[op] = setting.refused.get((op, BACKEND), "no Triton backend with candidates")
             continue
         if setting.out_of_time:
-            missing[f"{op} {case.name}"] = "out of time; run it again to continue"
+            missing[title] = out_of_time
             continue
-        few_or_all = slice(1 if few else None)
-        candidates = {kernel: tiles[few_or_all] for kernel, tiles in module.TUNING.items()}
-        print(f"{op} {case.name}", flush=True)
+        candidates = {kernel: each[: 1 if few else None] for kernel, each in module.TUNING.items()}
+        options: dict[str, Any] = dict(candidates_of=candidates, table=table, refusals=refusals)
+        options |= dict(rounds=setting.rounds, skipped=skipped, deadline=setting.deadline)
+        print(title, flush=True)
         try:
             with side_stream(setting.device):
-                tune_case(
-                    op,
-                    case,
-                    DTYPES[dtype],
-                    setting.device,
-                    candidates_of=candidates,
-                    table=table,
-                    clock=setting.make_clock(),
-                    rounds=setting.rounds,
-                    skipped=skipped,
-                    deadline=setting.deadline,
-                    refusals=refusals,
-                )
+                what = (op, case, DTYPES[dtype], setting.device)
+                tune_case(*what, clock=setting.make_clock(), **options)
             if setting.out_of_time:
-                missing[f"{op} {case.name}"] = "out of time; run it again to continue"
+                missing[title] = out_of_time
         except Exception as error:
-            missing[f"{op} {case.name}"] = first_line(error)
+            missing[title] = first_line(error)
         if table:
             write_table(path, table)
     print(f"candidates left out: {dict(skipped) or 'none'}")
@@ -197,10 +182,6 @@ class _Work(NamedTuple):
     refuse: Callable[[Sequence[dict[str, Tiles]]], list[str | None]] | None
 
 
-def _name(dtype: torch.dtype) -> str:
-    return next(name for name, each in DTYPES.items() if each == dtype)
-
-
 def _is_plan(candidate: Tiles) -> bool:
     """A choice between ways to compute, without a kernel of its own: {"ONE_PASS": 0}."""
     return "num_warps" not in candidate
@@ -210,39 +191,28 @@ def _requests(
     work: _Work, candidates_of: dict[str, list[Tiles]]
 ) -> dict[str, tuple[dict[str, Tiles], list[Request]]]:
     """{kernel: (plan to force so that it runs, its requests)}, without a plan and under each."""
-    plans: list[dict[str, Tiles]] = [{}]
-    plans += [
-        {kernel: each}
-        for kernel, candidates in candidates_of.items()
-        for each in candidates
-        if _is_plan(each)
+    every = [(kernel, each) for kernel, options in candidates_of.items() for each in options]
+    plans: list[dict[str, Tiles]] = [
+        {},
+        *({kernel: each} for kernel, each in every if _is_plan(each)),
     ]
     found: dict[str, tuple[dict[str, Tiles], list[Request]]] = {}
     for plan in plans:
         try:
             with settings.force_tiles(**plan):
-                before = calls.call(
-                    work.function, work.op, work.inputs, work.mode
-                )  # bwd: its forward is not overheard
+                # bwd: its forward is not overheard
+                call = calls.call(work.function, work.op, work.inputs, work.mode)
                 with overheard() as requests:
-                    before()
+                    call()
         except Exception as error:
             if not plan:
                 raise
             work.skipped[type(error).__name__] += 1
             continue
-        kernels = dict.fromkeys(
-            request.kernel for request in requests if request.kernel in candidates_of
-        )
-        for kernel in kernels:
-            found.setdefault(
-                kernel, (plan, [request for request in requests if request.kernel == kernel])
-            )
+        for kernel in dict.fromkeys(request.kernel for request in requests):
+            if kernel in candidates_of and kernel not in found:
+                found[kernel] = plan, [each for each in requests if each.kernel == kernel]
     return found
-
-
-def _distinct(options: list[Tiles]) -> list[Tiles]:
-    return list({json.dumps(each, sort_keys=True): each for each in options}.values())
 
 
 def _fastest(
@@ -253,7 +223,7 @@ def _fastest(
     The first option is the kernel's heuristic. None: no option ran.
     """
     ready: dict[str, list[Call]] = {}
-    named = {json.dumps(each): each for each in options}
+    named = {json.dumps(each, sort_keys=True): each for each in options}  # each once
     expected: dict[str, torch.Tensor] | None = None
     chosen = {name: others | {kernel: option} for name, option in named.items()}
     reasons = work.refuse([*chosen.values()]) if work.refuse else [None] * len(chosen)
@@ -349,17 +319,9 @@ def read_table(path: str | Path) -> Table:
 
 
 def write_table(path: str | Path, table: Table) -> None:
-    """Sorted, one key a line: diffs stay readable."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    kernels = []
-    for kernel in sorted(table):
-        rows = ",\n".join(
-            f"    {json.dumps(key)}: {json.dumps(dict(sorted(table[kernel][key].items())))}"
-            for key in sorted(table[kernel])
-        )
-        kernels.append(f"  {json.dumps(kernel)}: {{\n{rows}\n  }}")
-    path.write_text("{\n" + ",\n".join(kernels) + "\n}\n")
+    path.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
 
 
 @contextlib.contextmanager

@@ -5,7 +5,6 @@ p80, hollow markers are stale lines.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -13,7 +12,7 @@ from bench import lines
 from bench.lines import number
 
 from . import tables
-from .tables import MODES, Group, Scaled, Shown, grouped, scaled
+from .tables import MODES, Scaled, Shown, grouped, scaled
 
 _PIXELS = "pixels of a clip, T x H x W"
 _X_LABELS = {
@@ -49,8 +48,7 @@ class Curve(NamedTuple):
     kind: Literal["ours", "peer", "bound"]  # a bound is a dashed line without markers
 
 
-@dataclass(frozen=True)
-class Panel:
+class Panel(NamedTuple):
     title: str
     x_label: str
     y_label: str
@@ -66,13 +64,11 @@ def scaling(shown: Sequence[Shown], folder: Path) -> Iterator[Path]:
 
     Memory is the peak beyond the inputs. The floor counts a backward that computes scores again.
     """
-    for (machine, op, dtype, variable), group in grouped(
-        shown, lambda line: (line.machine, line.op, line.dtype, _at(line).variable)
-    ).items():
-        x_label = _X_LABELS.get(variable, variable)
+    kinds = grouped(shown, lambda line: (line.machine, line.op, line.dtype, _at(line).variable))
+    for (machine, op, dtype, variable), group in kinds.items():
         modes = grouped(group, lambda line: line.mode)
         panels = [
-            Panel(f"{op}, {dtype}, {mode}", x_label, label, curves(each), log=True)
+            Panel(f"{op}, {dtype}, {mode}", _X_LABELS[variable], label, curves(each), log=True)
             for label, curves in (("time (ms)", _times), ("peak memory (MiB)", _peaks))
             for mode, each in modes.items()
         ]
@@ -122,20 +118,20 @@ def _curves(shown: Sequence[Shown], point: Callable[[Shown], Point]) -> list[Cur
 
 def steps(shown: Sequence[Shown], folder: Path) -> Iterator[Path]:
     """A figure a configuration of a machine: time by drop rate, training beside inference."""
+
+    def point(each: Shown) -> Point:
+        return _time(tables.step(each.line).percent, each)
+
     for group in tables.step_groups(shown):
-        panels = [_by_drop_rate(group, mode) for mode in MODES]
+        modes = grouped(group.shown, lambda line: line.mode)
+        panels = [
+            Panel(title, "drop rate (%)", "time (ms)", _curves(modes.get(mode, ()), point))
+            for mode, title in MODES.items()
+        ]
         parts = (lines.slug(*group.machine), group.configuration, group.dtype, f"b{group.batch}")
         path = folder / f"{'_'.join(parts)}_time.png"
         save(panels, len(panels), path)
         yield path
-
-
-def _by_drop_rate(group: Group, mode: str) -> Panel:
-    def point(each: Shown) -> Point:
-        return _time(tables.step(each.line).percent, each)
-
-    curves = _curves([each for each in group.shown if each.line.mode == mode], point)
-    return Panel(MODES[mode], "drop rate (%)", "time (ms)", curves)
 
 
 # -- drawing ----------------------------------------------------------------------------------
@@ -149,10 +145,8 @@ def save(panels: Sequence[Panel], columns: int, path: Path) -> None:
         from matplotlib.lines import Line2D
     except ImportError as error:
         raise ImportError("figures need matplotlib: pip install 'vatt_fast[eval]'") from error
-    panels = [
-        replace(panel, curves=[curve for curve in panel.curves if curve.points]) for panel in panels
-    ]
-    panels = [panel for panel in panels if panel.curves]
+    drawn = [[curve for curve in panel.curves if curve.points] for panel in panels]
+    panels = [p._replace(curves=each) for p, each in zip(panels, drawn, strict=True) if each]
     columns = min(columns, len(panels))
     rows = -(-len(panels) // columns)
     with matplotlib.rc_context({"font.size": 9, "axes.titlesize": 10}):
@@ -181,17 +175,20 @@ def save(panels: Sequence[Panel], columns: int, path: Path) -> None:
 def _styles(panels: Sequence[Panel]) -> dict[str, dict[str, Any]]:
     """Of each curve's name, ours first; the same in all panels."""
     kinds = {curve.name: curve.kind for panel in panels for curve in panel.curves}
+    ours, peers, bounds = (
+        [name for name, each in kinds.items() if each == kind] for kind in ("ours", "peer", "bound")
+    )
     found: dict[str, dict[str, Any]] = {}
-    for i, name in enumerate(name for name, kind in kinds.items() if kind == "ours"):
+    for i, name in enumerate(ours):
         shape = dict(marker=_OUR_MARKERS[i % 4], linestyle=_OUR_DASHES[i % 4], markersize=6)
         found[name] = dict(color=_OURS, linewidth=2.8, zorder=4, **shape)
-    for i, name in enumerate(name for name, kind in kinds.items() if kind == "peer"):
+    for i, name in enumerate(peers):
         # later ones lie on top: where curves coincide, the earlier look out below
         size = max(4.0, 8 - 0.7 * i)
         shape = dict(marker=_PEER_MARKERS[i % 7], linestyle=_PEER_DASHES[i % 4], markersize=size)
         found[name] = dict(color=_PEERS[i % 5], linewidth=1.3, zorder=3, **shape)
     bound = dict(color=_BOUND, linestyle="--", linewidth=1.1, zorder=2)
-    return found | {name: bound for name, kind in kinds.items() if kind == "bound"}
+    return found | dict.fromkeys(bounds, bound)
 
 
 def _draw(panel: Panel, axis: Any, styles: Mapping[str, dict[str, Any]]) -> None:

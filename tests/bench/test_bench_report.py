@@ -57,7 +57,7 @@ def sweep(op="attention", variable="tokens", sizes=(99, 393), names=("auto", "ea
     ]
 
 
-def whole_steps(configuration="mbs_32x224x224", names=("auto", "plain", "videomae"), **others):
+def whole_steps(configuration="mbs_32x224x224", names=("auto", "plain", "third"), **others):
     def one(mode, i, name, p):
         ms = (1 + i) * (4017 - 41 * p)
         told = dict(drop_rate=p / 100, speedup_over_best_peer=None if i else 1.53)
@@ -68,7 +68,7 @@ def whole_steps(configuration="mbs_32x224x224", names=("auto", "plain", "videoma
         for mode in ("fwd+bwd", "fwd")
         for i, name in enumerate(names)
         for p in (75, 50, 25, 0)
-        if (name, p) != ("videomae", 0)  # it did not fit
+        if (name, p) != ("third", 0)  # it did not fit
     ]
 
 

@@ -31,7 +31,7 @@ def tree(tmp_path, monkeypatch):
 
 
 def forget():
-    for cached in (digest.of, digest._units, digest._imported):
+    for cached in (digest.of, digest._units, digest._imported, digest._peer_units):
         cached.cache_clear()
 
 
@@ -96,14 +96,30 @@ def test_a_change_counts_for_the_lines_that_run_it(tree, name, expected):
     assert changed(before) == expected
 
 
-def test_peers_count_for_their_lines_and_for_comparisons(tree):
-    theirs = replace(LINE, backend="eager", ours=False)
-    compared = replace(FP32, best_peer="eager")
-    before = [lines.source_of(line) for line in (theirs, compared, FP32)]
-    (tree / "bench/peers.py").open("a").write("\nMORE = 1\n")
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        ("\nSIGLIP_BIAS = -10.0", "\nMORE = 1\nSIGLIP_BIAS = -10.0", set()),
+        ("SIGLIP_BIAS = -10.0", "SIGLIP_BIAS = -9.0", {"siglip"}),  # _siglip_rows names it
+        ("torch.softmax(scores, -1)", "torch.softmax(scores, -2)", {"eager", "compared"}),
+        ('"eager": _torch(', '"eager": Peer(', {"eager", "compared"}),
+        ("_CHUNK = 1024", "_CHUNK = 512", {"chunked", "siglip"}),
+        ("dynamic=False", "dynamic=True", {"eager", "compared", "chunked", "siglip"}),
+    ],
+)
+def test_a_change_of_the_peers_counts_for_those_that_run_it(tree, old, new, expected):
+    theirs = {
+        "eager": replace(LINE, backend="eager", ours=False),
+        "compared": replace(FP32, best_peer="eager"),
+        "ours": FP32,
+        "chunked": replace(LSE, backend="chunked", ours=False),
+        "siglip": replace(LSE, backend="siglip", ours=False),
+        "step": replace(STEP, best_peer="plain"),
+    }
+    before = {name: lines.source_of(line) for name, line in theirs.items()}
+    edit(tree / "bench/peers.py", old, new)
     forget()
-    now = [lines.source_of(line) for line in (theirs, compared, FP32)]
-    assert [a == b for a, b in zip(before, now, strict=True)] == [False, False, True]
+    assert {name for name in theirs if lines.source_of(theirs[name]) != before[name]} == expected
 
 
 def test_a_backend_under_other_tiles_runs_the_same_sources(tree):
