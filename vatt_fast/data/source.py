@@ -17,6 +17,7 @@ import numpy as np
 from .text import Vocabulary
 
 WHOLE_FILE = (0.0, math.inf)
+CONTENT = "content:"  # how the digest of captions begins, wherever they were read from
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,8 @@ class Captions(NamedTuple):
     """The captions of one example, in the order of their source.
 
     Args:
-        times: (n, 2) float64, start and end of each in seconds of the media file.
+        times: (n, 2) float64, start and end of each in seconds of the media file; the end is inf
+            where a caption has no times of its own and belongs to the whole file.
         texts: n sentences; they may be read only when asked for.
     """
 
@@ -245,7 +247,7 @@ class MixedSource:
             sum(one.files for one in each),
             sum(one.bytes for one in each),
             digest_of(one.digest for one in each),
-            digest_of(captions) if any(captions) else "",
+            CONTENT + digest_of(captions) if any(captions) else "",
         )
 
 
