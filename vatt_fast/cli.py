@@ -1,8 +1,10 @@
 """The ``vatt-fast`` command, one function a verb."""
 
+import dataclasses
 import importlib.metadata
 import importlib.util
 import io
+import os
 import platform
 import sys
 import textwrap
@@ -22,11 +24,16 @@ from .kernels.settings import requested
 
 try:
     import tyro
+    from tqdm import tqdm
 except ImportError as error:
-    raise SystemExit("the command line needs tyro: pip install 'vatt_fast[train]'") from error
+    raise SystemExit(
+        f"the command line needs {error.name}: pip install 'vatt_fast[train]'"
+    ) from error
 
 # These need parts of the same extra, so they come after the message above. Every verb's options
 # need most of them; all of them take 0.2 s of the 4 s to import torch.
+from .data.index import build_index, summary_of, warn_of_scripts
+from .data.listing import list_source, parse
 from .demo.run import DemoConfig, run_demo
 from .devices import pick_device
 from .encoding import embed_sentences, encode
@@ -38,6 +45,7 @@ from .evaluation.search import (
     read_folder,
     require_known_words,
 )
+from .files import check_folder
 from .on_jax.compile_tpu import CompileTPUConfig, compile_step, write_report
 from .paper_tables import flops_table, format_tables, parameter_table
 from .training.loop import PretrainConfig, pretrain
@@ -64,6 +72,64 @@ def run_pretrain(config: PretrainConfig) -> None:
     """Pre-train on a folder of media with captions.json; continue an interrupted run."""
     pretrain(config)
     print(f"trained model: {config.out}")
+
+
+def index(
+    source: Annotated[tuple[str, ...], tyro.conf.Positional],
+    out: str | None = None,
+    captions: str | None = None,
+    media: str | None = None,
+    workers: int | None = None,
+    problems: bool = False,
+    json: bool = False,
+) -> None:
+    """Index folders, manifests or tar shards, so that training on them starts at once.
+
+    Killed and started again it goes on; when media have changed it reads only those.
+
+    Args:
+        source: a folder, folder/** for all below, a .csv, .tsv or .parquet of path, start, end and
+            text, a folder of tars, shards/{000..099}.tar, a URL of such, or a .toml of several.
+        out: folder of the index; by default it lies beside the data, where pretrain looks for it.
+        captions: JSON or folder of captions by the media's names, as HowTo100M's caption.json.
+        media: folder that a manifest's paths are relative to, instead of the manifest's.
+        workers: processes; by default one a core.
+        problems: list all that was left out, and why, instead of the first ten.
+        json: print JSON.
+    """
+    if not source:
+        raise ValueError("name a source: vatt-fast index clips")
+    wanted = [each for text in source for each in parse(text)]
+    if out is not None and len(wanted) > 1:
+        raise ValueError(f"--out {out} has room for one index; leave it out, or name one source")
+    count = len(os.sched_getaffinity(0)) if workers is None else workers
+    told = {}
+    for each in wanted:
+        listing = list_source(
+            dataclasses.replace(each, captions=captions or each.captions, media=media or each.media)
+        )
+        folder = Path(out) if out is not None else listing.home
+        if folder is None:
+            raise ValueError(f"{each.text} is remote; name a folder for its index with --out")
+        check_folder(folder)
+        with tqdm(desc=each.text, unit="part", disable=json or None) as bar:
+
+            def show(done: int, total: int, bar: Any = bar) -> None:
+                bar.total, bar.n = total, done
+                bar.refresh()
+
+            built = build_index(listing, folder, workers=count, progress=show)
+        told[str(folder)] = summary_of(built)
+        if not json:
+            warn_of_scripts(built)
+            print(f"{folder}: {told[str(folder)].pop('line')}")
+            left_out = list(built.problems.items())
+            for name, reason in left_out if problems else left_out[:10]:
+                print(f"  {name}: {reason}")
+            if len(left_out) > 10 and not problems:
+                print(f"  and {len(left_out) - 10} more; --problems lists them")
+    if json:
+        print(dumps(told))
 
 
 def embed(
@@ -278,6 +344,7 @@ def main(arguments: list[str] | None = None) -> None:
     verbs: dict[str, Callable[..., None]] = {
         "demo": _with_config(demo, DemoConfig),
         "pretrain": _with_config(run_pretrain, PretrainConfig),
+        "index": index,
         "compile-tpu": _with_config(compile_tpu, CompileTPUConfig),
         "embed": embed,
         "retrieve": retrieve,

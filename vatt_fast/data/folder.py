@@ -4,13 +4,18 @@ import os
 import unicodedata
 import warnings
 from collections import Counter
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterable, Mapping
 from pathlib import Path, PurePosixPath
 
+from .captions import SIDECARS, from_entries, read_sidecar, stream_entries
 from .media import MEDIA_SUFFIXES
 from .text import Caption, load_captions
 
 CAPTIONS = "captions.json"
+# HowTo100M's: captions by the stems of the files' names
+HOWTO_CAPTIONS = ("caption.json", "raw_caption.json")
+# "talk.en.vtt": captions in a language, as download programs call them
+_MOST_LANGUAGE_LETTERS = 10
 # Media that other programs play and that are not read here.
 # fmt: off
 OTHER_SUFFIXES = (
@@ -26,8 +31,10 @@ OTHER_SUFFIXES = (
 def folder_captions(folder: str | os.PathLike) -> dict[str, tuple[Caption, ...]]:
     """The captions of each media file of a folder, by its name.
 
-    A file that captions.json leaves out has none. Media lie in the folder itself; those named with
-    a path ("talks/one.mp4") may lie deeper. Raises ValueError as ``ClipFolder``.
+    They are those of captions.json, else of HowTo100M's caption.json, else of a caption file beside
+    the media file; a file without any has none. Media lie in the folder itself; those named with a
+    path ("talks/one.mp4") may lie deeper. Raises ValueError as ``ClipFolder``, and for a caption
+    file that cannot be read.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -47,12 +54,90 @@ def folder_captions(folder: str | os.PathLike) -> dict[str, tuple[Caption, ...]]
     }
     if not (present or captions):
         inside = sorted(path.name for path in folder.iterdir() if path.is_dir())
-        hint = f"; it has the folders {', '.join(inside[:5])}: name one of them" if inside else ""
+        folders = ", ".join(inside[:5])
+        hint = f"; it has the folders {folders}: name one of them, or {folder}/**" if inside else ""
         raise ValueError(
             f"{folder} has no media files ({' '.join(MEDIA_SUFFIXES)})"
             f"{hint or '; put some there or name another folder'}"
         )
-    return {name: captions.get(name, ()) for name in {*present, *captions}}
+    found = {name: captions.get(name, ()) for name in {*present, *captions}}
+    said = caption_file(folder)
+    if said is not None and said.name != CAPTIONS:
+        stems = {composed(os.path.splitext(name)[0]): name for name in found}
+        for stem, entries in stream_entries(said):
+            if (named := stems.get(composed(stem))) is not None:
+                found[named] = tuple(from_entries(entries, f"{said}: {stem!r}"))
+    bare = [name for name in found if not found[name] and name not in captions]
+    for name, beside in sidecars_of(folder, bare).items():
+        path = folder / beside
+        found[name] = tuple(read_sidecar(beside, path.read_bytes(), str(path)))
+    return found
+
+
+def caption_file(folder: Path) -> Path | None:
+    """The file with the captions of a whole folder."""
+    paths = (folder / name for name in (CAPTIONS, *HOWTO_CAPTIONS))
+    return next((path for path in paths if path.exists()), None)
+
+
+def sidecars_of(folder: Path, names: Iterable[str]) -> dict[str, str]:
+    """Which media files have a caption file beside them, "talk.srt" or "talk.en.srt" for talk.mp4.
+
+    Of several the first kind of ``SIDECARS`` counts, and of several languages the first.
+    """
+    listings: dict[str, dict[str, list[str]]] = {}
+    found = {}
+    for name in names:
+        inside, _, base = name.rpartition("/")
+        if inside not in listings:
+            listings[inside] = _sidecars_in(folder / inside)
+        beside = listings[inside].get(composed(os.path.splitext(base)[0]))
+        if beside:
+            found[name] = f"{inside}/{beside[0]}" if inside else beside[0]
+    return found
+
+
+def _sidecars_in(folder: Path) -> dict[str, list[str]]:
+    """Caption files by the stem of the media they belong to, the best first."""
+    ranked: dict[str, list[tuple[int, bool, str]]] = {}
+    for name in os.listdir(folder) if folder.is_dir() else ():
+        stem, suffix = os.path.splitext(name)
+        if suffix.lower() not in SIDECARS or name in (CAPTIONS, *HOWTO_CAPTIONS):
+            continue
+        rank = SIDECARS.index(suffix.lower())
+        ranked.setdefault(composed(stem), []).append((rank, False, name))
+        bare, dot, language = stem.rpartition(".")
+        if dot and 2 <= len(language) <= _MOST_LANGUAGE_LETTERS and suffix.lower() in SIDECARS[:2]:
+            ranked.setdefault(composed(bare), []).append((rank, True, name))
+    return {stem: [name for _, _, name in sorted(each)] for stem, each in ranked.items()}
+
+
+def media_below(folder: Path) -> tuple[list[str], list[str]]:
+    """Media files in a folder and all below it, by their paths within, and all these folders.
+
+    Hidden ones are left out; a linked folder is entered once.
+    """
+    files: list[str] = []
+    folders: list[str] = []
+    seen: set[tuple[int, int]] = set()
+    waiting = [""]
+    while waiting:
+        inside = waiting.pop()
+        status = os.stat(folder / inside)
+        if (status.st_dev, status.st_ino) in seen:
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        folders.append(str(folder / inside))
+        with os.scandir(folder / inside) as entries:
+            for entry in entries:
+                if entry.name.startswith("."):
+                    continue
+                path = f"{inside}/{entry.name}" if inside else entry.name
+                if entry.is_dir():
+                    waiting.append(path)
+                elif entry.name.lower().endswith(MEDIA_SUFFIXES):
+                    files.append(path)
+    return sorted(files), sorted(folders)
 
 
 def names_on_disk(

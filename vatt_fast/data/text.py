@@ -210,18 +210,18 @@ def load_captions(path: str | os.PathLike) -> dict[str, tuple[Caption, ...]]:
     content = read_json(path)
     if not isinstance(content, dict):
         raise ValueError(
-            f"{path} holds a JSON {_kind(content)}; it must be an object of media names, each with "
-            "its list of captions"
+            f"{path} holds a JSON {kind_of(content)}; it must be an object of media names, each "
+            "with its list of captions"
         )
     captions = {}
     for name, entries in content.items():
         if not isinstance(entries, list):
             raise ValueError(
-                f"{path}: {name!r} has a JSON {_kind(entries)}; it must have a list of captions, "
+                f"{path}: {name!r} has a JSON {kind_of(entries)}; it must have a list of captions, "
                 "which may be empty"
             )
         captions[name] = tuple(
-            _caption(entry, f"{path}: {name!r} caption {place}")
+            caption_of(entry, f"{path}: {name!r} caption {place}")
             for place, entry in enumerate(entries)
         )
     broken = [
@@ -237,7 +237,7 @@ def load_captions(path: str | os.PathLike) -> dict[str, tuple[Caption, ...]]:
             stacklevel=2,
         )
         captions = {
-            name: tuple(dataclasses.replace(one, text=_writable(one.text)) for one in entries)
+            name: tuple(dataclasses.replace(one, text=writable(one.text)) for one in entries)
             for name, entries in captions.items()
         }
     return captions
@@ -250,7 +250,7 @@ def read_json(path: Path) -> Any:
         ValueError: anything else, with the file.
     """
     try:
-        return json.loads(path.read_bytes(), object_pairs_hook=_refuse_repeats)
+        return json.loads(path.read_bytes(), object_pairs_hook=refuse_repeats)
     except RecursionError as error:
         raise ValueError(f"{path} is nested too deeply; rewrite it") from error
     except ValueError as error:
@@ -263,15 +263,15 @@ def _is_writable(text: str) -> bool:
     return text.isascii() or not any("\ud800" <= c <= "\udfff" for c in text)
 
 
-def _writable(text: str) -> str:
+def writable(text: str) -> str:
     """``text`` with U+FFFD for halves of surrogate pairs."""
     return "".join("\ufffd" if "\ud800" <= c <= "\udfff" else c for c in text)
 
 
-def _caption(entry: Any, where: str) -> Caption:
+def caption_of(entry: Any, where: str) -> Caption:
     if not isinstance(entry, Mapping):
         raise ValueError(
-            f"{where} is a JSON {_kind(entry)}; "
+            f"{where} is a JSON {kind_of(entry)}; "
             'write {"start": seconds, "end": seconds, "text": "..."}'
         )
     for key in ("start", "end", "text"):
@@ -284,7 +284,7 @@ def _caption(entry: Any, where: str) -> Caption:
         value = entry[key]
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise ValueError(
-                f"{where} has {key} {value!r}, a JSON {_kind(value)}; "
+                f"{where} has {key} {value!r}, a JSON {kind_of(value)}; "
                 "give it as a number of seconds"
             )
         if not (math.isfinite(value) if isinstance(value, float) else abs(value) < 2**63):
@@ -295,7 +295,7 @@ def _caption(entry: Any, where: str) -> Caption:
             )
     if not isinstance(entry["text"], str):
         raise ValueError(
-            f"{where} has text {entry['text']!r:.80}, a JSON {_kind(entry['text'])}; "
+            f"{where} has text {entry['text']!r:.80}, a JSON {kind_of(entry['text'])}; "
             "give it as a string"
         )
     if entry["end"] < entry["start"]:
@@ -303,10 +303,11 @@ def _caption(entry: Any, where: str) -> Caption:
             f"{where} has end {entry['end']} before start {entry['start']}; "
             "a caption ends at or after its start: swap or correct them"
         )
-    return Caption(float(entry["start"]), float(entry["end"]), entry["text"])
+    text = unicodedata.normalize("NFC", entry["text"])
+    return Caption(float(entry["start"]), float(entry["end"]), text)
 
 
-def _refuse_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def refuse_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """JSON silently keeps the last of several entries of one name; captions would vanish."""
     counts = Counter(key for key, _ in pairs)
     if repeated := [key for key, count in counts.items() if count > 1]:
@@ -314,7 +315,7 @@ def _refuse_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
-def _kind(value: Any) -> str:
+def kind_of(value: Any) -> str:
     if value is None:
         return "null"
     names = {

@@ -15,9 +15,10 @@ from tqdm import tqdm
 from ..config import VATTConfig, preset
 from ..data.clips import Batch, ClipSpec, DropToken
 from ..data.dataset import ClipDataset
-from ..data.folder import CAPTIONS, folder_captions
 from ..data.loader import loader
-from ..data.text import PADDING, UNKNOWN, Vocabulary, split_words
+from ..data.source import Source
+from ..data.sources import open_source, vocabulary_from
+from ..data.text import Vocabulary
 from ..data.word_vectors import read_word_vectors
 from ..devices import has_a_tpu, without_a_tpu
 from ..files import check_folder, link, only_writer, remove_litter
@@ -39,7 +40,7 @@ from .settings import PretrainConfig, describe, rate_of, resolved, sizes
 from .step import TorchTrainer, Trainer
 from .stopping import StopRequests, kept_from_children, obey_the_parent_alone
 
-BEST = "best"
+BEST, INDEX = "best", "index"
 _STEPS_TO_FIND_A_PAIR = 20
 
 __all__ = ["BEST", "CHECKPOINT", "METRICS", "PretrainConfig", "pretrain", "vocabulary_of"]
@@ -74,10 +75,13 @@ def pretrain(
             stacklevel=2,
         )
     with contextlib.ExitStack() as stack:
-        if out.is_dir():
+        owned = out.is_dir()
+        if owned:
             stack.enter_context(_own(out))
         standing = read_standing(out / CHECKPOINT) if (out / CHECKPOINT).exists() else None
-        config, vocabulary, weights = _beginning(run, model_config, out, standing)
+        # before a framework that must not be forked
+        source = open_source(run.data, index_folder=out / INDEX, workers=run.workers)
+        config, vocabulary, weights = _beginning(run, model_config, out, standing, source)
         settings = describe(run, config)
         if standing is not None:
             check_same_run(out / CHECKPOINT, standing, settings)
@@ -98,15 +102,15 @@ def pretrain(
                 f"{run.batch_size}: a batch holds files several times, each its own negative",
                 stacklevel=2,
             )
-        data = Data.of(run.data, dataset.files, CAPTIONS)
+        data = Data(*source.identity)
         arithmetic = {"precision": trainer.precision, "devices that draw": trainer.devices}
         now = Standing(0, settings, data, arithmetic)
         if standing is not None:
             say_what_changed(out / CHECKPOINT, standing, data, arithmetic)
             trainer.restore(out / CHECKPOINT, standing.step)
             now = now._replace(step=standing.step, best_loss=standing.best_loss)
-        if not out.is_dir():
-            out.mkdir(parents=True)
+        if not owned:
+            out.mkdir(parents=True, exist_ok=True)
             stack.enter_context(_own(out))
         _train(run, trainer, dataset, now, progress)
     if dataset.skipped:
@@ -279,7 +283,11 @@ def _trainer(
 
 
 def _beginning(
-    run: PretrainConfig, model_config: VATTConfig | None, out: Path, standing: Standing | None
+    run: PretrainConfig,
+    model_config: VATTConfig | None,
+    out: Path,
+    standing: Standing | None,
+    source: Source,
 ) -> tuple[VATTConfig, Vocabulary, dict[str, Tensor] | None]:
     """The model's config, its vocabulary, and the weights it starts from instead of random ones.
 
@@ -308,7 +316,7 @@ def _beginning(
             "random: give word vectors with --words FILE, or take recipe 'paper'"
         )
     else:
-        vocabulary = vocabulary_of(run.data, run.max_words)
+        vocabulary = vocabulary_from(source, run.max_words)
     return dataclasses.replace(config, vocab_size=len(vocabulary)), vocabulary, weights
 
 
@@ -324,16 +332,9 @@ def _resampled(weights: dict[str, Tensor], config: VATTConfig) -> dict[str, Tens
     return found
 
 
-def vocabulary_of(folder: str | Path, max_words: int) -> Vocabulary:
-    """The most frequent words of a folder's captions.
+def vocabulary_of(data: str | Path, max_words: int) -> Vocabulary:
+    """The most frequent words of the captions of what ``pretrain`` takes as data.
 
     Only padding and the unknown word where there are none.
     """
-    sentences = [
-        caption.text for entries in folder_captions(folder).values() for caption in entries
-    ]
-    return (
-        Vocabulary.build(sentences, max_words)
-        if any(map(split_words, sentences))
-        else Vocabulary([PADDING, UNKNOWN])
-    )
+    return vocabulary_from(open_source(data), max_words)

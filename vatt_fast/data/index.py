@@ -1,0 +1,698 @@
+"""An index of a source: everything about its examples but their pictures and sound, on disk.
+
+It is a folder of .npy columns that processes map, and index.json, which is written last. Building
+goes in parts, a shard or some files each, which stay where a build is killed; the next one goes on
+from there. A later build opens again only what has changed.
+"""
+
+import concurrent.futures
+import functools
+import hashlib
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..files import only_writer, remove_litter, replacing, write_text
+from .captions import composed, from_entries, read_sidecar, stream_entries
+from .columns import (
+    AUDIO,
+    IMAGE,
+    VIDEO,
+    ColumnSource,
+    Measured,
+    Part,
+    PartBuilder,
+    Strings,
+    cut,
+    in_memory,
+    join,
+    map_files,
+    to_files,
+)
+from .listing import INDEX_FILE, Listing, Row, read_captions
+from .media import MediaError
+from .probe import guessed, measure
+from .remote import is_url, join_path, size_and_time
+from .shards import key_of, read_shard
+from .source import Identity, Place
+from .text import Caption
+
+FORMAT, VERSION = "vatt_fast index", 1
+PARTS = "parts"
+OTHER_FILES = "has other files"
+_ROWS_A_PART = 256
+_NAMES_A_PART = 2000
+# of single files more than this are not all looked at when an index is opened, but every so many
+_MOST_CHECKED = 20_000
+_ABOUT = "about"
+
+
+@dataclass(frozen=True)
+class _Task:
+    """A part to be built, by any process.
+
+    Args:
+        fingerprint: tells whether a part that is there is of this input.
+        old: an earlier index, and the block in it that is still right (-1: none is).
+    """
+
+    target: str
+    fingerprint: str
+    root: str
+    measured: bool
+    label: str = ""  # of a shard
+    shard: str = ""
+    rows: tuple[Row, ...] = ()
+    captions: tuple[tuple[str, Any], ...] = ()
+    where: str = ""
+    old: tuple[str, int] = ("", -1)
+
+
+def build_index(
+    listing: Listing,
+    folder: str | os.PathLike,
+    *,
+    workers: int = 1,
+    progress: Callable[[int, int], None] | None = None,
+) -> ColumnSource:
+    """Write, finish or bring up to date the index of what was listed.
+
+    Args:
+        folder: of the index; it is made.
+        progress: told how many parts are done, and of how many.
+
+    Raises:
+        ValueError: nothing in it can be read; a manifest or captions that are none.
+        OSError: something could not be written. Finished parts stay.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with only_writer(folder):
+        remove_litter(folder)
+        stamps = _stamps(listing)
+        parts = folder / PARTS
+        parts.mkdir(exist_ok=True)
+        old = _opened_or_none(folder)
+        spoken, keys = _build_captions(listing, parts, workers)
+        tasks = list(_tasks(listing, parts, old))
+        _run(tasks, workers, progress)
+        built = [_load_part(Path(task.target)) for task in tasks]
+        columns = folder / f"columns-{hashlib.sha256(os.urandom(16)).hexdigest()[:8]}"
+        columns.mkdir()
+        with _removed_unless_done(columns):
+            join(
+                [part for part, _ in built],
+                to_files(columns),
+                [part for part, _ in spoken],
+                None if not keys else functools.partial(_captions_of, keys),
+            )
+            problems = dict(listing.problems)
+            for _, about in built:
+                problems |= about["problems"]
+            source = ColumnSource(
+                listing.label,
+                listing.root,
+                map_files(columns),
+                problems=problems,
+                without_spaces=sum(about["without_spaces"] for _, about in [*spoken, *built]),
+            )
+            if not len(source):
+                told = "; ".join(list(problems.values())[:2])
+                raise ValueError(f"nothing in {listing.label} can be read: {told}")
+            write_text(columns / "problems.json", json.dumps(problems, ensure_ascii=False))
+            about = {
+                "format": FORMAT,
+                "version": VERSION,
+                "label": source.label,
+                "root": _portable(listing.root, folder),
+                "columns": columns.name,
+                "examples": len(source),
+                "left_out": len(problems),
+                "without_spaces": source.without_spaces,
+                "identity": source.identity._asdict(),
+                "asked": listing.asked,
+                "listing": _digest(listing),
+                "stamps": stamps,
+            }
+            write_text(folder / INDEX_FILE, json.dumps(about, indent=1))
+        for left in folder.glob("columns-*"):
+            if left != columns:
+                shutil.rmtree(left)
+        shutil.rmtree(parts)
+    return open_index(folder)
+
+
+class _removed_unless_done:
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, *rest: object) -> None:
+        if kind is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def open_index(folder: str | os.PathLike) -> ColumnSource:
+    """The source that an index describes, without looking at its media.
+
+    Raises:
+        ValueError: no index, one of a later version, or a damaged one.
+    """
+    folder = Path(folder)
+    about = _read_about(folder)
+    columns = folder / about["columns"]
+    return ColumnSource(
+        about["label"],
+        _unportable(about["root"], folder),
+        map_files(columns),
+        problems=columns / "problems.json" if about["left_out"] else {},
+        identity=Identity(**about["identity"]),
+        without_spaces=about["without_spaces"],
+        folder=folder,
+    )
+
+
+def is_index(folder: str | os.PathLike) -> bool:
+    return (Path(folder) / INDEX_FILE).is_file()
+
+
+def _read_about(folder: Path) -> dict[str, Any]:
+    path = folder / INDEX_FILE
+    try:
+        about = json.loads(path.read_text(encoding="utf-8"))
+        if about["format"] != FORMAT:
+            raise ValueError("it is of something else")
+        if about["version"] != VERSION:
+            raise ValueError(f"it is of version {about['version']}, this program reads {VERSION}")
+        Identity(**about["identity"])
+        return about
+    except FileNotFoundError as error:
+        raise ValueError(f"{folder} is no index; make one with vatt-fast index SOURCE") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} is no index ({error}); delete {folder} and index again"
+        ) from error
+
+
+def _opened_or_none(folder: Path) -> ColumnSource | None:
+    try:
+        return open_index(folder)
+    except (ValueError, OSError):  # none yet, or one to be replaced
+        return None
+
+
+def changes(folder: Path, listing_shards: Sequence[str] | None = None) -> list[str]:
+    """What has changed since an index was written, each by name; empty where nothing has.
+
+    Shards, manifests, captions files and folders are all looked at, and of single media files
+    20,000 at most.
+
+    Args:
+        listing_shards: the shards that are there now, relative to the root; None: not asked.
+    """
+    about = _read_about(folder)
+    root = _unportable(about["root"], folder)
+    told = []
+    for kind, path, size, time in about["stamps"]:
+        full = join_path(root, path) if kind == "shard" else _unportable(path, folder)
+        if reason := _differs(full, size, time, kind == "folder"):
+            told.append(f"{path} {reason}")
+    if listing_shards is not None:
+        known = {path for kind, path, *_ in about["stamps"] if kind == "shard"}
+        told += [f"{path} is new" for path in listing_shards if path not in known]
+        told += [f"{path} is no longer named" for path in sorted(known.difference(listing_shards))]
+    if not any(kind == "shard" for kind, *_ in about["stamps"]):
+        columns = map_files(folder / about["columns"])
+        paths = Strings.of(columns, "path")
+        step = -(-len(paths) // _MOST_CHECKED) if len(paths) else 1
+        for row in range(0, len(paths), step):
+            size, time = int(columns["file_bytes"][row]), int(columns["file_time"][row])
+            if reason := _differs(join_path(root, paths[row]), size, time, False):
+                told.append(f"{paths[row]} {reason}")
+    return told
+
+
+def asked_of(folder: Path) -> dict[str, str | None]:
+    """The ``captions`` and ``media`` of the source that an index was made of."""
+    asked = _read_about(folder)["asked"]
+    return {name: asked.get(name) for name in ("captions", "media")}
+
+
+def is_same_listing(folder: Path, listing: Listing) -> bool:
+    """Whether an index lists just these files; then their folders' new times are noted.
+
+    A folder's time changes with every file in it, of whatever kind.
+    """
+    about = _read_about(folder)
+    if about.get("listing") != _digest(listing):
+        return False
+    write_text(folder / INDEX_FILE, json.dumps(about | {"stamps": _stamps(listing)}, indent=1))
+    return True
+
+
+def _digest(listing: Listing) -> str:
+    digest = hashlib.sha256()
+    for row in listing.rows:
+        digest.update(
+            f"{row.name}\0{row.path}\0{row.segment}\0{row.sidecar}\n".encode(
+                errors="surrogateescape"
+            )
+        )
+    for shard in listing.shards:
+        digest.update(f"{shard}\n".encode(errors="surrogateescape"))
+    return digest.hexdigest()
+
+
+def _differs(path: str, size: int, time: int, is_folder: bool) -> str:
+    try:
+        now, changed = size_and_time(path)
+    except (OSError, FileNotFoundError):
+        return "is gone"
+    if is_folder:
+        return "" if changed == time else OTHER_FILES
+    if now != size:
+        return f"had {size} bytes and has {now}"
+    return "" if changed == time else "was written anew"
+
+
+def _stamps(listing: Listing) -> list[tuple[str, str, int, int]]:
+    """(kind, path, bytes, time) of what is looked at again when the index is opened."""
+    stamps = []
+    for path in listing.stamped:
+        size, time = size_and_time(path)
+        kind = "folder" if os.path.isdir(path) else "file"
+        # an index may move together with its data
+        stamps.append((kind, os.path.abspath(path), size, time))
+    for shard in listing.shards:
+        try:
+            stamps.append(("shard", shard, *size_and_time(join_path(listing.root, shard))))
+        except OSError as error:
+            reason = error.strerror or type(error).__name__
+            raise ValueError(
+                f"{join_path(listing.root, shard)} cannot be read ({reason}); "
+                "name shards that are there"
+            ) from error
+    return stamps
+
+
+def _portable(root: str, folder: Path) -> str:
+    """A root that the index lies in, relative to the index: both may be moved together."""
+    if is_url(root):
+        return root
+    root = os.path.abspath(root)
+    within = os.path.relpath(folder.absolute(), root)
+    return root if within.startswith("..") else os.path.relpath(root, folder.absolute())
+
+
+def _unportable(root: str, folder: Path) -> str:
+    if is_url(root) or os.path.isabs(root):
+        return root
+    return os.path.normpath(folder / root)
+
+
+# -- parts -----------------------------------------------------------------------------------------
+
+
+def _tasks(listing: Listing, parts: Path, old: ColumnSource | None) -> Iterator[_Task]:
+    known = {} if old is None else _blocks_by_file(old)
+    for number, shard in enumerate(listing.shards):
+        size, time = size_and_time(join_path(listing.root, shard))
+        yield _Task(
+            str(parts / f"shard-{number:06d}.npz"),
+            f"{VERSION} {shard} {size} {time}",
+            listing.root,
+            True,
+            label=shard,
+            shard=shard,
+            old=known.get((shard, size, time), ("", -1)),
+        )
+    earlier = ("" if old is None or listing.shards else str(old.folder), -1)
+    for number, first in enumerate(range(0, len(listing.rows), _ROWS_A_PART)):
+        rows = tuple(listing.rows[first : first + _ROWS_A_PART])
+        digest = hashlib.sha256(repr(rows).encode(errors="surrogateescape"))
+        for row in rows:
+            for path in filter(None, (row.path, row.sidecar)):
+                digest.update(f"{_size_and_time_or_none(join_path(listing.root, path))}".encode())
+        yield _Task(
+            str(parts / f"files-{number:06d}.npz"),
+            f"{VERSION} {digest.hexdigest()}",
+            listing.root,
+            True,
+            rows=rows,
+            old=earlier,
+        )
+
+
+def _size_and_time_or_none(path: str) -> tuple[int, int] | None:
+    try:
+        return size_and_time(path)
+    except OSError:
+        return None
+
+
+def _blocks_by_file(old: ColumnSource) -> dict[tuple[str, int, int], tuple[str, int]]:
+    """The blocks of an index's shards, by path, size and time of the shard."""
+    paths, columns = Strings.of(old.columns, "path"), old.columns
+    found = {}
+    for block, first in enumerate(old.blocks[:-1].tolist()):
+        file = int(columns["in_file"][first])
+        key = (paths[file], int(columns["file_bytes"][file]), int(columns["file_time"][file]))
+        found[key] = (str(old.folder), block)
+    return found
+
+
+def _run(tasks: Sequence[_Task], workers: int, progress: Callable[[int, int], None] | None) -> None:
+    """Build the parts that are not there."""
+    waiting = [task for task in tasks if not _is_built(task)]
+    done = len(tasks) - len(waiting)
+
+    def tell() -> None:
+        if progress is not None:
+            progress(done, len(tasks))
+
+    tell()
+    if workers <= 1 or len(waiting) <= 1:
+        for task in waiting:
+            _build(task)
+            done += 1
+            tell()
+        return
+    pool = concurrent.futures.ProcessPoolExecutor(
+        min(workers, len(waiting)),
+        mp_context=multiprocessing.get_context("fork"),
+        initializer=_obey_the_parent_alone,
+    )
+    with pool:
+        try:
+            running = {pool.submit(_build, task): task for task in waiting}
+            for future in concurrent.futures.as_completed(running):
+                future.result()
+                done += 1
+                tell()
+        except BrokenProcessPool as error:
+            left = [task.shard or task.rows[0].path for task in waiting if not _is_built(task)]
+            raise ValueError(
+                f"a process died while it read one of {', '.join(left[:workers])}; with "
+                "--workers 0 the message says which"
+            ) from error
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+
+
+def _obey_the_parent_alone() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _is_built(task: _Task) -> bool:
+    try:
+        with np.load(task.target) as part:
+            return json.loads(part[_ABOUT].tobytes())["fingerprint"] == task.fingerprint
+    except (OSError, ValueError, KeyError, EOFError):  # absent, or cut by a disk that failed
+        return False
+
+
+def _build(task: _Task) -> None:
+    builder = PartBuilder()
+    part: Mapping[str, np.ndarray] | None = None
+    problems: dict[str, str] = builder.problems
+    if task.captions:
+        keys, firsts = [], []
+        for name, value in task.captions:
+            entries = value
+            if not (isinstance(value, list) and all(isinstance(e, Caption) for e in value)):
+                entries = from_entries(value, f"{task.where}: {name!r}")
+            keys.append(name)
+            firsts.append(builder.add_captions(entries))
+        part = builder.finish() | {
+            "keys": np.frombuffer(json.dumps(keys).encode(), np.uint8),
+            "firsts": np.array(firsts, np.int64).reshape(-1, 2),
+        }
+    elif task.shard and task.old[1] >= 0:
+        old = _old(task.old[0])
+        part = cut(old.columns, task.old[1])
+        problems = {
+            name: reason
+            for name, reason in old.problems.items()
+            if name == task.label or name.startswith((f"{task.label}/", f"{task.label} "))
+        }
+    elif task.shard:
+        read_shard(join_path(task.root, task.shard), task.label, task.shard, builder)
+    else:
+        read_files(task.root, task.rows, builder, _remembered(task.old[0], task.measured))
+    about = {
+        "fingerprint": task.fingerprint,
+        "problems": problems,
+        "without_spaces": builder.without_spaces,
+    }
+    arrays = dict(builder.finish() if part is None else part)
+    arrays[_ABOUT] = np.frombuffer(json.dumps(about).encode(), np.uint8)
+    with replacing(task.target) as path:
+        np.savez(path, **arrays)  # type: ignore[arg-type]
+
+
+class _LazyPart(dict[str, np.ndarray]):
+    """A part's arrays, each read from its file when asked for, and not kept."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.path = path
+
+    def __missing__(self, name: str) -> np.ndarray:
+        with np.load(self.path) as part:
+            return part[name]
+
+
+def _load_part(path: Path) -> tuple[Part, dict[str, Any]]:
+    part = _LazyPart(path)
+    return part, json.loads(part[_ABOUT].tobytes())
+
+
+@functools.lru_cache(maxsize=1)
+def _old(folder: str) -> ColumnSource:
+    return open_index(folder)
+
+
+@functools.lru_cache(maxsize=1)
+def _rows_by_path(folder: str) -> dict[str, int]:
+    old = _old(folder)
+    return {
+        Strings.of(old.columns, "path")[int(f)]: i for i, f in enumerate(old.columns["in_file"])
+    }
+
+
+def _remembered(folder: str, measured: bool) -> Callable[[Place, int, int, str], Measured]:
+    """Measure a file, unless an earlier index has done so and it has not changed."""
+
+    def of(place: Place, size: int, time: int, path: str) -> Measured:
+        if not measured:
+            return guessed(place.name)
+        if folder and (row := _rows_by_path(folder).get(path)) is not None:
+            columns = _old(folder).columns
+            file = int(columns["in_file"][row])
+            if (int(columns["file_bytes"][file]), int(columns["file_time"][file])) == (size, time):
+                return _old(folder).measured(row)
+        return measure(place)
+
+    return of
+
+
+def read_files(
+    root: str,
+    rows: Sequence[Row],
+    builder: PartBuilder,
+    measured: Callable[[Place, int, int, str], Measured],
+) -> None:
+    """Add files, or segments of them, to a part; the segments of a file are one block."""
+    previous = ""
+    for row in rows:
+        if row.path != previous:
+            builder.end_block()
+        previous = row.path
+        path = join_path(root, row.path)
+        captions = row.captions
+        try:
+            size, time = size_and_time(path)
+            if not os.path.isfile(path):
+                raise MediaError(f"{path} is no file")
+            known = measured(Place(path, row.name), size, time, row.path)
+        except MediaError as error:
+            builder.problems[row.name] = str(error)
+            continue
+        except OSError as error:
+            builder.problems[row.name] = f"{path} cannot be opened ({error.strerror})"
+            continue
+        if row.segment[0] >= known.duration:
+            builder.problems[row.name] = (
+                f"its segment begins at {row.segment[0]:g} s and the file ends at "
+                f"{known.duration:g} s; a file that was cut already has no start"
+            )
+            continue
+        if row.sidecar is not None:
+            beside = join_path(root, row.sidecar)
+            try:
+                with open(beside, "rb") as file:
+                    captions = (*captions, *read_sidecar(row.sidecar, file.read(), beside))
+            except (ValueError, OSError) as error:
+                builder.problems[row.sidecar] = str(error)
+        builder.add(
+            row.name,
+            row.path,
+            file_bytes=size,
+            file_time=time,
+            segment=row.segment,
+            measured=known,
+            captions=captions,
+        )
+    builder.end_block()
+
+
+# -- captions that lie apart -----------------------------------------------------------------------
+
+
+def _build_captions(
+    listing: Listing, parts: Path, workers: int
+) -> tuple[list[tuple[Part, dict[str, Any]]], dict[str, tuple[int, int]]]:
+    """The parts of a captions file, and where in them each name's captions lie."""
+    if listing.captions is None:
+        return [], {}
+    size, time = size_and_time(str(listing.captions))
+    tasks: list[_Task] = []
+    # a chunk of tasks at a time, so that the file is never held whole
+    for chunk in _chunks(_raw_captions(listing.captions), _NAMES_A_PART * max(workers, 1)):
+        fresh: list[_Task] = []
+        for entries in _chunks(iter(chunk), _NAMES_A_PART):
+            number = len(tasks) + len(fresh)
+            fresh.append(
+                _Task(
+                    str(parts / f"captions-{number:06d}.npz"),
+                    f"{VERSION} {number} {size} {time} {entries[0][0]} {entries[-1][0]}",
+                    listing.root,
+                    False,
+                    captions=tuple(entries),
+                    where=str(listing.captions),
+                )
+            )
+        _run(fresh, workers, None)
+        tasks += [_Task(task.target, task.fingerprint, task.root, False) for task in fresh]
+    built = [_load_part(Path(task.target)) for task in tasks]
+    keys: dict[str, tuple[int, int]] = {}
+    base = 0
+    for part, _ in built:
+        names = json.loads(part["keys"].tobytes())
+        for name, (first, count) in zip(names, part["firsts"].tolist(), strict=True):
+            name = composed(name)
+            if name in keys:
+                raise ValueError(f"{listing.captions} has {name!r} twice; join its captions")
+            keys[name] = (first + base, count)
+        base += len(part["caption_times"])
+    return built, keys
+
+
+def _raw_captions(path: Path) -> Iterator[tuple[str, Any]]:
+    return read_captions(path) if path.is_dir() else stream_entries(path)
+
+
+def _chunks(items: Iterator[Any], size: int) -> Iterator[list[Any]]:
+    chunk = []
+    for item in items:
+        chunk.append(item)
+        if len(chunk) == size:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk
+
+
+def _captions_of(keys: Mapping[str, tuple[int, int]], name: str) -> tuple[int, int] | None:
+    """By the whole name, then without folders, then without the suffix."""
+    whole = composed(name)
+    base = whole.rpartition("/")[2]
+    for each in (whole, os.path.splitext(whole)[0], base, os.path.splitext(base)[0], key_of(base)):
+        if each in keys:
+            return keys[each]
+    return None
+
+
+# -- without an index ------------------------------------------------------------------------------
+
+
+def hold(listing: Listing) -> ColumnSource:
+    """The source in memory, its media unopened: durations are not known.
+
+    Raises:
+        ValueError: nothing is there, or captions that are none.
+    """
+    builder = PartBuilder()
+    read_files(listing.root, listing.rows, builder, _remembered("", False))
+    spoken = PartBuilder()
+    keys = {}
+    if listing.captions is not None:
+        for name, captions in read_captions(listing.captions):
+            keys[composed(name)] = spoken.add_captions(captions)
+    problems = {**listing.problems, **builder.problems}
+    if not len(builder):
+        told = "; ".join(list(problems.values())[:2])
+        raise ValueError(f"nothing in {listing.label} can be read: {told}")
+    columns = in_memory(
+        [builder.finish()],
+        [spoken.finish()] if keys else [],
+        functools.partial(_captions_of, keys) if keys else None,
+    )
+    return ColumnSource(
+        listing.label,
+        listing.root,
+        columns,
+        problems=problems,
+        without_spaces=builder.without_spaces + spoken.without_spaces,
+    )
+
+
+def summary_of(source: ColumnSource) -> dict[str, Any]:
+    """How much a source holds; ``line`` says it in words."""
+    columns = source.columns
+    streams = columns["streams"]
+    hours = float(np.nansum(np.minimum(columns["duration"], np.diff(columns["segment"])[:, 0])))
+    found = {
+        "examples": len(source),
+        "blocks": len(source.blocks) - 1,
+        "bytes": source.identity.bytes,
+        "hours": round(hours / 3600, 3),
+        "with_video": int(np.count_nonzero(streams & (VIDEO | IMAGE))),
+        "with_audio": int(np.count_nonzero(streams & AUDIO)),
+        "with_captions": int(np.count_nonzero(columns["caption_count"])),
+        "captions": int(columns["caption_count"].sum()),
+        "words": len(columns["word_counts"]),
+        "left_out": len(source.problems),
+    }
+    line = (
+        f"{found['examples']} clips in {found['blocks']} files, {found['bytes'] / 1e9:.3g} GB, "
+        f"{found['hours']:.3g} h; {found['with_video']} with video, {found['with_audio']} with "
+        f"sound, {found['with_captions']} with captions ({found['captions']} of "
+        f"{found['words']} words); {found['left_out']} left out"
+    )
+    return found | {"line": line}
+
+
+def warn_of_scripts(source: ColumnSource) -> None:
+    """Warn where many captions are in scripts whose words are not parted by spaces."""
+    captions = len(source.columns["caption_times"])
+    if source.without_spaces * 100 > captions:
+        warnings.warn(
+            f"{source.without_spaces} of the {captions} captions of {source.label} are in scripts "
+            "that put no spaces between words (Chinese, Japanese, Thai and others): each run of "
+            "letters becomes one word; part the words by spaces first",
+            stacklevel=3,
+        )

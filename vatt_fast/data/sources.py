@@ -1,0 +1,150 @@
+"""Where clips come from: folders, manifests, tar shards, indexes of them, and mixes."""
+
+import dataclasses
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from ..files import check_folder
+from .columns import ColumnSource
+from .index import (
+    OTHER_FILES,
+    asked_of,
+    build_index,
+    changes,
+    hold,
+    is_index,
+    is_same_listing,
+    open_index,
+    warn_of_scripts,
+)
+from .listing import LARGE_CAPTIONS_BYTES, Listing, Wanted, index_home, list_source, parse
+from .remote import is_url
+from .source import MixedSource, Source
+from .text import PADDING, UNKNOWN, Vocabulary
+
+# a source of more files than this gets an index on disk, whatever it is
+MOST_IN_MEMORY = 20_000
+
+
+def open_source(
+    data: str | os.PathLike,
+    *,
+    index_folder: str | os.PathLike | None = None,
+    workers: int = 1,
+    say: Callable[[str], None] = print,
+) -> Source:
+    """The source that ``data`` names, as ``listing`` describes.
+
+    An index beside the data is used, or the one in ``index_folder``. Where there is none, small
+    folders and manifests are held in memory; shards and larger ones get an index, beside the data
+    or, where nothing can be written there, in ``index_folder``. What has changed since an index was
+    written is read again, and named.
+
+    Args:
+        workers: processes that build an index.
+        say: takes a line on what is built, and where.
+
+    Raises:
+        ValueError: data that name nothing, or hold nothing that can be read.
+    """
+    wanted = parse(os.fspath(data))
+    spare = None if index_folder is None else Path(index_folder)
+    opened = [
+        _open(each, None if spare is None else spare / str(number), workers, say)
+        for number, each in enumerate(wanted)
+    ]
+    if len(opened) == 1:
+        return opened[0]
+    pairs = zip(opened, (each.weight for each in wanted), strict=True)
+    return MixedSource(list(pairs))
+
+
+def _open(
+    wanted: Wanted, spare: Path | None, workers: int, say: Callable[[str], None]
+) -> ColumnSource:
+    if not is_url(wanted.text) and is_index(wanted.text):
+        folder = Path(wanted.text)
+        if told := changes(folder):
+            raise ValueError(
+                f"the index {folder} is out of date: {_some(told)}; run vatt-fast index on its "
+                "source again, which reads only what has changed"
+            )
+        source = open_index(folder)
+        warn_of_scripts(source)
+        return source
+    home = index_home(wanted)
+    places = [place for place in (home, spare) if place is not None]
+    listing: Listing | None = None
+    for place in places:
+        if is_index(place):
+            asked = asked_of(place)
+            wanted = dataclasses.replace(
+                wanted,
+                captions=wanted.captions or asked["captions"],
+                media=wanted.media or asked["media"],
+            )
+            shards = None
+            if _names_shards(wanted):
+                listing = list_source(wanted)
+                shards = listing.shards
+            told = changes(place, shards)
+            if told:
+                listing = listing or list_source(wanted)
+                only_folders = all(each.endswith(OTHER_FILES) for each in told)
+                if only_folders and is_same_listing(place, listing):
+                    return _warned(open_index(place))
+                say(f"the index {place} is brought up to date: {_some(told)}")
+                return _warned(build_index(listing, place, workers=workers))
+            return _warned(open_index(place))
+    listing = listing or list_source(wanted)
+    if not listing.shards and len(listing.rows) <= MOST_IN_MEMORY and not _is_large(listing):
+        return _warned(hold(listing))
+    for place in places:
+        try:
+            check_folder(place)
+        except ValueError:
+            continue
+        say(f"{listing.label} is indexed into {place}, once")
+        return _warned(build_index(listing, place, workers=workers))
+    raise ValueError(
+        f"{listing.label} needs an index, and there is no place for it: vatt-fast index "
+        f"{listing.label} --out FOLDER, and name that folder"
+    )
+
+
+def _names_shards(wanted: Wanted) -> bool:
+    return ".tar" in wanted.text.lower()
+
+
+def _is_large(listing: Listing) -> bool:
+    captions = listing.captions
+    if captions is None or captions.is_dir():
+        return False
+    return captions.stat().st_size > LARGE_CAPTIONS_BYTES
+
+
+def _warned(source: ColumnSource) -> ColumnSource:
+    warn_of_scripts(source)
+    return source
+
+
+def _some(told: list[str]) -> str:
+    more = f" and {len(told) - 3} more" if len(told) > 3 else ""
+    return ", ".join(told[:3]) + more
+
+
+def vocabulary_from(source: Source, max_words: int) -> Vocabulary:
+    """The most frequent words of a source's captions, ties in alphabetical order.
+
+    Only padding and the unknown word where there are none.
+    """
+    ranked = sorted(source.word_counts(), key=lambda pair: (-pair[1], pair[0]))
+    if ranked and max_words < 3:
+        raise ValueError(
+            f"max_words is {max_words}; {PADDING}, {UNKNOWN} and one word need at least 3"
+        )
+    return Vocabulary([PADDING, UNKNOWN, *(word for word, _ in ranked[: max_words - 2])])
+
+
+__all__ = ["MixedSource", "Source", "open_source", "parse", "vocabulary_from"]
