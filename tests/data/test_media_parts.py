@@ -1,4 +1,4 @@
-"""Parts of pictures, several windows at once, and what is left undecoded: always the same pictures."""
+"""Parts of pictures, several windows at once, pictures left undecoded: all as read one by one."""
 
 from fractions import Fraction
 
@@ -118,7 +118,7 @@ def test_boxes_that_are_no_part(tmp_path, box):
     Image.fromarray(scene(32, 32)[0]).save(tmp_path / "p.png")
     write_clip(tmp_path / "p.mp4", scene(32, 32), None)
     for name in ("p.png", "p.mp4"):
-        with pytest.raises(ValueError, match="box is .* within the picture"):
+        with pytest.raises(ValueError, match=r"box is .* within the picture"):
             read_video(tmp_path / name, **ONE, height=8, width=8, box=box)
 
 

@@ -25,9 +25,8 @@ from vatt_fast.data.media import (  # noqa: E402
 )
 from vatt_fast.data.source import Place  # noqa: E402
 
-WINDOW = dict(
-    num_frames=10, frames_per_second=10, height=48, width=48, num_samples=16000, sample_rate_hz=16000
-)  # fmt: skip
+PICTURE = dict(num_frames=10, frames_per_second=10, height=48, width=48)
+WINDOW = dict(**PICTURE, num_samples=16000, sample_rate_hz=16000)
 FIRST_OF_A_SUFFIX = {suffix: (suffix, *codecs) for suffix, *codecs in reversed(MATRIX)}
 
 
