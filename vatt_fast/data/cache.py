@@ -14,13 +14,16 @@ import numpy as np
 
 from .clips import ClipSpec
 from .media import MediaReader
+from .media_bytes import identity, place_of
+from .source import Place
 
 
 class ClipCache:
     """Whole files decoded at one spec's rates, one entry a file: a header, the frames, the samples.
 
     An entry's name holds everything that it depends on, and it appears in one step, complete. So
-    any number of processes may share the folder, and a changed file gets a new entry.
+    any number of processes may share the folder, and a changed file gets a new entry. Entries hold
+    the middle of each picture; other parts are cropped from what ``read_into`` gives.
     """
 
     HEADER_BYTES = 256
@@ -29,11 +32,15 @@ class ClipCache:
         self.folder = folder
         self.spec = spec
         sizes = [spec.height, spec.width, spec.frames_per_second, spec.sample_rate_hz]
-        self._key = json.dumps(["vatt_fast clip 2", *sizes])
+        self._key = json.dumps(["vatt_fast clip 3", *sizes])
         folder.mkdir(parents=True, exist_ok=True)
 
     def read_into(
-        self, path: Path, start_frame: Callable[[float], int], video: np.ndarray, audio: np.ndarray
+        self,
+        path: Path | Place,
+        start_frame: Callable[[float], int],
+        video: np.ndarray,
+        audio: np.ndarray,
     ) -> tuple[int, bool, bool]:
         """Fill zeroed ``video`` and ``audio`` with a window.
 
@@ -41,16 +48,16 @@ class ClipCache:
         video and audio in it. Raises MediaError for a corrupt file, OSError for one that cannot be
         opened.
         """
-        status = path.stat()
-        name = f"{self._key} {path.absolute()} {status.st_size} {status.st_mtime_ns}"
+        place = place_of(path)
+        name = f"{self._key} {identity(place)}"
         entry = self.folder / f"{hashlib.sha256(os.fsencode(name)).hexdigest()[:32]}.clip"
         found = self._read(entry, start_frame, video, audio)
         if found is None:
-            self._write(entry, path)
+            self._write(entry, place)
             found = self._read(entry, start_frame, video, audio)
             if found is None:
                 raise OSError(
-                    f"the cache entry {entry} of {path} cannot be read back; "
+                    f"the cache entry {entry} of {place.name} cannot be read back; "
                     "is the disk full or failing?"
                 )
         return found
@@ -94,9 +101,9 @@ class ClipCache:
             if file.readinto(wanted.data.cast("B")) != wanted.nbytes:
                 raise OSError(f"{file.name} ended early though its size is right")
 
-    def _write(self, entry: Path, path: Path) -> None:
+    def _write(self, entry: Path, place: Place) -> None:
         spec = self.spec
-        with MediaReader(path) as reader:
+        with MediaReader(place) as reader:
             info = reader.info
             seconds = info.duration_seconds
             frames = (

@@ -10,10 +10,11 @@ its end, a clip holds black frames and silence: zeros, as patches are padded wit
 Shapes: T frames, H rows, W columns, S samples, C channels.
 """
 
-import functools
+import bisect
 import itertools
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,15 +29,20 @@ from .media_file import (
     frame_seconds,
     held_seconds,
 )
+from .media_scaling import Scaler
 from .media_scan import import_av
 from .pictures import (
-    covering_box,
+    Box,
+    checked_box,
     is_picture,
     orientation_of_matrix,
     oriented,
-    over_page,
+    part_of,
+    picture_size,
     read_picture,
+    stored_part,
 )
+from .source import Place
 
 VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts")
 AUDIO_SUFFIXES = (".wav", ".flac", ".mp3", ".m4a", ".aac", ".ogg", ".opus")
@@ -57,8 +63,8 @@ VORBIS_UNIT = 64
 # Louder than full scale by this factor is not sound but numbers in another unit.
 LOUDEST = 64.0
 SLOWEST_HZ, FASTEST_HZ = 1_000, 1_000_000
-# A whole picture is scaled, then cropped, unless that makes this many times the pixels of the crop.
-SCALED_OVER_CROPPED = 16
+# Windows that begin this long after the end of another, or earlier, are read in one go.
+NEAR_SECONDS = 2.0
 _SQUAREST, _FLATTEST = 1 / 16, 16  # pixels of other shapes are a damaged header's
 
 
@@ -86,7 +92,7 @@ class Clip:
         return self.heard[1] > self.heard[0]
 
 
-def probe(path: str | os.PathLike) -> MediaInfo:
+def probe(path: str | os.PathLike | Place) -> MediaInfo:
     """Duration and streams of a file.
 
     Where the container only guesses its duration, it is measured, by reading the file through.
@@ -100,19 +106,26 @@ def probe(path: str | os.PathLike) -> MediaInfo:
 
 
 def read_video(
-    path: str | os.PathLike,
+    path: str | os.PathLike | Place,
     *,
     start: float,
     num_frames: int,
     frames_per_second: float,
     height: int,
     width: int,
+    box: Box = None,
 ) -> np.ndarray:
     """Frames (T, H, W, 3) uint8 RGB from ``start`` seconds on.
 
     The picture is scaled to cover height x width and cropped around its centre. Rotations, mirror
     marks and non-square pixels are applied; what is transparent is white. An image file is a video
     of one repeated frame.
+
+    Args:
+        path: a file, a URL, or the place of a file's bytes in another one, as in a tar.
+        box: the part (top, left, height, width) of the picture as it is shown, in fractions of it,
+            that is scaled to height x width instead, whatever its shape; or a function of the
+            picture's height and width in pixels that gives the part.
 
     Raises:
         MediaError: a corrupt file, or one without video.
@@ -125,11 +138,12 @@ def read_video(
             frames_per_second=frames_per_second,
             height=height,
             width=width,
+            box=box,
         )
 
 
 def read_audio(
-    path: str | os.PathLike, *, start: float, num_samples: int, sample_rate_hz: int
+    path: str | os.PathLike | Place, *, start: float, num_samples: int, sample_rate_hz: int
 ) -> np.ndarray:
     """Sound (S,) float32 in [-1, 1] from ``start`` seconds on: the mean of all channels.
 
@@ -142,7 +156,7 @@ def read_audio(
 
 
 def read_clip(
-    path: str | os.PathLike,
+    path: str | os.PathLike | Place,
     *,
     start: float,
     num_frames: int,
@@ -151,6 +165,7 @@ def read_clip(
     width: int,
     num_samples: int,
     sample_rate_hz: int,
+    box: Box = None,
 ) -> Clip:
     """Video and audio of one window, in sync; None for a stream that the file does not have.
 
@@ -165,6 +180,7 @@ def read_clip(
             width=width,
             num_samples=num_samples,
             sample_rate_hz=sample_rate_hz,
+            box=box,
         )
 
 
@@ -175,15 +191,32 @@ class MediaReader(MediaFile):
     """
 
     def _open(self) -> None:
+        # kept, since they hold the scaler's tables
+        self._scaler = Scaler()
         if hasattr(self, "info"):
             super()._open()
-        elif self.path.suffix.lower() in IMAGE_SUFFIXES and is_picture(self.path):
+        elif self.name.lower().endswith(IMAGE_SUFFIXES) and is_picture(self.place):
             # by its name and content, before FFmpeg decodes it to see what it is
             self.info = MediaInfo(0.0, True, False, True)
         else:
             super()._open()
-            if self.info.is_image and not is_picture(self.path):
-                raise MediaError(f"{self.path} holds a picture of an unknown kind; convert it")
+            if self.info.is_image and not is_picture(self.place):
+                raise MediaError(f"{self.name} holds a picture of an unknown kind; convert it")
+
+    @property
+    def displayed_size(self) -> tuple[int, int]:
+        """The height and width in pixels of the first picture as it is shown; it is decoded.
+
+        A function given as ``box`` gets the same, without that.
+        """
+        if not self.info.has_video:
+            raise MediaError(self.missing("video"))
+        with self._naming_the_file():
+            if self.info.is_image:
+                return picture_size(self.place)
+            for frame, _ in self._decode_from("video", 0.0):
+                return _shown_size(frame, self._aspect(), _orientation(frame)[1])
+        raise MediaError(f"{self.name} holds no picture; remove the file")
 
     def clip(
         self,
@@ -195,65 +228,141 @@ class MediaReader(MediaFile):
         width: int,
         num_samples: int,
         sample_rate_hz: int,
+        box: Box = None,
         only: str | None = None,
     ) -> Clip:
         """``only`` "video" or "audio": the other one is None, undecoded."""
-        video = audio = None
-        shown = heard = (0, 0)
-        if self.info.has_video and only != "audio":
-            video, shown = self._video(start, num_frames, frames_per_second, height, width)
-        if self.info.has_audio and only != "video":
-            audio, heard = self._audio(start, num_samples, sample_rate_hz)
-        return Clip(video, audio, shown, heard)
-
-    def video(
-        self, *, start: float, num_frames: int, frames_per_second: float, height: int, width: int
-    ) -> np.ndarray:
-        return self._video(start, num_frames, frames_per_second, height, width)[0]
-
-    def _video(
-        self, start: float, num_frames: int, frames_per_second: float, height: int, width: int
-    ) -> tuple[np.ndarray, tuple[int, int]]:
-        """The frames, and which of them the file holds."""
-        _check_window(
-            start,
+        return self.clips(
+            [start],
             num_frames=num_frames,
             frames_per_second=frames_per_second,
             height=height,
             width=width,
-        )
+            num_samples=num_samples,
+            sample_rate_hz=sample_rate_hz,
+            box=box,
+            only=only,
+        )[0]
+
+    def clips(
+        self,
+        starts: Sequence[float],
+        *,
+        num_frames: int,
+        frames_per_second: float,
+        height: int,
+        width: int,
+        num_samples: int,
+        sample_rate_hz: int,
+        box: Box = None,
+        only: str | None = None,
+    ) -> list[Clip]:
+        """One clip a start. The pictures of windows near to one another are decoded once."""
+        count = len(starts)
+        pictures: list[Any] = [(None, (0, 0))] * count
+        sounds: list[Any] = [(None, (0, 0))] * count
+        if self.info.has_video and only != "audio":
+            pictures = self._videos(starts, num_frames, frames_per_second, height, width, box)
+        if self.info.has_audio and only != "video":
+            sounds = [self._audio(start, num_samples, sample_rate_hz) for start in starts]
+        return [
+            Clip(video, audio, shown, heard)
+            for (video, shown), (audio, heard) in zip(pictures, sounds, strict=True)
+        ]
+
+    def video(
+        self,
+        *,
+        start: float,
+        num_frames: int,
+        frames_per_second: float,
+        height: int,
+        width: int,
+        box: Box = None,
+    ) -> np.ndarray:
+        return self._videos([start], num_frames, frames_per_second, height, width, box)[0][0]
+
+    def _videos(
+        self,
+        starts: Sequence[float],
+        num_frames: int,
+        frames_per_second: float,
+        height: int,
+        width: int,
+        box: Box,
+    ) -> list[tuple[np.ndarray, tuple[int, int]]]:
+        """Each window's frames, and which of them the file holds."""
+        for start in starts:
+            _check_window(
+                start,
+                num_frames=num_frames,
+                frames_per_second=frames_per_second,
+                height=height,
+                width=width,
+            )
         if not self.info.has_video:
             raise MediaError(self.missing("video"))
-        frames = np.zeros((num_frames, height, width, 3), np.uint8)
-        times = start + np.arange(num_frames) / frames_per_second
+        interval = 1 / frames_per_second
+        found: dict[int, tuple[np.ndarray, tuple[int, int]]] = {}
         with self._naming_the_file():
             if self.info.is_image:
-                frames[:] = read_picture(self.path, height, width)
-                return frames, (0, num_frames)
-            return frames, self._fill_frames(frames, times)
+                picture = read_picture(self.place, height, width, box)
+                frames = np.broadcast_to(picture, (num_frames, *picture.shape))
+                return [(frames.copy(), (0, num_frames)) for _ in starts]
+            for group in _near(starts, num_frames * interval + NEAR_SECONDS):
+                offsets = np.arange(num_frames) / frames_per_second
+                times = np.concatenate([starts[window] + offsets for window in group])
+                order = np.argsort(times, kind="stable")
+                frames = np.zeros((len(times), height, width, 3), np.uint8)
+                first, end = self._fill_frames(
+                    frames, order, times[order], interval if num_frames > 1 else 0.0, box
+                )
+                held = np.zeros(len(times), bool)
+                held[order[first:end]] = True
+                for window, lit, each in zip(
+                    group,
+                    held.reshape(len(group), num_frames),
+                    frames.reshape(len(group), num_frames, height, width, 3),
+                    strict=True,
+                ):
+                    places = np.flatnonzero(lit)
+                    span = (int(places[0]), int(places[-1]) + 1) if len(places) else (0, 0)
+                    found[window] = (each, span)
+        return [found[window] for window in range(len(starts))]
 
-    def _fill_frames(self, frames: np.ndarray, times: np.ndarray) -> tuple[int, int]:
-        """Write the picture shown at each time. Pictures between two times are never converted.
+    def _fill_frames(
+        self, frames: np.ndarray, rows: np.ndarray, times: np.ndarray, interval: float, box: Box
+    ) -> tuple[int, int]:
+        """Write the picture shown at ``times[i]`` into ``frames[rows[i]]``; the times rise.
 
-        Returns the first frame written and past the last.
+        Pictures between two times are never converted. Returns the first of the times for which
+        there is a picture, and past the last.
         """
-        num_frames, height, width, _ = frames.shape
-        interval = times[1] - times[0] if num_frames > 1 else 0.0
-        filled = first = 0  # frames before ``filled`` are done
+        count = len(times)
+        _, height, width, _ = frames.shape
+        filled = first = 0  # times before ``filled`` are done
         shown = None  # the latest decoded picture, on screen from shown_seconds
         shown_seconds = 0.0
-        for frame, seconds in self._decode_from("video", times[0]):
+
+        def fill(picture: Any, upto: int) -> None:
+            nonlocal filled
+            if upto > filled:
+                # each row once, the first straight from the scaler
+                target = frames[rows[filled]]
+                target[:] = self._picture(picture, height, width, box)
+                for row in rows[filled + 1 : upto]:
+                    frames[row] = target
+                filled = upto
+
+        ordered = times.tolist()
+        for frame, seconds in self._decode_from("video", ordered[0], times):
             if shown is None:
                 # A video that begins within one interval begins with its first picture, not black.
                 early = max(interval, STAMP_TOLERANCE_SECONDS)
-                filled = first = int(np.searchsorted(times, seconds - early))
-            upto = int(np.searchsorted(times, seconds - STAMP_TOLERANCE_SECONDS))
-            if upto > filled:
-                frames[filled:upto] = self._picture(
-                    frame if shown is None else shown, height, width
-                )
-                filled = upto
-            if filled == num_frames:
+                filled = first = bisect.bisect_left(ordered, seconds - early)
+            upto = bisect.bisect_left(ordered, seconds - STAMP_TOLERANCE_SECONDS)
+            fill(frame if shown is None else shown, upto)
+            if filled == count:
                 return first, filled
             shown, shown_seconds = frame, seconds
         if shown is None:
@@ -262,50 +371,32 @@ class MediaReader(MediaFile):
         stream = self._stream("video")
         self._require_end("video", shown_seconds + frame_seconds(shown, stream), times[-1])
         end = shown_seconds + held_seconds(shown, stream)
-        upto = int(np.searchsorted(times, end - STAMP_TOLERANCE_SECONDS))
-        if upto > filled:
-            frames[filled:upto] = self._picture(shown, height, width)
-            filled = upto
+        fill(shown, bisect.bisect_left(ordered, end - STAMP_TOLERANCE_SECONDS))
         return first, filled
 
-    def _picture(self, frame: Any, height: int, width: int) -> np.ndarray:
-        """One decoded picture, upright, scaled to cover (height, width), cropped to its centre."""
+    def _picture(self, frame: Any, height: int, width: int, box: Box) -> np.ndarray:
+        """One decoded picture, upright, a part of it scaled to (height, width)."""
         if frame.is_corrupt:
             raise MediaError(
-                f"{self.path} has a damaged picture at {frame.time} s; replace or remove the file"
+                f"{self.name} has a damaged picture at {frame.time} s; replace or remove the file"
             )
         if frame.width * frame.height > MAX_PIXELS:
             raise MediaError(
-                f"{self.path} has pictures of {frame.width} x {frame.height}; scale them down"
+                f"{self.name} has pictures of {frame.width} x {frame.height}; scale them down"
             )
         flip, turns = _orientation(frame)
         rows, columns = (width, height) if turns % 2 else (height, width)
-        aspect = float(self._stream("video").sample_aspect_ratio or 1)
-        if not _SQUAREST <= aspect <= _FLATTEST:
-            aspect = 1.0
-        transparent = _may_be_transparent(frame.format.name)
-        picture_format = "rgba" if transparent else "rgb24"
-        scale = max(rows / frame.height, columns / (frame.width * aspect))
-        scaled_rows = max(rows, round(frame.height * scale))
-        scaled_columns = max(columns, round(frame.width * aspect * scale))
-        if scaled_rows * scaled_columns > SCALED_OVER_CROPPED * rows * columns:
-            box = covering_box(frame.height, frame.width, rows, columns, aspect)
-            frame = _cropped(self._reformat(frame, picture_format), box, picture_format)
-            scaled_rows, scaled_columns = rows, columns
-        scaled = self._reformat(frame, picture_format, scaled_columns, scaled_rows)
-        top, left = (scaled_rows - rows) // 2, (scaled_columns - columns) // 2
-        picture = scaled.to_ndarray()[top : top + rows, left : left + columns]
-        if transparent:
-            # a picture that hides everything is one whose fourth channel means nothing
-            picture = over_page(picture) if picture[..., 3].any() else picture[..., :3]
-        return oriented(picture, flip, turns)
+        aspect = self._aspect()
+        part = None
+        if box is not None:
+            part = stored_part(checked_box(box, *_shown_size(frame, aspect, turns)), flip, turns)
+        pixels = part_of(part, frame.height, frame.width, rows, columns, aspect)
+        return oriented(self._scaler.scaled(frame, pixels, rows, columns), flip, turns)
 
-    def _reformat(
-        self, frame: Any, picture_format: str, columns: int | None = None, rows: int | None = None
-    ) -> Any:
-        return self._reformatter.reformat(
-            frame, columns, rows, picture_format, interpolation="BILINEAR", **_one_thread()
-        )
+    def _aspect(self) -> float:
+        """The width of one of the picture's pixels over its height."""
+        aspect = float(self._stream("video").sample_aspect_ratio or 1)
+        return aspect if _SQUAREST <= aspect <= _FLATTEST else 1.0
 
     def audio(self, *, start: float, num_samples: int, sample_rate_hz: int) -> np.ndarray:
         return self._audio(start, num_samples, sample_rate_hz)[0]
@@ -329,42 +420,46 @@ class MediaReader(MediaFile):
         Time stamps say where each piece belongs.
         """
         line: np.ndarray | None = None
-        rate = first = margin = position = 0
+        end_of_line = rate = first = margin = position = 0
         pieces: list[tuple[int, int]] = []  # of the line, that are sound
         if not hasattr(self, "_grid"):
             self._grid = self._frame_grid()
         for frame, seconds in self._decode_from("audio", start - PREROLL_SECONDS):
             if frame.is_corrupt:
                 raise MediaError(
-                    f"{self.path} has damaged sound at {seconds:.2f} s; replace or remove the file"
+                    f"{self.name} has damaged sound at {seconds:.2f} s; replace or remove the file"
                 )
             if line is None:
                 rate = frame.sample_rate
                 if not SLOWEST_HZ <= rate <= FASTEST_HZ:
-                    raise MediaError(f"{self.path} has sound at {rate} Hz; convert the file")
+                    raise MediaError(f"{self.name} has sound at {rate} Hz; convert the file")
                 margin = _margin_samples(rate, sample_rate_hz)
                 first = round((start - margin / sample_rate_hz) * rate)  # half a sample off at most
                 line = np.zeros(
                     math.ceil((num_samples + 2 * margin) * rate / sample_rate_hz), np.float32
                 )
+                end_of_line = first + len(line)
                 # a first frame may be cut at its beginning, never at its end
                 ends = seconds + frame.samples / rate
                 position = self._on_the_grid(ends, rate) - frame.samples
             elif frame.sample_rate != rate:
                 raise MediaError(
-                    f"{self.path} changes its sample rate from {rate} to {frame.sample_rate} Hz; "
+                    f"{self.name} changes its sample rate from {rate} to {frame.sample_rate} Hz; "
                     "convert it to one rate"
                 )
             stamped = round(seconds * rate)
             if abs(stamped - position) > JITTER_SECONDS * rate:
                 position = stamped
-            sound = self._mono(frame, seconds)
-            begin, end = max(position, first), min(position + len(sound), first + len(line))
+            begin, end = max(position, first), min(position + frame.samples, end_of_line)
             if end > begin:
-                line[begin - first : end - first] = sound[begin - position : end - position]
-                pieces.append((begin - first, end - first))
-            position += len(sound)
-            if position >= first + len(line):
+                piece = line[begin - first : end - first]
+                _mix(frame, slice(begin - position, end - position), piece)
+                if pieces and pieces[-1][1] == begin - first:
+                    pieces[-1] = (pieces[-1][0], end - first)
+                else:
+                    pieces.append((begin - first, end - first))
+            position += frame.samples
+            if position >= end_of_line:
                 break
         else:
             self._require_end(
@@ -372,6 +467,7 @@ class MediaReader(MediaFile):
             )
         if line is None:
             return np.zeros(num_samples, np.float32), (0, 0)
+        self._require_sound(line, first / rate, rate)
         sounds_until = len(line)
         declared = self._declared_end("audio")
         if declared is not None and 0 < position - declared * rate < CODEC_FRAME_SAMPLES:
@@ -418,29 +514,15 @@ class MediaReader(MediaFile):
         lengths = {frame.samples for frame, _ in others}
         return (second, lengths.pop()) if len(lengths) == 1 else None
 
-    def _mono(self, frame: Any, seconds: float) -> np.ndarray:
-        """The mean of a decoded frame's channels, (S,) float32."""
-        sound = _mono(frame)
+    def _require_sound(self, line: np.ndarray, start: float, rate: int) -> None:
+        """Raise where samples (S,) from ``start`` seconds on are numbers that are no sound."""
         # false for nan too
-        if len(sound) and not np.abs(sound).max() <= LOUDEST:
+        if not (line.max() <= LOUDEST and line.min() >= -LOUDEST):
+            place = int(np.argmin(np.abs(line) <= LOUDEST))
             raise MediaError(
-                f"{self.path} has samples at {seconds:.2f} s that are not finite or far beyond "
-                "[-1, 1]; replace or remove the file"
+                f"{self.name} has samples at {start + place / rate:.2f} s that are not finite or "
+                "far beyond [-1, 1]; replace or remove the file"
             )
-        return sound
-
-
-@functools.cache
-def _one_thread() -> dict[str, int]:
-    """The scaler's option that keeps it from starting threads of its own, from PyAV 17 on."""
-    reformatter = import_av().video.reformatter.VideoReformatter
-    return {"threads": 1} if "threads" in (reformatter.reformat.__doc__ or "") else {}
-
-
-@functools.cache
-def _may_be_transparent(pixel_format: str) -> bool:
-    described = import_av().VideoFormat(pixel_format)
-    return described.has_palette or any(part.is_alpha for part in described.components)
 
 
 def _orientation(frame: Any) -> tuple[bool, int]:
@@ -451,12 +533,20 @@ def _orientation(frame: Any) -> tuple[bool, int]:
     return orientation_of_matrix(np.frombuffer(bytes(matrix), np.int32, 9))
 
 
-def _cropped(frame: Any, box: tuple[float, float, float, float], picture_format: str) -> Any:
-    """The part of a picture, at least a pixel of it."""
-    left, top = math.floor(box[0]), math.floor(box[1])
-    right, bottom = max(math.ceil(box[2]), left + 1), max(math.ceil(box[3]), top + 1)
-    part = np.ascontiguousarray(frame.to_ndarray()[top:bottom, left:right])
-    return import_av().VideoFrame.from_ndarray(part, format=picture_format)
+def _shown_size(frame: Any, aspect: float, turns: int) -> tuple[int, int]:
+    rows, columns = frame.height, max(round(frame.width * aspect), 1)
+    return (columns, rows) if turns % 2 else (rows, columns)
+
+
+def _near(starts: Sequence[float], seconds: float) -> list[list[int]]:
+    """The windows in groups; in a group each begins at most ``seconds`` after another."""
+    groups: list[list[int]] = []
+    for window in sorted(range(len(starts)), key=lambda each: starts[each]):
+        if groups and starts[window] - starts[groups[-1][-1]] <= seconds:
+            groups[-1].append(window)
+        else:
+            groups.append([window])
+    return groups
 
 
 def _check_window(start: float, **sizes: float) -> None:
@@ -467,17 +557,29 @@ def _check_window(start: float, **sizes: float) -> None:
             raise ValueError(f"{name} is {value}; it must be positive")
 
 
-def _mono(frame: Any) -> np.ndarray:
-    """The mean of a decoded frame's channels, (S,) float32."""
+def _mix(frame: Any, which: slice, out: np.ndarray) -> None:
+    """Write the mean of a decoded frame's channels at samples ``which`` to ``out`` (S,) float32."""
     channels = frame.layout.nb_channels
-    values = frame.to_ndarray()
-    if values.shape[0] == 1 and channels > 1:  # packed: samples of the channels alternate
-        values = values.reshape(-1, channels).T
-    if values.dtype == np.uint8:
-        values = values.astype(np.float32) / 128 - 1
-    elif values.dtype.kind == "i":
-        values = values.astype(np.float32) / -float(np.iinfo(values.dtype).min)
-    return values.mean(axis=0, dtype=np.float32) if channels > 1 else values[0].astype(np.float32)
+    if frame.format.name == "fltp":
+        # most codecs; without the copy that to_ndarray makes of all channels
+        planes: list[Any] = [np.frombuffer(plane, np.float32)[which] for plane in frame.planes]
+    else:
+        values = frame.to_ndarray()
+        if values.shape[0] == 1 and channels > 1:  # packed: samples of the channels alternate
+            values = values.reshape(-1, channels).T
+        planes = list(values[:, which])
+    if planes[0].dtype == np.uint8:
+        planes = [plane.astype(np.float32) / 128 - 1 for plane in planes]
+    elif planes[0].dtype.kind == "i":
+        largest = -float(np.iinfo(planes[0].dtype).min)
+        planes = [plane.astype(np.float32) / largest for plane in planes]
+    if channels == 1:
+        out[:] = planes[0]
+        return
+    np.add(planes[0], planes[1], out=out, casting="same_kind")
+    for plane in planes[2:]:
+        out += plane
+    out /= channels
 
 
 def _margin_samples(rate: int, sample_rate_hz: int) -> int:

@@ -1,24 +1,29 @@
 """An open media file, through PyAV: its streams, and their decoded frames from any time on.
 
-``media.py`` makes arrays of the frames. Time 0 is the start of the file's presentation.
+``media.py`` makes arrays of the frames, ``media_bytes.py`` opens what is no file of its own. Time 0
+is the start of the file's presentation.
 
 Containers that keep an index of their packets are sought by it. The others estimate: their
 durations, their seeks, some their time stamps. They are read through once, without decoding
 (``media_scan.py``); windows are then found by counting packets.
 """
 
+import bisect
 import contextlib
 import math
 import os
 import re
-import stat
 import time
+from collections import deque
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
+
+from .media_bytes import MediaError, identity, open_bytes, place_of, url_of
 from .media_scan import Packets, import_av, scan
+from .source import Place
 
 # Containers round time stamps, Matroska to whole milliseconds. A frame stamped this much late is
 # still on time.
@@ -39,8 +44,8 @@ MAX_PIXELS = 2**27
 _MATROSKA_TIME = re.compile(r"(\d+):(\d\d):(\d\d(?:\.\d*)?)")
 
 
-class MediaError(ValueError):
-    """A media file that cannot be decoded; the message names it."""
+# Pictures may be stored this many before those that they follow on screen: H.264 and HEVC allow 16.
+REORDERED_PICTURES = 16
 
 
 @dataclass(frozen=True)
@@ -56,36 +61,36 @@ class MediaInfo:
 class Deadline:
     """Raises MediaError once a file has taken too much of the processor's time."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, name: str) -> None:
+        self.name = name
         self.until = time.thread_time() + DEADLINE_SECONDS
 
     def check(self) -> None:
         if time.thread_time() > self.until:
             raise MediaError(
-                f"{self.path} took more than {DEADLINE_SECONDS:g} s to decode; replace or remove "
+                f"{self.name} took more than {DEADLINE_SECONDS:g} s to decode; replace or remove "
                 "the file"
             )
 
 
 class MediaFile:
-    """An open media file; a context manager. Raises MediaError for a corrupt file."""
+    """An open media file; a context manager. Raises MediaError for a corrupt file.
 
-    def __init__(self, path: str | os.PathLike) -> None:
-        self.path = Path(path)
+    Args:
+        path: a file, or the place of its bytes: in a tar, or at a URL that fsspec opens.
+    """
+
+    def __init__(self, path: str | os.PathLike | Place) -> None:
+        self.place = place_of(path)
+        self.name = self.place.name
         self._container: Any = None
+        self._connection = contextlib.ExitStack()
         # Streams that can be decoded here, by kind, and the codecs of those that cannot. They are
         # indices: a stream must not outlive its container.
         self._decodable: dict[str, list[int]] = {"video": [], "audio": []}
         self._undecodable: dict[str, list[str]] = {"video": [], "audio": []}
         # errors of the file system are not errors of the content
-        status = os.stat(self.path)
-        if not stat.S_ISREG(status.st_mode):
-            kind = "a folder" if stat.S_ISDIR(status.st_mode) else "no regular file"
-            raise MediaError(f"{self.path} is {kind}; name a media file")
-        with open(self.path, "rb"):
-            pass
-        self._identity = (os.fspath(self.path), status.st_size, status.st_mtime_ns)
+        self._identity = identity(self.place)
         try:
             with self._naming_the_file():
                 self._open()
@@ -94,12 +99,9 @@ class MediaFile:
             raise
 
     def _open(self) -> None:
-        av = import_av()
         self.close()
-        self._container = self._connect()
+        self._container = self._connection.enter_context(self._connect())
         self._begun: set[str] = set()  # kinds whose decoders have worked
-        # kept, since it holds the scaler's tables
-        self._reformatter = av.video.reformatter.VideoReformatter()
         if hasattr(self, "info"):
             for streams in self._decodable.values():
                 if streams:
@@ -108,19 +110,21 @@ class MediaFile:
             self._choose_streams()
             self.info = self._inspect()
 
-    def _connect(self) -> Any:
-        # With "file:", a name that holds a colon stays a name. With the whitelist, a playlist
-        # cannot reach for the network.
-        return import_av().open(
-            f"file:{self.path}",
-            options={
-                "protocol_whitelist": "file",
-                "max_pixels": str(MAX_PIXELS),
-                "pattern_type": "none",
-            },
-            metadata_errors="replace",
-            timeout=DEADLINE_SECONDS,
-        )
+    @contextlib.contextmanager
+    def _connect(self) -> Iterator[Any]:
+        # With the whitelist, a playlist cannot reach for the network.
+        options = {
+            "protocol_whitelist": "file,subfile",
+            "max_pixels": str(MAX_PIXELS),
+            "pattern_type": "none",
+        }
+        how = dict(options=options, metadata_errors="replace", timeout=DEADLINE_SECONDS)
+        if url := url_of(self.place):
+            with import_av().open(url, **how) as container:
+                yield container
+        else:
+            with open_bytes(self.place) as file, import_av().open(file, **how) as container:
+                yield container
 
     def _choose_streams(self) -> None:
         disposition = import_av().stream.Disposition
@@ -134,7 +138,7 @@ class MediaFile:
         if not any(self._decodable.values()):
             if any(self._undecodable.values()):
                 raise MediaError(f"{self.missing('video')}; {self.missing('audio')}")
-            raise MediaError(f"{self.path} has neither video nor audio; name a media file")
+            raise MediaError(f"{self.name} has neither video nor audio; name a media file")
 
     def _codec_of(self, stream: Any) -> str:
         """A stream's codec, or the container's tag where FFmpeg has no decoder."""
@@ -154,11 +158,11 @@ class MediaFile:
         """Why the file has no stream of this kind."""
         if codecs := self._undecodable[kind]:
             return (
-                f"{self.path} has {kind} that cannot be decoded here (codec {', '.join(codecs)}); "
+                f"{self.name} has {kind} that cannot be decoded here (codec {', '.join(codecs)}); "
                 "convert the file"
             )
         other = "audio" if kind == "video" else "video"
-        return f"{self.path} has no {kind} stream; read its {other} only"
+        return f"{self.name} has no {kind} stream; read its {other} only"
 
     def _inspect(self) -> MediaInfo:
         container = self._container
@@ -170,13 +174,13 @@ class MediaFile:
         has = {kind: bool(streams) for kind, streams in self._decodable.items()}
         name = container.format.name
         if name in PLAYLISTS:
-            raise MediaError(f"{self.path} is a list of other files ({name}); name those")
+            raise MediaError(f"{self.name} is a list of other files ({name}); name those")
         if name == "image2" or name.endswith("_pipe"):
             return MediaInfo(0.0, True, False, True)
         if self._has_an_index():
             seconds = container.duration / per_second + min(start_seconds, 0.0)
         else:
-            self._packets = scan(*self._identity, self._connect, Deadline(self.path).check)
+            self._packets = scan(self._identity, self._connect, Deadline(self.name).check)
             ends = [
                 self._packets[index].end
                 for streams in self._decodable.values()
@@ -196,7 +200,7 @@ class MediaFile:
             # the duration of a stream is an estimate here: Matroska has none
             return all(stream.duration is None for stream in container.streams)
         if "mov" in name:
-            return not _is_fragmented(self.path) and all(
+            return not _is_fragmented(self.place) and all(
                 stream.duration is not None
                 for stream in container.streams
                 if stream.type in ("video", "audio")
@@ -207,9 +211,8 @@ class MediaFile:
         )
 
     def close(self) -> None:
-        if self._container is not None:
-            self._container.close()
-            self._container = None
+        self._container = None
+        self._connection.close()
 
     def __enter__(self) -> Self:
         return self
@@ -220,14 +223,20 @@ class MediaFile:
     def _stream(self, kind: str) -> Any:
         return self._container.streams[self._decodable[kind][0]]
 
-    def _decode_from(self, kind: str, seconds: float) -> Iterator[tuple[Any, float]]:
+    def _decode_from(
+        self, kind: str, seconds: float, shown_at: np.ndarray | None = None
+    ) -> Iterator[tuple[Any, float]]:
         """Decoded frames and their times, from at or before ``seconds``.
 
         They begin later where the stream does. They are of the first stream that decodes.
+
+        Args:
+            shown_at: (T,) rising times. Pictures that none of them shows may be left out, where
+                that is known and no other picture is made from them.
         """
         av = import_av()
         while True:
-            frames = self._stream_from(kind, seconds)
+            frames = self._stream_from(kind, seconds, shown_at)
             try:
                 first = next(frames, None)
             except (av.error.FFmpegError, ValueError):
@@ -256,19 +265,21 @@ class MediaFile:
         self._open()
         return True
 
-    def _stream_from(self, kind: str, seconds: float) -> Iterator[tuple[Any, float]]:
+    def _stream_from(
+        self, kind: str, seconds: float, shown_at: np.ndarray | None
+    ) -> Iterator[tuple[Any, float]]:
         stream = self._stream(kind)
         begins = float((stream.start_time or 0) * stream.time_base) - self._origin_seconds
         latest = max(seconds, begins) + STAMP_TOLERANCE_SECONDS
         del stream  # the container is opened anew below, which ends it
         for earlier in (0.0, INDEX_ERROR_SECONDS):
             if self._packets is None:
-                if kind in self._begun:
+                if kind in self._begun and kind == "audio":
                     # decoders remember: the noise that AAC fills in would be another one
                     self._open()
                 if not self._seek(kind, seconds - earlier):
                     break
-                frames = self._timed_frames(kind, from_key=True)
+                frames = self._timed_frames(kind, from_key=True, shown_at=shown_at)
             else:
                 packets = self._packets[self._decodable[kind][0]]
                 place = packets.key_before(seconds - earlier + self._origin_seconds)
@@ -302,16 +313,22 @@ class MediaFile:
         return True
 
     def _timed_frames(
-        self, kind: str, *, from_key: bool = False, skip: int = 0
+        self,
+        kind: str,
+        *,
+        from_key: bool = False,
+        skip: int = 0,
+        shown_at: np.ndarray | None = None,
     ) -> Generator[tuple[Any, float], None, None]:
         """Decoded frames and their times: all, or those from the first key frame on.
 
         Args:
             skip: as many packets of the stream are left out.
+            shown_at: as ``_decode_from``.
         """
         stream = self._stream(kind)
         self._begun.add(kind)
-        deadline = Deadline(self.path)
+        deadline = Deadline(self.name)
         following = 0.0
         # where a container's stamps are in the order of storage, pictures take them in rising order
         rising: Iterator[float] | None = None
@@ -321,7 +338,12 @@ class MediaFile:
                 rising = iter(stamps)
             if skip and len(stamps) and math.isfinite(stamps[0]):
                 following = float(stamps[0]) - self._origin_seconds
-        for packet in self._container.demux(stream):
+        packets: Iterator[tuple[Any, bool]]
+        packets = ((packet, False) for packet in self._container.demux(stream))
+        if shown_at is not None and self._packets is None and _marks_what_is_unreferenced(stream):
+            packets = self._spared(stream, shown_at)
+        context, sparing = stream.codec_context, False
+        for packet, spare in packets:
             deadline.check()
             if skip and packet.size:
                 skip -= 1
@@ -330,16 +352,62 @@ class MediaFile:
             if from_key and not packet.is_keyframe:
                 continue
             from_key = False
+            if spare != sparing:
+                context.skip_frame, sparing = "NONREF" if spare else "DEFAULT", spare
             for frame in packet.decode():
                 stamp = frame.pts if frame.pts is not None else frame.dts
                 if rising is not None:
                     following = next(rising, following + self._origin_seconds)
                     following -= self._origin_seconds
                 elif stamp is not None:
-                    following = float(stamp * frame.time_base) - self._origin_seconds
+                    following = _seconds(stamp, frame.time_base) - self._origin_seconds
                 # raw streams carry no stamps: then frames follow one another
                 yield frame, following
                 following += frame_seconds(frame, stream)
+
+    def _spared(self, stream: Any, shown_at: np.ndarray) -> Iterator[tuple[Any, bool]]:
+        """A stream's packets, each with whether its picture is at none of the times on screen.
+
+        Where stamps leave it open, and past the last time, it is not said of any.
+        """
+        base, times = stream.time_base, shown_at.tolist()
+        numerator, denominator = base.numerator, base.denominator
+
+        def place(stamp: int) -> int:
+            """The first of the times at which a picture with this stamp may be shown."""
+            seconds = stamp * numerator / denominator - self._origin_seconds
+            return bisect.bisect_left(times, seconds - STAMP_TOLERANCE_SECONDS)
+
+        waiting: deque[Any] = deque()
+        known: list[int] = []  # stamps in order, of the packets that wait and some before them
+        first_key: int | None = None
+
+        def spare(packet: Any) -> bool:
+            nonlocal first_key
+            stamp, known_until = packet.pts, waiting[-1].dts if waiting else None
+            if first_key is None and packet.is_keyframe:
+                first_key = stamp
+            if stamp is None or known_until is None or first_key is None or stamp <= first_key:
+                return False
+            after = bisect.bisect_right(known, stamp)
+            # later packets show later pictures than they are decoded
+            if after == len(known) or known[after] > known_until:
+                return False
+            first = place(stamp)
+            return first < len(times) and place(known[after]) == first
+
+        for packet in self._container.demux(stream):
+            waiting.append(packet)
+            if packet.pts is not None:
+                bisect.insort(known, packet.pts)
+                if len(known) > 4 * REORDERED_PICTURES:
+                    del known[:REORDERED_PICTURES]
+            if len(waiting) > REORDERED_PICTURES:
+                packet = waiting.popleft()
+                yield packet, spare(packet)
+        while waiting:
+            packet = waiting.popleft()
+            yield packet, spare(packet)
 
     def _require_end(self, kind: str, end_seconds: float, wanted_seconds: float) -> None:
         """Raise where a stream stopped before both its declared end and the end of the window."""
@@ -349,7 +417,7 @@ class MediaFile:
             and min(declared, wanted_seconds) - end_seconds > END_TOLERANCE_SECONDS
         ):
             raise MediaError(
-                f"{self.path}: the {kind} ends at {end_seconds:.2f} s of the {declared:.2f} s it "
+                f"{self.name}: the {kind} ends at {end_seconds:.2f} s of the {declared:.2f} s it "
                 "declares, so it is cut short or damaged; replace or remove the file"
             )
 
@@ -389,7 +457,7 @@ class MediaFile:
             if isinstance(error, av.error.ExitError):
                 reason = f"a read took more than {DEADLINE_SECONDS:g} s"
             raise MediaError(
-                f"{self.path} cannot be decoded ({reason}); replace or remove the file"
+                f"{self.name} cannot be decoded ({reason}); replace or remove the file"
             ) from error
 
 
@@ -407,13 +475,13 @@ def _opens(stream: Any) -> bool:
     return True
 
 
-def _is_fragmented(path: Path) -> bool:
+def _is_fragmented(place: Place) -> bool:
     """Whether an MP4 file is made of fragments, whose header does not know their end."""
-    with open(path, "rb") as file:
-        size_of_file = os.fstat(file.fileno()).st_size
-        place = 0
-        while place + 8 <= size_of_file:
-            file.seek(place)
+    with open_bytes(place) as file:
+        size_of_file = file.seek(0, os.SEEK_END)
+        at = 0
+        while at + 8 <= size_of_file:
+            file.seek(at)
             head = file.read(16)
             size, name = int.from_bytes(head[:4], "big"), head[4:8]
             if name == b"moof":
@@ -422,8 +490,24 @@ def _is_fragmented(path: Path) -> bool:
                 size = int.from_bytes(head[8:16], "big")
             if size < 8:  # 0: to the end of the file
                 return False
-            place += size
+            at += size
     return False
+
+
+def _seconds(stamp: int, base: Any) -> float:
+    """A time stamp as seconds; ``float(stamp * base)`` in a tenth of its time."""
+    return stamp * base.numerator / base.denominator
+
+
+def _marks_what_is_unreferenced(stream: Any) -> bool:
+    """Whether a stream's pictures say that no other one is made from them, and the decoder knows.
+
+    HEVC says it of its own temporal layer, so there may be only one.
+    """
+    name, header = stream.codec_context.name, stream.codec_context.extradata
+    if name == "hevc" and header and len(header) > 21 and header[0] == 1:  # ISO 14496-15, 8.3.3.1
+        return header[21] >> 3 & 7 == 1
+    return name == "h264"
 
 
 def frame_seconds(frame: Any, stream: Any) -> float:
@@ -431,7 +515,7 @@ def frame_seconds(frame: Any, stream: Any) -> float:
     if stream.type == "audio":
         return frame.samples / frame.sample_rate
     if frame.duration:
-        return float(frame.duration * frame.time_base)
+        return _seconds(frame.duration, frame.time_base)
     return _interval(stream) or 0.0
 
 

@@ -45,28 +45,27 @@ class Packets:
 
 
 def scan(
-    path: str, size: int, modified_ns: int, connect: Callable[[], Any], check: Callable[[], None]
+    identity: str, connect: Callable[[], Any], check: Callable[[], None]
 ) -> dict[int, Packets]:
     """The packets of a file's video and audio streams, by the streams' indices.
 
-    The last files scanned are remembered; ``size`` and ``modified_ns`` tell whether one changed.
-
     Args:
+        identity: of the file, another one once it has changed: the last files scanned are
+            remembered.
         connect: opens the file. check: called for each packet, may raise.
 
     Raises:
         ValueError: time stamps that begin anew in the middle of the file.
     """
-    key = (path, size, modified_ns)
-    if key not in _scanned:
+    if identity not in _scanned:
         if len(_scanned) >= _MOST_SCANNED:
             del _scanned[next(iter(_scanned))]
-        _scanned[key] = _scan(connect, check)
-    return _scanned[key]
+        _scanned[identity] = _scan(connect, check)
+    return _scanned[identity]
 
 
 _MOST_SCANNED = 64
-_scanned: dict[tuple[str, int, int], dict[int, Packets]] = {}
+_scanned: dict[str, dict[int, Packets]] = {}
 
 
 def _scan(connect: Callable[[], Any], check: Callable[[], None]) -> dict[int, Packets]:

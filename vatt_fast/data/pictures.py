@@ -12,6 +12,14 @@ from typing import Any
 
 import numpy as np
 
+from .media_bytes import open_bytes, place_of
+from .source import Place
+
+# A part of a picture as it is shown: top, left, height and width as fractions of it, or a function
+# of its height and width in pixels that gives them. None is the middle, of the output's shape.
+Rectangle = tuple[float, float, float, float]
+Box = Rectangle | Callable[[int, int], Rectangle] | None
+
 # transparent parts show a page's white
 PAGE = 255
 # Quarter turns counterclockwise after a flip of the columns, by EXIF's orientation.
@@ -30,7 +38,7 @@ _EXIF_ORIENTATION = 0x0112
 
 def covering_box(
     rows: int, columns: int, height: int, width: int, aspect: float = 1.0
-) -> tuple[float, float, float, float]:
+) -> Rectangle:
     """The largest centred part (left, top, right, bottom) of a picture with an output's shape.
 
     Args:
@@ -42,6 +50,59 @@ def covering_box(
     tall, wide = min(rows, height / scale), min(columns, width / (scale * aspect))
     left, top = (columns - wide) / 2, (rows - tall) / 2
     return left, top, left + wide, top + tall
+
+
+def checked_box(box: Box, height: int, width: int) -> Rectangle | None:
+    """The box of a picture that is shown with this height and width.
+
+    Raises:
+        ValueError: a box that is no part of the picture.
+    """
+    chosen = box(height, width) if callable(box) else box
+    if chosen is None:
+        return None
+    top, left, tall, wide = map(float, chosen)
+    slack = 1e-6  # of fractions that were added up
+    if not (
+        min(top, left) >= -slack
+        and min(tall, wide) > 0
+        and top + tall <= 1 + slack
+        and left + wide <= 1 + slack
+    ):
+        raise ValueError(
+            f"box is {top:g}, {left:g}, {tall:g}, {wide:g}; it must be a top, left, height and "
+            "width within the picture, as fractions of it"
+        )
+    return top, left, tall, wide
+
+
+def stored_part(box: Rectangle | None, flip: bool, turns: int) -> Rectangle | None:
+    """A part of a picture as it is shown, in fractions of the picture as it is stored.
+
+    ``flip`` and ``turns`` as ``oriented`` takes them, which is undone here.
+    """
+    if box is None:
+        return None
+    top, left, tall, wide = box
+    for _ in range(turns % 4):  # a quarter turn clockwise
+        top, left, tall, wide = left, 1 - top - tall, wide, tall
+    return top, (1 - left - wide if flip else left), tall, wide
+
+
+def part_of(
+    part: Rectangle | None,
+    rows: int,
+    columns: int,
+    height: int,
+    width: int,
+    aspect: float = 1.0,
+) -> Rectangle:
+    """A part as (left, top, right, bottom) in pixels. None is ``covering_box``, of whose sizes."""
+    if part is None:
+        return covering_box(rows, columns, height, width, aspect)
+    top, left, tall, wide = part
+    top, left = max(top, 0.0) * rows, max(left, 0.0) * columns
+    return left, top, min(left + wide * columns, columns), min(top + tall * rows, rows)
 
 
 def oriented(picture: np.ndarray, flip: bool, turns: int) -> np.ndarray:
@@ -68,11 +129,16 @@ def over_page(picture: np.ndarray) -> np.ndarray:
     return ((mixed + 127) // 255).astype(np.uint8)
 
 
-def read_picture(path: str | os.PathLike, height: int, width: int) -> np.ndarray:
+def read_picture(
+    path: str | os.PathLike | Place, height: int, width: int, box: Box = None
+) -> np.ndarray:
     """A picture file (H, W, 3) uint8, scaled to cover the size and cropped to its centre.
 
     JPEG is decoded at a fraction of its size where that suffices. Of an animated file it is the
     first picture.
+
+    Args:
+        box: the part to scale instead, whatever its shape.
 
     Raises:
         ValueError: a file that holds no picture, or a damaged or absurdly large one.
@@ -81,15 +147,28 @@ def read_picture(path: str | os.PathLike, height: int, width: int) -> np.ndarray
     def scaled(image: Any) -> np.ndarray:
         flip, turns = _ORIENTATIONS.get(_orientation(image), (False, 0))
         rows, columns = (width, height) if turns % 2 else (height, width)
-        image.draft("RGB", (columns, rows))
+        shown = (image.width, image.height) if turns % 2 else (image.height, image.width)
+        part = stored_part(checked_box(box, *shown), flip, turns)
+        _, _, tall, wide = part or (0, 0, 1, 1)
+        image.draft("RGB", (math.ceil(columns / wide), math.ceil(rows / tall)))
         image.load()
-        box = covering_box(image.height, image.width, rows, columns)
-        return oriented(_resized(image, columns, rows, box), flip, turns)
+        pixels = part_of(part, image.height, image.width, rows, columns)
+        return oriented(_resized(image, columns, rows, pixels), flip, turns)
 
     return _with_picture(path, scaled)
 
 
-def is_picture(path: str | os.PathLike) -> bool:
+def picture_size(path: str | os.PathLike | Place) -> tuple[int, int]:
+    """The rows and columns of a picture file as it is shown. It raises as ``read_picture``."""
+
+    def size(image: Any) -> tuple[int, int]:
+        _, turns = _ORIENTATIONS.get(_orientation(image), (False, 0))
+        return (image.width, image.height) if turns % 2 else (image.height, image.width)
+
+    return _with_picture(path, size)
+
+
+def is_picture(path: str | os.PathLike | Place) -> bool:
     """Whether a file begins like a picture. Raises ValueError for an absurdly large one."""
     from PIL import UnidentifiedImageError
 
@@ -101,7 +180,7 @@ def is_picture(path: str | os.PathLike) -> bool:
         raise
 
 
-def _with_picture(path: str | os.PathLike, use: Callable[[Any], Any]) -> Any:
+def _with_picture(path: str | os.PathLike | Place, use: Callable[[Any], Any]) -> Any:
     try:
         from PIL import Image
     except ImportError as error:
@@ -113,7 +192,7 @@ def _with_picture(path: str | os.PathLike, use: Callable[[Any], Any]) -> Any:
             # it warns of half the size that it refuses
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             warnings.simplefilter("ignore", UserWarning)  # of damaged EXIF
-            with Image.open(path) as image:
+            with open_bytes(place_of(path)) as file, Image.open(file) as image:
                 return use(image)
     except (
         OSError,  # Pillow's own error for damaged content
@@ -136,9 +215,7 @@ def _orientation(image: Any) -> int:
         return 1
 
 
-def _resized(
-    image: Any, columns: int, rows: int, box: tuple[float, float, float, float]
-) -> np.ndarray:
+def _resized(image: Any, columns: int, rows: int, box: Rectangle) -> np.ndarray:
     """A part of an image, opaque, (rows, columns, 3). Only the part is copied."""
     if image.mode not in ("L", "RGB") or "transparency" in image.info:
         # whole pixels around the box, so that only they are converted
