@@ -16,12 +16,14 @@ Shapes: B clips, K kept patches, k values a patch.
 import itertools
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from torch.utils.data import Dataset
 
+from .augment import ClipAugment, Key, augment_clip
 from .cache import ClipCache
 from .clips import Batch, ClipSpec, DropToken, Skipped, copy_kept_rows, spread, to_batch
 from .folder import folder_captions, warn_of_other_media
@@ -94,20 +96,27 @@ class ClipFolder:
         index: int,
         choose: Callable[[int], int],
         write: Callable[[np.ndarray, np.ndarray, str], None] | None = None,
+        augment: Callable[[np.ndarray | None, np.ndarray | None], tuple] | None = None,
     ) -> None:
         """Write a window of file ``index`` into ``row`` of a batch.
 
         Args:
             choose: gets the number of places where a window fits and names one.
             write: ``write(target, clip, modality)`` copies a clip into its place; None copies all.
+            augment: what a window's video and audio, None where it has none, become.
 
         Raises:
             MediaError: a file that is corrupt, vanished or may not be read; nothing is written.
         """
         targets = {name: batch[name][row] for name in ("video", "audio")}
         # a cache reads whole clips to where they belong, without another copy
-        whole = targets if write is None else None
+        whole = targets if write is None and augment is None else None
         window = self._window(index, choose, whole)
+        if augment is not None:
+            found = {"video": window.video_valid, "audio": window.audio_valid}
+            given = (getattr(window, name) if valid else None for name, valid in found.items())
+            video, audio = augment(*given)
+            window = replace(window, video=video, audio=audio)
         self._write(batch, row, window, write)
         self._write_text(batch, row, index, self._seconds(window.first))
 
@@ -248,6 +257,7 @@ class ClipDataset(Dataset):
         shuffle_captions: every clip gets the captions of another one, always the same: a check that
             an evaluation can fail.
         drop_token: batches hold the patch rows that a step keeps; None: whole clips.
+        augment: what changes clips at random, by (seed, step, row of the global batch).
 
     Raises:
         ValueError: an argument out of range, and as ``ClipFolder``.
@@ -266,6 +276,7 @@ class ClipDataset(Dataset):
         shuffle_captions: bool = False,
         cache_dir: str | os.PathLike | None = None,
         drop_token: DropToken | None = None,
+        augment: ClipAugment | None = None,
     ):
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; a batch has at least 1 clip")
@@ -275,7 +286,7 @@ class ClipDataset(Dataset):
             raise ValueError(f"rank is {rank} of world {world}; ranks count from 0 to world - 1")
         self.clips = ClipFolder(folder, spec, vocabulary=vocabulary, cache_dir=cache_dir)
         self.batch_size, self.seed, self.rank, self.world = batch_size, seed, rank, world
-        self.drop_token = drop_token
+        self.drop_token, self.augment = drop_token, augment
         # file -> reason; the loader brings in what its workers found
         self.skipped: dict[str, str] = {}
         self._bad: dict[int, str] = {}
@@ -317,7 +328,7 @@ class ClipDataset(Dataset):
         stand_ins = self._stand_ins(everyone, step)
         for row, (planned, place) in enumerate(zip(everyone[mine], places, strict=True)):
             for index in itertools.chain([int(planned)], stand_ins):
-                if self._read(batch, row, index, place, keeps):
+                if self._read(batch, step, row, index, place, keeps):
                     files.append(self.files[index])
                     break
                 skipped.append(Skipped(self.files[index], self._bad[index]))
@@ -367,6 +378,7 @@ class ClipDataset(Dataset):
     def _read(
         self,
         batch: dict[str, np.ndarray],
+        step: int,
         row: int,
         index: int,
         place: float,
@@ -382,9 +394,13 @@ class ClipDataset(Dataset):
             keep = draws[row * len(draws) // self.batch_size]
             copy_kept_rows(clip, drop.patches[modality], keep, target)
 
+        change: Callable[..., tuple] | None = None
+        if self.augment is not None:
+            key = Key(self.seed, step, self.rank * self.batch_size + row)
+            change = partial(augment_clip, self.augment, key)
         try:
             self.clips.read_into(
-                batch, row, index, lambda count: int(place * count), write if drop else None
+                batch, row, index, lambda count: int(place * count), write if drop else None, change
             )
         except MediaError as error:
             self._bad[index] = str(error)
