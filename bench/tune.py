@@ -319,17 +319,9 @@ def read_table(path: str | Path) -> Table:
 
 
 def write_table(path: str | Path, table: Table) -> None:
-    """Sorted, one key a line: diffs stay readable."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    kernels = []
-    for kernel in sorted(table):
-        rows = ",\n".join(
-            f"    {json.dumps(key)}: {json.dumps(dict(sorted(table[kernel][key].items())))}"
-            for key in sorted(table[kernel])
-        )
-        kernels.append(f"  {json.dumps(kernel)}: {{\n{rows}\n  }}")
-    path.write_text("{\n" + ",\n".join(kernels) + "\n}\n")
+    path.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
 
 
 @contextlib.contextmanager
