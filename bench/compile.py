@@ -146,7 +146,8 @@ def read(path: Path) -> str:
 
 
 def _rows(path: Path, module: Any) -> list[Any]:
-    return [module.Row(**json.loads(text)) for text in path.read_text().splitlines()]
+    whole = path.read_text().rpartition("\n")[0]  # without half a row of a killed run
+    return [module.Row(**json.loads(text)) for text in whole.splitlines()]
 
 
 def _table(rows: Iterable[Any], module: Any) -> str:
