@@ -107,8 +107,9 @@ def _parser() -> argparse.ArgumentParser:
     option("--target", nargs="+", choices=[*GPUS, *TPUS], default=list(GPUS))
     option("--op", nargs="+", choices=ops, default=ops)
     option("--dtype", nargs="+", choices=[*DTYPES])
-    option("--case", nargs="+", help="names, primary, GPU: variants; all of these unless given")
+    option("--case", nargs="+", help="names, primary, model, GPU: variants; primary and these")
     option("--alone", action="store_true", help="TPU: attention without its projections")
+    option("--resume", action="store_true", help="TPU: leave out what the file holds")
     option("--schedule", action="store_true", help="TPU: bundles, cycles and spills by kernel")
     named = ["flash", "splash", "xla", "triton"]
     option("--peers", nargs="+", default=[], choices=named, help="too; GPU: triton, TPU: others")
@@ -280,6 +281,7 @@ def _compile(given: argparse.Namespace) -> int:
         raise ValueError("TRITON_INTERPRET is set: kernels are then interpreted; unset it")
     what = (given.op, given.case, given.dtype, given.out)
     options = dict(schedule=given.schedule, alone=given.alone, peers=given.peers)
+    options["resume"] = given.resume
     made = [compile.compile_targets(each, *what, **options) for each in (on_gpu, on_tpu) if each]
     return max(made)
 

@@ -19,7 +19,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from vatt_fast.kernels.cases import CASES, tag
+from vatt_fast.kernels.cases import CASES, Case, DropTokenCase, tag
 
 from .lines import markdown_table
 from .machine import TPUS
@@ -33,8 +33,9 @@ def compile_targets(
     dtypes: Sequence[str] | None,
     out: Path | None,
     *,
-    schedule: bool,
-    alone: bool,
+    schedule: bool = False,
+    alone: bool = False,
+    resume: bool = False,
     peers: Sequence[str] = (),
 ) -> int:
     """Print a table of what GPUs or TPUs got and append its rows; 1 where one has a fault.
@@ -45,6 +46,7 @@ def compile_targets(
         alone: of TPUs: attention without its projections.
         schedule: of TPUs: count bundles, spills and cycles of every kernel; takes three times as
             long.
+        resume: of TPUs: leave out what ``out`` holds.
         peers: others' kernels after ours, in rows of their own. For TPUs flash, splash and xla,
             of attention; for GPUs triton, the plain kernels.
     """
@@ -58,37 +60,35 @@ def compile_targets(
             f"--xla_jf_dump_to={tempfile.mkdtemp()} --xla_jf_dump_llo_text=true"
         )
     module = _module(tpu)
-    options: list[dict[str, Any]]
+    options: list[dict[str, Any]] = [dict(peers=bool(peers))]
     if tpu:
+        known = _rows(out, module) if resume and out and out.exists() else []
         options = [dict(alone=alone), *(dict(peer=peer) for peer in peers)]
-    else:
-        options = [dict(peers=bool(peers))]
     rows: list[Any] = []
     failed: list[str] = []
     for op, case in _chosen(ops, cases, module):
         usual = ("bf16", "fp32") if tpu else module.variant(op, case).dtypes
-        for dtype in dtypes or usual:
-            for target, option in itertools.product(targets, options):
-                try:
-                    compiled = module.compile_case(op, case, dtype, target, **option)
-                except Exception as error:  # the others are worth knowing
-                    failed.append(f"{op} {case} {dtype} {target}: {first_line(_cause(error))}")
-                    print(error, file=sys.stderr, flush=True)
-                    continue
-                made = module.distinct(compiled, rows)
-                rows += made
-                told = "; ".join(fault for row in made for fault in row.faults) or "no fault"
-                told = f"{op} {case} {dtype} {target}: {len(made)} rows, {told}"
-                if schedule:
-                    told += f"; bundles {made[0].loops}, at least {made[0].cycles} cycles"
-                    told += f", spills {made[0].spills}"
-                print(told, file=sys.stderr, flush=True)
-                if out:
-                    out.parent.mkdir(parents=True, exist_ok=True)
-                    with out.open("a") as file:
-                        file.writelines(json.dumps(asdict(row)) + "\n" for row in made)
-    if not rows and not failed:
-        raise ValueError("no such case; see kernels/cases.py")
+        for dtype, target, option in itertools.product(dtypes or usual, targets, options):
+            what = (op, case, dtype, target)
+            if tpu and any(module.is_of(row, *what, **option) for row in known):
+                continue
+            try:
+                compiled = module.compile_case(*what, **option)
+            except Exception as error:  # the others are worth knowing
+                failed.append(f"{' '.join(what)}: {first_line(_cause(error))}")
+                print(error, file=sys.stderr, flush=True)
+                continue
+            made = module.distinct(compiled, rows)
+            rows += made
+            told = "; ".join(fault for row in made for fault in row.faults) or "no fault"
+            if schedule:
+                told += f"; bundles {made[0].loops}, at least {made[0].cycles} cycles"
+                told += f", spills {made[0].spills}"
+            print(f"{' '.join(what)}: {len(made)} rows, {told}", file=sys.stderr, flush=True)
+            if out:
+                out.parent.mkdir(parents=True, exist_ok=True)
+                with out.open("a") as file:
+                    file.writelines(json.dumps(asdict(row)) + "\n" for row in made)
     print(_table(rows, module))
     bad = [row for row in rows if row.faults]
     for row in bad:
@@ -102,13 +102,26 @@ def compile_targets(
 def _chosen(
     ops: Iterable[str], names: Sequence[str] | None, module: Any
 ) -> Iterator[tuple[str, str]]:
+    found = False
     for op in ops:
         primary = [case.name for case in CASES[op].values() if tag(case) == "primary"]
         variants = [each.case.name for each in getattr(module, "VARIANTS", {}).get(op, ())]
-        known = {"primary": primary, "variants": variants}
-        for name in names or known:
-            chosen = known.get(name, [name] if name in {*CASES[op], *variants} else [])
-            yield from ((op, each) for each in chosen)
+        model = [name for name in primary if in_a_step(CASES[op][name])]
+        known = {"primary": primary, "variants": variants, "model": model}
+        for name in names or ("primary", "variants"):
+            for each in known.get(name, [name] if name in {*CASES[op], *variants} else []):
+                found = True
+                yield op, each
+    if not found:
+        raise ValueError("no such case; see kernels/cases.py")
+
+
+def in_a_step(case: Case) -> bool:
+    """Whether a step of mbs or of tiny meets it: half of the patches dropped, or none."""
+    origin = case.origin
+    if origin is None or (isinstance(case, DropTokenCase) and case.kept == case.tokens):
+        return False
+    return bool({"mbs", "tiny"} & {*origin.presets}) and origin.drop_rate in (0.0, 0.5)
 
 
 def _cause(error: BaseException) -> BaseException:
@@ -128,9 +141,13 @@ def _module(tpu: bool) -> Any:
 
 def read(path: Path) -> str:
     """The table of the rows in a file."""
-    records = [json.loads(text) for text in path.read_text().splitlines()]
-    module = _module("topology" in records[0])
-    return _table(module.distinct([module.Row(**each) for each in records], []), module)
+    module = _module('"topology"' in path.read_text().partition("\n")[0])
+    return _table(module.distinct(_rows(path, module), []), module)
+
+
+def _rows(path: Path, module: Any) -> list[Any]:
+    whole = path.read_text().rpartition("\n")[0]  # without half a row of a killed run
+    return [module.Row(**json.loads(text)) for text in whole.splitlines()]
 
 
 def _table(rows: Iterable[Any], module: Any) -> str:

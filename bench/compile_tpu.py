@@ -216,9 +216,7 @@ def _compiled(function: Callable, leaves: Any, fixed: Any, topology: str) -> Any
     free = Format(Layout.AUTO, device(topology))
     with settings.lowering_for("tpu"), _quiet():
         jitted = jax.jit(
-            function,
-            in_shardings=jax.tree.map(lambda _: free, (leaves, fixed)),
-            out_shardings=free,
+            function, in_shardings=jax.tree.map(lambda _: free, (leaves, fixed)), out_shardings=free
         )
         return jitted.lower(leaves, fixed).compile()
 
@@ -274,10 +272,21 @@ def _spilled(folder: Path, bundles: str) -> int:
 # -- table ------------------------------------------------------------------------------------
 
 
+def is_of(
+    row: Row, op: str, case: str, dtype: str, topology: str, alone: bool = False, peer: str = ""
+) -> bool:
+    """Whether ``compile_case`` of these makes this row."""
+    alone = bool(peer) or (alone and op == "attention")
+    return _identity(row) == (op, case, dtype, topology, alone, peer)
+
+
+def _identity(row: Row) -> tuple:
+    return row.op, row.case, row.dtype, row.topology, row.alone, row.peer
+
+
 def distinct(rows: list[Row], known: list[Row]) -> list[Row]:
     """The last of each: a case is a program of its own."""
-    fields = ("op", "case", "dtype", "topology", "alone", "peer")
-    return list({tuple(getattr(row, each) for each in fields): row for row in rows}.values())
+    return list({_identity(row): row for row in rows}.values())
 
 
 HEADINGS = "op, dtype, chip, compiled, kernels, code KiB, HBM temporaries MiB, VMEM MiB, "

@@ -108,10 +108,7 @@ def _errors(
 
 def of_step(trainer: Trainer, formulations: Sequence[Formulation]) -> list[Contender]:
     """The model by each formulation."""
-
-    def build(formulation: Formulation, mode: Mode) -> Sequence[Call]:
-        return trainer.inference_of(formulation) if mode == "fwd" else trainer.step_of(formulation)
-
     return [
-        Contender(each.title, each.ours, functools.partial(build, each)) for each in formulations
+        Contender(each.title, each.ours, functools.partial(trainer.calls, each))
+        for each in formulations
     ]

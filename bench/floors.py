@@ -4,7 +4,8 @@
 FLOPs are the op's own (``ops.OPS[op].flops``).
 """
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 from vatt_fast.kernels.cases import (
@@ -93,26 +94,15 @@ def _patch_embed_bytes(case: PatchEmbedCase, backward: bool, itemsize: int) -> i
 # -- sheet ------------------------------------------------------------------------------------
 
 
-def sheet(ops: Sequence[str] = tuple(CASES), dtype: str = "bf16") -> str:
+def sheet(ops: Sequence[str], dtype: str) -> str:
     """Markdown: every primary case's floor in each mode, by an H200's ceilings."""
-    ceilings = H200
-    headings = ["op", "case", "mode", "GFLOP", "MB", "compute ms", "memory ms", "floor ms", "bound"]
-    title = f"Floors in {dtype} at {ceilings.tflops:g} TFLOP/s and {ceilings.gb_per_s:g} GB/s; "
+    headings = ["op", "case", "mode", "GFLOP", "MB", "floor ms", "bound"]
+    title = f"Floors in {dtype} at {H200.tflops:g} TFLOP/s and {H200.gb_per_s:g} GB/s; "
     title += "predicted, not measured."
-    rows = _floor_rows(ops, ceilings, DTYPES[dtype].itemsize)
+    rows = []
+    primary = ((op, each) for op in ops for each in CASES[op].values() if tag(each) == "primary")
+    for (op, case), mode in itertools.product(primary, MODES):
+        least = work(case, mode, DTYPES[dtype].itemsize)
+        sizes = (f"{least.flops / 1e9:.4g}", f"{least.bytes / 1e6:.4g}", f"{least.ms(H200):.3g}")
+        rows.append((op, case.name, mode, *sizes, least.bound(H200)))
     return f"{title}\n\n{markdown_table(headings, rows)}"
-
-
-def _floor_rows(ops: Sequence[str], ceilings: Ceilings, itemsize: int) -> Iterator[tuple[str, ...]]:
-    for op in ops:
-        for name, case in CASES[op].items():
-            for mode in MODES if tag(case) == "primary" else ():
-                least = work(case, mode, itemsize)
-                ms = (
-                    least.flops / ceilings.tflops / 1e9,
-                    least.bytes / ceilings.gb_per_s / 1e6,
-                    least.ms(ceilings),
-                )
-                sizes = (f"{least.flops / 1e9:.4g}", f"{least.bytes / 1e6:.4g}")
-                times = (f"{each:.3g}" for each in ms)
-                yield op, name, mode, *sizes, *times, least.bound(ceilings)

@@ -100,6 +100,10 @@ class Formulation(NamedTuple):
         return self.name == "auto"
 
     @property
+    def backend(self) -> str:
+        return "" if self.ours else self.name
+
+    @property
     def title(self) -> str:
         if self.compile is None:
             return self.name
@@ -196,14 +200,21 @@ class Trainer:
     def forget_gradients(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
 
+    def calls(self, formulation: Formulation, mode: Mode) -> list[Call]:
+        """Steps of training, or where the mode is fwd of inference, one a batch."""
+        return self.inference_of(formulation) if mode == "fwd" else self.step_of(formulation)
+
     def step_of(self, formulation: Formulation) -> list[Call]:
         """Training steps, each returning its loss; the model is put in training mode."""
         self.model.train()
 
         def loss_of(batch: dict[str, Tensor]) -> Tensor:
             output = self.model(**batch)
-            if self.head is not None:
-                return classification_loss(self._scores(output))
+            if self.head is not None:  # for some labels
+                scores = self._scores(output).float()
+                return F.cross_entropy(
+                    scores, torch.arange(len(scores), device=self.device) % CLASSES
+                )
             return vatt_loss(output, self.config, scale=self.model.scale()).total
 
         function = formulation.compiled(loss_of)
@@ -211,7 +222,7 @@ class Trainer:
         def step(batch: dict[str, Tensor]) -> Tensor:
             # first: the last step's gradients would lie beside this one's activations
             self.forget_gradients()
-            with use_backend("" if formulation.ours else formulation.name):
+            with use_backend(formulation.backend):
                 with self.autocast():
                     loss = function(batch)
                 loss.backward()
@@ -238,11 +249,7 @@ class Trainer:
         function = formulation.compiled(outputs_of)
 
         def infer(batch: dict[str, Tensor]) -> Tensor:
-            with (
-                use_backend("" if formulation.ours else formulation.name),
-                self.autocast(),
-                torch.no_grad(),
-            ):
+            with use_backend(formulation.backend), self.autocast(), torch.no_grad():
                 return function(batch)
 
         return [functools.partial(infer, batch) for batch in self.batches]
@@ -253,12 +260,6 @@ class Trainer:
     def _scores(self, output: VATTOutput) -> Tensor:
         assert self.head is not None
         return self.head(getattr(output, f"{self.modalities[0]}_pooled"))
-
-
-def classification_loss(scores: Tensor) -> Tensor:
-    """Cross-entropy of class scores (B, classes) for some labels."""
-    labels = torch.arange(len(scores), device=scores.device) % scores.shape[1]
-    return F.cross_entropy(scores.float(), labels)
 
 
 @contextlib.contextmanager

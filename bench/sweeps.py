@@ -195,13 +195,7 @@ def free_bytes(device: torch.device) -> int:
 
 
 def measure_sizes(
-    setting: Setting,
-    op: str,
-    dtype: str,
-    modes: Sequence[Mode],
-    out: Path | None,
-    *,
-    resume: bool,
+    setting: Setting, op: str, dtype: str, modes: Sequence[Mode], out: Path | None, *, resume: bool
 ) -> list[Missing]:
     """Append the lines of an op, smallest size first; with ``resume`` those not measured yet.
 

@@ -63,7 +63,7 @@ def test_a_kernel_that_does_not_compile_is_told_after_the_others(monkeypatch, ca
 
     monkeypatch.setattr(compile_gpu, "compile_case", broken_at_one)
     what = (["sm_90"], ["contrastive_lse"], ["va_tiny", "vt_tiny"], ["bf16"], None)
-    status = compile.compile_targets(*what, schedule=False, alone=False, peers=False)
+    status = compile.compile_targets(*what)
     told, errors = capsys.readouterr()
     assert status == 1 and "vt_tiny bf16 sm_90: 0 rows" in errors
     assert "not compile: contrastive_lse va_tiny bf16 sm_90: TypeError: no such" in told
