@@ -67,6 +67,11 @@ def decode_text(data: bytes, where: str) -> str:
                     f"{where} begins as {encoding.upper()} and goes on otherwise ({error.reason} "
                     f"at byte {error.start}); write it anew as UTF-8"
                 ) from error
+    if b"\0" in data:
+        raise ValueError(
+            f"{where} holds zero bytes, as UTF-16 without a byte-order mark does; "
+            "convert it: iconv -f UTF-16LE -t UTF-8"
+        )
     try:
         text = data.decode()
     except UnicodeDecodeError as error:
@@ -75,11 +80,6 @@ def decode_text(data: bytes, where: str) -> str:
             f"{where} line {line} is not UTF-8 (byte 0x{data[error.start]:02x}); if it is "
             "Windows-1252, Shift JIS, GBK or the like, convert it: iconv -f ENCODING -t UTF-8"
         ) from error
-    if "\0" in text:
-        raise ValueError(
-            f"{where} holds zero bytes, as UTF-16 without a byte-order mark does; "
-            "convert it: iconv -f UTF-16LE -t UTF-8"
-        )
     return text
 
 
@@ -127,7 +127,8 @@ def from_vtt(text: str, where: str) -> list[Caption]:
     """WebVTT. A line that repeats the line shown before it, as in rolling captions, is left out."""
     blocks = re.split(r"\n[ \t]*(?:\n[ \t]*)+", text.replace("\r\n", "\n").replace("\r", "\n"))
     if not re.match(r"WEBVTT(?:[ \t\n]|$)", blocks[0]):
-        raise ValueError(f"{where} line 1 is {blocks[0][:40]!r}; WebVTT begins with WEBVTT")
+        first = blocks[0].partition("\n")[0][:40]
+        raise ValueError(f"{where} line 1 is {first!r}; WebVTT begins with WEBVTT")
     captions = []
     shown = ""
     for block in blocks:
@@ -418,6 +419,8 @@ def stream_entries(
                     if not more():
                         raise fail(error.msg) from error
                     continue
+                except ValueError as error:  # a name twice in one object
+                    raise fail(str(error)) from error
                 # a number at the end of what was read may go on
                 if end == len(buffer) and not at_end and more():
                     continue

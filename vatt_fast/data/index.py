@@ -14,6 +14,7 @@ import os
 import shutil
 import signal
 import warnings
+import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -99,6 +100,8 @@ def build_index(
     folder.mkdir(parents=True, exist_ok=True)
     with only_writer(folder):
         remove_litter(folder)
+        for remembered in (_old, _rows_by_path):  # of the last build in this process
+            remembered.cache_clear()
         stamps = _stamps(listing)
         parts = folder / PARTS
         parts.mkdir(exist_ok=True)
@@ -248,6 +251,10 @@ def asked_of(folder: Path) -> dict[str, str | None]:
     """The ``captions`` and ``media`` of the source that an index was made of."""
     asked = _read_about(folder)["asked"]
     return {name: asked.get(name) for name in ("captions", "media")}
+
+
+def holds_shards(folder: Path) -> bool:
+    return any(kind == "shard" for kind, *_ in _read_about(folder)["stamps"])
 
 
 def is_same_listing(folder: Path, listing: Listing) -> bool:
@@ -420,7 +427,7 @@ def _is_built(task: _Task) -> bool:
     try:
         with np.load(task.target) as part:
             return json.loads(part[_ABOUT].tobytes())["fingerprint"] == task.fingerprint
-    except (OSError, ValueError, KeyError, EOFError):  # absent, or cut by a disk that failed
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):  # absent, or torn
         return False
 
 
@@ -534,7 +541,7 @@ def read_files(
         except OSError as error:
             builder.problems[row.name] = f"{path} cannot be opened ({error.strerror})"
             continue
-        if row.segment[0] >= known.duration:
+        if row.segment[0] and row.segment[0] >= known.duration:
             builder.problems[row.name] = (
                 f"its segment begins at {row.segment[0]:g} s and the file ends at "
                 f"{known.duration:g} s; a file that was cut already has no start"

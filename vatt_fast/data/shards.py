@@ -5,6 +5,7 @@ its videos; where it has none, its sounds; where it has neither, its pictures. T
 those of the member with the media's whole name, else with the key.
 """
 
+import math
 import os
 import re
 import tarfile
@@ -261,8 +262,8 @@ class _Texts:
         for stem in dict.fromkeys((os.path.splitext(lowered)[0], key_of(lowered))):
             for suffix in SIDECARS:
                 member = self.members.get(stem + suffix)
-                # a .txt repeats what the .json calls its caption
-                if member is None or (found and suffix == ".txt"):
+                # a .txt stands before the .json's caption of the whole file
+                if member is None or (found and math.isfinite(found[0].end)):
                     continue
                 where = f"{self.label}/{member.name}"
                 try:
@@ -270,8 +271,7 @@ class _Texts:
                 except ValueError as error:
                     self.builder.problems[where] = str(error)
                     continue
-                if captions and not found:
-                    found = captions
+                found = captions or found
             if found:
                 break
         return found

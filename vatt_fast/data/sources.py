@@ -13,6 +13,7 @@ from .index import (
     build_index,
     changes,
     hold,
+    holds_shards,
     is_index,
     is_same_listing,
     open_index,
@@ -85,7 +86,7 @@ def _open(
                 media=wanted.media or asked["media"],
             )
             shards = None
-            if _names_shards(wanted):
+            if holds_shards(place):
                 listing = list_source(wanted)
                 shards = listing.shards
             told = changes(place, shards)
@@ -111,10 +112,6 @@ def _open(
         f"{listing.label} needs an index, and there is no place for it: vatt-fast index "
         f"{listing.label} --out FOLDER, and name that folder"
     )
-
-
-def _names_shards(wanted: Wanted) -> bool:
-    return ".tar" in wanted.text.lower()
 
 
 def _is_large(listing: Listing) -> bool:
