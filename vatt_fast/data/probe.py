@@ -17,7 +17,7 @@ def measure(place: Place) -> Measured:
         MediaError: it is corrupt, cut short before its header, or no media file.
         OSError: it cannot be opened.
     """
-    with _Opened(place if place.is_part or place.is_remote else place.path) as file:  # type: ignore[arg-type]
+    with _Opened(place if place.is_part or place.is_remote else place.path) as file:
         return file.measured()
 
 
