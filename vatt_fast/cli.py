@@ -32,8 +32,13 @@ except ImportError as error:
 
 # These need parts of the same extra, so they come after the message above. Every verb's options
 # need most of them; all of them take 0.2 s of the 4 s to import torch.
+from .config import VATTConfig
+from .data.clips import ClipSpec
 from .data.index import build_index, summary_of, warn_of_scripts
 from .data.listing import list_source, parse
+from .data.pack import Packing, clips_per_second, sample
+from .data.pack import pack as write_shards
+from .data.sources import open_source
 from .demo.run import DemoConfig, run_demo
 from .devices import pick_device
 from .encoding import embed_sentences, encode
@@ -52,6 +57,7 @@ from .training.loop import PretrainConfig, pretrain
 from .training.metrics import NonFiniteError
 
 _WIDTH = 100
+_PACKING = Packing()
 # what ``doctor`` asks about: a training step of base_base_small
 _DOCTOR_CASES = {
     "attention": "video_bbs_drop50",
@@ -130,6 +136,61 @@ def index(
                 print(f"  and {len(left_out) - 10} more; --problems lists them")
     if json:
         print(dumps(told))
+
+
+def pack(
+    source: Annotated[str, tyro.conf.Positional],
+    out: str,
+    packing: Annotated[Packing, tyro.conf.arg(name="")] = _PACKING,
+    workers: int | None = None,
+    problems: bool = False,
+    json: bool = False,
+) -> None:
+    """Write a source into tar shards of small pictures with many key frames, and say what it saves.
+
+    Killed and started again it goes on after the last whole shard.
+
+    Args:
+        source: as pretrain's --data.
+        out: folder of the shards, which --data then names.
+        workers: processes; by default one a core.
+        problems: list all that was left out, and why, instead of the first ten.
+        json: print JSON.
+    """
+    opened = open_source(source, index_folder=Path(out) / "source_index")
+    count = len(os.sched_getaffinity(0)) if workers is None else workers
+    with tqdm(desc=source, unit="shard", disable=json or None) as bar:
+
+        def show(done: int, total: int) -> None:
+            bar.total, bar.n = total, done
+            bar.refresh()
+
+        done = write_shards(opened, out, packing, workers=count, progress=show)
+    config = VATTConfig()
+    window = ClipSpec.from_config(config).reader_arguments()
+    report: dict[str, Any] = {
+        "shards": done.shards,
+        "clips": done.clips,
+        "gigabytes": round(done.bytes / 1e9, 3),
+        "gigabytes_before": round(done.source_bytes / 1e9, 3),
+    }
+    if pairs := sample(opened, out):
+        before, after = clips_per_second(pairs, window)
+        report |= {
+            "clips_per_second_a_core": round(after, 1),
+            "clips_per_second_a_core_before": round(before, 1),
+            "measured_on_clips": len(pairs),
+        }
+    left_out = done.problems
+    if json:
+        print(dumps({**report, "left_out": left_out}))
+        return
+    _print(report, False)
+    print(f"left_out: {len(left_out)}")
+    for name, reason in list(left_out.items())[: None if problems else 10]:
+        print(f"  {name}: {reason}")
+    if len(left_out) > 10 and not problems:
+        print(f"  and {len(left_out) - 10} more; --problems lists them")
 
 
 def embed(
@@ -345,6 +406,7 @@ def main(arguments: list[str] | None = None) -> None:
         "demo": _with_config(demo, DemoConfig),
         "pretrain": _with_config(run_pretrain, PretrainConfig),
         "index": index,
+        "pack": pack,
         "compile-tpu": _with_config(compile_tpu, CompileTPUConfig),
         "embed": embed,
         "retrieve": retrieve,

@@ -14,12 +14,26 @@ import numpy as np
 
 from .media_scan import import_av
 
+# Frames from one key frame to the next in what ``write_clip`` writes.
+KEY_FRAMES = 50
 # Without x264's look-ahead: on small pictures it reads memory that nobody set, and the same frames
 # gave different files.
 _X264_OPTIONS = {
     "preset": "veryfast",
-    "x264-params": "bframes=0:mbtree=0:rc-lookahead=0:scenecut=0:keyint=50",
+    "x264-params": "bframes=0:mbtree=0:rc-lookahead=0:scenecut=0:keyint={}",
 }
+
+
+def h264_options(crf: int, key_frames: int) -> tuple[str, dict[str, str]]:
+    """An encoder and its options: H.264 where PyAV carries libx264, else MPEG-4.
+
+    Args:
+        crf: quality of H.264. key_frames: frames from one key frame to the next.
+    """
+    if "libx264" in import_av().codecs_available:
+        options = {name: value.format(key_frames) for name, value in _X264_OPTIONS.items()}
+        return "libx264", {"crf": str(crf), **options}
+    return "mpeg4", {"qscale": "3", "g": str(key_frames)}
 
 
 def write_clip(
@@ -55,8 +69,9 @@ def write_clip(
         raise ValueError(f"nothing to write into {path}: give frames, audio or both")
     frames = None if frames is None else _checked_frames(np.asarray(frames))
     audio = None if audio is None else _checked_audio(np.asarray(audio))
-    if video_codec is None:
-        video_codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
+    usual, options = h264_options(crf, KEY_FRAMES)
+    if video_codec not in (None, usual):
+        usual, options = video_codec, {"qscale": "3"}
 
     part = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}.part{path.suffix}")
     try:
@@ -65,9 +80,7 @@ def write_clip(
             writers = []
             if frames is not None:
                 rate = Fraction(frames_per_second).limit_denominator(10000)
-                h264 = video_codec == "libx264"
-                options = {"crf": str(crf), **_X264_OPTIONS} if h264 else {"qscale": "3"}
-                writers.append(_video_writer(av, container, frames, rate, video_codec, options))
+                writers.append(_video_writer(av, container, frames, rate, usual, options))
             if audio is not None:
                 codec = "pcm_s16le" if path.suffix.lower() == ".wav" else "aac"
                 sound = np.clip(audio, -1.0, 1.0).astype(np.float32)
