@@ -8,9 +8,9 @@ Facts follow the paper (Akbari et al., NeurIPS 2021) and the released code; wher
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -18,6 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import collectives
+from .checkpoints.bundle import is_checkpoint, prefix_of
+from .checkpoints.layouts import HeadDim
+from .checkpoints.released import Released, read_released
 from .config import (
     MAX_SCALE,
     MODALITIES,
@@ -44,6 +47,8 @@ from .kernels import attention, patch_embed
 from .kernels.dispatch import autocast_dtype
 from .positions import distance_buckets, evaluate_spline, spline
 from .weights import WEIGHTS, load_weights, read_folder, save_model
+
+Module = TypeVar("Module", bound=nn.Module)
 
 # -- positions -------------------------------------------------------------------------------------
 
@@ -533,13 +538,13 @@ class VATT(nn.Module):
         if video is not None:
             how = video_input(self.config, video, video_keep, video_grid)
             tokens = self.video_tokens(video, how, video_keep)
-            found, pooled = self._run_encoder("video", tokens, features=features)
+            found, pooled = run_encoder(self, "video", tokens, features=features)
             out.video_features, out.video_pooled = found, pooled
             out.z_video_va, out.z_video_vt = self.common_space.video(pooled, video_valid)
         if audio is not None:
             how = audio_input(self.config, audio, audio_keep)
             tokens = self.audio_tokens(audio, how, audio_keep)
-            found, pooled = self._run_encoder("audio", tokens, features=features)
+            found, pooled = run_encoder(self, "audio", tokens, features=features)
             out.audio_features, out.audio_pooled = found, pooled
             out.z_audio_va = self.common_space.audio(pooled, audio_valid)
         if text is not None:
@@ -547,24 +552,11 @@ class VATT(nn.Module):
             lead, ids = text.shape[:-1], text.flatten(0, -2).long()
             key_mask = F.pad(ids != 0, (1, 0), value=True)  # AGG is always attended
             tokens = self.text_tokens(ids)
-            found, pooled = self._run_encoder("text", tokens, key_mask, features=features)
+            found, pooled = run_encoder(self, "text", tokens, key_mask, features=features)
             z = self.common_space.text(pooled, None if text_valid is None else text_valid.flatten())
             out.text_features, out.text_pooled = found, pooled.unflatten(0, lead)
             out.z_text_vt = z.unflatten(0, lead)
         return out
-
-    def _run_encoder(
-        self, modality: str, x: Tensor, key_mask: Tensor | None = None, *, features: bool
-    ) -> tuple[Tensor | None, Tensor]:
-        """tokens (B, T, dim) -> features (B, T, dim) if asked for, and pooled (B, dim)."""
-        if dtype := autocast_dtype(x.device):
-            x = x.to(dtype)  # the residual stream in the compute dtype, for text as for patches
-        agnostic = self.config.agnostic
-        encoder: Encoder = self.trunk if agnostic else getattr(self, f"{modality}_encoder")
-        x = encoder(x, key_mask, agg_only=not features)
-        if agnostic:
-            x = F.gelu(self.post_proj[modality](x))
-        return (x if features else None), x[:, 0]
 
     def sample_keep(
         self,
@@ -634,30 +626,96 @@ class VATT(nn.Module):
         model.vocabulary = vocabulary
         return model.eval()
 
+    @classmethod
+    def from_released(cls, released: Released) -> "VATT":
+        """The model of what ``checkpoints.released.read_released`` read, in evaluation mode.
 
-def create_model(name: str | Path, *, recipe: Recipe | None = None) -> VATT:
-    """A model from a saved folder (also a training run's), or a preset with random weights.
+        Weights that it lacks, after ``partial=True``, stay random.
+
+        Raises:
+            ValueError: it is one fine-tuned tower.
+        """
+        if released.modality is not None:
+            raise ValueError(
+                f"this checkpoint is a fine-tuned {released.modality} classifier; load it with "
+                "vatt_fast.classifier.Classifier.from_released"
+            )
+        model = with_weights(lambda: cls(released.config), released.tensors)
+        model.vocabulary = released.vocabulary
+        return model.eval()
+
+
+def with_weights(build: Callable[[], Module], tensors: dict[str, Tensor]) -> Module:
+    """The module that ``build`` makes, with these weights; those that lack stay random.
+
+    Where none lacks, none is drawn, which takes seconds for large models.
+    """
+    with torch.device("meta"):
+        model = build()
+    if model.state_dict().keys() <= tensors.keys():
+        model.load_state_dict(tensors, assign=True)
+        return model
+    model = build()
+    model.load_state_dict(tensors, strict=False)
+    return model
+
+
+def run_encoder(
+    model: Any, modality: str, x: Tensor, key_mask: Tensor | None = None, *, features: bool
+) -> tuple[Tensor | None, Tensor]:
+    """tokens (B, T, dim) -> features (B, T, dim) if asked for, and pooled (B, dim).
+
+    ``model`` has a config and the modality's encoder, under VATT's names.
+    """
+    if dtype := autocast_dtype(x.device):
+        x = x.to(dtype)  # the residual stream in the compute dtype, for text as for patches
+    agnostic = model.config.agnostic
+    encoder: Encoder = model.trunk if agnostic else getattr(model, f"{modality}_encoder")
+    x = encoder(x, key_mask, agg_only=not features)
+    if agnostic:
+        x = F.gelu(model.post_proj[modality](x))
+    return (x if features else None), x[:, 0]
+
+
+def create_model(
+    name: str | Path,
+    *,
+    recipe: Recipe | None = None,
+    words: str | Path | None = None,
+    head_dim: HeadDim | None = None,
+) -> VATT:
+    """A model from a saved folder, a released checkpoint, or a preset with random weights.
 
     Args:
-        name: a folder written by ``save_pretrained`` or ``pretrain``, or a preset:
-            base_base_small (bbs), medium_base_small (mbs), large_base_small (lbs),
-            agnostic_medium (ma), tiny.
+        name: a folder written by ``save_pretrained`` or ``pretrain``; a released checkpoint's
+            prefix, such as ".../ckpt-500000"; or a preset: base_base_small (bbs),
+            medium_base_small (mbs), large_base_small (lbs), agnostic_medium (ma), tiny.
         recipe: for presets, "paper" (default) or "released".
+        words, head_dim: for released checkpoints, see ``checkpoints.released.read_released``.
 
     Raises:
-        ValueError: neither such a folder nor such a preset; or a folder that cannot be read.
+        ValueError: none of these; one that cannot be read; an option that does not belong to it.
     """
-    if Path(name).is_dir():
-        if recipe is not None:
-            raise ValueError(
-                f"{name} is a saved model, whose config holds its recipe; leave recipe out"
-            )
+    is_folder = Path(name).is_dir()
+    is_released = not is_folder and is_checkpoint(name)
+    if recipe is not None and (is_folder or is_released):
+        raise ValueError(
+            f"{name} is a saved model, whose config holds its recipe; leave recipe out"
+        )
+    if not is_released and not (words is None and head_dim is None):
+        raise ValueError(
+            f"{str(name)!r} is no released checkpoint, to which words and head_dim belong; "
+            "leave them out"
+        )
+    if is_folder:
         return VATT.from_pretrained(name)
+    if is_released:
+        return VATT.from_released(read_released(name, words=words, head_dim=head_dim))
     if str(name).lower() in (*PRESETS, *SHORT_NAMES):
         return VATT(preset(str(name), recipe or "paper"))
     raise ValueError(
-        f"{str(name)!r} is neither a folder nor a preset; presets are {', '.join(PRESETS)} "
-        f"(short: {', '.join(SHORT_NAMES)})"
+        f"{str(name)!r} is neither a folder nor a preset, and there is no {prefix_of(name)}.index; "
+        f"presets are {', '.join(PRESETS)} (short: {', '.join(SHORT_NAMES)})"
     )
 
 

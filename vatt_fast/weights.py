@@ -42,13 +42,28 @@ def read_folder(folder: str | Path) -> tuple[VATTConfig, dict[str, Tensor], Voca
                 f"{folder} has no {name}; "
                 "it must be a folder written by save_pretrained or pretrain"
             )
+    text = (folder / CONFIG).read_text()
+    if is_classifier(text):
+        raise ValueError(
+            f"{folder} holds a classifier; load it with vatt_fast.classifier.Classifier"
+            ".from_pretrained"
+        )
     try:
-        config = VATTConfig.from_json((folder / CONFIG).read_text())
+        config = VATTConfig.from_json(text)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{folder / CONFIG}: {error}") from error
     tensors = load_tensors(folder / WEIGHTS)
     words = folder / VOCABULARY
     return config, tensors, Vocabulary.load(words) if words.is_file() else None
+
+
+def is_classifier(config: str) -> bool:
+    """Whether this is the config.json of a fine-tuned tower with its classifier."""
+    try:
+        values = json.loads(config)
+    except ValueError:
+        return False
+    return isinstance(values, dict) and "num_classes" in values
 
 
 def load_weights(model: torch.nn.Module, tensors: dict[str, Tensor], *, source: str) -> None:

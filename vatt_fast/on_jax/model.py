@@ -369,12 +369,12 @@ def forward(
     out: Any = VATTOutput()
     if video is not None:
         how = video_input(config, video, video_keep, video_grid)
-        out.video_features, pooled = _encode_patches(call, "video", video, how, video_keep)
+        out.video_features, pooled = encode_patches(call, "video", video, how, video_keep)
         out.video_pooled = pooled
         out.z_video_va, out.z_video_vt = space.video(pooled, video_valid)
     if audio is not None:
         how = audio_input(config, audio, audio_keep)
-        out.audio_features, pooled = _encode_patches(call, "audio", audio, how, audio_keep)
+        out.audio_features, pooled = encode_patches(call, "audio", audio, how, audio_keep)
         out.audio_pooled = pooled
         out.z_audio_va = space.audio(pooled, audio_valid)
     if text is not None:
@@ -400,7 +400,7 @@ class CallOptions(NamedTuple):
         return self.fetch(name, part(self.params, name))
 
 
-def _encode_patches(call: CallOptions, modality: str, patches, how: PatchInput, keep):
+def encode_patches(call: CallOptions, modality: str, patches, how: PatchInput, keep):
     """Clips or patch rows -> features if asked for, and pooled."""
     if how.patch is not None:
         # the op takes rows here; an image fills one temporal patch

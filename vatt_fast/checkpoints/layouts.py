@@ -1,0 +1,307 @@
+"""What model a released checkpoint holds, told from its shapes alone.
+
+Three layouts are known, all below one root such as ``model/layer_with_weights-0/``:
+
+    _base_layer/{vid,aud,txt}_backbone/...           pre-trained, modality-specific (tx_fac)
+    _base_layer/unified_backbone/...                 pre-trained, modality-agnostic (ut_fac)
+    _base/{voxel,wave}_to_patch/..., _ops/cls/...    one fine-tuned tower with its classifier
+
+Sources: google-research/vatt, utils/train/restore.py for the towers' names, attributes in modeling/
+for the others. What shapes don't tell is the release's default (configs/).
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..config import (
+    BASE,
+    LARGE,
+    MEDIUM,
+    MODALITIES,
+    RECIPES,
+    SMALL,
+    TowerConfig,
+    VATTConfig,
+)
+from .names import (
+    AXES,
+    BRIDGE,
+    PROJECTIONS,
+    SHORT,
+    Places,
+    Weight,
+    agnostic_text,
+    common_space,
+    dense,
+    encoder,
+    patch_tokens,
+    post_proj,
+    t5_text,
+)
+
+_PUBLISHED = (SMALL, BASE, MEDIUM, LARGE)
+
+Shapes = dict[str, tuple[int, ...]]
+HeadDim = int | Mapping[str, int]  # of all towers, or by modality
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A checkpoint's model: its sizes and where each weight belongs.
+
+    ``modality`` and ``num_classes`` are those of a fine-tuned tower.
+    """
+
+    config: VATTConfig
+    weights: list[Weight]
+    notes: tuple[str, ...] = ()
+    modality: str | None = None
+    num_classes: int | None = None
+
+
+class _Sizes:
+    """Sizes by key; what they are read from must be there, whatever else is missing."""
+
+    def __init__(self, shapes: Shapes, source: str, head_dim: HeadDim | None) -> None:
+        self.shapes, self.source = shapes, source
+        if head_dim is None or isinstance(head_dim, int):
+            head_dim = {} if head_dim is None else dict.fromkeys(PROJECTIONS, head_dim)
+        if unknown := set(head_dim) - set(PROJECTIONS):
+            raise ValueError(f"head_dim names {', '.join(unknown)}; it is of video and audio")
+        self.head_dims = head_dim
+        self.notes: list[str] = []
+
+    def has(self, key: str) -> bool:
+        return key in self.shapes
+
+    def of(self, key: str, rank: int) -> tuple[int, ...]:
+        if key not in self.shapes:
+            raise ValueError(f"{self.source} has no {key}, which tells sizes of the model")
+        shape = self.shapes[key]
+        if len(shape) != rank or min(shape) < 1:
+            raise ValueError(
+                f"{self.source}: {key} has shape {shape}; it must have {rank} sizes above 0"
+            )
+        return shape
+
+    def depth(self, at: str) -> int:
+        numbered = re.compile(re.escape(at) + r"/layers/(0|[1-9]\d*)/")
+        layers = {int(found[1]) for key in self.shapes if (found := numbered.match(key))}
+        if layers != set(range(len(layers))) or not layers:
+            listed = ", ".join(map(str, sorted(layers)[:20])) or "none"
+            raise ValueError(
+                f"{self.source}: the layers of {at} are {listed}; they must be numbered from 0 "
+                "without a gap"
+            )
+        return len(layers)
+
+    def tower(self, at: str, modality: str) -> TowerConfig:
+        """Of a video, audio or shared encoder."""
+        dim, inner = self.of(f"{at}/layers/0/mha/q/kernel", 2)
+        mlp_dim = self.of(f"{at}/layers/0/feed_forward/mlp/wi/kernel", 2)[1]
+        depth = self.depth(at)
+        head_dim = self.head_dims.get(modality)
+        heads = self._heads(at, (depth, dim, mlp_dim, inner), head_dim)
+        return TowerConfig(depth, dim, mlp_dim, *heads)
+
+    def _heads(
+        self, at: str, sizes: tuple[int, int, int, int], head_dim: int | None
+    ) -> tuple[int, int]:
+        """Their number and size."""
+        inner = sizes[3]
+        published = {
+            (t.depth, t.dim, t.mlp_dim, t.num_heads * t.head_dim): t.head_dim for t in _PUBLISHED
+        }
+        if head_dim is None:
+            head_dim = published.get(sizes)
+        if head_dim is None:
+            head_dim = self._text_head_dim()
+            if head_dim is not None and inner % head_dim == 0:
+                self.notes.append(
+                    f"{at}: {inner // head_dim} heads of {head_dim}, as in the text tower; the "
+                    "shapes don't tell, --head-dim sets another size"
+                )
+        if head_dim is None or head_dim < 1 or inner % head_dim:
+            rule = "no published tower" if head_dim is None else f"no multiple of {head_dim}"
+            raise ValueError(
+                f"{self.source}: the heads of {at} cannot be told, q is {inner} wide, {rule}; give "
+                "the size of a head (head_dim, --head-dim)"
+            )
+        return inner // head_dim, head_dim
+
+    def _text_head_dim(self) -> int | None:
+        """The table of relative positions has a column a head."""
+        for key, shape in self.shapes.items():
+            if key.endswith("/relative_attention_bias/embeddings") and len(shape) == 2:
+                layer = key.removesuffix("/relative_attention_bias/embeddings")
+                return self.of(f"{layer}/q/kernel", 2)[1] // max(shape[1], 1)
+        return None
+
+    def t5_tower(self, at: str) -> TowerConfig:
+        attention = f"{at}/layers/0/self_attention/attention"
+        dim, inner = self.of(f"{attention}/q/kernel", 2)
+        heads = self.of(f"{attention}/relative_attention_bias/embeddings", 2)[1]
+        if inner % heads:
+            raise ValueError(
+                f"{self.source}: {attention} has {heads} heads, which do not divide {inner}"
+            )
+        mlp_dim = self.of(f"{at}/layers/0/feed_forward/mlp/wi/kernel", 2)[1]
+        return TowerConfig(self.depth(at), dim, mlp_dim, heads, inner // heads)
+
+
+def layout_of(
+    shapes: Shapes,
+    *,
+    head_dim: HeadDim | None = None,
+    num_words: int | None = None,
+    source: str = "it",
+) -> Layout:
+    """The model that these shapes belong to.
+
+    Args:
+        shapes: by key without ``/.ATTRIBUTES/VARIABLE_VALUE``, of weights only.
+        head_dim: see ``read_released``.
+        num_words: rows of the word table, where it is not in the checkpoint.
+        source: names the checkpoint in errors.
+
+    Raises:
+        ValueError: no known layout, or sizes that cannot be told.
+    """
+    sizes = _Sizes(shapes, source, head_dim)
+    for key in sorted(shapes):
+        if found := re.match(r"((?:.*/)?)_base_layer/(unified|vid|aud|txt)_backbone/", key):
+            read = _agnostic if found[2] == "unified" else _specific
+            return read(sizes, found[1], num_words)
+        if found := re.match(r"((?:.*/)?)_base/(\w+)/kernel$", key):
+            if found[2] in PROJECTIONS.values():
+                return _fine_tuned(sizes, found[1], found[2])
+            if found[2] == "spectrum_to_patch":
+                raise ValueError(
+                    f"{source} is a spectrogram tower (spt), which has no model here; only "
+                    "waveform towers (wat) have"
+                )
+    some = ", ".join(sorted(shapes)[:3]) or "no weights at all"
+    raise ValueError(f"{source} holds no VATT that is known here: {some}")
+
+
+def _specific(sizes: _Sizes, root: str, num_words: int | None) -> Layout:
+    at = {m: f"{root}_base_layer/{SHORT[m]}_backbone" for m in MODALITIES}
+    lm, projection = f"{at['text']}/base_lm", f"{at['text']}/pre_proj/kernel"
+    places = {m: Places.of_tower(f"{at[m]}/_base", m) for m in PROJECTIONS}
+    bias = f"{lm}/layers/0/self_attention/attention/relative_attention_bias/embeddings"
+    text = sizes.t5_tower(lm)
+    config = _config(
+        video=sizes.tower(f"{at['video']}/_base/tx", "video"),
+        audio=sizes.tower(f"{at['audio']}/_base/tx", "audio"),
+        text=text,
+        relative_buckets=sizes.of(bias, 2)[0],
+        # without a projection the words have the tower's width, as in the paper
+        word_dim=sizes.of(projection, 2)[0] if sizes.has(projection) else None,
+        vocab_size=_vocab_size(sizes, f"{at['text']}/embedding/embeddings", num_words),
+        **_video_size(sizes, places["video"]),
+        **_audio_size(sizes, places["audio"]),
+        **_spaces(sizes, root),
+    )
+    weights = [
+        *patch_tokens(config, "video", places["video"]),
+        *encoder(f"{at['video']}/_base/tx", "video_encoder", config.video),
+        *patch_tokens(config, "audio", places["audio"]),
+        *encoder(f"{at['audio']}/_base/tx", "audio_encoder", config.audio),
+        *t5_text(config, at["text"]),
+        *common_space(config, root),
+    ]
+    return Layout(config, weights, tuple(sizes.notes))
+
+
+def _agnostic(sizes: _Sizes, root: str, num_words: int | None) -> Layout:
+    at = f"{root}_base_layer/unified_backbone/unified_transformer"
+    places = {m: Places.of_trunk(at, m) for m in MODALITIES}
+    trunk = sizes.tower(f"{at}/tx", "video")
+    config = _config(
+        kind="modality_agnostic",
+        video=trunk,
+        audio=trunk,
+        text=trunk,
+        words=sizes.of(places["text"].table("temporal"), 2)[0],
+        word_dim=sizes.of(f"{places['text'].pre_proj}/kernel", 2)[0],
+        vocab_size=_vocab_size(sizes, f"{places['text'].project}/embeddings", num_words),
+        post_proj_dim=_post_proj_dim(sizes, f"{at}/post_proj/video", trunk),
+        **_video_size(sizes, places["video"]),
+        **_audio_size(sizes, places["audio"]),
+        **_spaces(sizes, root),
+    )
+    weights = [
+        *patch_tokens(config, "video", places["video"]),
+        *patch_tokens(config, "audio", places["audio"]),
+        *agnostic_text(config, places["text"]),
+        *encoder(f"{at}/tx", "trunk", trunk),
+        *(w for m in MODALITIES for w in post_proj(config, f"{at}/post_proj/{m}", m)),
+        *common_space(config, root),
+    ]
+    return Layout(config, weights, tuple(sizes.notes))
+
+
+def _fine_tuned(sizes: _Sizes, root: str, projection: str) -> Layout:
+    modality = next(m for m, name in PROJECTIONS.items() if name == projection)
+    at = f"{root}_base"
+    agnostic = sizes.has(f"{at}/pre_proj/kernel")
+    places = Places.of_tower(at, modality, pre_proj=agnostic)
+    tower = sizes.tower(f"{at}/tx", modality)
+    found: dict[str, Any] = {modality: tower}
+    if agnostic:
+        found = dict.fromkeys(MODALITIES, tower) | {
+            "kind": "modality_agnostic",
+            "post_proj_dim": _post_proj_dim(sizes, f"{at}/post_proj", tower),
+        }
+    # 32 frames of 25 per second, every other one; 6.4 s of 24 kHz (paper, section 4)
+    if modality == "video":
+        found |= {"frames_per_second": 12.5, **_video_size(sizes, places)}
+    else:
+        found |= {"sample_rate_hz": 24000, **_audio_size(sizes, places)}
+    config = _config(**found)
+    num_classes = sizes.of(f"{root}_ops/cls/kernel", 2)[1]
+    weights = [
+        *patch_tokens(config, modality, places),
+        *encoder(f"{at}/tx", "trunk" if agnostic else f"{modality}_encoder", tower),
+        *(post_proj(config, f"{at}/post_proj", modality) if agnostic else ()),
+        *dense(
+            f"{root}_ops/cls", "classifier", config.pooled_dim(modality), num_classes, bias=True
+        ),
+    ]
+    return Layout(config, weights, tuple(sizes.notes), modality, num_classes)
+
+
+def _config(**found: Any) -> VATTConfig:
+    """The released code's choices, and what was found."""
+    return VATTConfig(**RECIPES["released"] | found)
+
+
+def _vocab_size(sizes: _Sizes, table: str, num_words: int | None) -> int:
+    return sizes.of(table, 2)[0] if sizes.has(table) else num_words or VATTConfig().vocab_size
+
+
+def _post_proj_dim(sizes: _Sizes, at: str, trunk: TowerConfig) -> int | None:
+    width = sizes.of(f"{at}/kernel", 2)[1]
+    return None if width == trunk.dim else width
+
+
+def _video_size(sizes: _Sizes, places: Places) -> dict[str, Any]:
+    patch = sizes.of(f"{places.project}/kernel", 5)[:3]
+    grid = [sizes.of(places.table(axis), 2)[0] for axis in AXES["video"]]
+    frames, height, width = (n * p for n, p in zip(grid, patch, strict=True))
+    return dict(video_patch=patch, frames=frames, height=height, width=width)
+
+
+def _audio_size(sizes: _Sizes, places: Places) -> dict[str, Any]:
+    patch = sizes.of(f"{places.project}/kernel", 3)[0]
+    return dict(audio_patch=patch, samples=patch * sizes.of(places.table("temporal"), 2)[0])
+
+
+def _spaces(sizes: _Sizes, root: str) -> dict[str, int]:
+    at = f"{root}{BRIDGE}"
+    return dict(
+        d_va=sizes.of(f"{at}/hid_to_va/dense/kernel", 2)[1],
+        d_vt=sizes.of(f"{at}/va_to_vat/dense/kernel", 2)[1],
+    )
