@@ -118,6 +118,7 @@ def _settings(demo: DemoConfig, out: Path, world: Path) -> PretrainConfig:
         max_words=512,
         seed=demo.seed,
         shuffle_captions=demo.shuffle_captions,
+        augment="none",  # captions name colours and directions
         precision=demo.precision,
         framework=demo.framework,
         workers=demo.workers,

@@ -28,6 +28,7 @@ from ..kernels.settings import lowering_for
 from ..losses import VATTLoss
 from ..model import VATT
 from ..training.checkpoint import Standing, read_state, write_state
+from ..training.metrics import mean_cosines
 from ..training.settings import BETAS, PretrainConfig, resolved
 from ..training.step import Update, has_words, initial_model
 from ..weights import load_weights
@@ -207,7 +208,7 @@ def make_step(
     """
     specs = state_specs(state, mesh.size, options)
     everywhere: Any = PartitionSpec()
-    update_specs: Any = Update(VATTLoss(everywhere, everywhere, everywhere), everywhere)
+    update_specs: Any = Update(VATTLoss(everywhere, everywhere, everywhere), everywhere, everywhere)
     one_device = functools.partial(_device_step, config, mesh.size, options, drop_per)
     in_specs = (specs, PartitionSpec(AXIS), PartitionSpec(), PartitionSpec())
     # check_vma off: kernels do not say how their outputs vary over the mesh. Sums over devices are
@@ -228,9 +229,10 @@ def loss_and_gradients(
     batch,
     key,
 ):
-    """On one device of the mesh: the loss of all devices' batch, the new statistics, and gradients.
+    """On one device of the mesh: loss of all devices' batch, new statistics, gradients, cosines.
 
     Gradients are those of the trainable weights; a split weight's is this device's shard of it.
+    Cosines are ``mean_cosines`` of all devices' batch.
     """
     batch = dict(batch)
     if drop_per == "batch":  # each device has its own draw: the given (1, K) of it
@@ -270,28 +272,31 @@ def loss_and_gradients(
             **batch,
         )
         loss = vatt_loss(output, config, scale=jax_model.scale(weights, config), axis=AXIS, **valid)
-        return loss.total, (loss, after)
+        cosines = mean_cosines(
+            output, valid, xp=jnp, over_devices=functools.partial(jax.lax.psum, axis_name=AXIS)
+        )
+        return loss.total, (loss, after, cosines)
 
-    gradients, (loss, statistics) = jax.grad(loss_of, has_aux=True)(trained)
+    gradients, (loss, statistics, cosines) = jax.grad(loss_of, has_aux=True)(trained)
     gradients = {
         name: jax.lax.psum(value, AXIS) if axes[name] is None else value
         for name, value in gradients.items()
     }
-    return jax.lax.psum(loss, AXIS), statistics, gradients
+    return jax.lax.psum(loss, AXIS), statistics, gradients, cosines
 
 
 def _device_step(
     config, devices, options, drop_per, state: TrainState, batch, rate, key
 ) -> tuple[TrainState, Update]:
     params, optimizer = state.params, state.optimizer
-    loss, statistics, gradients = loss_and_gradients(
+    loss, statistics, gradients, cosines = loss_and_gradients(
         config, devices, options, drop_per, params, state.statistics, batch, key
     )
     norm = _total_norm(gradients, config, devices, options)
     updates, optimizer = _adam(options).update(gradients, optimizer)
     params = params | {name: params[name] - rate * update for name, update in updates.items()}
     state = TrainState(jax_model.clamp_temperature(params), statistics, optimizer)
-    return state, Update(loss, norm)
+    return state, Update(loss, norm, cosines)
 
 
 def _total_norm(gradients: Arrays, config: VATTConfig, devices: int, options: StepOptions):

@@ -57,10 +57,13 @@ class Standing(NamedTuple):
     # what a run may change, and must say so: precision and shares of DropToken's draws
     arithmetic: dict[str, Any] | None = None
     best_loss: float | None = None  # the lowest mean loss between two checkpoints so far
+    best_retrieval: float | None = None  # the highest R@10 on held-out clips so far
 
     def metadata(self) -> dict[str, str]:
         run = self.run if self.data is None else self.run | {"data": self.data._asdict()}
-        noted = {"arithmetic": self.arithmetic, "best_loss": self.best_loss}
+        noted: dict[str, Any] = {"arithmetic": self.arithmetic, "best_loss": self.best_loss}
+        if self.best_retrieval is not None:
+            noted["best_retrieval"] = self.best_retrieval
         return {"step": str(self.step), "run": json.dumps(run), "noted": json.dumps(noted)}
 
 

@@ -2,17 +2,18 @@
 
 import contextlib
 import dataclasses
-import time
 import warnings
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from ..config import VATTConfig, preset
+from ..data.augment import ClipAugment, Frames, Key, augmentation, name_of
 from ..data.clips import Batch, ClipSpec, DropToken
 from ..data.dataset import ClipDataset
 from ..data.loader import loader
@@ -35,19 +36,34 @@ from .checkpoint import (
     read_standing,
     say_what_changed,
 )
-from .metrics import METRICS, FiniteWatch, MetricsLog, NonFiniteError
+from .evaluate import BEST_BY, evaluate, require_held_out_clips
+from .loggers import make_loggers
+from .metrics import METRICS, FiniteWatch, MetricsLog, NonFiniteError, Timer
+from .report import REPORT, Report
 from .settings import PretrainConfig, describe, rate_of, resolved, sizes
-from .step import TorchTrainer, Trainer
+from .step import TorchTrainer, Trainer, run_uncompiled
 from .stopping import StopRequests, kept_from_children, obey_the_parent_alone
 
 BEST, INDEX = "best", "index"
 _STEPS_TO_FIND_A_PAIR = 20
 
-__all__ = ["BEST", "CHECKPOINT", "METRICS", "PretrainConfig", "pretrain", "vocabulary_of"]
+__all__ = [
+    "BEST",
+    "CHECKPOINT",
+    "METRICS",
+    "REPORT",
+    "PretrainConfig",
+    "pretrain",
+    "vocabulary_of",
+]
 
 
 def pretrain(
-    run: PretrainConfig, *, model_config: VATTConfig | None = None, progress: bool = True
+    run: PretrainConfig,
+    *,
+    model_config: VATTConfig | None = None,
+    augment: ClipAugment | Callable[[Key, np.ndarray], np.ndarray] | None = None,
+    progress: bool = True,
 ) -> VATT:
     """Run or continue a pre-training; returns the trained model.
 
@@ -59,6 +75,8 @@ def pretrain(
     Args:
         model_config: instead of ``run.preset`` and ``run.recipe``; vocab_size is replaced by the
             captions' vocabulary.
+        augment: instead of ``run.augment``: a ``ClipAugment``, or a function (key, frames
+            (T, H, W, 3) uint8) -> frames. The run records its name, which must stay.
 
     Raises:
         ValueError: settings out of range, unreadable data, an output folder of another run, one
@@ -68,6 +86,8 @@ def pretrain(
     """
     out = Path(run.out)
     check_folder(out)
+    if run.eval_data is not None:
+        require_held_out_clips(run.eval_data)
     if resolved(run.warmup_steps) >= run.steps:
         warnings.warn(
             f"warmup_steps {run.warmup_steps} >= steps {run.steps}: "
@@ -82,7 +102,8 @@ def pretrain(
         # before a framework that must not be forked
         source = open_source(run.data, index_folder=out / INDEX, workers=run.workers)
         config, vocabulary, weights = _beginning(run, model_config, out, standing, source)
-        settings = describe(run, config)
+        augment, named = _augmentation(run, config, augment)
+        settings = describe(run, config) | {"augment": named}
         if standing is not None:
             check_same_run(out / CHECKPOINT, standing, settings)
         trainer = _trainer(run, config, vocabulary, weights)
@@ -95,6 +116,7 @@ def pretrain(
             shuffle_captions=run.shuffle_captions,
             cache_dir=run.cache,
             drop_token=DropToken(config, run.drop_rate, run.drop_per, trainer.devices),
+            augment=augment,
         )
         if len(dataset.files) < run.batch_size:
             warnings.warn(
@@ -108,16 +130,35 @@ def pretrain(
         if standing is not None:
             say_what_changed(out / CHECKPOINT, standing, data, arithmetic)
             trainer.restore(out / CHECKPOINT, standing.step)
-            now = now._replace(step=standing.step, best_loss=standing.best_loss)
+            now = now._replace(
+                step=standing.step,
+                best_loss=standing.best_loss,
+                best_retrieval=standing.best_retrieval,
+            )
         if not owned:
             out.mkdir(parents=True, exist_ok=True)
             stack.enter_context(_own(out))
-        _train(run, trainer, dataset, now, progress)
+        report = Report(run, settings, config, vocabulary, augment)
+        _train(run, trainer, dataset, now, report, progress)
     if dataset.skipped:
         reasons = "\n  ".join(list(dataset.skipped.values())[:5])
         count = len(dataset.skipped)
         print(f"{count} media files could not be read, others stood in for them:\n  {reasons}")
-    return trainer.model().eval()
+    model = trainer.model().eval()
+    run_uncompiled(model)
+    return model
+
+
+def _augmentation(
+    run: PretrainConfig,
+    config: VATTConfig,
+    given: ClipAugment | Callable[[Key, np.ndarray], np.ndarray] | None,
+) -> tuple[ClipAugment | None, str]:
+    """What changes the clips, and how the run records it."""
+    if given is None:
+        return augmentation(run.augment, config.height, config.width), run.augment
+    whole: Any = given if hasattr(given, "crop") else Frames(given)
+    return whole, name_of(whole)
 
 
 @contextlib.contextmanager
@@ -129,41 +170,49 @@ def _own(out: Path) -> Iterator[None]:
 
 
 def _train(
-    run: PretrainConfig, trainer: Trainer, dataset: ClipDataset, standing: Standing, progress: bool
+    run: PretrainConfig,
+    trainer: Trainer,
+    dataset: ClipDataset,
+    standing: Standing,
+    report: Report,
+    progress: bool,
 ) -> None:
     """The steps from ``standing`` on, and all that is written meanwhile."""
     out, start = Path(run.out), standing.step
     stop, watch, losses = StopRequests(), FiniteWatch(), _Mean()
     shown = None if progress else True  # None: on a terminal
     bar = tqdm(total=run.steps, initial=start, desc="pretrain", unit="step", disable=shown)
-    began, clips, saved, paired = time.perf_counter(), 0, start, False
+    timer, saved, paired, new_best = Timer(), start, False, False
 
     def save(done: int) -> None:
-        nonlocal standing, saved
+        nonlocal standing, saved, new_best
         watch.check()
         loss = losses.take()
-        best = standing.best_loss is None or loss < standing.best_loss
-        standing = standing._replace(step=done, best_loss=loss if best else standing.best_loss)
+        lower = standing.best_loss is None or loss < standing.best_loss
+        standing = standing._replace(step=done, best_loss=loss if lower else standing.best_loss)
         try:
+            best, new_best = lower if run.best_by == "loss" else new_best, False
             _save(out, trainer, standing, best, run.keep_last)
+            saved = done
+            report.write()
         except OSError as error:
             intact = f"the checkpoint of step {saved} is intact" if saved else "no checkpoint yet"
             raise OSError(
                 f"{error}; {intact}: make room, and the same command continues from there"
             ) from error
-        saved = done
         if progress and bar.disable:  # a log file has no bar
             print(f"step {done} of {run.steps} saved, mean loss {loss:.4g}", flush=True)
 
     with contextlib.ExitStack() as stack:
-        logger = stack.enter_context(contextlib.closing(MetricsLog(out, start)))
+        loggers = make_loggers(run.loggers, out, start, standing.run)
+        logger = stack.enter_context(contextlib.closing(MetricsLog(out, start, loggers)))
         stack.enter_context(bar)
         stack.enter_context(stop)
         batches = _batches(run, trainer, dataset, start)
         stack.callback(batches.close)  # ends the workers; they would complain of a lost connection
         for done in range(start + 1, run.steps + 1):
             try:
-                with stop.waiting():
+                with stop.waiting(), timer.waiting():
                     batch = next(batches)
             except KeyboardInterrupt:
                 if done - 1 > saved:
@@ -176,24 +225,42 @@ def _train(
                     "video with sound, or video with a caption: there is nothing to learn from"
                 )
             rate = rate_of(run, done - 1)
-            loss, norm = trainer.step(batch, done - 1, rate)
+            loss, norm, cosines = trainer.step(batch, done - 1, rate)
             try:
                 watch.add(done, batch.files, {"loss": loss.total, "gradient norm": norm})
                 losses.add(loss.total)
-                clips += len(batch)
+                timer.step(len(batch))
                 bar.update()
+                values: dict[str, float] = {}
                 if done % run.log_every == 0 or done == run.steps:
                     watch.check()
                     values = _values(loss, rate) | {
                         "gradient_norm": float(norm),
+                        **{name: float(value) for name, value in cosines.items()},
                         "temperature": trainer.temperature(),
                         "skipped_files": len(dataset.skipped),
-                        "clips_per_second": clips / (time.perf_counter() - began),
+                        **timer.take(),
                     }
+                    bar.set_postfix(_shown(values))
+                if run.eval_every is not None and (done % run.eval_every == 0 or done == run.steps):
+                    watch.check()
+                    found = evaluate(trainer.model(), resolved(run.eval_data))
+                    values |= found
+                    score = found.get(BEST_BY.get(run.best_by, ""))
+                    new_best = score is not None and (
+                        standing.best_retrieval is None or score > standing.best_retrieval
+                    )
+                    if new_best:
+                        standing = standing._replace(best_retrieval=score)
+                    timer.reset()
+                if values:
                     logger.write(done, values)
-                    bar.set_postfix(loss=f"{values['loss']:.3f}")
-                    began, clips = time.perf_counter(), 0
-                if done % run.checkpoint_every == 0 or done == run.steps or stop.requested:
+                if (
+                    done % run.checkpoint_every == 0
+                    or done == run.steps
+                    or stop.requested
+                    or new_best
+                ):
                     save(done)
             except NonFiniteError as error:
                 intact = (
@@ -238,6 +305,18 @@ def _save(out: Path, trainer: Trainer, standing: Standing, best: bool, keep_last
             link(out / name, out / BEST / name)
     keep_earlier(out / CHECKPOINT, keep_last)
     trainer.save(out / CHECKPOINT, model, standing)
+
+
+def _shown(values: dict[str, float]) -> dict[str, str]:
+    """What the progress bar shows of a step's values."""
+    alike = [value for name, value in values.items() if name.startswith("cosine_")]
+    shown = {
+        "loss": f"{values['loss']:.3f}",
+        "clips/s": f"{values['clips_per_second']:.1f}",
+        "data wait": f"{values['data_wait_seconds'] / values['step_seconds']:.0%}",
+        "gradient": f"{values['gradient_norm']:.2g}",
+    }
+    return shown | ({"cosine": f"{max(alike):.2f}"} if alike else {})
 
 
 class _Mean:

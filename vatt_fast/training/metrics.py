@@ -1,26 +1,29 @@
-"""What a run tells of itself: metrics.jsonl and TensorBoard events, and the stop at a nan."""
+"""What a run tells of itself: metrics.jsonl, times, the spread of embeddings, the stop at a nan."""
 
+import contextlib
 import json
 import math
+import os
+import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..files import write_text
+from .loggers import Logger
 
 METRICS = "metrics.jsonl"
 
 
 class MetricsLog:
-    """metrics.jsonl (one line a logged step) and TensorBoard events.
+    """metrics.jsonl, one line a logged step, and the loggers beside it.
 
-    A continued run drops lines beyond its checkpoint.
+    The file is the truth: a continued run drops its lines beyond the checkpoint, and what follows
+    is written again.
     """
 
-    def __init__(self, folder: Path, start: int):
-        from torch.utils.tensorboard import SummaryWriter
-
+    def __init__(self, folder: Path, start: int, loggers: Sequence[Logger] = ()):
         path = folder / METRICS
         # a killed run may leave half a line
         text = path.read_text() if path.exists() else ""
@@ -29,19 +32,105 @@ class MetricsLog:
         if "".join(kept) != text or not path.exists():
             write_text(path, "".join(kept))
         self.file = path.open("a")
-        self.board = SummaryWriter(str(folder), purge_step=start + 1)
+        self.loggers = loggers
 
-    def write(self, step: int, values: dict[str, float]) -> None:
+    def write(self, step: int, values: Mapping[str, float]) -> None:
         """A line of JSON; what is not finite is null."""
         told = {name: value if math.isfinite(value) else None for name, value in values.items()}
         self.file.write(json.dumps({"step": step, **told}, allow_nan=False) + "\n")
         self.file.flush()
-        for name, value in values.items():
-            self.board.add_scalar(name, value, step)
+        for logger in self.loggers:
+            logger.write(step, values)
 
     def close(self) -> None:
         self.file.close()
-        self.board.close()
+        for logger in self.loggers:
+            logger.close()
+
+
+def read_metrics(path: str | os.PathLike) -> list[dict[str, float | None]]:
+    """The lines of a metrics.jsonl; of one still written, those that are whole."""
+    whole_lines = Path(path).read_text().rpartition("\n")[0].splitlines()
+    return [json.loads(line) for line in whole_lines]
+
+
+class Timer:
+    """Where a run's time goes between two logged steps."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        self._began, self._waited, self._steps, self._clips = time.perf_counter(), 0.0, 0, 0
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Within, the run waits for its next batch."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._waited += time.perf_counter() - began
+
+    def step(self, clips: int) -> None:
+        self._steps += 1
+        self._clips += clips
+
+    def take(self) -> dict[str, float]:
+        """Clips a second, and seconds a step in all and waiting for data, since the last time."""
+        seconds = time.perf_counter() - self._began
+        found = {
+            "clips_per_second": self._clips / seconds,
+            "step_seconds": seconds / self._steps,
+            "data_wait_seconds": self._waited / self._steps,
+        }
+        self.reset()
+        return found
+
+
+# metric -> the embedding, and whose ``valid`` says which count
+_COSINES = {
+    "cosine_video_va": ("z_video_va", "video"),
+    "cosine_audio_va": ("z_audio_va", "audio"),
+    "cosine_video_vt": ("z_video_vt", "video"),
+    "cosine_text_vt": ("z_text_vt", "text"),
+}
+
+
+def mean_cosines(
+    output: Any,
+    valid: Mapping[str, Any],
+    *,
+    xp: Any,
+    over_devices: Callable[[Any], Any] = lambda x: x,
+) -> dict[str, Any]:
+    """How alike a batch's embeddings are: the mean cosine between two valid ones of a kind.
+
+    1: all are one vector, the model has collapsed; 0: they point everywhere, or are fewer than two.
+    It takes the sum of the unit vectors, no matrix of pairs.
+
+    Args:
+        output: a ``VATTOutput`` of torch or JAX (``xp``), detached.
+        valid: video_valid (B,), audio_valid (B,), text_valid (B, P).
+        over_devices: sums an array over the devices that share the batch.
+
+    Returns:
+        scalar arrays, by metric, of the embeddings that are there.
+    """
+    found = {}
+    for metric, (name, modality) in _COSINES.items():
+        if (z := getattr(output, name)) is None:
+            continue
+        counts = valid[f"{modality}_valid"].reshape(-1, 1)
+        z = z.reshape(-1, z.shape[-1])
+        z = z * xp.ones_like(z[:1, :1], dtype=xp.float32)
+        length = xp.sqrt((z * z).sum(-1))[:, None]
+        unit = xp.where(counts & (length > 0), z / length, xp.zeros_like(z))
+        total, count = over_devices(unit.sum(0)), over_devices((counts * 1.0).sum())
+        pairs = xp.where(count > 1, count * (count - 1), xp.ones_like(count))
+        cosine = ((total * total).sum() - count) / pairs
+        found[metric] = xp.where(count > 1, cosine, xp.zeros_like(cosine))
+    return found
 
 
 class NonFiniteError(ArithmeticError):

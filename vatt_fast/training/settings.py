@@ -7,6 +7,8 @@ import types
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from ..config import VATTConfig
+from ..data.augment import NOTHING, parts_of
+from .loggers import names_of
 from .schedule import Schedule, learning_rate
 
 T = TypeVar("T")
@@ -26,7 +28,14 @@ _FREE = (
     "words",  # the checkpoint holds the table
     "init",
     "cache",
+    "loggers",
+    "eval_data",
+    "eval_every",
+    "best_by",
+    "compile",
 )
+# settings younger than some checkpoints, whose default is not what those runs did
+_ONCE = {"augment": NOTHING}
 _SIZES = ("frames", "height", "width", "samples")
 # by recipe: appendix of the paper; the released code's pre-training (its Keras eps lies elsewhere)
 _BY_RECIPE: dict[str, dict[str, Any]] = {
@@ -52,7 +61,7 @@ class PretrainConfig:
     data: str  # folder of media files; with captions.json, or video and audio alone are trained
 
     # run folder: config.json, model.safetensors, vocabulary.txt, checkpoint.safetensors,
-    # metrics.jsonl, TensorBoard events
+    # metrics.jsonl, report.html, TensorBoard events
     out: str
 
     # base_base_small (bbs), medium_base_small (mbs), large_base_small (lbs), agnostic_medium (ma)
@@ -82,10 +91,16 @@ class PretrainConfig:
     samples: int | None = None  # of a waveform
     seed: int = 0  # of the weights, the order of clips, windows, DropToken and dropout
     shuffle_captions: bool = False  # captions of other clips: retrieval must stay near chance
+
+    # recipe: crop,flip,colour (paper) or jitter_crop,flip,colour,noise (released); none; or some of
+    # these, joined by commas
+    augment: str = "recipe"
+
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 where the device computes it
     framework: Literal["torch", "jax"] = "torch"  # jax: all devices of this host share the batch
     shard_weights: bool = False  # jax: weights and Adam's state lie in shards over the devices
     recompute: bool = False  # jax: keep only the blocks' inputs for the backward pass
+    compile: Literal["off", "blocks"] = "off"  # torch: run torch.compile on each encoder block
     device: str = "auto"  # cpu, cuda, cuda:1, ...; auto: a GPU or TPU where there is one
     workers: int = 2  # processes that read clips; 0: none
     cache: str | None = None  # keep decoded clips here; for small data sets that fit the disk
@@ -93,12 +108,25 @@ class PretrainConfig:
     checkpoint_every: int = 500  # steps
     keep_last: int = 1  # checkpoints: the newest, and so many less one before it
 
+    # tensorboard, wandb, both joined by a comma, or none; None: tensorboard where it is installed.
+    # metrics.jsonl is always written
+    loggers: str | None = None
+
+    eval_data: str | None = None  # folder of held-out clips on which retrieval is measured
+    eval_every: int | None = None  # steps; None: checkpoint_every, where eval_data is given
+
+    # what best/ is the best by: the mean loss between two checkpoints, or R@10 on eval_data
+    best_by: Literal["loss", "text_to_video", "audio_to_video"] = "loss"
+
     def __post_init__(self):
         self._check_words()
         defaults = _BY_RECIPE[self.recipe] | {"final_learning_rate": self.learning_rate / 2}
         for name, value in defaults.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
+        object.__setattr__(self, "augment", parts_of(self.augment, self.recipe))
+        names_of(self.loggers)
+        self._check_evaluation()
         least = dict.fromkeys(("steps", "log_every", "checkpoint_every", "keep_last"), 1)
         least |= {"batch_size": 2, "max_words": 1}  # one clip has no negative: no gradient either
         for name, value in least.items():
@@ -128,6 +156,18 @@ class PretrainConfig:
             raise ValueError(
                 "shard_weights and recompute belong to framework 'jax'; leave them out"
             )
+        if self.framework == "jax" and self.compile != "off":
+            raise ValueError("compile belongs to framework 'torch'; jax always compiles its step")
+
+    def _check_evaluation(self) -> None:
+        if self.eval_data is None:
+            asked = self.eval_every is not None and "eval_every"
+            if asked := asked or (self.best_by != "loss" and f"best_by {self.best_by!r}"):
+                raise ValueError(f"{asked} needs held-out clips; name their folder: eval_data")
+        elif self.eval_every is None:
+            object.__setattr__(self, "eval_every", self.checkpoint_every)
+        elif self.eval_every < 1:
+            raise ValueError(f"eval_every is {self.eval_every}; it must be at least 1")
 
     def _check_words(self) -> None:
         """Settings that are one of a few words are one of them."""
@@ -165,7 +205,7 @@ def differences(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
         each.name: each.default
         for each in dataclasses.fields(PretrainConfig)
         if each.default is not dataclasses.MISSING
-    }
+    } | _ONCE
     was = {**{name: young.get(name) for name in now}, **saved}
     was = {name: value for name, value in was.items() if name not in _FREE}
     was["model"] = json.loads(VATTConfig().to_json()) | saved["model"]

@@ -14,9 +14,10 @@ from ..data.text import PADDING, UNKNOWN, Vocabulary
 from ..devices import pick_device
 from ..kernels.dispatch import native_bf16
 from ..losses import VATTLoss, vatt_loss
-from ..model import VATT
+from ..model import VATT, Block
 from ..weights import load_weights
 from .checkpoint import Standing, load_checkpoint, save_checkpoint
+from .metrics import mean_cosines
 from .settings import BETAS, PretrainConfig, resolved
 
 
@@ -25,6 +26,7 @@ class Update(NamedTuple):
 
     loss: VATTLoss
     gradient_norm: Any  # a scalar array: the norm of all gradients together, of the whole batch
+    cosines: dict[str, Any]  # ``mean_cosines``, at steps that are logged
 
 
 class Trainer(Protocol):
@@ -72,6 +74,8 @@ class TorchTrainer:
         self.precision = "bf16" if self.autocast._enabled else "fp32"
         model = initial_model(config, vocabulary, run.seed, weights)
         self._model = model.to(self.device).train()
+        if run.compile == "blocks":
+            compile_blocks(self._model)
         trainable = [p for p in self._model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.Adam(
             trainable, lr=0.0, betas=BETAS, eps=resolved(run.adam_eps), fused=True
@@ -85,11 +89,17 @@ class TorchTrainer:
             group["lr"] = rate
         # the copy out of pageable memory would wait for the last step's end
         batch = batch.to(self.device, non_blocking=self.pin_memory)
-        loss = train_step(self._model, self.optimizer, batch, self.run, step, self.autocast)
+        cosines: dict[str, Tensor] | None = {} if self._logs(step + 1) else None
+        loss = train_step(
+            self._model, self.optimizer, batch, self.run, step, self.autocast, cosines
+        )
         va, vt = (None if part is None else part.detach() for part in (loss.va, loss.vt))
         gradients = [p.grad for p in self._model.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
-        return Update(VATTLoss(loss.total.detach(), va, vt), norm)
+        return Update(VATTLoss(loss.total.detach(), va, vt), norm, cosines or {})
+
+    def _logs(self, done: int) -> bool:
+        return done % self.run.log_every == 0 or done == self.run.steps
 
     def temperature(self) -> float:
         return 1 / float(torch.as_tensor(self._model.scale()).detach())
@@ -108,8 +118,12 @@ def train_step(
     run: PretrainConfig,
     step: int,
     autocast: contextlib.AbstractContextManager,
+    cosines: dict[str, Tensor] | None = None,
 ) -> VATTLoss:
-    """One update on one batch of kept patch rows: forward, loss, backward, Adam."""
+    """One update on one batch of kept patch rows: forward, loss, backward, Adam.
+
+    ``cosines``, where given, is filled with ``mean_cosines`` of the embeddings.
+    """
     if model.config.dropout:
         torch.manual_seed(run.seed * 1_000_003 + step)  # a continued run draws the same dropout
     keeps = dict(video_keep=batch.video_keep, audio_keep=batch.audio_keep)
@@ -122,10 +136,44 @@ def train_step(
     with autocast:
         output = model(batch.video, batch.audio, text, **keeps, **valid)
         loss = vatt_loss(output, model.config, scale=model.scale(), **valid)
+    if cosines is not None:
+        with torch.no_grad():
+            cosines |= mean_cosines(output, valid, xp=torch)
     loss.total.backward()
     optimizer.step()
     model.clamp_temperature()
     return loss
+
+
+# graphs of one block: three towers, whole or AGG alone, with or without gradient, and some lengths
+_GRAPHS = 64
+
+
+def compile_blocks(model: VATT) -> None:
+    """Run torch.compile on every encoder block, in place; names of weights stay what they are.
+
+    Blocks of one size share a graph, so it takes as long as a few blocks, not as the model.
+    """
+    # the default, 8, is for one function of one module: beyond it blocks would run uncompiled
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _GRAPHS)
+    for module in model.modules():
+        if isinstance(module, Block):
+            module.compile()
+
+
+def eagerly(model: VATT) -> contextlib.AbstractContextManager:
+    """Within, compiled blocks run as written: other sizes would compile them again."""
+    blocks = (module for module in model.modules() if isinstance(module, Block))
+    compiled = any(block._compiled_call_impl is not None for block in blocks)
+    # asked only then: it imports the whole compiler
+    return torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext()
+
+
+def run_uncompiled(model: VATT) -> None:
+    """The inverse of ``compile_blocks``: a trained model meets inputs of many sizes."""
+    for module in model.modules():
+        if isinstance(module, Block):
+            module._compiled_call_impl = None
 
 
 def has_words(config: VATTConfig) -> bool:
