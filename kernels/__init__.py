@@ -20,9 +20,15 @@ else:
     from .dispatch import explain
     from .drop_token import drop_token, sample_keep
     from .patch_embed import patch_embed, patchify, unpatchify
+    from .registration import operator
     from .settings import use_backend
 
+    # for torch.utils.checkpoint.create_selective_checkpoint_contexts, which computes any op it is
+    # not told of again: these take long to compute, and little memory to keep
+    SAVE_OPS = [operator("attention"), operator("contrastive_lse")]
+
 __all__ = [
+    "SAVE_OPS",
     "attention",
     "contrastive_lse",
     "drop_token",

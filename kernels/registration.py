@@ -209,6 +209,11 @@ class Operator:
         raise NotImplementedError(f"{self.name} has no second derivative; for one, {self.instead}")
 
 
+def operator(name: str) -> torch._ops.OpOverload:
+    """``torch.ops.vatt_fast.<name>.default``, as graphs and dispatch modes see it."""
+    return getattr(torch.ops.vatt_fast, name).default
+
+
 def _is_tensor(kind: Any) -> bool:
     return kind is Tensor or kind == Tensor | None
 
@@ -243,7 +248,7 @@ def _define(
     run = torch._disable_dynamo(_without_autocast(implementation))
     _library.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"vatt_fast::{name}", fake, lib=_library)
-    overload = getattr(torch.ops.vatt_fast, name).default
+    overload = operator(name)
 
     def below_autograd(*inputs_and_keys):
         *inputs, keys = inputs_and_keys

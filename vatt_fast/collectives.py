@@ -7,7 +7,7 @@ and gloo's abort the interpreter at its end ("terminate called without an active
 
 import contextlib
 import gc
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -44,6 +44,17 @@ def world_size(group: Group = None) -> int:
 def rank(group: Group = None) -> int:
     """This process's place in the group, from 0."""
     return dist.get_rank(group) if world_size(group) > 1 else 0
+
+
+def of_all(numbers: Sequence[int], device: torch.device, group: Group = None) -> list[list[int]]:
+    """Every process's ``numbers``, by rank; all have equally many. The host waits for the device.
+
+    Args:
+        device: of the kind that the group exchanges.
+    """
+    if world_size(group) == 1:
+        return [list(numbers)]
+    return gather(torch.tensor(numbers, device=device), group).tolist()
 
 
 def gather(x: Tensor, group: Group = None) -> Tensor:

@@ -1,7 +1,8 @@
 """The contrastive losses of VATT on the ``contrastive_lse`` op: three published forms, masks, any
 number of devices.
 
-The bodies serve torch and JAX: ``Devices`` holds what differs, ``on_jax.losses`` has JAX's.
+The bodies serve torch, where a device is a process, and JAX: ``Devices`` holds what differs,
+``on_jax.losses`` has JAX's.
 
 Shapes: M clips on this device, N over all W devices, P texts a clip, D dimensions of a space.
 """
@@ -9,9 +10,10 @@ Shapes: M clips on this device, N over all W devices, P texts a clip, D dimensio
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import collectives
@@ -54,11 +56,13 @@ def contrastive_terms(
     form: NCEForm = "paper",
     x_valid: Tensor | None = None,
     y_valid: Tensor | None = None,
+    group: collectives.Group = None,
+    most_clips: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Loss of each of this device's clips against the clips of all devices (paper eq. 4 and 5).
+    """Loss of each of this process's clips against the clips of all (paper eq. 4 and 5).
 
-    It is NCE, and with P > 1 texts MIL-NCE. ``global_mean`` makes one loss of the terms. Every
-    device must hold the same number M of clips.
+    It is NCE, and with P > 1 texts MIL-NCE. ``global_mean`` makes one loss of the terms. Processes
+    may hold different numbers M of clips; all must call.
 
     Args:
         x: (M, D) embeddings of one modality. They are brought to unit length here.
@@ -67,24 +71,74 @@ def contrastive_terms(
         x_valid: (M,) bool; an invalid clip is nobody's negative and has no term.
         y_valid: (M,) or (M, P) bool; an invalid text is nobody's negative or positive; a clip
             without a valid one has no term.
+        group: the ``torch.distributed`` process group that shares the batch; None: all processes.
+        most_clips: as many clips as any process holds at most, the same everywhere. None: the
+            processes tell each other, for which the host waits for the device; where it cannot,
+            under ``torch.compile`` and in CUDA graphs, each must hold equally many.
 
     Returns:
         terms (M,), 0 where there is none, and valid (M,) bool: which clips have a term.
 
     Raises:
-        ValueError: shapes that do not fit, or an unknown form.
+        ValueError: shapes that do not fit, here or between processes, or an unknown form.
     """
-    return terms_over_devices(_TORCH, x, y, scale, form, x_valid, y_valid)
+    y = _with_texts(x, y)
+    M, P, D = y.shape
+    if most_clips is None:
+        most_clips = _most_clips(M, P, D, x.device, group)
+    elif most_clips < M:
+        raise ValueError(f"most_clips is {most_clips}, and this process holds {M} clips")
+    if spare := most_clips - M:
+        x, y = (F.pad(z, (*[0, 0] * (z.ndim - 1), 0, spare)) for z in (x, y))
+        if x_valid is None:
+            x_valid = x.new_ones(M, dtype=torch.bool)
+        x_valid = F.pad(x_valid, (0, spare))
+        if y_valid is None:
+            y_valid = x.new_ones(M, P, dtype=torch.bool)
+        y_valid = F.pad(y_valid.reshape(M, -1), (0, 0, 0, spare))
+    terms, valid = terms_over_devices(_TorchDevices(group), x, y, scale, form, x_valid, y_valid)
+    return (terms[:M], valid[:M]) if spare else (terms, valid)
 
 
-def global_mean(terms: Tensor, valid: Tensor) -> Tensor:
-    """Mean of ``terms`` over the valid clips of all devices; 0, in a connected graph, without any.
+def _most_clips(M: int, P: int, D: int, device: torch.device, group: collectives.Group) -> int:
+    if collectives.world_size(group) == 1 or torch.compiler.is_compiling():
+        return M
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return M
+    held = collectives.of_all((M, P, D), device, group)
+    if any(each[1:] != [P, D] for each in held):
+        raise ValueError(
+            "processes hold embeddings (M, P, D) of different shapes, by rank: "
+            f"{', '.join(str(tuple(each)) for each in held)}; P and D must be one everywhere: "
+            "fill up missing texts, and mark them invalid"
+        )
+    return max(each[0] for each in held)
 
-    Every device returns W times its share. So the mean over devices is the loss of the global
-    batch, and gradients averaged over devices (DistributedDataParallel) are its gradients.
+
+def global_mean(
+    terms: Tensor,
+    valid: Tensor,
+    *,
+    reduction: Literal["mean", "sum"] = "mean",
+    group: collectives.Group = None,
+) -> Tensor:
+    """Mean of ``terms`` over the valid clips of all processes; without any 0, in a connected graph.
+
+    Args:
+        reduction: what the trainer does with the processes' gradients. "mean", as
+            DistributedDataParallel and FSDP do: every process returns W times its share, so that
+            the mean over processes is the loss of the global batch. "sum", as trainers do that set
+            FSDP's divide factor to 1: every process returns its share.
+        group: as ``contrastive_terms`` takes it.
+
+    Raises:
+        ValueError: another reduction.
     """
-    count = collectives.total(valid.sum(dtype=terms.dtype)).clamp(min=1)
-    return terms.sum() * collectives.world_size() / count
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f"reduction is {reduction!r}; it is one of mean, sum")
+    count = collectives.total(valid.sum(dtype=terms.dtype), group).clamp(min=1)
+    copies = collectives.world_size(group) if reduction == "mean" else 1
+    return terms.sum() * copies / count
 
 
 @dataclasses.dataclass
@@ -107,6 +161,9 @@ def vatt_loss(
     video_valid: Tensor | None = None,
     audio_valid: Tensor | None = None,
     text_valid: Tensor | None = None,
+    reduction: Literal["mean", "sum"] = "mean",
+    group: collectives.Group = None,
+    most_clips: int | None = None,
 ) -> VATTLoss:
     """Pre-training loss of a ``VATTOutput`` (paper eq. 6).
 
@@ -117,16 +174,19 @@ def vatt_loss(
         video_valid, audio_valid: (B,) bool; text_valid: (B, P) bool; None: all valid. Give the
             model the same ones: it keeps invalid clips out of its batch norms. Here they have no
             term and are nobody's negative.
+        reduction: as ``global_mean`` takes it. group, most_clips: as ``contrastive_terms`` takes
+            them; give the model the same group.
 
     Raises:
         ValueError: no pair of modalities in the output.
     """
 
     def pair_loss(x: Tensor, y: Tensor, scale, y_valid) -> Tensor:
-        options: dict[str, Any] = dict(scale=scale, form=config.nce_form)
-        return global_mean(
-            *contrastive_terms(x, y, x_valid=video_valid, y_valid=y_valid, **options)
+        options: dict[str, Any] = dict(scale=scale, form=config.nce_form, most_clips=most_clips)
+        terms = contrastive_terms(
+            x, y, x_valid=video_valid, y_valid=y_valid, group=group, **options
         )
+        return global_mean(*terms, reduction=reduction, group=group)
 
     return sum_of_pairs(output, config, scale, audio_valid, text_valid, pair_loss)
 
@@ -168,13 +228,7 @@ def terms_over_devices(
 ) -> tuple[Any, Any]:
     """``contrastive_terms`` in either framework."""
     xp = devices.xp
-    if y.ndim == 2:
-        y = y[:, None]
-    if x.ndim != 2 or y.ndim != 3 or x.shape[0] != y.shape[0] or x.shape[-1] != y.shape[-1]:
-        raise ValueError(
-            "contrastive_terms takes x (M, D) and y (M, D) or (M, P, D), "
-            f"got {tuple(x.shape)} and {tuple(y.shape)}"
-        )
+    y = _with_texts(x, y)
     M, P, _ = y.shape
     if y_valid is None:
         y_valid = xp.ones_like(y[..., 0], dtype=bool)
@@ -201,6 +255,17 @@ def terms_over_devices(
     col = devices.logsumexp(xp.where(valid[:, None], col, 0.0))
     row, pos = xp.where(valid, row, 0.0), xp.where(valid, pos, -math.log(2))
     return xp.where(valid, nce_terms(row, col, pos, form, xp=xp), 0.0), valid
+
+
+def _with_texts(x: Any, y: Any) -> Any:
+    """y (M, D) or (M, P, D) as (M, P, D). Raises ValueError where it does not fit x (M, D)."""
+    texts = y[:, None] if y.ndim == 2 else y
+    if x.ndim != 2 or texts.ndim != 3 or (x.shape[0], x.shape[1]) != texts.shape[::2]:
+        raise ValueError(
+            "contrastive_terms takes x (M, D) and y (M, D) or (M, P, D), "
+            f"got {tuple(x.shape)} and {tuple(y.shape)}"
+        )
+    return texts
 
 
 def sum_of_pairs(
@@ -231,7 +296,9 @@ def sum_of_pairs(
     return VATTLoss(weighted[0] if len(weighted) == 1 else weighted[0] + weighted[1], va, vt)
 
 
+@dataclasses.dataclass(frozen=True)
 class _TorchDevices:
+    group: collectives.Group = None
     xp = torch
 
     def unit(self, z: Tensor) -> Tensor:
@@ -241,10 +308,10 @@ class _TorchDevices:
         return torch.where(length <= NO_DIRECTION, 0.0, z / length.clamp_min(NO_DIRECTION))
 
     def gather(self, x: Tensor) -> Tensor:
-        return collectives.gather(x).flatten(0, 1)
+        return collectives.gather(x, self.group).flatten(0, 1)
 
     def first_of(self, clips: int) -> int:
-        return clips * collectives.rank()
+        return clips * collectives.rank(self.group)
 
     def contrastive_lse(
         self, x: Tensor, y: Tensor, **options: Any
@@ -252,12 +319,7 @@ class _TorchDevices:
         return contrastive_lse(x, y, **options)
 
     def own_columns(self, col: Tensor, clips: int, texts: int) -> Tensor:
-        first = self.first_of(clips) * texts
-        parts = collectives.gather(col)[:, first : first + clips * texts]
-        return parts.unflatten(1, (clips, texts))
+        return collectives.exchange(col.unflatten(0, (-1, clips, texts)), self.group)
 
     def logsumexp(self, x: Tensor) -> Tensor:
         return torch.logsumexp(x, -1)
-
-
-_TORCH = _TorchDevices()

@@ -10,7 +10,7 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import numpy as np
 import torch
@@ -46,6 +46,7 @@ from .inputs import (
 from .kernels import attention, patch_embed
 from .kernels.dispatch import autocast_dtype
 from .positions import distance_buckets, evaluate_spline, spline
+from .recompute import Compile, Recompute, compiled, recomputed
 from .weights import WEIGHTS, load_weights, read_folder, save_model
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -200,6 +201,9 @@ class Block(nn.Module):
     ``t5``: RMS norm, no linear biases, unscaled scores.
     """
 
+    recompute: Recompute = "none"  # see VATT.set_execution
+    compile_mode: Compile = "off"
+
     def __init__(self, tower: TowerConfig, *, t5: bool, dropout: float):
         super().__init__()
         inner = tower.num_heads * tower.head_dim
@@ -223,6 +227,13 @@ class Block(nn.Module):
 
         ``agg_only``: the same function's (B, 1, dim) at index 0.
         """
+        # compiled inside, computed again outside of that, and FSDP's hooks around both
+        compute = compiled(Block._compute) if self.compile_mode == "blocks" else Block._compute
+        return recomputed(self.recompute, compute, self, x, bias, key_mask, agg_only)
+
+    def _compute(
+        self, x: Tensor, bias: Tensor | None, key_mask: Tensor | None, agg_only: bool
+    ) -> Tensor:
         attended = self._attend(self.attention_norm(x), bias, key_mask, agg_only)
         if agg_only:
             x = x[:, :1]
@@ -338,7 +349,7 @@ def _place_buckets_of(encoder: Encoder, keys: Any) -> None:
 # -- common space ----------------------------------------------------------------------------------
 
 
-def moving_weights(count: Any, rows: int) -> tuple[Any, Any]:
+def moving_weights(count: Any, rows: Any) -> tuple[Any, Any]:
     """How a batch with ``count`` valid rows among ``rows`` moves batch norm's statistics.
 
     Returns:
@@ -348,7 +359,8 @@ def moving_weights(count: Any, rows: int) -> tuple[Any, Any]:
     """
     enough = count > 1
     count = count * enough + 2 * ~enough
-    share = enough * (count - 1) / max(rows - 1, 1)
+    rows = rows + (rows < 2)
+    share = enough * (count - 1) / (rows - 1)
     return share, count * (rows - 1) / ((count - 1) * rows)
 
 
@@ -370,18 +382,20 @@ class BatchNorm(nn.Module):
         self.running_mean: Tensor
         self.running_var: Tensor
 
-    def forward(self, x: Tensor, valid: Tensor | None = None) -> Tensor:
-        """x (R, dim), valid (R,) bool -> (R, dim) in fp32 at least: embeddings feed the loss."""
+    def forward(
+        self, x: Tensor, valid: Tensor | None = None, group: collectives.Group = None
+    ) -> Tensor:
+        """x (R, dim), valid (R,) bool -> (R, dim) in fp32 at least: embeddings feed the loss.
+
+        In training the processes of ``group`` share one exchange; R may differ between them.
+        """
         # bf16 weights (FSDP2's mixed precision) must not round the statistics
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
         x = x.to(dtype)
         if self.training:
-            rows = x.new_ones(x.shape[0], 1) if valid is None else valid[:, None].to(dtype)
-            count = collectives.total(rows.sum())
-            mean = collectives.total((x * rows).sum(0)) / count.clamp(min=1)
-            var = collectives.total(((x - mean).square() * rows).sum(0)) / count.clamp(min=1)
+            count, rows, mean, var = _moments(x, valid, group)
             with torch.no_grad():
-                share, widen = moving_weights(count, x.shape[0] * collectives.world_size())
+                share, widen = moving_weights(count, rows)
                 step = self.momentum * share
                 for running, now in ((self.running_mean, mean), (self.running_var, var * widen)):
                     running.copy_(torch.lerp(running.to(dtype), now, step))
@@ -389,6 +403,32 @@ class BatchNorm(nn.Module):
             mean, var = self.running_mean.to(dtype), self.running_var.to(dtype)
         weight, bias = self.weight.to(dtype), self.bias.to(dtype)
         return (x - mean) * (var + self.eps).rsqrt() * weight + bias
+
+
+def _moments(
+    x: Tensor, valid: Tensor | None, group: collectives.Group
+) -> tuple[Tensor, Tensor | int, Tensor, Tensor]:
+    """Valid rows and rows of all processes, and mean and biased variance (dim,) of the valid ones.
+
+    Each process's squares are about its own mean and joined by Chan, Golub and LeVeque (1979), so
+    that nothing cancels, in one exchange.
+    """
+    kept = x.new_ones(x.shape[0], 1) if valid is None else valid[:, None].to(x.dtype)
+    count, sums = kept.sum(), (x * kept).sum(0)
+    mean = sums / count.clamp(min=1)
+    squares = ((x - mean).square() * kept).sum(0)
+    if collectives.world_size(group) == 1:
+        return count, x.shape[0], mean, squares / count.clamp(min=1)
+    own = torch.cat((torch.stack((count, count.new_tensor(x.shape[0]))), sums, squares))
+    all_counts, all_sums, all_squares = collectives.gather(own, group).split(
+        (2, len(sums), len(sums)), 1
+    )
+    count, rows = all_counts.sum(0)
+    counts = all_counts[:, :1]  # (W, 1)
+    mean = all_sums.sum(0) / count.clamp(min=1)
+    apart = all_sums / counts.clamp(min=1) - mean
+    squares = (all_squares + counts * apart.square()).sum(0)
+    return count, rows, mean, squares / count.clamp(min=1)
 
 
 class CommonSpace(nn.Module):
@@ -414,22 +454,28 @@ class CommonSpace(nn.Module):
         self.audio_va_norm = norm(d_va) if paper else None
         self.text_vt_norm = norm(d_vt) if paper else None
 
-    def video(self, pooled: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def video(
+        self, pooled: Tensor, valid: Tensor | None = None, group: collectives.Group = None
+    ) -> tuple[Tensor, Tensor]:
         """pooled (B, dim) -> z_video_va (B, d_va), z_video_vt (B, d_vt), not of unit length."""
         # norms give fp32, whatever dtype the weights have
         dtype = self.video_va.weight.dtype
-        hidden = F.relu(self.video_hidden_norm(self.video_hidden(pooled), valid))
-        z_va = self.video_va_norm(self.video_va(hidden.to(dtype)), valid)
+        hidden = F.relu(self.video_hidden_norm(self.video_hidden(pooled), valid, group))
+        z_va = self.video_va_norm(self.video_va(hidden.to(dtype)), valid, group)
         before_vt = F.relu(z_va) if self.relu_before_vt else z_va
-        return z_va, self.video_vt_norm(self.video_vt(before_vt.to(dtype)), valid)
+        return z_va, self.video_vt_norm(self.video_vt(before_vt.to(dtype)), valid, group)
 
-    def audio(self, pooled: Tensor, valid: Tensor | None = None) -> Tensor:
+    def audio(
+        self, pooled: Tensor, valid: Tensor | None = None, group: collectives.Group = None
+    ) -> Tensor:
         z = self.audio_va(pooled)
-        return z if self.audio_va_norm is None else self.audio_va_norm(z, valid)
+        return z if self.audio_va_norm is None else self.audio_va_norm(z, valid, group)
 
-    def text(self, pooled: Tensor, valid: Tensor | None = None) -> Tensor:
+    def text(
+        self, pooled: Tensor, valid: Tensor | None = None, group: collectives.Group = None
+    ) -> Tensor:
         z = self.text_vt(pooled)
-        return z if self.text_vt_norm is None else self.text_vt_norm(z, valid)
+        return z if self.text_vt_norm is None else self.text_vt_norm(z, valid, group)
 
 
 # -- model -----------------------------------------------------------------------------------------
@@ -511,6 +557,9 @@ class VATT(nn.Module):
         text_valid: Tensor | None = None,
         video_grid: tuple[int, int, int] | None = None,
         features: bool = False,
+        heads: bool = True,
+        pooled: VATTOutput | None = None,
+        group: collectives.Group = None,
     ) -> VATTOutput:
         """Encode any subset of modalities.
 
@@ -528,35 +577,62 @@ class VATT(nn.Module):
                 the config's.
             features: also return every token's feature; otherwise the last block works for AGG
                 only.
+            heads: False stops at the pooled vectors.
+            pooled: what such calls returned, joined along the batch, instead of video, audio and
+                text: the embeddings of these. Both together are one call in two halves.
+            group: the process group whose processes share the batch norms' statistics in training;
+                None: all processes.
 
         Raises:
             ValueError: no input, an empty batch, shapes or ids that do not fit; each names the
                 value, the rule and the remedy.
         """
-        require_input(video, audio, text)
-        out = VATTOutput()
+        if pooled is None:
+            require_input(video, audio, text)
+        out = VATTOutput() if pooled is None else dataclasses.replace(pooled)
         if video is not None:
             how = video_input(self.config, video, video_keep, video_grid)
             tokens = self.video_tokens(video, how, video_keep)
-            found, pooled = run_encoder(self, "video", tokens, features=features)
-            out.video_features, out.video_pooled = found, pooled
-            out.z_video_va, out.z_video_vt = self.common_space.video(pooled, video_valid)
+            out.video_features, out.video_pooled = run_encoder(
+                self, "video", tokens, features=features
+            )
         if audio is not None:
             how = audio_input(self.config, audio, audio_keep)
             tokens = self.audio_tokens(audio, how, audio_keep)
-            found, pooled = run_encoder(self, "audio", tokens, features=features)
-            out.audio_features, out.audio_pooled = found, pooled
-            out.z_audio_va = self.common_space.audio(pooled, audio_valid)
+            out.audio_features, out.audio_pooled = run_encoder(
+                self, "audio", tokens, features=features
+            )
         if text is not None:
             check_text(self.config, text)
             lead, ids = text.shape[:-1], text.flatten(0, -2).long()
             key_mask = F.pad(ids != 0, (1, 0), value=True)  # AGG is always attended
             tokens = self.text_tokens(ids)
-            found, pooled = run_encoder(self, "text", tokens, key_mask, features=features)
-            z = self.common_space.text(pooled, None if text_valid is None else text_valid.flatten())
-            out.text_features, out.text_pooled = found, pooled.unflatten(0, lead)
-            out.z_text_vt = z.unflatten(0, lead)
+            out.text_features, vectors = run_encoder(
+                self, "text", tokens, key_mask, features=features
+            )
+            out.text_pooled = vectors.unflatten(0, lead)
+        if heads:
+            self._embed(out, video_valid, audio_valid, text_valid, group)
         return out
+
+    def _embed(
+        self,
+        out: VATTOutput,
+        video_valid: Tensor | None,
+        audio_valid: Tensor | None,
+        text_valid: Tensor | None,
+        group: collectives.Group,
+    ) -> None:
+        """Fill in the embeddings of the pooled vectors that are there."""
+        space = self.common_space
+        if out.video_pooled is not None:
+            out.z_video_va, out.z_video_vt = space.video(out.video_pooled, video_valid, group)
+        if out.audio_pooled is not None:
+            out.z_audio_va = space.audio(out.audio_pooled, audio_valid, group)
+        if out.text_pooled is not None:
+            valid = None if text_valid is None else text_valid.flatten()
+            z = space.text(out.text_pooled.flatten(0, -2), valid, group)
+            out.z_text_vt = z.unflatten(0, out.text_pooled.shape[:-1])
 
     def sample_keep(
         self,
@@ -584,11 +660,39 @@ class VATT(nn.Module):
     def scale(self) -> Tensor | float:
         """Logits factor 1 / temperature, at most 100.
 
-        A float when fixed, else an fp32 scalar with gradient.
+        A float when fixed, else a scalar with gradient, fp32 at least.
         """
         if not self.config.learn_temperature:
             return 1 / self.config.temperature
-        return self.log_scale.float().clamp(max=math.log(MAX_SCALE)).exp()
+        log_scale: Any = self.log_scale
+        if hasattr(log_scale, "to_local"):  # of a sharded model
+            from torch.distributed.tensor import Partial
+
+            log_scale = log_scale.to_local(grad_placements=[Partial("avg")])
+        wide = log_scale.to(torch.promote_types(log_scale.dtype, torch.float32))
+        return wide.clamp(max=math.log(MAX_SCALE)).exp()
+
+    def set_execution(self, *, recompute: Recompute = "none", compile: Compile = "off") -> None:
+        """How the encoders' blocks are run in training; results are the same but for rounding.
+
+        Args:
+            recompute: what the backward pass computes again, to save memory. "blocks": whole
+                blocks, of which only the inputs are kept. "ops": all of them but attention, whose
+                result is kept too.
+            compile: "blocks" compiles them by ``torch.compile``.
+
+        Raises:
+            ValueError: neither of these words.
+        """
+        for name, value, words in (
+            ("recompute", recompute, get_args(Recompute)),
+            ("compile", compile, get_args(Compile)),
+        ):
+            if value not in words:
+                raise ValueError(f"{name} is {value!r}; it is one of {', '.join(words)}")
+        for module in self.modules():
+            if isinstance(module, Block):
+                module.recompute, module.compile_mode = recompute, compile
 
     @torch.no_grad()
     def clamp_temperature(self) -> None:

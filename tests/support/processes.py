@@ -1,5 +1,6 @@
 """Several processes joined by gloo, as many devices are."""
 
+import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -12,25 +13,32 @@ import torch.multiprocessing as mp
 from vatt_fast.collectives import process_group
 
 
-def in_processes(world: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+def in_processes(
+    world: int, function: Callable[..., Any], *arguments: Any, dtensors: bool = False
+) -> list[Any]:
     """What ``function(rank, world, *arguments)`` returns in each of ``world`` processes, by rank.
 
     Results are what ``torch.save`` takes. A process group that outlives ``destroy_process_group``
-    fails the call: its threads may abort the interpreter at its end.
+    fails the call: its threads may abort the interpreter at its end. ``dtensors`` says that there
+    are DTensors; torch's caches of them keep the group, and the interpreter is left another way.
     """
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_process, (world, folder, function, arguments), nprocs=world)
+        mp.spawn(_process, (world, folder, function, arguments, dtensors), nprocs=world)
         return [
             torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(world)
         ]
 
 
-def _process(rank: int, world: int, folder: str, function: Callable, arguments: tuple) -> None:
+def _process(
+    rank: int, world: int, folder: str, function: Callable, arguments: tuple, dtensors: bool
+) -> None:
     torch.set_num_threads(1)
     where = dict(init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
     with process_group("gloo", **where):
         torch.save(function(rank, world, *arguments), Path(folder) / f"{rank}.pt")
         dist.barrier()
+    if dtensors:
+        os._exit(0)
     assert not gloo_threads()
 
 
