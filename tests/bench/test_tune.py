@@ -169,5 +169,15 @@ def test_tables_are_sorted_and_read_back(tmp_path):
     path = tmp_path / "tuned" / "sm_00.json"
     tune.write_table(path, table)
     assert tune.read_table(path) == table
-    assert re.findall(r'"(\w+)"', path.read_text()) == ["a", "k", "num_warps", "b", "k1", "N", "k2", "A", "N"]
+    assert re.findall(r'"(\w+)"', path.read_text()) == [
+        "a",
+        "k",
+        "num_warps",
+        "b",
+        "k1",
+        "N",
+        "k2",
+        "A",
+        "N",
+    ]
     assert tune.read_table(tmp_path / "none.json") == {}

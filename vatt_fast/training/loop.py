@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import time
 import warnings
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,8 @@ from tqdm import tqdm
 from ..config import VATTConfig, preset
 from ..data.clips import Batch, ClipSpec, DropToken
 from ..data.dataset import ClipDataset
-from ..data.loader import loader
+from ..data.loader import ClipLoader, loader
+from ..data.order import VERSION as ORDER_VERSION
 from ..data.source import Source
 from ..data.sources import open_source, vocabulary_from
 from ..data.text import Vocabulary
@@ -86,24 +87,28 @@ def pretrain(
         if standing is not None:
             check_same_run(out / CHECKPOINT, standing, settings)
         trainer = _trainer(run, config, vocabulary, weights)
+        # a continued run keeps the draws that it began with, on whatever devices
+        began = (standing.arithmetic if standing is not None else None) or {}
+        shards = began.get("devices that draw", trainer.devices)
         dataset = ClipDataset(
-            run.data,
+            source,
             ClipSpec.from_config(config),
             vocabulary=vocabulary,
             batch_size=run.batch_size,
             seed=run.seed,
             shuffle_captions=run.shuffle_captions,
             cache_dir=run.cache,
-            drop_token=DropToken(config, run.drop_rate, run.drop_per, trainer.devices),
+            drop_token=DropToken(config, run.drop_rate, run.drop_per, shards=shards),
         )
-        if len(dataset.files) < run.batch_size:
+        if len(dataset.source) < run.batch_size:
             warnings.warn(
-                f"{run.data} has {len(dataset.files)} files, fewer than batch_size "
+                f"{run.data} has {len(dataset.source)} files, fewer than batch_size "
                 f"{run.batch_size}: a batch holds files several times, each its own negative",
                 stacklevel=2,
             )
         data = Data(*source.identity)
-        arithmetic = {"precision": trainer.precision, "devices that draw": trainer.devices}
+        arithmetic = {"precision": trainer.precision, "devices that draw": shards}
+        arithmetic["order of clips"] = ORDER_VERSION
         now = Standing(0, settings, data, arithmetic)
         if standing is not None:
             say_what_changed(out / CHECKPOINT, standing, data, arithmetic)
@@ -136,7 +141,8 @@ def _train(
     stop, watch, losses = StopRequests(), FiniteWatch(), _Mean()
     shown = None if progress else True  # None: on a terminal
     bar = tqdm(total=run.steps, initial=start, desc="pretrain", unit="step", disable=shown)
-    began, clips, saved, paired = time.perf_counter(), 0, start, False
+    began, clips, waited = time.perf_counter(), 0, 0.0
+    saved, paired = start, False
 
     def save(done: int) -> None:
         nonlocal standing, saved
@@ -159,8 +165,10 @@ def _train(
         logger = stack.enter_context(contextlib.closing(MetricsLog(out, start)))
         stack.enter_context(bar)
         stack.enter_context(stop)
-        batches = _batches(run, trainer, dataset, start)
-        stack.callback(batches.close)  # ends the workers; they would complain of a lost connection
+        loaded = _loader(run, trainer, dataset, start)
+        stack.callback(loaded.close)
+        with kept_from_children():
+            batches = iter(loaded)
         for done in range(start + 1, run.steps + 1):
             try:
                 with stop.waiting():
@@ -189,10 +197,12 @@ def _train(
                         "temperature": trainer.temperature(),
                         "skipped_files": len(dataset.skipped),
                         "clips_per_second": clips / (time.perf_counter() - began),
+                        # seconds a step
+                        "data_wait": (loaded.waited_seconds - waited) * run.batch_size / clips,
                     }
                     logger.write(done, values)
                     bar.set_postfix(loss=f"{values['loss']:.3f}")
-                    began, clips = time.perf_counter(), 0
+                    began, clips, waited = time.perf_counter(), 0, loaded.waited_seconds
                 if done % run.checkpoint_every == 0 or done == run.steps or stop.requested:
                     save(done)
             except NonFiniteError as error:
@@ -216,13 +226,10 @@ def _stopped(done: int) -> KeyboardInterrupt:
     return KeyboardInterrupt(f"stopped after step {done}; the same command continues from there")
 
 
-def _batches(
-    run: PretrainConfig, trainer: Trainer, dataset: ClipDataset, start: int
-) -> Generator[Batch, None, None]:
+def _loader(run: PretrainConfig, trainer: Trainer, dataset: ClipDataset, start: int) -> ClipLoader:
     options: dict[str, Any] = dict(pin_memory=trainer.pin_memory, start_method=trainer.start_method)
     options["worker_init"] = obey_the_parent_alone
-    with kept_from_children():
-        return iter(loader(dataset, start, run.steps, run.workers, **options))
+    return loader(dataset, start, run.steps, run.workers, **options)
 
 
 def _save(out: Path, trainer: Trainer, standing: Standing, best: bool, keep_last: int) -> None:

@@ -19,6 +19,8 @@ from ..weights import load_weights
 from .checkpoint import Standing, load_checkpoint, save_checkpoint
 from .settings import BETAS, PretrainConfig, resolved
 
+_KEEPS = ("video_keep", "audio_keep")
+
 
 class Update(NamedTuple):
     """What one step found; the values may still be on their way."""
@@ -85,10 +87,15 @@ class TorchTrainer:
             group["lr"] = rate
         # the copy out of pageable memory would wait for the last step's end
         batch = batch.to(self.device, non_blocking=self.pin_memory)
+        copied = None
+        if self.device.type == "cuda":
+            copied = torch.cuda.current_stream(self.device).record_event()
         loss = train_step(self._model, self.optimizer, batch, self.run, step, self.autocast)
         va, vt = (None if part is None else part.detach() for part in (loss.va, loss.vt))
         gradients = [p.grad for p in self._model.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
+        if copied is not None:
+            copied.synchronize()  # the loader fills its memory anew; this step is under way by now
         return Update(VATTLoss(loss.total.detach(), va, vt), norm)
 
     def temperature(self) -> float:
@@ -112,7 +119,7 @@ def train_step(
     """One update on one batch of kept patch rows: forward, loss, backward, Adam."""
     if model.config.dropout:
         torch.manual_seed(run.seed * 1_000_003 + step)  # a continued run draws the same dropout
-    keeps = dict(video_keep=batch.video_keep, audio_keep=batch.audio_keep)
+    keeps = {name: _of_clips(getattr(batch, name), len(batch)) for name in _KEEPS}
     valid = dict(
         video_valid=batch.video_valid, audio_valid=batch.audio_valid, text_valid=batch.text_valid
     )
@@ -126,6 +133,13 @@ def train_step(
     optimizer.step()
     model.clamp_temperature()
     return loss
+
+
+def _of_clips(keep: Tensor | None, clips: int) -> Tensor | None:
+    """Kept indices of all clips (K,), or of each (B, K), of draws that parts of a batch share."""
+    if keep is None or keep.ndim == 1 or len(keep) == clips:
+        return keep
+    return keep.repeat_interleave(clips // len(keep), 0)
 
 
 def has_words(config: VATTConfig) -> bool:
