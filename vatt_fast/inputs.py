@@ -147,8 +147,8 @@ def sample_keeps(
     """
     counts = {"video": config.num_video_patches, "audio": config.num_audio_patches}
     if video is not None:
-        video_grid = video_input(config, video, grid=video_grid).grid
-    if video_grid is not None:
+        counts["video"] = math.prod(video_input(config, video, grid=video_grid).grid)
+    elif video_grid is not None:
         counts["video"] = math.prod(video_grid)
     if audio is not None:
         counts["audio"] = math.prod(audio_input(config, audio).grid)

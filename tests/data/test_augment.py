@@ -310,7 +310,7 @@ def batches(folder, augment, workers=0, **options):
     spec = ClipSpec.from_config(dataclasses.replace(MODEL, height=24, width=24))
     options = dict(batch_size=4, seed=5) | options
     dataset = ClipDataset(folder, spec, vocabulary=None, augment=augment, **options)
-    return list(loader(dataset, 0, 3, workers))
+    return [batch.clone() for batch in loader(dataset, 0, 3, workers)]
 
 
 def test_augmented_batches_do_not_depend_on_workers_ranks_or_a_cache(folder, tmp_path):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from vatt_fast.cli import main
-from vatt_fast.data.dataset import folder_captions
+from vatt_fast.data.folder import folder_captions
 from vatt_fast.demo.run import DemoConfig, run_demo
 from vatt_fast.evaluation.retrieval import retrieval_metrics
 from vatt_fast.model import create_model

@@ -337,10 +337,10 @@ def test_shared_memory_too_small_for_the_workers_is_said_before_the_first_step(
     folder, tmp_path, monkeypatch
 ):
     """Workers would die of it, or wait for ever."""
-    small = os.statvfs_result((4096, 4096, 2, 2, 2, 0, 0, 0, 0, 255))  # two blocks of 4096 bytes
-    monkeypatch.setattr(loader_module.os, "statvfs", lambda path: small)
-    with pytest.raises(ValueError, match=r"shared memory for 5 batches.*--workers 0"):
+    monkeypatch.setattr(loader_module, "available_memory", lambda: 8192)
+    with pytest.raises(ValueError, match=r"shared memory for 2 batches.*--workers 0"):
         run(settings(folder, tmp_path, workers=2))
+    monkeypatch.undo()
     run(settings(folder, tmp_path, steps=2, workers=0))
 
 

@@ -6,7 +6,7 @@ k values a patch.
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,6 +83,8 @@ class Skipped:
 class Batch:
     """B clips. What a file lacks in the window is zeros with its ``valid`` False.
 
+    A loader's batch is valid until the next one is asked for; ``clone`` keeps it.
+
     ``skipped`` lists the corrupt files that others stand in for. A batch drawn with ``DropToken``
     holds the kept patch rows instead of whole clips, and which ones they are.
     """
@@ -96,7 +98,7 @@ class Batch:
     start_seconds: Tensor  # (B,) float64, where each window begins in its file
     files: tuple[str, ...]
     skipped: tuple[Skipped, ...] = ()
-    # of rows, int32: (K,) for all clips, (devices, K) for each device's, or (B, K) for each clip
+    # of rows, int32: (K,) for all clips, (n, K) for n equal parts of them, or (B, K) for each clip
     video_keep: Tensor | None = None
     audio_keep: Tensor | None = None
 
@@ -107,9 +109,9 @@ class Batch:
         """The same batch with its tensors on ``device``."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
-    def pin_memory(self) -> "Batch":
-        """The same batch in page-locked memory; DataLoader calls it for ``pin_memory=True``."""
-        return self._map(lambda tensor: tensor.pin_memory())
+    def clone(self) -> "Batch":
+        """The same batch in memory of its own."""
+        return self._map(lambda tensor: tensor.clone())
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> "Batch":
         names = [field.name for field in dataclasses.fields(self)]
@@ -120,54 +122,114 @@ class Batch:
         return Batch(**values)
 
 
+Shapes = dict[str, tuple[tuple[int, ...], Any]]  # of arrays by name, with their dtypes
+
+
+def row_shapes(spec: ClipSpec, kept: dict[str, tuple[int, ...]] | None = None) -> Shapes:
+    """The arrays of one row of a batch; ``kept`` are shapes (K, k) of patch rows, by modality."""
+    clip = {"video": (spec.frames, spec.height, spec.width, 3), "audio": (spec.samples,)}
+    clip |= kept or {}
+    return {
+        "video": (clip["video"], np.uint8),
+        "audio": (clip["audio"], np.float32),
+        "text": ((spec.texts_per_clip, spec.words), np.int32),
+        "video_valid": ((), np.bool_),
+        "audio_valid": ((), np.bool_),
+        "text_valid": ((spec.texts_per_clip,), np.bool_),
+        "start_seconds": ((), np.float64),
+    }
+
+
+def many(count: int, shapes: Shapes) -> Shapes:
+    """The shapes with an axis of ``count`` before their first."""
+    return {name: ((count, *shape), dtype) for name, (shape, dtype) in shapes.items()}
+
+
+_ALIGNMENT = 64  # bytes, of each array in one buffer
+
+
+def bytes_of(shapes: Shapes) -> int:
+    """How large a buffer the arrays take."""
+    return sum(_padded_bytes(*one) for one in shapes.values())
+
+
+def arrays_in(buffer: Any, shapes: Shapes, offset: int = 0) -> dict[str, np.ndarray]:
+    """The arrays one behind the other in a buffer, from a multiple of 64 bytes on."""
+    arrays = {}
+    for name, (shape, dtype) in shapes.items():
+        arrays[name] = np.ndarray(shape, dtype, buffer, offset)
+        offset += _padded_bytes(shape, dtype)
+    return arrays
+
+
+def _padded_bytes(shape: tuple[int, ...], dtype: Any) -> int:
+    return -(-math.prod(shape) * np.dtype(dtype).itemsize // _ALIGNMENT) * _ALIGNMENT
+
+
 def to_batch(
-    arrays: dict[str, np.ndarray],
-    files: list[str],
-    skipped: Iterable[Skipped],
-    keeps: dict[str, np.ndarray] | None = None,
+    arrays: Mapping[str, np.ndarray], files: Iterable[str], skipped: Iterable[Skipped]
 ) -> Batch:
-    """The first ``len(files)`` rows of the arrays as a Batch."""
-    arrays = {name: values[: len(files)] for name, values in arrays.items()} | (keeps or {})
+    """The arrays as a Batch, without a copy."""
     tensors: dict[str, Any] = {name: torch.from_numpy(values) for name, values in arrays.items()}
-    return Batch(**tensors, files=tuple(files), skipped=tuple(skipped))
+    return Batch(**tensors, files=tuple(files), skipped=tuple(dict.fromkeys(skipped)))
 
 
 @dataclass(frozen=True)
 class DropToken:
     """Training batches of kept patch rows: dropped ones are never copied, nor sent to a device.
 
-    ``devices`` of one process share a batch evenly. Each has its own draw, as every rank has.
+    Args:
+        shards: a batch, of all ranks together, is so many equal parts, each with a draw of its own.
+            The draws depend on nothing else, so a run may go on with another number of ranks or
+            devices. None: each device has its own.
+        devices: of one process.
     """
 
     config: VATTConfig
     drop_rate: float
     per: DropPer = "batch"
     devices: int = 1
+    shards: int | None = None
 
     @property
     def patches(self) -> dict[str, tuple[int, ...]]:
         """Sizes of a patch, by modality."""
         return {"video": self.config.video_patch, "audio": (self.config.audio_patch,)}
 
+    @property
+    def patch_values(self) -> dict[str, int]:
+        return {"video": self.config.video_patch_values, "audio": self.config.audio_patch}
+
     def draw(
-        self, batch_size: int, *, seed: int, step: int, rank: int = 0
+        self, batch_size: int, *, seed: int, step: int, rank: int = 0, world: int = 1
     ) -> dict[str, np.ndarray]:
-        """The kept indices of a batch, as ``Batch`` holds them."""
-        options: dict[str, Any] = dict(seed=seed, step=step, per=self.per)
-        draws = [
-            sample_keeps(
-                self.config,
-                self.drop_rate,
-                batch=batch_size // self.devices,
-                rank=rank * self.devices + device,
-                **options,
+        """The kept indices of one rank's batch of ``batch_size`` clips, as ``Batch`` holds them.
+
+        Raises:
+            ValueError: the batch of all ranks is no multiple of the shards.
+        """
+        shards, total = self.shards or self.devices * world, batch_size * world
+        if total % shards:
+            raise ValueError(
+                f"a batch of {total} clips has {shards} shards, each with its own draw of "
+                "DropToken: take a multiple"
             )
-            for device in range(self.devices)
+        clips, first = total // shards, rank * batch_size  # of a shard; of this rank
+        numbers = range(first // clips, (first + batch_size - 1) // clips + 1)
+        options: dict[str, Any] = dict(seed=seed, step=step, per=self.per, batch=clips)
+        draws = [
+            sample_keeps(self.config, self.drop_rate, rank=number, **options) for number in numbers
         ]
-        if self.devices == 1:
+        if self.per == "batch" and len(draws) == 1:
             return draws[0]
-        join = np.concatenate if self.per == "clip" else np.stack
-        return {name: join([draw[name] for draw in draws]) for name in draws[0]}
+        joined = {name: np.stack([draw[name] for draw in draws]) for name in draws[0]}
+        if self.per == "batch" and batch_size % clips == 0:
+            return joined
+        # a draw of each clip
+        mine = np.arange(first, first + batch_size) - numbers[0] * clips
+        if self.per == "batch":
+            return {name: keep[mine // clips] for name, keep in joined.items()}
+        return {name: keep[mine // clips, mine % clips] for name, keep in joined.items()}
 
 
 def copy_kept_rows(

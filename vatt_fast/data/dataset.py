@@ -1,6 +1,7 @@
-"""A folder of media and captions as batches of fixed shape.
+"""Media and captions as batches of fixed shape.
 
-Each batch is a pure function of (seed, step, rank, world).
+Each batch is a pure function of (seed, step, rank, world), and the rows of all ranks together are
+one of (seed, step, batch of all ranks); ``order.py`` has the rules.
 
     folder/clip_00001.mp4, folder/talk.wav, ...
     folder/captions.json    or absent:
@@ -13,31 +14,57 @@ and the file itself give the same clip.
 Shapes: B clips, K kept patches, k values a patch.
 """
 
-import itertools
+import dataclasses
+import math
 import os
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch.utils.data import Dataset
 
-from .augment import ClipAugment, Key, augment_clip
+from .augment import Box, ClipAugment, Key, augment_clip
 from .cache import ClipCache
-from .clips import Batch, ClipSpec, DropToken, Skipped, copy_kept_rows, spread, to_batch
-from .folder import folder_captions, warn_of_other_media
+from .clips import (
+    Batch,
+    ClipSpec,
+    DropToken,
+    Shapes,
+    Skipped,
+    arrays_in,
+    bytes_of,
+    copy_kept_rows,
+    many,
+    row_shapes,
+    spread,
+    to_batch,
+)
 from .media import MediaError, MediaReader
-from .text import Vocabulary, nearest_sentences
+from .order import OTHER_CAPTIONS, VERSION, WINDOWS, Order, Shuffle, uniform
+from .source import Source
+from .sources import open_source
+from .text import Vocabulary, nearest_times
 
-# One stream of random numbers for each decision: a new decision must not change the old ones.
-_ORDER, _WINDOW, _REPLACEMENT, _OTHER_CAPTIONS = range(4)
+# So many files in a row that cannot be read are no accident of single files.
+_GIVE_UP = 100
+
+Arrays = dict[str, np.ndarray]
+
+
+class Read(NamedTuple):
+    """What came of one row: the example that it holds, and those that could not be read."""
+
+    example: int  # -1: none
+    skipped: tuple[Skipped, ...] = ()
 
 
 class ClipFolder:
-    """The media of one folder and their captions, read one window at a time.
+    """The media of a source and their captions, read one window at a time.
 
     Args:
+        data: a folder, or a ``Source``.
         vocabulary: None leaves text out (``text_valid`` is False).
         cache_dir: each file is decoded once, whole, at the spec's rates, and windows are then read
             from disk: ``frames_per_second * height * width * 3 + 4 * sample_rate_hz`` bytes a
@@ -50,142 +77,170 @@ class ClipFolder:
 
     def __init__(
         self,
-        folder: str | os.PathLike,
+        data: str | os.PathLike | Source,
         spec: ClipSpec,
         *,
         vocabulary: Vocabulary | None,
         cache_dir: str | os.PathLike | None = None,
     ):
-        self.folder = Path(folder)
+        self.source = open_source(data) if isinstance(data, str | os.PathLike) else data
         self.spec = spec
-        self.vocabulary = vocabulary
-        self.captions = folder_captions(folder)
-        warn_of_other_media(self.folder, self.captions)
-        self.files = tuple(sorted(self.captions))
-        self.captions_from = np.arange(len(self.files))  # whose captions a file is given
+        self._words = None if vocabulary is None else self.source.encode(vocabulary, spec.words)
+        # whose captions an example is given
+        self.captions_from: Callable[[int], int] = _own
         self._cache = None if cache_dir is None else ClipCache(Path(cache_dir), spec)
-        self._encoded: dict[int, np.ndarray] = {}
+        self.parts = tuple(getattr(self.source, "sources", (self.source,)))
 
-    def empty_batch(self, size: int, row_shapes: dict | None = None) -> dict[str, np.ndarray]:
-        """Batch's arrays for ``size`` clips, nothing valid yet.
-
-        They are NumPy's: assigning one element of a tensor takes microseconds. ``row_shapes`` are
-        the shapes (K, k) of patch rows, by modality, instead of whole clips.
-        """
-        spec = self.spec
-        shapes = row_shapes or self._clip_shapes
-        return {
-            "video": np.zeros((size, *shapes["video"]), np.uint8),
-            "audio": np.zeros((size, *shapes["audio"]), np.float32),
-            "text": np.zeros((size, spec.texts_per_clip, spec.words), np.int32),
-            "video_valid": np.zeros(size, bool),
-            "audio_valid": np.zeros(size, bool),
-            "text_valid": np.zeros((size, spec.texts_per_clip), bool),
-            "start_seconds": np.zeros(size),
-        }
+    def __len__(self) -> int:
+        return len(self.source)
 
     @property
-    def _clip_shapes(self) -> dict[str, tuple[int, ...]]:
-        spec = self.spec
-        return {"video": (spec.frames, spec.height, spec.width, 3), "audio": (spec.samples,)}
+    def files(self) -> tuple[str, ...]:
+        """The names of all examples."""
+        return tuple(map(self.source.name, range(len(self.source))))
+
+    def empty_batch(self, size: int) -> Arrays:
+        """Batch's arrays for ``size`` whole clips, nothing valid yet."""
+        return zeros(many(size, row_shapes(self.spec)))
 
     def read_into(
         self,
-        batch: dict[str, np.ndarray],
-        row: int,
+        batch: Arrays,
+        rows: Sequence[int],
         index: int,
-        choose: Callable[[int], int],
-        write: Callable[[np.ndarray, np.ndarray, str], None] | None = None,
-        augment: Callable[[np.ndarray | None, np.ndarray | None], tuple] | None = None,
+        choose: Callable[[int], Sequence[int]],
+        write: Callable[[int, np.ndarray, str], None] | None = None,
+        middle: bool = False,
+        changes: "Sequence[_Change] | None" = None,
     ) -> None:
-        """Write a window of file ``index`` into ``row`` of a batch.
+        """Write a window of an example into each of ``rows`` of a batch, or none of them.
 
         Args:
-            choose: gets the number of places where a window fits and names one.
-            write: ``write(target, clip, modality)`` copies a clip into its place; None copies all.
-            augment: what a window's video and audio, None where it has none, become.
+            choose: gets the number of places where a window fits and names one for each row. In a
+                segment that is shorter than a window there is one place, its start.
+            write: ``write(row, clip, modality)`` copies a clip into its row; None copies all.
+            middle: the captions are those nearest to the middle window, not to the row's own.
+            changes: how each row's clip is augmented.
 
         Raises:
             MediaError: a file that is corrupt, vanished or may not be read; nothing is written.
         """
-        targets = {name: batch[name][row] for name in ("video", "audio")}
-        # a cache reads whole clips to where they belong, without another copy
-        whole = targets if write is None and augment is None else None
-        window = self._window(index, choose, whole)
-        if augment is not None:
-            found = {"video": window.video_valid, "audio": window.audio_valid}
-            given = (getattr(window, name) if valid else None for name, valid in found.items())
-            video, audio = augment(*given)
-            window = replace(window, video=video, audio=audio)
-        self._write(batch, row, window, write)
-        self._write_text(batch, row, index, self._seconds(window.first))
+        # a cache reads one whole clip to where it belongs, without another copy
+        target = None
+        if write is None and changes is None and len(rows) == 1:
+            target = {name: batch[name][rows[0]] for name in ("video", "audio")}
+        windows, centre = self._windows(index, choose, target, changes)
+        for row, window in zip(rows, windows, strict=True):
+            self._write(batch, row, window, write)
+            self._write_text(batch, row, index, self._seconds(centre if middle else window.first))
 
-    def read_windows_into(
+    def _windows(
         self,
-        batch: dict[str, np.ndarray],
-        row: int,
         index: int,
-        choose: Callable[[int], list[int]],
-        windows: int,
-    ) -> None:
-        """Write several windows of file ``index`` into rows from ``row`` on, or none of them.
+        choose: Callable[[int], Sequence[int]],
+        target: Arrays | None,
+        changes: "Sequence[_Change] | None",
+    ) -> tuple[list["_Window"], int]:
+        """Windows, and the first frame of the middle one. All are read before one is written.
 
-        Each row's captions are those nearest to the only window, or to the file's middle.
-
-        Args:
-            choose: gets the number of places where a window fits and names as many as ``windows``.
-
-        Raises:
-            MediaError: as ``read_into``.
+        A cache writes into ``target``, where that is given.
         """
-        count = 1
+        spec, place = self.spec, self.source.place(index)
+        begins, ends = self.source.segment(index)
+        first = math.ceil(begins * spec.frames_per_second - 1e-6)
+        places = 1
 
-        def numbered(number: int) -> Callable[[int], int]:
-            def start(places: int) -> int:
-                nonlocal count
-                count = places
-                return choose(places)[number]
+        def starts(duration_seconds: float) -> list[int]:
+            nonlocal places
+            upto = min(ends, duration_seconds)
+            places = spec.places(upto - first / spec.frames_per_second)
+            return [first + chosen for chosen in choose(places)]
 
-            return start
-
-        # all are read before the first is written
-        found = [self._window(index, numbered(number), None) for number in range(windows)]
-        middle = found[0].first if windows == 1 else spread(count, 1)[0]
-        for place, window in enumerate(found, row):
-            self._write(batch, place, window, None)
-            self._write_text(batch, place, index, self._seconds(middle))
-
-    def _window(
-        self, index: int, choose: Callable[[int], int], whole: dict[str, np.ndarray] | None
-    ) -> "_Window":
-        """One window; a cache writes it into zeroed ``whole``, where that is given."""
-        path = self.folder / self.files[index]
-
-        def start_frame(duration_seconds: float) -> int:
-            return choose(self.spec.places(duration_seconds))
-
+        path: Any = place if place.is_part or place.is_remote else Path(place.path)
         try:
             if self._cache is not None:
-                whole = whole or self._empty_clip()
-                first, *valid = self._cache.read_into(path, start_frame, **whole)
-                return _Window(first, whole["video"], whole["audio"], *valid)
-            with MediaReader(path) as reader:
-                first = start_frame(reader.info.duration_seconds)
-                clip = reader.clip(
-                    start=first / self.spec.frames_per_second, **self.spec.reader_arguments()
-                )
-            return _Window(first, clip.video, clip.audio, clip.video_valid, clip.audio_valid)
+                windows = self._cached(path, starts, target)
+                if changes is not None:
+                    windows = [
+                        window.changed(change.whole)
+                        for window, change in zip(windows, changes, strict=True)
+                    ]
+            else:
+                with MediaReader(path) as reader:
+                    windows = self._decoded(
+                        reader, starts(reader.info.duration_seconds), index, changes
+                    )
         except OSError as error:
-            if error.filename is None or os.fspath(error.filename) != os.fspath(path):
+            if error.filename is None or os.fspath(error.filename) != place.path:
                 raise  # not of this file: the cache's disk, say
-            raise MediaError(f"{path} cannot be opened ({error.strerror})") from error
+            raise MediaError(f"{place.path} cannot be opened ({error.strerror})") from error
+        return windows, first + spread(places, 1)[0]
+
+    def _decoded(
+        self,
+        reader: MediaReader,
+        starts: Sequence[int],
+        index: int,
+        changes: "Sequence[_Change] | None",
+    ) -> list["_Window"]:
+        options: dict[str, Any] = dict(only=self._only(index), **self.spec.reader_arguments())
+        seconds = [start / self.spec.frames_per_second for start in starts]
+        if changes is None:
+            clips = reader.clips(seconds, **options)
+        else:  # each has a part of the picture of its own
+            clips = [
+                reader.clip(start=start, box=change.box, **options)
+                for start, change in zip(seconds, changes, strict=True)
+            ]
+        windows = [
+            _Window(start, clip.video, clip.audio, clip.video_valid, clip.audio_valid)
+            for start, clip in zip(starts, clips, strict=True)
+        ]
+        if changes is not None:
+            windows = [
+                window.changed(change.values)
+                for window, change in zip(windows, changes, strict=True)
+            ]
+        return windows
+
+    def _cached(
+        self, path: Any, starts: Callable[[float], list[int]], target: Arrays | None
+    ) -> list["_Window"]:
+        assert self._cache is not None
+        windows: list[_Window] = []
+        chosen: list[int] = []
+
+        def start(duration_seconds: float) -> int:
+            chosen[:] = starts(duration_seconds)
+            return chosen[len(windows)]
+
+        while not chosen or len(windows) < len(chosen):
+            whole = target
+            if whole is None:
+                shapes = row_shapes(self.spec)
+                whole = zeros({name: shapes[name] for name in ("video", "audio")})
+            else:
+                for values in whole.values():
+                    values[:] = 0
+            first, *valid = self._cache.read_into(path, start, **whole)
+            windows.append(_Window(first, whole["video"], whole["audio"], *valid))
+        return windows
+
+    def _only(self, index: int) -> str | None:
+        """The one kind of stream that the example's source has; what it lacks is not looked for."""
+        has = self._part_of(index).has
+        return None if has.video == has.audio else "video" if has.video else "audio"
+
+    def _part_of(self, index: int) -> Source:
+        locate = getattr(self.source, "locate", None)
+        return self.source if locate is None else self.parts[locate(index)[0]]
 
     def _write(
         self,
-        batch: dict[str, np.ndarray],
+        batch: Arrays,
         row: int,
         window: "_Window",
-        write: Callable[[np.ndarray, np.ndarray, str], None] | None,
+        write: Callable[[int, np.ndarray, str], None] | None,
     ) -> None:
         for name, values, valid in (
             ("video", window.video, window.video_valid),
@@ -193,12 +248,14 @@ class ClipFolder:
         ):
             target = batch[name][row]
             batch[f"{name}_valid"][row] = valid
+            if not valid or values is None:
+                target[...] = 0
             # a cache may have written into the target itself
-            if valid and values is not None and not np.may_share_memory(values, target):
+            elif not np.may_share_memory(values, target):
                 if write is None:
                     target[:] = values
                 else:
-                    write(target, values, name)
+                    write(row, values, name)
         batch["start_seconds"][row] = self._seconds(window.first)[0]
 
     def _seconds(self, first: int) -> tuple[float, float]:
@@ -206,30 +263,18 @@ class ClipFolder:
         start = first / self.spec.frames_per_second
         return start, start + self.spec.seconds
 
-    def _empty_clip(self) -> dict[str, np.ndarray]:
-        shapes = self._clip_shapes
-        return {
-            "video": np.zeros(shapes["video"], np.uint8),
-            "audio": np.zeros(shapes["audio"], np.float32),
-        }
-
-    def _write_text(
-        self, batch: dict[str, np.ndarray], row: int, index: int, window: tuple[float, float]
-    ) -> None:
-        if self.vocabulary is None:
+    def _write_text(self, batch: Arrays, row: int, index: int, window: tuple[float, float]) -> None:
+        text, valid = batch["text"][row], batch["text_valid"][row]
+        text[:], valid[:] = 0, False
+        if self._words is None:
             return
-        index = int(self.captions_from[index])
-        captions = self.captions[self.files[index]]
-        if index not in self._encoded:
-            self._encoded[index] = self.vocabulary.encode(
-                [caption.text for caption in captions], self.spec.words
-            )
-        nearest = nearest_sentences(captions, window, self.spec.texts_per_clip)
-        if nearest:
-            numbers = self._encoded[index][nearest]
-            batch["text"][row, : len(nearest)] = numbers
+        index = self.captions_from(index)
+        times = self.source.captions(index).times
+        nearest = nearest_times(times, window, self.spec.texts_per_clip)
+        if len(nearest):
+            text[: len(nearest)] = self._words(index)[nearest]
             # a sentence without words is no text
-            batch["text_valid"][row, : len(nearest)] = numbers.any(axis=1)
+            valid[: len(nearest)] = text[: len(nearest)].any(axis=1)
 
 
 @dataclass(frozen=True)
@@ -242,22 +287,61 @@ class _Window:
     video_valid: bool
     audio_valid: bool
 
+    def changed(self, change: Callable[..., tuple[Any, Any]]) -> "_Window":
+        """With what ``change`` makes of its video and audio, None where it has none."""
+        video, audio = change(
+            self.video if self.video_valid else None, self.audio if self.audio_valid else None
+        )
+        return dataclasses.replace(self, video=video, audio=audio)
+
+
+@dataclass(frozen=True)
+class _Change:
+    """How one clip is augmented."""
+
+    augment: ClipAugment
+    key: Key
+
+    def box(self, height: int, width: int) -> Box | None:
+        """The part of a picture that is decoded to the clip's size; None: its centre."""
+        return self.augment.crop(self.key, height, width)
+
+    def values(
+        self, video: np.ndarray | None, audio: np.ndarray | None
+    ) -> tuple[np.ndarray | None, np.ndarray | None]:
+        """Of a clip that was cropped by the reader."""
+        return (
+            None if video is None else self.augment.frames(self.key, video),
+            None if audio is None else self.augment.sound(self.key, audio),
+        )
+
+    def whole(
+        self, video: np.ndarray | None, audio: np.ndarray | None
+    ) -> tuple[np.ndarray | None, np.ndarray | None]:
+        """Of the middle of the picture at the clip's size, from a cache."""
+        return augment_clip(self.augment, self.key, video, audio)
+
 
 class ClipDataset(Dataset):
     """``dataset[step]`` is the batch of that step.
 
     Every file comes once an epoch, in a new order, each at a random window. A batch holds no file
     twice unless the folder is smaller than the batch; the files that do not fill an epoch's last
-    batch sit that epoch out. A file that is corrupt, or vanished, is replaced by another one and
-    listed, on the batch and in ``skipped``.
+    batch sit that epoch out. A file that is corrupt, or vanished, is replaced by another one of the
+    same source and listed, on the batch and in ``skipped``. Of several sources (``MixedSource``)
+    each gives every batch its share.
 
     Args:
+        data: a folder, or a ``Source``.
         batch_size: this rank's clips: rank r of ``world`` gets rows ``r * batch_size`` and on of a
             batch of ``world * batch_size``.
         shuffle_captions: every clip gets the captions of another one, always the same: a check that
             an evaluation can fail.
         drop_token: batches hold the patch rows that a step keeps; None: whole clips.
         augment: what changes clips at random, by (seed, step, row of the global batch).
+        windows_per_decode: a file is opened for so many consecutive steps, each with a window of
+            its own, so that none of them is another one's negative ("data echoing", Choi et al.,
+            2019). A loader holds so many times two batches.
 
     Raises:
         ValueError: an argument out of range, and as ``ClipFolder``.
@@ -265,7 +349,7 @@ class ClipDataset(Dataset):
 
     def __init__(
         self,
-        folder: str | os.PathLike,
+        data: str | os.PathLike | Source,
         spec: ClipSpec,
         *,
         vocabulary: Vocabulary | None,
@@ -277,6 +361,7 @@ class ClipDataset(Dataset):
         cache_dir: str | os.PathLike | None = None,
         drop_token: DropToken | None = None,
         augment: ClipAugment | None = None,
+        windows_per_decode: int = 1,
     ):
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; a batch has at least 1 clip")
@@ -284,22 +369,42 @@ class ClipDataset(Dataset):
             raise ValueError(f"seed is {seed}; it must be 0 or more")
         if not 0 <= rank < world:
             raise ValueError(f"rank is {rank} of world {world}; ranks count from 0 to world - 1")
-        self.clips = ClipFolder(folder, spec, vocabulary=vocabulary, cache_dir=cache_dir)
+        if windows_per_decode < 1:
+            raise ValueError(f"windows_per_decode is {windows_per_decode}; it must be at least 1")
+        self.clips = ClipFolder(data, spec, vocabulary=vocabulary, cache_dir=cache_dir)
         self.batch_size, self.seed, self.rank, self.world = batch_size, seed, rank, world
         self.drop_token, self.augment = drop_token, augment
+        self.steps_together = windows_per_decode
+        self._last_settled: tuple[tuple[int, int], dict[int, Read]] | None = None
         # file -> reason; the loader brings in what its workers found
-        self.skipped: dict[str, str] = {}
-        self._bad: dict[int, str] = {}
-        self._epoch_order: tuple[int, np.ndarray] | None = None
+        self.skipped: dict[str, str] = dict(self.source.problems)
+        parts = self.clips.parts
+        self.order = Order(
+            [part.blocks for part in parts],
+            getattr(self.clips.source, "weights", [1.0]),
+            batch_size * world,
+            seed,
+        )
+        kept: dict[str, tuple[int, ...]] | None = None
+        if drop_token is not None:
+            keeps = self._draw(0)
+            kept = {
+                name: (keeps[f"{name}_keep"].shape[-1], values)
+                for name, values in drop_token.patch_values.items()
+            }
+        self._row_shapes = row_shapes(spec, kept)
         if shuffle_captions:
-            if len(self.files) < 2:
-                raise ValueError(
-                    f"{folder} has 1 file; "
-                    "shuffle_captions needs captions of another one: add media"
-                )
-            # one cycle through all files: nobody keeps the own captions
-            cycle = _permutation(len(self.files), seed, _OTHER_CAPTIONS)
-            self.clips.captions_from[cycle] = np.roll(cycle, 1)
+            for part in parts:
+                if len(part) < 2:
+                    raise ValueError(
+                        f"{part.label} has 1 file; "
+                        "shuffle_captions needs captions of another one: add media"
+                    )
+            self.clips.captions_from = _AnotherOne(self.order.starts, seed)
+
+    @property
+    def source(self) -> Source:
+        return self.clips.source
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -307,118 +412,224 @@ class ClipDataset(Dataset):
 
     @property
     def steps_per_epoch(self) -> int:
-        return max(1, len(self.files) // (self.batch_size * self.world))
+        """Of the longest source, where there are several."""
+        return self.order.steps_per_epoch * self.steps_together
 
     @property
     def batch_bytes(self) -> int:
         """Of a batch's arrays."""
-        one = self.clips.empty_batch(1, self._draw(0)[1])
-        return self.batch_size * sum(array.nbytes for array in one.values())
+        return bytes_of(self.shapes(0)) // self.steps_together
 
     def __getitem__(self, step: int) -> Batch:
         if step < 0:
             raise ValueError(f"step is {step}; steps count from 0")
-        size = self.batch_size
-        everyone = self._files_of(step)  # all ranks' rows
-        mine = slice(self.rank * size, (self.rank + 1) * size)
-        places = _uniform(size * self.world, self.seed, _WINDOW, step)[mine]
-        keeps, rows = self._draw(step)
-        batch = self.clips.empty_batch(size, rows)
-        files, skipped = [], []
-        stand_ins = self._stand_ins(everyone, step)
-        for row, (planned, place) in enumerate(zip(everyone[mine], places, strict=True)):
-            for index in itertools.chain([int(planned)], stand_ins):
-                if self._read(batch, step, row, index, place, keeps):
-                    files.append(self.files[index])
-                    break
-                skipped.append(Skipped(self.files[index], self._bad[index]))
-            else:
-                reason = next(iter(self._bad.values()))
-                raise MediaError(
-                    f"none of the {len(self.files)} files in {self.clips.folder} can be decoded; "
-                    f"the first one: {reason}"
-                )
-        self.skipped.update((one.file, one.reason) for one in skipped)
-        return to_batch(batch, files, dict.fromkeys(skipped), keeps)
+        fill = step // self.steps_together
+        arrays = zeros(self.shapes(fill))
+        self.begin(fill, arrays)
+        reads = [self.read_row(fill, row, arrays) for row in range(self.batch_size)]
+        return self.batch(step, arrays, reads)
 
-    def _draw(self, step: int) -> tuple[dict[str, np.ndarray] | None, dict | None]:
-        """This step's kept indices, and the shapes of the rows they leave."""
-        drop = self.drop_token
-        if drop is None:
-            return None, None
-        keeps = drop.draw(self.batch_size, seed=self.seed, step=step, rank=self.rank)
-        values = {"video": drop.config.video_patch_values, "audio": drop.config.audio_patch}
-        return keeps, {name: (keeps[f"{name}_keep"].shape[-1], k) for name, k in values.items()}
+    # What a loader asks for. Its memory is filled for ``steps_together`` steps at once, row by row:
+    # fill f holds steps f * steps_together and on, one behind the other.
 
-    def _files_of(self, step: int) -> np.ndarray:
-        total, count = self.batch_size * self.world, len(self.files)
-        if count >= total:
-            epoch, within = divmod(step, self.steps_per_epoch)
-            return self._order(epoch)[within * total : (within + 1) * total]
-        rows = np.arange(step * total, (step + 1) * total)
-        return np.array([self._order(int(row // count))[row % count] for row in rows])
+    def name(self, example: int) -> str:
+        return self.source.name(example)
 
-    def _order(self, epoch: int) -> np.ndarray:
-        if self._epoch_order is None or self._epoch_order[0] != epoch:
-            self._epoch_order = (epoch, _permutation(len(self.files), self.seed, _ORDER, epoch))
-        return self._epoch_order[1]
+    def rows(self, fill: int) -> int:
+        return self.batch_size
 
-    def _stand_ins(self, everyone: np.ndarray, step: int) -> Iterator[int]:
-        """Replacements for one rank's corrupt files of a step, each for one row, in a fixed order.
+    def shapes(self, fill: int) -> Shapes:
+        shapes = many(self.steps_together * self.batch_size, self._row_shapes)
+        if self.drop_token is not None:
+            keeps = self._draw(0)
+            draws: Shapes = {name: (keep.shape, np.int32) for name, keep in keeps.items()}
+            shapes |= many(self.steps_together, draws)
+        return shapes
 
-        Those that no rank's batch holds come first, dealt out to the ranks, so that no clip is
-        twice in a batch while there are others. Then any file stands in, again and again.
+    def begin(self, fill: int, arrays: Arrays) -> None:
+        """Write what is known before any file is read: the kept indices."""
+        if self.drop_token is not None:
+            for window in range(self.steps_together):
+                for name, keep in self._draw(fill * self.steps_together + window).items():
+                    arrays[name][window] = keep
+
+    def read_row(
+        self,
+        fill: int,
+        row: int,
+        arrays: Arrays,
+        reading: Callable[[int], None] = lambda example: None,
+    ) -> Read:
+        """Read a row's example, or one that stands in for it, into each of the fill's steps.
+
+        Args:
+            reading: is told each example before it is opened.
+
+        Raises:
+            MediaError: nothing that could stand in can be read.
         """
-        others = _permutation(len(self.files), self.seed, _REPLACEMENT, step)
-        present = np.isin(others, everyone)
-        yield from map(int, others[~present][self.rank :: self.world])
-        while any(int(index) not in self._bad for index in others):
-            yield from map(int, others)
+        whole_row = self.rank * self.batch_size + row  # of all ranks' batch
+        drop = self.drop_token
+
+        def write(place: int, clip: np.ndarray, modality: str) -> None:
+            assert drop is not None
+            window, within = divmod(place, self.batch_size)
+            draws = np.atleast_2d(arrays[f"{modality}_keep"][window])
+            keep = draws[within * len(draws) // self.batch_size]
+            copy_kept_rows(clip, drop.patches[modality], keep, arrays[modality][place])
+
+        rows = range(row, row + self.steps_together * self.batch_size, self.batch_size)
+
+        def read(example: int) -> str | None:
+            reading(example)
+            return self._read(arrays, rows, fill, whole_row, example, write if drop else None)
+
+        found = self._first_readable(self._candidates(fill, whole_row), read)
+        if found.example < 0:
+            # all its own stand-ins are corrupt too
+            settled = self._settled(fill, self.order.source_of(fill, whole_row))[whole_row]
+            found = Read(settled.example, found.skipped + settled.skipped)
+            if reason := read(found.example):
+                raise MediaError(reason)
+        return found
+
+    def batch(self, step: int, arrays: Mapping[str, np.ndarray], reads: Sequence[Read]) -> Batch:
+        """One of a fill's steps, without a copy."""
+        window = step % self.steps_together
+        part = slice(window * self.batch_size, (window + 1) * self.batch_size)
+        mine = {name: arrays[name][part] for name in self._row_shapes}
+        if self.drop_token is not None:
+            mine |= {name: arrays[name][window] for name in ("video_keep", "audio_keep")}
+        skipped = [one for read in reads for one in read.skipped]
+        self.skipped.update((one.file, one.reason) for one in skipped)
+        return to_batch(mine, [self.source.name(read.example) for read in reads], skipped)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What must be the same for a position in the data to mean the same clips."""
+        return {
+            "order": VERSION,
+            "examples": len(self.source),
+            "batch": self.batch_size * self.world,
+            "seed": self.seed,
+            "windows_per_decode": self.steps_together,
+        }
+
+    def _draw(self, step: int) -> dict[str, np.ndarray]:
+        """This step's kept indices."""
+        assert self.drop_token is not None
+        return self.drop_token.draw(
+            self.batch_size, seed=self.seed, step=step, rank=self.rank, world=self.world
+        )
+
+    def _candidates(self, fill: int, row: int) -> Iterator[int]:
+        """The planned example of a row of all ranks' batch, then those that may stand in for it."""
+        yield int(self.order(fill)[row])
+        yield from self.order.stand_ins(fill, row)
+
+    def _first_readable(self, candidates: Iterable[int], read: Callable[[int], str | None]) -> Read:
+        skipped: list[Skipped] = []
+        for example in candidates:
+            reason = read(example)
+            if reason is None:
+                return Read(example, tuple(skipped))
+            skipped.append(Skipped(self.source.name(example), reason))
+            if len(skipped) == _GIVE_UP:
+                raise MediaError(
+                    f"{_GIVE_UP} files of {self.source.label} in a row cannot be decoded; "
+                    f"the first one: {skipped[0].reason}"
+                )
+        return Read(-1, tuple(skipped))
+
+    def _settled(self, fill: int, source: int) -> dict[int, Read]:
+        """What stands in for rows whose own stand-ins are corrupt: what no other row needs.
+
+        So few of a source are left for a row only where a batch takes much of it. To know what
+        other rows need, of any rank, their files are read too.
+        """
+        if self._last_settled is not None and self._last_settled[0] == (fill, source):
+            return self._last_settled[1]
+        scratch = self.clips.empty_batch(self.steps_together)
+
+        def reader(row: int) -> Callable[[int], str | None]:
+            rows = range(self.steps_together)
+            return lambda example: self._read(scratch, rows, fill, row, example, None)
+
+        rows = [int(row) for row in self.order.rows_of(fill, source)]
+        found: dict[int, Read] = {}
+        if self.order.epoch_steps[source]:
+            for row in rows:
+                found[row] = self._first_readable(self._candidates(fill, row), reader(row))
+        else:  # each row's stand-ins were all there are
+            found = dict.fromkeys(rows, Read(-1))
+        taken = {read.example for read in found.values()}
+        free = (one for one in self.order.others(fill, source) if one not in taken)
+        settled = {}
+        for row in (row for row in rows if found[row].example < 0):
+            spare = self._first_readable(free, reader(row))
+            if spare.example < 0:  # then any, and a file is twice in the batch
+                again = self._first_readable(self.order.all(fill, source), reader(row))
+                if again.example < 0:
+                    raise MediaError(
+                        f"none of the {self.order.counts[source]} files in "
+                        f"{self.clips.parts[source].label} can be decoded; the first one: "
+                        f"{again.skipped[0].reason}"
+                    )
+                spare = Read(again.example, spare.skipped + again.skipped)
+            settled[row] = spare
+        self._last_settled = (fill, source), settled
+        return settled
 
     def _read(
         self,
-        batch: dict[str, np.ndarray],
-        step: int,
+        arrays: Arrays,
+        rows: Sequence[int],
+        fill: int,
         row: int,
-        index: int,
-        place: float,
-        keeps: dict[str, np.ndarray] | None,
-    ) -> bool:
-        if index in self._bad:
-            return False
-        drop = self.drop_token
-
-        def write(target: np.ndarray, clip: np.ndarray, modality: str) -> None:
-            assert drop is not None and keeps is not None
-            draws = np.atleast_2d(keeps[f"{modality}_keep"])
-            keep = draws[row * len(draws) // self.batch_size]
-            copy_kept_rows(clip, drop.patches[modality], keep, target)
-
-        change: Callable[..., tuple] | None = None
+        example: int,
+        write: Callable[[int, np.ndarray, str], None] | None,
+    ) -> str | None:
+        """Read an example at a row's windows into ``rows``. Returns why it cannot be read."""
+        total, first = self.batch_size * self.world, fill * self.steps_together
+        steps = range(first, first + self.steps_together)
+        places = [uniform(total, self.seed, WINDOWS, step)[row] for step in steps]
+        options: dict[str, Any] = {} if write is None else {"write": write}
         if self.augment is not None:
-            key = Key(self.seed, step, self.rank * self.batch_size + row)
-            change = partial(augment_clip, self.augment, key)
+            keys = (Key(self.seed, step, row) for step in steps)
+            options["changes"] = [_Change(self.augment, key) for key in keys]
         try:
             self.clips.read_into(
-                batch, row, index, lambda count: int(place * count), write if drop else None, change
+                arrays, rows, example, lambda count: [int(at * count) for at in places], **options
             )
         except MediaError as error:
-            self._bad[index] = str(error)
-            return False
-        return True
+            return str(error)
+        return None
 
 
-def _random_bits(count: int, *key: int) -> np.ndarray:
-    """(count,) uint64, the same for the same key on every platform and with every NumPy.
+class _AnotherOne:
+    """Whose captions an example is given: one cycle through each source, so nobody keeps the own.
 
-    NumPy guarantees the streams of both parts; those of Generator may change.
+    Args:
+        starts: the first example of each source, and last the number of examples.
     """
-    return np.random.Philox(np.random.SeedSequence(key)).random_raw(count)
+
+    def __init__(self, starts: np.ndarray, seed: int):
+        self.starts = starts
+        self.shuffles = [
+            Shuffle(int(count), seed, OTHER_CAPTIONS, source)
+            for source, count in enumerate(np.diff(starts))
+        ]
+
+    def __call__(self, index: int) -> int:
+        source = int(np.searchsorted(self.starts, index, side="right")) - 1
+        start, shuffle = int(self.starts[source]), self.shuffles[source]
+        place = (shuffle.inverse(np.array([index - start])) + 1) % shuffle.count
+        return start + int(shuffle(place)[0])
 
 
-def _uniform(count: int, *key: int) -> np.ndarray:
-    return (_random_bits(count, *key) >> np.uint64(11)) * 2.0**-53
+def _own(index: int) -> int:
+    return index
 
 
-def _permutation(count: int, *key: int) -> np.ndarray:
-    return np.argsort(_random_bits(count, *key), kind="stable")
+def zeros(shapes: Shapes) -> Arrays:
+    return arrays_in(np.zeros(bytes_of(shapes), np.uint8), shapes)

@@ -2,53 +2,180 @@
 
 import math
 import os
+import time
 import warnings
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from torch.utils.data import DataLoader, Dataset
+import numpy as np
+import torch
 
-from .clips import Batch, ClipSpec, Skipped, spread, to_batch
-from .dataset import ClipDataset, ClipFolder
+from .clips import Batch, ClipSpec, Shapes, Skipped, bytes_of, many, row_shapes, spread, to_batch
+from .dataset import ClipDataset, ClipFolder, Read
 from .media import MediaError
+from .source import Source
 from .text import Vocabulary
-
-_SHARED_MEMORY = "/dev/shm"
-_PREFETCHED = 2  # batches each worker has ready
+from .workers import Memory, Workers
 
 
-class ClipLoader(DataLoader):
-    """A DataLoader whose workers' findings arrive in this process.
+class ClipLoader:
+    """The batches of steps in order, the same for any number of workers; see ``loader``.
 
-    What they skipped is added to the dataset's ``skipped``; their errors are the ones they raised.
+    A batch lies in memory that is filled anew: it is valid until the next one is asked for.
+
+    Attributes:
+        waited_seconds: how long batches were waited for, all together.
     """
 
-    def __init__(self, clips: "ClipDataset | _EvaluationBatches", **options: Any) -> None:
-        super().__init__(_ErrorsAsValues(clips), **options)
-        self.clips = clips
+    def __init__(
+        self,
+        clips: "ClipDataset | _EvaluationBatches",
+        steps: range,
+        workers: int = 0,
+        pin_memory: bool = False,
+        start_method: str | None = None,
+        worker_init: Callable[[int], None] | None = None,
+    ) -> None:
+        self.clips, self.steps = clips, steps
+        self.workers, self.pin_memory = workers, pin_memory
+        self.start_method, self.worker_init = start_method, worker_init
+        self.waited_seconds = 0.0
+        self._begin = self._next = steps.start
+        self._memory: Memory | None = None
+        self._workers: Workers | None = None
+        self._pinned = 0  # address of memory that is page-locked
 
-    def __iter__(self):
-        return self._noting_skipped(super().__iter__())  # which starts the workers now
+    def __len__(self) -> int:
+        return len(self.steps)
 
-    def _noting_skipped(self, batches: Iterator[Batch]) -> Generator[Batch, None, None]:
-        for batch in batches:
-            if isinstance(batch, Exception):
-                raise batch
-            self.clips.skipped.update((one.file, one.reason) for one in batch.skipped)
-            yield batch
+    def __iter__(self) -> Iterator[Batch]:
+        """Begin anew: with the first step, or once with the one of ``load_state_dict``."""
+        self._start()  # workers begin before the first batch is asked for
+        return self._run(self._memory)
 
+    def _start(self) -> None:
+        self.close()
+        self._next, self._begin = self._begin, self.steps.start
+        together, clips = self.clips.steps_together, self.clips
+        self._fills = range(self._next // together, -(-self.steps.stop // together))
+        self._asked = self._fills.start  # the next fill that workers are to read
+        self._held: int | None = None  # the fill of the batch that was handed out last
+        self._reads: dict[int, list[Read]] = {}
+        self._missing: dict[int, int] = {}
+        self._errors: dict[int, Exception] = {}
+        if not self._fills:
+            return
+        size = bytes_of(clips.shapes(self._fills.start))
+        places = min(2, len(self._fills)) if self.workers else 1
+        _check_memory(size, places, self.workers)
+        self._memory = Memory(size, places, self.workers)
+        if self.workers:
+            largest = clips.rows(self._fills.start)
+            self._workers = Workers(
+                clips, self._memory, self.workers, largest, self.start_method, self.worker_init
+            )
+            for _ in range(places):
+                self._ask()
+        if self.pin_memory and torch.cuda.is_available():
+            self._pin()
 
-class _ErrorsAsValues(Dataset):
-    """Returns errors: a DataLoader would raise them anew with the worker's traceback as message."""
-
-    def __init__(self, batches: "ClipDataset | _EvaluationBatches") -> None:
-        self.batches = batches
-
-    def __getitem__(self, step: int) -> Batch | Exception:
+    def _run(self, memory: Memory | None) -> Iterator[Batch]:
         try:
-            return self.batches[step]
-        except (ValueError, OSError) as error:
-            return error
+            while self._memory is memory and self._next < self.steps.stop:
+                yield self._following()
+        finally:
+            if self._memory is memory:  # nobody has begun anew
+                self.close()
+
+    def _following(self) -> Batch:
+        assert self._memory is not None
+        began, fill = time.perf_counter(), self._next // self.clips.steps_together
+        arrays = self._memory.arrays(fill, self.clips.shapes(fill))
+        if fill != self._held:
+            if self._held is not None:
+                del self._reads[self._held]
+                if self._workers is not None and self._asked < self._fills.stop:
+                    self._ask()
+            self._held = None
+            if self._workers is None:
+                self.clips.begin(fill, arrays)
+                rows = range(self.clips.rows(fill))
+                self._reads[fill] = [self.clips.read_row(fill, row, arrays) for row in rows]
+            else:
+                self._wait(fill)
+            self._held = fill
+        batch = self.clips.batch(self._next, arrays, self._reads[fill])
+        self.waited_seconds += time.perf_counter() - began
+        self._next += 1
+        return batch
+
+    def _ask(self) -> None:
+        assert self._memory is not None and self._workers is not None
+        fill = self._asked
+        self.clips.begin(fill, self._memory.arrays(fill, self.clips.shapes(fill)))
+        self._reads[fill] = [Read(-1)] * self.clips.rows(fill)
+        self._missing[fill] = self.clips.rows(fill)
+        self._workers.ask(fill)
+        self._asked += 1
+
+    def _wait(self, fill: int) -> None:
+        assert self._workers is not None
+        while self._missing[fill]:
+            for of_fill, row, what in self._workers.results():
+                if isinstance(what, Exception):  # the first row's, whoever was faster
+                    self._errors[of_fill] = what
+                else:
+                    self._reads[of_fill][row] = what
+                self._missing[of_fill] -= 1
+        if fill in self._errors:
+            raise self._errors[fill]
+
+    def _pin(self) -> None:
+        assert self._memory is not None
+        whole = np.frombuffer(self._memory.shared.map, np.uint8)
+        cudart: Any = torch.cuda.cudart()
+        torch.cuda.check_error(int(cudart.cudaHostRegister(whole.ctypes.data, whole.nbytes, 0)))
+        self._pinned = whole.ctypes.data
+
+    def close(self) -> None:
+        """End the workers. The last batch stays valid."""
+        if self._workers is not None:
+            self._workers.close()
+        if self._pinned:
+            torch.cuda.synchronize()  # nothing is copied from there any more
+            cudart: Any = torch.cuda.cudart()
+            torch.cuda.check_error(int(cudart.cudaHostUnregister(self._pinned)))
+        self._workers, self._memory, self._pinned = None, None, 0
+
+    def __del__(self) -> None:
+        if hasattr(self, "_pinned"):  # else its making failed
+            self.close()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the next batch lies, whatever the number of workers and ranks."""
+        return {"step": self._next, **self.clips.identity}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Begin there when iterated next.
+
+        Raises:
+            ValueError: the state is of other data, another seed or batch, or a step beyond these.
+        """
+        for name, now in self.clips.identity.items():
+            if state.get(name) != now:
+                raise ValueError(
+                    f"the loader's state has {name} {state.get(name)!r}, and this one {now!r}; "
+                    "the same step would hold other clips: make the loader as it was"
+                )
+        step = state["step"]
+        if not self.steps.start <= step <= self.steps.stop:
+            raise ValueError(
+                f"the loader's state is at step {step}; this one has {self.steps.start} up to "
+                f"{self.steps.stop}: make it longer"
+            )
+        self.close()
+        self._begin = self._next = step
 
 
 def loader(
@@ -62,64 +189,62 @@ def loader(
 ) -> ClipLoader:
     """Batches ``start_step`` .. ``stop_step - 1`` in order, the same for any number of workers.
 
-    ``start_method`` is multiprocessing's: "spawn" where this process has threads that do not
-    survive a fork. ``worker_init(number)`` runs first in each worker. Raises ValueError for steps
-    out of order, and where shared memory has no room for the workers' batches.
+    Workers share the rows of a batch, in memory of two batches that is filled again and again: a
+    batch is valid until the next one is asked for (``Batch.clone``). So a copy to a device must be
+    done by then; in pinned memory that is what a non-blocking one is not.
+
+    Args:
+        workers: processes; 0: this one reads, in the memory of one batch.
+        pin_memory: the memory is page-locked, where there is CUDA.
+        start_method: multiprocessing's: "spawn" where this process has threads that do not survive
+            a fork.
+        worker_init: ``worker_init(number)`` runs first in each worker.
+
+    Raises:
+        ValueError: steps out of order, or, once iterated, too little memory.
+        ChildProcessError: once iterated, a worker died or hangs; it names the clip.
     """
     if not 0 <= start_step <= stop_step:
         raise ValueError(f"steps {start_step} to {stop_step}; they must be in order and 0 or later")
-    _check_shared_memory(dataset.batch_bytes, workers)
-    return _loader(
-        dataset, range(start_step, stop_step), workers, pin_memory, start_method, worker_init
-    )
+    if workers < 0:
+        raise ValueError(f"workers is {workers}; it must not be negative")
+    steps = range(start_step, stop_step)
+    return ClipLoader(dataset, steps, workers, pin_memory, start_method, worker_init)
 
 
-def _check_shared_memory(batch_bytes: int, workers: int) -> None:
-    """Workers pass batches through /dev/shm; where it is full they die, or wait for ever."""
-    if not workers or not os.path.isdir(_SHARED_MEMORY):
-        return
-    needed = (_PREFETCHED * workers + 1) * batch_bytes
-    disk = os.statvfs(_SHARED_MEMORY)
-    if needed > (free := disk.f_bavail * disk.f_frsize):
+def available_memory() -> int | None:
+    """Bytes that can still be had, of the machine and of the container; None where none says so."""
+    found = []
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+        if "MemAvailable" in lines:
+            found.append(1024 * int(lines["MemAvailable"].split()[0]))
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit = int((group / "memory.max").read_text())
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        used = int((group / "memory.current").read_text()) - int(stat["inactive_file"])
+        found.append(max(0, limit - used))
+    except (OSError, ValueError, KeyError):  # "max", or no such group
+        pass
+    return min(found, default=None)
+
+
+def _check_memory(size: int, places: int, workers: int) -> None:
+    """Where memory runs out, processes are killed."""
+    available = available_memory()
+    if available is not None and places * size > available:
+        less = ", or --workers 0, which takes half" if places > 1 else ""
         raise ValueError(
-            f"{workers} workers need {needed / 1e6:.0f} MB of shared memory for "
-            f"{_PREFETCHED * workers + 1} batches of {batch_bytes / 1e6:.1f} MB, and "
-            f"{_SHARED_MEMORY} has {free / 1e6:.0f} MB free; enlarge it, take smaller batches, "
-            "or --workers 0"
+            f"{workers} workers need {places * size / 1e6:.0f} MB of shared memory for {places} "
+            f"batches of {size / 1e6:.1f} MB, and {available / 1e6:.0f} MB are free; take smaller "
+            f"batches{less}"
         )
-
-
-def _loader(
-    dataset: "ClipDataset | _EvaluationBatches",
-    steps: range,
-    workers: int,
-    pin_memory: bool = False,
-    start_method: str | None = None,
-    worker_init: Callable[[int], None] | None = None,
-) -> ClipLoader:
-    options: dict[str, Any] = (
-        dict(
-            persistent_workers=True,
-            multiprocessing_context=start_method,
-            prefetch_factor=_PREFETCHED,
-            worker_init_fn=worker_init,
-        )
-        if workers
-        else {}
-    )
-    return ClipLoader(
-        dataset,
-        sampler=steps,
-        batch_size=None,
-        num_workers=workers,
-        pin_memory=pin_memory,
-        in_order=True,
-        **options,
-    )
 
 
 def evaluation_clips(
-    folder: str | os.PathLike,
+    folder: str | os.PathLike | Source,
     spec: ClipSpec,
     *,
     vocabulary: Vocabulary | None,
@@ -138,6 +263,7 @@ def evaluation_clips(
     that it would have been in.
 
     Args:
+        folder: or a ``Source``.
         batch_size: files in a batch.
         place: where the window lies between the file's first (0) and last (1) possible one; 0.5
             is its middle.
@@ -172,8 +298,10 @@ def evaluation_clips(
     )
 
 
-class _EvaluationBatches(Dataset):
+class _EvaluationBatches:
     """``choose`` gets the number of places where a window fits and names ``windows`` of them."""
+
+    steps_together = 1
 
     def __init__(
         self,
@@ -186,28 +314,55 @@ class _EvaluationBatches(Dataset):
         self.choose, self.windows = choose, windows
         self.skipped: dict[str, str] = {}
 
-    def __len__(self) -> int:
-        return math.ceil(len(self.clips.files) / self.batch_size)
+    @property
+    def identity(self) -> dict[str, Any]:
+        return {"examples": len(self.clips), "batch": self.batch_size, "windows": self.windows}
 
-    def __getitem__(self, step: int) -> Batch:
-        planned = range(
-            step * self.batch_size, min((step + 1) * self.batch_size, len(self.clips.files))
-        )
-        batch = self.clips.empty_batch(len(planned) * self.windows)
-        files: list[str] = []
-        skipped = []
-        for index in planned:
-            try:
-                self.clips.read_windows_into(batch, len(files), index, self.choose, self.windows)
-            except MediaError as error:
-                skipped.append(Skipped(self.clips.files[index], str(error)))
-            else:
-                files += [self.clips.files[index]] * self.windows
-        return to_batch(batch, files, skipped)
+    def __len__(self) -> int:
+        return math.ceil(len(self.clips) / self.batch_size)
+
+    def rows(self, fill: int) -> int:
+        return min(self.batch_size, len(self.clips) - fill * self.batch_size)
+
+    def shapes(self, fill: int) -> Shapes:
+        return many(self.batch_size * self.windows, row_shapes(self.clips.spec))
+
+    def begin(self, fill: int, arrays: dict[str, np.ndarray]) -> None:
+        """Nothing is known before a file is read."""
+
+    def name(self, example: int) -> str:
+        return self.clips.source.name(example)
+
+    def read_row(
+        self,
+        fill: int,
+        row: int,
+        arrays: dict[str, np.ndarray],
+        reading: Callable[[int], None] = lambda example: None,
+    ) -> Read:
+        example = fill * self.batch_size + row
+        reading(example)
+        rows = range(row * self.windows, (row + 1) * self.windows)
+        try:
+            self.clips.read_into(arrays, rows, example, self.choose, middle=self.windows > 1)
+        except MediaError as error:
+            return Read(-1, (Skipped(self.name(example), str(error)),))
+        return Read(example)
+
+    def batch(self, step: int, arrays: Mapping[str, np.ndarray], reads: Sequence[Read]) -> Batch:
+        """The files that could be read, in memory of their own."""
+        found = [row for row, read in enumerate(reads) if read.example >= 0]
+        rows = [row * self.windows + one for row in found for one in range(self.windows)]
+        files = [self.name(reads[row].example) for row in found for _ in range(self.windows)]
+        skipped = [one for read in reads for one in read.skipped]
+        if not step:  # what the source itself left out
+            skipped += [Skipped(*problem) for problem in self.clips.source.problems.items()]
+        self.skipped.update((one.file, one.reason) for one in skipped)
+        return to_batch({name: values[rows] for name, values in arrays.items()}, files, skipped)
 
     def run(self, workers: int, first: int, with_empty: bool) -> Iterator[Batch]:
         found = 0
-        for batch in _loader(self, range(first, len(self)), workers):
+        for batch in ClipLoader(self, range(first, len(self)), workers):
             found += len(batch)
             if len(batch) or with_empty:
                 yield batch
@@ -220,6 +375,6 @@ class _EvaluationBatches(Dataset):
         if not found and not first:
             reason = next(iter(self.skipped.values()))
             raise MediaError(
-                f"none of the {len(self.clips.files)} files in {self.clips.folder} can be decoded; "
+                f"none of the {len(self.clips)} files in {self.clips.source.label} can be decoded; "
                 f"the first one: {reason}"
             )

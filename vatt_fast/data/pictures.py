@@ -18,7 +18,7 @@ from .source import Place
 # A part of a picture as it is shown: top, left, height and width as fractions of it, or a function
 # of its height and width in pixels that gives them. None is the middle, of the output's shape.
 Rectangle = tuple[float, float, float, float]
-Box = Rectangle | Callable[[int, int], Rectangle] | None
+Box = Rectangle | Callable[[int, int], Rectangle | None] | None
 
 # transparent parts show a page's white
 PAGE = 255

@@ -184,17 +184,18 @@ def nearest_sentences(
     Returns:
         positions in ``captions``, nearest first; fewer than ``count`` where there are fewer.
     """
+    times = np.array([(caption.start, caption.end) for caption in captions]).reshape(-1, 2)
+    return nearest_times(times, window, count).tolist()
+
+
+def nearest_times(times: np.ndarray, window: tuple[float, float], count: int) -> np.ndarray:
+    """``nearest_sentences`` of starts and ends (n, 2) in seconds."""
     start, end = window
     if not (math.isfinite(start) and math.isfinite(end) and start <= end):
         raise ValueError(f"window is {window}; it must be two finite times in order")
     centre = (start + end) / 2
-
-    def distance(place: int) -> tuple[float, float, int]:
-        caption = captions[place]
-        outside = max(caption.start - centre, centre - caption.end, 0.0)
-        return outside, abs((caption.start + caption.end) / 2 - centre), place
-
-    return sorted(range(len(captions)), key=distance)[:count]
+    outside = np.maximum(np.maximum(times[:, 0] - centre, centre - times[:, 1]), 0.0)
+    return np.lexsort((np.abs(times.mean(1) - centre), outside))[:count]
 
 
 def load_captions(path: str | os.PathLike) -> dict[str, tuple[Caption, ...]]:

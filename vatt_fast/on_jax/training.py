@@ -11,7 +11,7 @@ import dataclasses
 import functools
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -324,12 +324,17 @@ def _whole_shapes(config: VATTConfig) -> dict[str, tuple[int, ...]]:
 # -- the run ---------------------------------------------------------------------------------------
 
 
-def host_batch(batch: Batch) -> dict[str, np.ndarray]:
-    """A batch of kept patch rows as the step takes it; each device's draw of DropToken is a row."""
+def host_batch(batch: Batch, devices: int = 1) -> dict[str, np.ndarray]:
+    """A batch of kept patch rows as the step takes it, without a copy of the rows.
+
+    Each device's draw of DropToken is a row, or each clip's where a device has several.
+    """
     names = ("video", "audio", "text", "video_valid", "audio_valid", "text_valid")
     arrays = {name: getattr(batch, name).numpy() for name in names}
     for name in ("video_keep", "audio_keep"):
-        arrays[name] = np.atleast_2d(getattr(batch, name).numpy())  # (devices, K) or (B, K)
+        keep = np.atleast_2d(getattr(batch, name).numpy())  # (n, K) of n parts
+        parts = devices if devices % len(keep) == 0 else len(batch)
+        arrays[name] = np.repeat(keep, max(1, parts // len(keep)), 0)
     return arrays
 
 
@@ -366,7 +371,10 @@ class JaxTrainer:
         shapes = state_shapes(config)
         self.specs = state_specs(shapes, self.mesh.size, self.options)
         self.state = self._placed(initial_model(config, vocabulary, run.seed, weights))
-        self._step = make_step(config, self.mesh, shapes, self.options, run.drop_per)
+        draws: tuple[DropPer, ...] = ("batch", "clip")
+        self._steps = {
+            per: make_step(config, self.mesh, shapes, self.options, per) for per in draws
+        }
 
     def restore(self, path: Path, step: int) -> None:
         weights, moments = read_state(path)
@@ -390,16 +398,23 @@ class JaxTrainer:
 
         count: Any = np.asarray(step, np.int32)
         adam = optax.ScaleByAdamState(count, ours("exp_avg"), ours("exp_avg_sq"))
-        state = TrainState(*jax_weights.on_host(model), adam)
+        params, statistics = jax_weights.on_host(model)
+        state = TrainState(cast(Arrays, params), cast(Arrays, statistics), adam)
         return place(self.mesh, self.specs, state)
 
     def step(self, batch: Batch, step: int, rate: float) -> Update:
         shared = NamedSharding(self.mesh, PartitionSpec(AXIS))
-        arrays = {name: jax.device_put(value, shared) for name, value in host_batch(batch).items()}
+        arrays = {
+            # the loader fills its memory anew, which arrays on the CPU would share
+            name: jax.device_put(value, shared, may_alias=False)
+            for name, value in host_batch(batch, self.devices).items()
+        }
+        per: DropPer = "batch" if len(arrays["video_keep"]) == self.devices else "clip"
         # a continued run draws the same dropout
         key = jax.random.fold_in(jax.random.key(self.run.seed), step)
         with lowering_for(self.platform):  # which need not be JAX's default
-            self.state, update = self._step(self.state, arrays, rate, key)
+            self.state, update = self._steps[per](self.state, arrays, rate, key)
+        jax.block_until_ready(arrays)  # copied; the step is under way by now
         return update
 
     def temperature(self) -> float:

@@ -19,6 +19,7 @@ from .settings import differences
 
 CHECKPOINT = "checkpoint.safetensors"
 _MODEL, _OPTIMIZER = "model/", "optimizer/"
+_ORDER = "order of clips"  # young: without it, a run began under the first rules of data/order.py
 
 
 class Data(NamedTuple):
@@ -97,10 +98,11 @@ def check_same_run(path: Path, was: Standing, run: dict[str, Any]) -> None:
 def say_what_changed(path: Path, was: Standing, data: Data, arithmetic: dict[str, Any]) -> None:
     """Warn of what a run may change, but goes on otherwise than it would have."""
     told = [data.changes_since(was.data)] if was.data is not None else []
+    before = {_ORDER: 1} | was.arithmetic if was.arithmetic is not None else {}
     told += [
-        f"{name} was {before}, now {arithmetic[name]}"
-        for name, before in (was.arithmetic or {}).items()
-        if before != arithmetic[name]
+        f"{name} was {value}, now {arithmetic[name]}"
+        for name, value in before.items()
+        if value != arithmetic[name]
     ]
     if told := list(filter(None, told)):
         warnings.warn(

@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import warnings
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,8 @@ from ..config import VATTConfig, preset
 from ..data.augment import ClipAugment, Frames, Key, augmentation, name_of
 from ..data.clips import Batch, ClipSpec, DropToken
 from ..data.dataset import ClipDataset
-from ..data.loader import loader
+from ..data.loader import ClipLoader, loader
+from ..data.order import VERSION as ORDER_VERSION
 from ..data.source import Source
 from ..data.sources import open_source, vocabulary_from
 from ..data.text import Vocabulary
@@ -107,25 +108,29 @@ def pretrain(
         if standing is not None:
             check_same_run(out / CHECKPOINT, standing, settings)
         trainer = _trainer(run, config, vocabulary, weights)
+        # a continued run keeps the draws that it began with, on whatever devices
+        began = (standing.arithmetic if standing is not None else None) or {}
+        shards = began.get("devices that draw", trainer.devices)
         dataset = ClipDataset(
-            run.data,
+            source,
             ClipSpec.from_config(config),
             vocabulary=vocabulary,
             batch_size=run.batch_size,
             seed=run.seed,
             shuffle_captions=run.shuffle_captions,
             cache_dir=run.cache,
-            drop_token=DropToken(config, run.drop_rate, run.drop_per, trainer.devices),
+            drop_token=DropToken(config, run.drop_rate, run.drop_per, shards=shards),
             augment=augment,
         )
-        if len(dataset.files) < run.batch_size:
+        if len(dataset.source) < run.batch_size:
             warnings.warn(
-                f"{run.data} has {len(dataset.files)} files, fewer than batch_size "
+                f"{run.data} has {len(dataset.source)} files, fewer than batch_size "
                 f"{run.batch_size}: a batch holds files several times, each its own negative",
                 stacklevel=2,
             )
         data = Data(*source.identity)
-        arithmetic = {"precision": trainer.precision, "devices that draw": trainer.devices}
+        arithmetic = {"precision": trainer.precision, "devices that draw": shards}
+        arithmetic["order of clips"] = ORDER_VERSION
         now = Standing(0, settings, data, arithmetic)
         if standing is not None:
             say_what_changed(out / CHECKPOINT, standing, data, arithmetic)
@@ -208,8 +213,10 @@ def _train(
         logger = stack.enter_context(contextlib.closing(MetricsLog(out, start, loggers)))
         stack.enter_context(bar)
         stack.enter_context(stop)
-        batches = _batches(run, trainer, dataset, start)
-        stack.callback(batches.close)  # ends the workers; they would complain of a lost connection
+        loaded = _loader(run, trainer, dataset, start)
+        stack.callback(loaded.close)
+        with kept_from_children():
+            batches = iter(loaded)
         for done in range(start + 1, run.steps + 1):
             try:
                 with stop.waiting(), timer.waiting():
@@ -283,13 +290,10 @@ def _stopped(done: int) -> KeyboardInterrupt:
     return KeyboardInterrupt(f"stopped after step {done}; the same command continues from there")
 
 
-def _batches(
-    run: PretrainConfig, trainer: Trainer, dataset: ClipDataset, start: int
-) -> Generator[Batch, None, None]:
+def _loader(run: PretrainConfig, trainer: Trainer, dataset: ClipDataset, start: int) -> ClipLoader:
     options: dict[str, Any] = dict(pin_memory=trainer.pin_memory, start_method=trainer.start_method)
     options["worker_init"] = obey_the_parent_alone
-    with kept_from_children():
-        return iter(loader(dataset, start, run.steps, run.workers, **options))
+    return loader(dataset, start, run.steps, run.workers, **options)
 
 
 def _save(out: Path, trainer: Trainer, standing: Standing, best: bool, keep_last: int) -> None:

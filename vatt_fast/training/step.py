@@ -20,6 +20,8 @@ from .checkpoint import Standing, load_checkpoint, save_checkpoint
 from .metrics import mean_cosines
 from .settings import BETAS, PretrainConfig, resolved
 
+_KEEPS = ("video_keep", "audio_keep")
+
 
 class Update(NamedTuple):
     """What one step found; the values may still be on their way."""
@@ -89,6 +91,9 @@ class TorchTrainer:
             group["lr"] = rate
         # the copy out of pageable memory would wait for the last step's end
         batch = batch.to(self.device, non_blocking=self.pin_memory)
+        copied = None
+        if self.device.type == "cuda":
+            copied = torch.cuda.current_stream(self.device).record_event()
         cosines: dict[str, Tensor] | None = {} if self._logs(step + 1) else None
         loss = train_step(
             self._model, self.optimizer, batch, self.run, step, self.autocast, cosines
@@ -96,6 +101,8 @@ class TorchTrainer:
         va, vt = (None if part is None else part.detach() for part in (loss.va, loss.vt))
         gradients = [p.grad for p in self._model.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
+        if copied is not None:
+            copied.synchronize()  # the loader fills its memory anew; this step is under way by now
         return Update(VATTLoss(loss.total.detach(), va, vt), norm, cosines or {})
 
     def _logs(self, done: int) -> bool:
@@ -126,7 +133,7 @@ def train_step(
     """
     if model.config.dropout:
         torch.manual_seed(run.seed * 1_000_003 + step)  # a continued run draws the same dropout
-    keeps = dict(video_keep=batch.video_keep, audio_keep=batch.audio_keep)
+    keeps = {name: _of_clips(getattr(batch, name), len(batch)) for name in _KEEPS}
     valid = dict(
         video_valid=batch.video_valid, audio_valid=batch.audio_valid, text_valid=batch.text_valid
     )
@@ -143,6 +150,13 @@ def train_step(
     optimizer.step()
     model.clamp_temperature()
     return loss
+
+
+def _of_clips(keep: Tensor | None, clips: int) -> Tensor | None:
+    """Kept indices of all clips (K,), or of each (B, K), of draws that parts of a batch share."""
+    if keep is None or keep.ndim == 1 or len(keep) == clips:
+        return keep
+    return keep.repeat_interleave(clips // len(keep), 0)
 
 
 # graphs of one block: three towers, whole or AGG alone, with or without gradient, and some lengths
