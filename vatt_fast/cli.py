@@ -54,6 +54,7 @@ from .evaluation.search import (
 from .files import check_folder
 from .on_jax.compile_tpu import CompileTPUConfig, compile_step, write_report
 from .paper_tables import flops_table, format_tables, parameter_table
+from .training.distributed import leave, speaks
 from .training.loop import PretrainConfig, pretrain
 from .training.metrics import NonFiniteError
 
@@ -76,9 +77,13 @@ def demo(config: DemoConfig) -> None:
 
 
 def run_pretrain(config: PretrainConfig) -> None:
-    """Pre-train on a folder of media with captions.json; continue an interrupted run."""
+    """Pre-train on a folder of media with captions.json; continue an interrupted run.
+
+    On several GPUs or hosts: torchrun --nproc-per-node 8 $(which vatt-fast) pretrain ...
+    """
     pretrain(config)
-    print(f"trained model: {config.out}")
+    if speaks():
+        print(f"trained model: {config.out}")
 
 
 def index(
@@ -465,11 +470,19 @@ def main(arguments: list[str] | None = None) -> None:
             verbs, prog="vatt-fast", description="VATT on replaceable kernels", args=arguments
         )
     except (ValueError, OSError, NonFiniteError) as error:
-        print(f"vatt-fast: {error}", file=sys.stderr)
+        _say(error, str(error))
+        leave(2)
         raise SystemExit(2) from error
     except KeyboardInterrupt as stop:
-        print(f"vatt-fast: {str(stop) or 'interrupted'}", file=sys.stderr)
+        _say(stop, str(stop) or "interrupted")
+        leave(130)
         raise SystemExit(130) from stop
+    leave(0)
+
+
+def _say(error: BaseException, text: str) -> None:
+    if not getattr(error, "told_by_another", False):
+        print(f"vatt-fast: {text}", file=sys.stderr)
 
 
 def _with_config(verb: Callable[[Any], None], config_class: type) -> Callable[[Any], None]:

@@ -76,14 +76,23 @@ class Timer:
         self._steps += 1
         self._clips += clips
 
-    def take(self) -> dict[str, float]:
-        """Clips a second, and seconds a step in all and waiting for data, since the last time."""
+    def take(
+        self, over_ranks: Callable[[dict[str, float]], dict[str, float]] = lambda x: x
+    ) -> dict[str, float]:
+        """Clips a second, and seconds a step in all and waiting for data, since the last time.
+
+        Args:
+            over_ranks: each value's largest on any rank.
+        """
         seconds = time.perf_counter() - self._began
-        found = {
-            "clips_per_second": self._clips / seconds,
-            "step_seconds": seconds / self._steps,
-            "data_wait_seconds": self._waited / self._steps,
-        }
+        slowest = over_ranks(
+            {
+                "step_seconds": seconds / self._steps,
+                "data_wait_seconds": self._waited / self._steps,
+            }
+        )
+        clips = self._clips / self._steps
+        found = {"clips_per_second": clips / slowest["step_seconds"], **slowest}
         self.reset()
         return found
 

@@ -17,10 +17,14 @@ class StopRequests:
     """Within, the signals only set ``requested``, so that a run ends between two steps.
 
     A second signal acts at once. Outside the main thread nothing is caught.
+
+    Args:
+        patient: a second signal changes nothing: a launcher passes on what came here already.
     """
 
-    def __init__(self):
+    def __init__(self, patient: bool = False):
         self.requested = False
+        self._patient = patient
         self._waiting = False
         self._before: dict[int, Any] = {}
 
@@ -36,7 +40,8 @@ class StopRequests:
 
     def _request(self, number, frame) -> None:
         self.requested = True
-        signal.signal(number, self._before[number])
+        if not self._patient:
+            signal.signal(number, self._before[number])
         if self._waiting:
             raise KeyboardInterrupt
 
