@@ -237,10 +237,13 @@ def joined(run: PretrainConfig) -> Iterator[Ranks]:
     if not given and not launched:
         yield Ranks(device=run.device)
         return
-    device = _device_of(run)
     if given:
-        yield _checked(Ranks(dist.get_rank(), dist.get_world_size(), device), run)
+        ranks = Ranks(dist.get_rank(), dist.get_world_size())
+        with ranks.together():
+            ranks.device = _device_of(run)
+        yield _checked(ranks, run)
         return
+    device = _device_of(run)
     # its functions have the group as a default argument if they are defined while there is one
     import torch.distributed.nn.functional  # noqa: F401
 
@@ -319,7 +322,7 @@ def _refuse_replica_groups() -> None:
 
 
 def _device_of(run: PretrainConfig) -> str:
-    """The device of this rank: GPUs are given out by local rank."""
+    """The device of this rank: GPUs are given out by local rank. Raises ValueError: none such."""
     local = int(os.environ.get("LOCAL_RANK", "0"))
     if run.framework == "jax" or run.device not in ("auto", "cuda"):
         if run.device.startswith("cuda:") and int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1:
@@ -327,6 +330,8 @@ def _device_of(run: PretrainConfig) -> str:
                 f"device is {run.device!r} for all ranks of this host; use 'cuda' or 'auto': each "
                 "takes its own"
             )
+        if run.framework == "torch":
+            pick_device(run.device)
         return run.device
     if pick_device(run.device).type != "cuda":
         return "cpu"
