@@ -166,8 +166,7 @@ class Ranks:
         try:
             yield
         except RuntimeError as error:
-            of_the_group = isinstance(error, dist.DistError) or "gloo" in str(error)
-            if self.world == 1 or not of_the_group:
+            if self.world == 1 or not _of_a_group(error):
                 raise
             seconds = time.monotonic() - began
             raise ConnectionError(
@@ -202,6 +201,10 @@ class Ranks:
         if "cpu" in str(dist.get_backend_config()):
             return torch.device("cpu")
         return torch.device("cuda", torch.cuda.current_device())
+
+
+def _of_a_group(error: Exception) -> bool:
+    return isinstance(error, dist.DistError) or "gloo" in str(error).lower()
 
 
 def agreed(error: Any, ranks: Ranks) -> Any:
@@ -250,7 +253,10 @@ def joined(run: PretrainConfig) -> Iterator[Ranks]:
     gpus = run.framework == "torch" and pick_device(device).type == "cuda"
     wait = datetime.timedelta(seconds=run.patience)
     try:
-        store, rank, world = next(dist.rendezvous("env://", timeout=wait))
+        whole, rank, world = next(dist.rendezvous("env://", timeout=wait))
+        # torchrun's store outlives the ranks that it starts again
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store = dist.PrefixStore(f"vatt_fast/{attempt}", whole)
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if gpus else "gloo",
             store=dist.PrefixStore("ranks", store),
@@ -258,7 +264,9 @@ def joined(run: PretrainConfig) -> Iterator[Ranks]:
             world_size=world,
             timeout=wait,
         )
-    except dist.DistError as error:
+    except RuntimeError as error:
+        if not _of_a_group(error):
+            raise
         raise ConnectionError(
             f"the {os.environ['WORLD_SIZE']} ranks did not find each other within {run.patience} s "
             f"at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} ({error})"
