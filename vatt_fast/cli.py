@@ -368,7 +368,7 @@ def doctor(json: bool = False) -> None:
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
-    names = "triton jax optax libtpu av tyro tensorboard scikit-learn matplotlib"
+    names = "triton jax optax libtpu av tyro tensorboard scikit-learn matplotlib google-crc32c"
     report |= {name: _version(name) for name in names.split()}
     threads = f"cpu, {torch.get_num_threads()} threads"
     report["device"] = torch.cuda.get_device_name() if device.type == "cuda" else threads

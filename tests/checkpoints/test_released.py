@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import os
+import random
 import re
 from pathlib import Path
 
@@ -260,6 +261,8 @@ def test_heads_are_told_or_asked_for(small):
     prefix = write()
     found = read_released(prefix)  # as the text tower's, and it says so
     assert found.config == model.config
+    with pytest.warns(UserWarning, match="3 heads of 8, as in the text tower"):
+        create_model(prefix)
     assert [note for note in found.notes if "3 heads of 8, as in the text tower" in note]
     wide = read_released(prefix, head_dim={"video": 24}).config
     assert (wide.video.num_heads, wide.audio.num_heads) == (1, 3)
@@ -295,6 +298,30 @@ def test_other_dtypes_become_fp32(small, dtype):
         if key != "log_scale":
             assert found.tensors[key].dtype == torch.float32
             assert torch.equal(found.tensors[key], value.to(dtype).float()), key
+
+
+@pytest.mark.parametrize("name", ["wide_spaces", "agnostic_post_proj", "paper_words"])
+def test_any_shape_is_understood_or_refused(name):
+    """One shape of another rank or size, or gone: no other error, and never unnoticed."""
+    of_model, draw, refused = shapes_of(variant(name)), random.Random(name), 0
+    for _ in range(400):
+        shapes, key = dict(of_model), draw.choice(list(of_model))
+        shape = list(shapes.pop(key))
+        if place := draw.randrange(3):
+            shape[draw.randrange(len(shape))] = draw.choice([0, 1, 2, 3, 5, 17, 100, 2**40])
+            shapes[key] = tuple(shape if place == 1 else shape[draw.randrange(2) :])
+        try:
+            layout = layout_of(shapes, head_dim=8)
+        except ValueError:
+            refused += 1
+            continue
+        fits = {w.key: w.shape for w in layout.weights} == shapes
+        assert not fits or shapes == of_model or layout.config != variant(name)
+        if fits:
+            with torch.device("meta"):
+                VATT(layout.config)
+        refused += not fits
+    assert refused > 300
 
 
 # -- what does not match ---------------------------------------------------------------------------

@@ -136,8 +136,17 @@ class _Sizes:
         for key, shape in self.shapes.items():
             if key.endswith("/relative_attention_bias/embeddings") and len(shape) == 2:
                 layer = key.removesuffix("/relative_attention_bias/embeddings")
-                return self.of(f"{layer}/q/kernel", 2)[1] // max(shape[1], 1)
+                return self.of(f"{layer}/q/kernel", 2)[1] // max(shape[1], 1) or None
         return None
+
+    def relative_buckets(self, key: str) -> int:
+        """Half of them are of keys after the query, and half of these of single distances."""
+        buckets, most = self.of(key, 2)[0], 4 * VATTConfig().relative_max_distance
+        if not 4 <= buckets < most:
+            raise ValueError(
+                f"{self.source}: {key} has {buckets} rows; relative positions take 4 to {most - 1}"
+            )
+        return buckets
 
     def t5_tower(self, at: str) -> TowerConfig:
         attention = f"{at}/layers/0/self_attention/attention"
@@ -196,7 +205,7 @@ def _specific(sizes: _Sizes, root: str, num_words: int | None) -> Layout:
         video=sizes.tower(f"{at['video']}/_base/tx", "video"),
         audio=sizes.tower(f"{at['audio']}/_base/tx", "audio"),
         text=text,
-        relative_buckets=sizes.of(bias, 2)[0],
+        relative_buckets=sizes.relative_buckets(bias),
         # without a projection the words have the tower's width, as in the paper
         word_dim=sizes.of(projection, 2)[0] if sizes.has(projection) else None,
         vocab_size=_vocab_size(sizes, f"{at['text']}/embedding/embeddings", num_words),
