@@ -388,6 +388,45 @@ def test_partial_goes_on_and_lists_all(small, tmp_path):
     assert all(torch.equal(value, random[key]) for key, value in ours.items())
 
 
+def test_words_give_a_missing_table_its_size(small, tmp_path):
+    write, _ = small
+    (tmp_path / "words.txt").write_text("\n".join(WORDS[:9]))
+    options = dict(words=tmp_path / "words.txt", head_dim=8)
+    prefix = write(lambda t: t.pop(TABLE))
+    with pytest.raises(ValueError, match=r"missing: .*embedding/embeddings"):
+        read_released(prefix, **options)
+    convert(prefix, tmp_path / "out", partial=True, **options)
+    found = create_model(tmp_path / "out")
+    assert len(found.vocabulary) == len(found.text_tokens.table.weight) == 9
+
+
+def test_other_ways_to_the_common_spaces_are_found(small):
+    write, model = small
+
+    def change(tensors):
+        for key in list(tensors):
+            tensors[key.replace("_head_layer/_bridge_heads/0", "_head_layer/bridge")] = tensors.pop(
+                key
+            )
+
+    found = read_released(write(change), head_dim=8)
+    assert torch.equal(
+        found.tensors["common_space.audio_va.weight"], model.common_space.audio_va.weight
+    )
+
+
+def test_other_names_of_the_classifier_are_found(tower, tmp_path):
+    model, _, clips = tower
+    tensors = fine_tuned_keys(model.config, model.state_dict())
+    renamed = {key.replace("_ops/cls", "_ops/logits"): value for key, value in tensors.items()}
+    write_bundle(tmp_path / "ckpt-9", arrays(renamed))
+    found = Classifier.from_released(read_released(tmp_path / "ckpt-9", head_dim=8))
+    assert torch.equal(found(clips), model(clips))
+    write_bundle(tmp_path / "ckpt-9", arrays(renamed | tensors))
+    with pytest.raises(ValueError, match=r"one classifier beside .*_ops/cls/kernel, .*_ops/logits"):
+        read_released(tmp_path / "ckpt-9", head_dim=8)
+
+
 def test_towers_without_a_model_here_are_refused(tmp_path):
     tensors = {f"{ROOT}_base/spectrum_to_patch/kernel{VALUE}": np.ones((16, 5, 1, 8), np.float32)}
     write_bundle(tmp_path / "ckpt", tensors)
