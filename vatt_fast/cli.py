@@ -243,7 +243,8 @@ def _trained(model: str, device: str) -> VATT:
     net = create_model(model).to(pick_device(device))
     if net.vocabulary is None:
         raise ValueError(
-            "this model has no vocabulary.txt; give the folder of a finished or running pretrain"
+            "this model has no vocabulary.txt; give the folder of a finished or running pretrain, "
+            "or of convert --words"
         )
     return net
 
