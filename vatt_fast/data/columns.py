@@ -296,16 +296,52 @@ def to_files(folder: Path) -> Callable[[str, Iterator[np.ndarray], int, Any, tup
     return write
 
 
-def map_files(folder: Path) -> dict[str, np.ndarray]:
-    """The columns in a folder, mapped. Raises ValueError where one is missing or cut short."""
+class FileRows:
+    """The rows of a .npy file, read anew each time. Processes may share it.
+
+    Mapped, the captions read by a process that reads them all over would count as its memory.
+    """
+
+    def __init__(self, path: Path) -> None:
+        mapped = np.load(path, mmap_mode="r")  # checks header and size
+        self.dtype, self.shape, self._offset = mapped.dtype, mapped.shape, mapped.offset
+        self._row_bytes = self.dtype.itemsize * math.prod(self.shape[1:])
+        self._file = os.open(path, os.O_RDONLY)
+        os.posix_fadvise(self._file, 0, 0, os.POSIX_FADV_RANDOM)
+
+    def __del__(self) -> None:
+        if hasattr(self, "_file"):
+            os.close(self._file)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: slice) -> np.ndarray:
+        start, stop, step = rows.indices(len(self))
+        wanted = max(0, stop - start) * self._row_bytes
+        data = os.pread(self._file, wanted, self._offset + start * self._row_bytes)
+        if step != 1 or len(data) != wanted:
+            raise OSError(f"{len(data)} of {wanted} bytes of an index could be read; index again")
+        return np.frombuffer(data, self.dtype).reshape(-1, *self.shape[1:])
+
+
+def map_files(folder: Path) -> dict[str, Any]:
+    """The columns in a folder, mapped; those of captions as ``FileRows``.
+
+    Raises:
+        ValueError: one is missing or cut short.
+    """
     names = [*_all_columns(), "token_data", "token_offsets", "word_counts", "blocks"]
     names += [f"{name}_{kind}" for name in _STRINGS for kind in ("offsets", "data")]
-    columns = {}
+    columns: dict[str, Any] = {}
     for name in names:
         path = folder / f"{name}.npy"
         try:
-            # a plain array over the map: slices of np.memmap cost 10 us each
-            columns[name] = np.load(path, mmap_mode="r").view(np.ndarray)
+            if name.startswith(("caption_times", "text_", "token_")):
+                columns[name] = FileRows(path)
+            else:
+                # a plain array over the map: slices of np.memmap cost 10 us each
+                columns[name] = np.load(path, mmap_mode="r").view(np.ndarray)
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"{path} is missing or damaged ({error}); delete {folder} and index again"

@@ -1,6 +1,6 @@
 """An index of a source: everything about its examples but their pictures and sound, on disk.
 
-It is a folder of .npy columns that processes map, and index.json, which is written last. Building
+It is a folder of .npy columns that processes map or read, and index.json, written last. Building
 goes in parts, a shard or some files each, which stay where a build is killed; the next one goes on
 from there. A later build opens again only what has changed.
 """
