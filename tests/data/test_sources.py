@@ -1,14 +1,19 @@
 """Folders, manifests and tar shards as sources: the same clips, whatever holds them."""
 
+import contextlib
 import io
 import json
 import math
+import multiprocessing
 import os
 import pickle
 import re
+import signal
 import sys
 import tarfile
+import time
 import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,10 +30,11 @@ from vatt_fast.data.index import build_index, open_index
 from vatt_fast.data.listing import Wanted, list_source, parse
 from vatt_fast.data.media import MediaReader
 from vatt_fast.data.media_writer import write_clip
-from vatt_fast.data.shards import expand_braces, key_of
+from vatt_fast.data.shards import expand_braces, key_of, list_members
 from vatt_fast.data.source import CONTENT, MixedSource, Place, Source
 from vatt_fast.data.sources import open_source, vocabulary_from
 from vatt_fast.data.text import Caption, Vocabulary
+from vatt_fast.files import only_writer
 
 SECONDS = 1.0
 SAID = {
@@ -447,6 +453,38 @@ def test_a_corrupt_member_and_a_corrupt_header(media, tmp_path):
     assert "cannot be read as JSON" in told["a.tar/bad"]
 
 
+def test_flipped_bits_and_cuts_anywhere(media, tmp_path):
+    """A tar gives members that lie within it, and a reason for what is missing, or a ValueError."""
+    small = {f"{number}.txt": bytes([number]) * (300 * number) for number in range(8)}
+    data = write_tar(tmp_path / "a.tar", [*small.items()], format=tarfile.PAX_FORMAT).read_bytes()
+    random = np.random.default_rng(0)
+    whole = [*small.values()]
+    refused = []
+    for trial in range(400):
+        broken = bytearray(data)
+        if trial % 2:
+            place = int(random.integers(len(broken)))
+            broken[place] ^= 1 << int(random.integers(8))
+            header = place // 512 * 512
+            if trial % 4 == 1 and header < 9 * 1024:  # its sum is made right again
+                block = broken[header : header + 512]
+                block[148:156] = b" " * 8
+                broken[header + 148 : header + 156] = b"%06o\0 " % sum(block)
+        else:
+            del broken[int(random.integers(len(broken))) :]
+        try:
+            shard = list_members(io.BytesIO(broken), len(broken), "a.tar")
+        except ValueError as error:
+            refused.append(str(error))
+            continue
+        for member in shard.members:
+            assert member.offset >= 0 and member.offset + member.size <= len(broken)
+        if not shard.problems and not trial % 2:
+            assert [bytes(broken[m.offset : m.offset + m.size]) for m in shard.members] == whole
+    assert 0 < len(refused) < 60
+    assert all("a.tar" in reason and "\n" not in reason for reason in refused)
+
+
 def test_a_changed_tar_is_read_again_by_name(media, tmp_path, monkeypatch):
     folder = as_tars(media, tmp_path / "shards")
     open_source(folder, say=quiet)
@@ -517,6 +555,58 @@ def test_a_killed_build_goes_on(media, tmp_path, monkeypatch, workers):
     source = build_index(list_source(Wanted(str(folder))), folder / "vatt_index")
     assert "0.tar" not in read and {"1.tar", "2.tar"} <= {*read} and len(source) == 4
     assert not (folder / "vatt_index" / "parts").exists()
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_build_killed_at_any_time_goes_on(media, tmp_path, monkeypatch, workers):
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    for number in range(6):
+        write_tar(folder / f"{number}.tar", [(f"{number}.mp4", media["0.mp4"])])
+    listing = list_source(Wanted(str(folder)))
+    whole = build_index(listing, tmp_path / "whole")
+    original = index_module.read_shard
+
+    def slowly(*given):
+        time.sleep(0.05)
+        original(*given)
+
+    monkeypatch.setattr(index_module, "read_shard", slowly)
+    fork = multiprocessing.get_context("fork")
+    for parts in (1, 3):
+        child = fork.Process(
+            target=build_index, args=(listing, tmp_path / "index"), kwargs={"workers": workers}
+        )
+        child.start()
+        while len([*(tmp_path / "index" / "parts").glob("*.npz")]) < parts and child.is_alive():
+            time.sleep(0.01)
+        children = Path(f"/proc/{child.pid}/task/{child.pid}/children").read_text().split()
+        for pid in (child.pid, *map(int, children)):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        child.join()
+    source = build_index(listing, tmp_path / "index", workers=workers)
+    assert source.identity == whole.identity
+    assert sorted(path.name for path in (tmp_path / "index").iterdir()) == sorted(
+        [".lock", "index.json", next((tmp_path / "index").glob("columns-*")).name]
+    )
+
+
+def test_another_process_that_builds_is_waited_for(media, tmp_path):
+    folder = as_tars(media, tmp_path / "shards")
+    place = folder / "vatt_index"
+    place.mkdir()
+    said = []
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(only_writer(place))
+
+        def say(line):
+            said.append(line)
+            if len(said) == 2:
+                stack.close()
+
+        assert len(open_source(folder, say=say)) == 4
+    assert said[1].endswith("name another folder: waiting") and len(said) == 2
 
 
 def test_an_index_may_move_with_its_data(media, tmp_path):
