@@ -25,9 +25,12 @@ from media_files import noise, numbered
 from vatt_fast.cli import main
 from vatt_fast.data import index as index_module
 from vatt_fast.data import sources as sources_module
+from vatt_fast.data.clips import ClipSpec
 from vatt_fast.data.columns import AUDIO, IMAGE, MEASURED, VIDEO, PartBuilder, Strings, in_memory
+from vatt_fast.data.dataset import ClipDataset
 from vatt_fast.data.index import build_index, open_index
 from vatt_fast.data.listing import Wanted, list_source, parse
+from vatt_fast.data.loader import evaluation_clips, loader
 from vatt_fast.data.media import MediaReader
 from vatt_fast.data.media_writer import write_clip
 from vatt_fast.data.shards import expand_braces, key_of, list_members
@@ -284,6 +287,81 @@ def test_large_captions_are_read_apart(media, tmp_path, monkeypatch):
     source = open_source(folder, say=said.append)
     assert len(said) == 1 and source.folder == folder / "vatt_index"
     assert content(source) == expected() and source.identity == held.identity
+
+
+SPEC = ClipSpec(4, 32, 32, 10.0, 6400, 16000, 4, 2)
+
+
+def as_kind(kind, media, folder):
+    """Only names of whole files, so that every kind has the same examples."""
+    if kind == "shards":
+        return as_tars(media, folder)
+    as_folder(media, folder)
+    if kind == "manifest":
+        (folder / "list.csv").write_text("\n".join(["path", *media]))
+        said = {"path": folder / "list.csv", "captions": folder / "captions.json"}
+        lines = [f'{key} = "{value}"' for key, value in said.items()]
+        (folder / "one.toml").write_text("\n".join(["[[source]]", *lines]))
+        return folder / "one.toml"
+    return folder
+
+
+def test_clips_are_the_same_whatever_holds_them(media, tmp_path):
+    found = []
+    for kind in ("folder", "manifest", "shards"):
+        source = open_source(as_kind(kind, media, tmp_path / kind), say=quiet)
+        vocabulary = vocabulary_from(source, 50)
+        clips = {}
+        for batch in evaluation_clips(source, SPEC, vocabulary=vocabulary, batch_size=3):
+            arrays = (batch.video, batch.audio, batch.text, batch.video_valid, batch.text_valid)
+            for row, name in enumerate(batch.files):
+                clips[os.path.basename(name)] = [np.asarray(array[row]) for array in arrays]
+        found.append((vocabulary.words, clips))
+    assert set(found[0][1]) == set(media)
+    for words, clips in found[1:]:
+        assert words == found[0][0] and set(clips) == set(media)
+        for name, arrays in clips.items():
+            for array, expected in zip(arrays, found[0][1][name], strict=True):
+                np.testing.assert_array_equal(array, expected)
+
+
+@pytest.mark.parametrize("kind", ["folder", "manifest", "shards"])
+def test_batches_are_the_same_for_any_workers_and_ranks(media, tmp_path, kind):
+    source = open_source(as_kind(kind, media, tmp_path / kind), say=quiet)
+    vocabulary = vocabulary_from(source, 50)
+
+    def batches(workers, world, first=0):
+        ranks = []
+        for rank in range(world):
+            dataset = ClipDataset(
+                source,
+                SPEC,
+                vocabulary=vocabulary,
+                batch_size=2 // world,
+                rank=rank,
+                world=world,
+            )
+            ranks.append(
+                [
+                    (list(batch.files), batch.video.numpy().copy(), batch.text.numpy().copy())
+                    for batch in loader(dataset, first, 5, workers)
+                ]
+            )
+        joined = []
+        for step in zip(*ranks, strict=True):
+            names, *arrays = zip(*step, strict=True)
+            joined.append(([name for each in names for name in each], *map(np.concatenate, arrays)))
+        return joined
+
+    expected = batches(0, 1)
+    assert sorted(expected[0][0] + expected[1][0]) == sorted(map(source.name, range(4)))
+    for workers, world, first in ((2, 1, 0), (1, 2, 0), (0, 2, 3)):
+        found = batches(workers, world, first)
+        assert len(found) == 5 - first
+        for (files, *arrays), (names, *others) in zip(found, expected[first:], strict=True):
+            assert files == names
+            for array, other in zip(arrays, others, strict=True):
+                np.testing.assert_array_equal(array, other)
 
 
 # -- shards as others write them -------------------------------------------------------------------
