@@ -98,7 +98,8 @@ def index(
         source: a folder, folder/** for all below, a .csv, .tsv or .parquet of path, start, end and
             text, a folder of tars, shards/{000..099}.tar, a URL of such, or a .toml of several.
         out: folder of the index; by default it lies beside the data, where pretrain looks for it.
-        captions: JSON or folder of captions by the media's names, as HowTo100M's caption.json.
+        captions: JSON or folder of captions by the media's names, as HowTo100M's caption.json; for
+            clips without captions of their own.
         media: folder that a manifest's paths are relative to, instead of the manifest's.
         workers: processes; by default one a core.
         problems: list all that was left out, and why, instead of the first ten.
