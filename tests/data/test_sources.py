@@ -13,7 +13,6 @@ import sys
 import tarfile
 import time
 import tracemalloc
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -37,7 +36,7 @@ from vatt_fast.data.shards import expand_braces, key_of, list_members
 from vatt_fast.data.source import CONTENT, MixedSource, Place, Source
 from vatt_fast.data.sources import open_source, vocabulary_from
 from vatt_fast.data.text import Caption, Vocabulary
-from vatt_fast.files import only_writer
+from vatt_fast.files import InUseError, only_writer
 
 SECONDS = 1.0
 SAID = {
@@ -635,6 +634,16 @@ def test_a_killed_build_goes_on(media, tmp_path, monkeypatch, workers):
     assert not (folder / "vatt_index" / "parts").exists()
 
 
+def ends_soon(lock):
+    for _ in range(500):
+        try:
+            with lock():
+                return True
+        except InUseError:
+            time.sleep(0.02)
+    return False
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_build_killed_at_any_time_goes_on(media, tmp_path, monkeypatch, workers):
     folder = tmp_path / "shards"
@@ -658,11 +667,9 @@ def test_a_build_killed_at_any_time_goes_on(media, tmp_path, monkeypatch, worker
         child.start()
         while len([*(tmp_path / "index" / "parts").glob("*.npz")]) < parts and child.is_alive():
             time.sleep(0.01)
-        children = Path(f"/proc/{child.pid}/task/{child.pid}/children").read_text().split()
-        for pid in (child.pid, *map(int, children)):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        os.kill(child.pid, signal.SIGKILL)
         child.join()
+        assert ends_soon(lambda: only_writer(tmp_path / "index"))  # its workers end with it
     source = build_index(listing, tmp_path / "index", workers=workers)
     assert source.identity == whole.identity
     assert sorted(path.name for path in (tmp_path / "index").iterdir()) == sorted(
@@ -714,6 +721,30 @@ def test_damaged_indexes(media, tmp_path):
             open_source(index)
     with pytest.raises(ValueError, match="is no index; make one with vatt-fast index"):
         open_index(tmp_path)
+
+
+def test_a_shard_that_is_none_is_listed(media, tmp_path):
+    folder = as_tars(media, tmp_path / "shards")
+    (folder / "00002.tar").write_bytes(b"")
+    (folder / "00003.tar").write_bytes(b"<html>404</html>" * 100)
+    source = open_source(folder, say=quiet)
+    assert len(source) == 4 and sorted(source.problems) == ["00002.tar", "00003.tar"]
+    assert "is empty" in source.problems["00002.tar"]
+    assert "is no tar" in source.problems["00003.tar"]
+
+
+def test_names_of_any_bytes(media, tmp_path):
+    folder = tmp_path / "clips"
+    folder.mkdir()
+    odd = os.fsdecode(b"\xff\xe9.mp4")
+    (folder / odd).write_bytes(media["0.mp4"])
+    (folder / f"bad{odd}").write_bytes(b"no media")
+    source = build_index(list_source(Wanted(str(folder))), folder / "vatt_index")
+    assert source.name(0) == odd and list(source.problems) == [f"bad{odd}"]
+    with MediaReader(source.place(0)) as reader:
+        assert reader.info.duration_seconds == SECONDS
+    write_tar(tmp_path / "a.tar", [(odd, media["0.mp4"])], format=tarfile.GNU_FORMAT)
+    assert open_source(tmp_path / "a.tar", say=quiet).name(0) == f"a.tar/{odd}"
 
 
 @pytest.mark.parametrize(

@@ -169,10 +169,10 @@ def seconds_of(time: str | float) -> float:
     """Seconds of a number or of "1:02:03.5". Raises ValueError for anything else."""
     if isinstance(time, bool):
         raise ValueError(f"{time} is no time")
-    if isinstance(time, str) and (found := _TIME.fullmatch(time.strip())):
-        hours, minutes, rest = found.groups()
-        return int(hours or 0) * 3600 + int(minutes) * 60 + float(rest.replace(",", "."))
     try:
+        if isinstance(time, str) and (found := _TIME.fullmatch(time.strip())):
+            hours, minutes, rest = found.groups()
+            return int(hours or 0) * 3600 + int(minutes) * 60 + float(rest.replace(",", "."))
         seconds = float(time)
     except (TypeError, ValueError, OverflowError):
         seconds = math.nan

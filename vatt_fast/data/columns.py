@@ -7,6 +7,7 @@ source's examples; ``join`` puts parts one behind the other without holding them
 
 import bisect
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -352,15 +353,18 @@ def map_files(folder: Path) -> dict[str, Any]:
 def _one_lexicon(parts: Sequence[Part]) -> tuple[list[tuple[str, int]], list[np.ndarray]]:
     """All words with their counts, most frequent first, and each part's numbers in that list."""
     totals: Counter[str] = Counter()
-    of_part: list[list[str]] = []
     for part in parts:
-        words = list(Strings.of(part, "word"))
-        of_part.append(words)
-        for word, count in zip(words, part["word_counts"].tolist(), strict=True):
+        for word, count in zip(_words(part), part["word_counts"].tolist(), strict=True):
             totals[word] += count
     ranked = sorted(totals.items(), key=lambda pair: (-pair[1], pair[0]))
     number = {word: place for place, (word, _) in enumerate(ranked)}
-    return ranked, [np.array([number[word] for word in words], np.int32) for words in of_part]
+    # read again: the words of all parts would take gigabytes
+    return ranked, [np.array([number[word] for word in _words(p)], np.int32) for p in parts]
+
+
+def _words(part: Part) -> list[str]:
+    offsets, data = part["word_offsets"].tolist(), part["word_data"].tobytes()
+    return [data[a:b].decode() for a, b in itertools.pairwise(offsets)]
 
 
 def _located(
@@ -492,14 +496,12 @@ class ColumnSource:
     def encode(self, vocabulary: Vocabulary, words: int) -> Callable[[int], np.ndarray]:
         if words < 1:
             raise ValueError(f"words is {words}; a text has room for at least 1 word")
-        numbers = [
-            vocabulary.number_of.get(word, UNKNOWN_ID) for word in Strings.of(self.columns, "word")
-        ]
+        numbers = [vocabulary.number_of.get(word, UNKNOWN_ID) for word in _words(self.columns)]
         return _Words(self, np.array(numbers, np.int32), words)
 
     def word_counts(self) -> Iterator[tuple[str, int]]:
         counts = self.columns["word_counts"].tolist()
-        return zip(Strings.of(self.columns, "word"), counts, strict=True)
+        return zip(_words(self.columns), counts, strict=True)
 
     @property
     def has(self) -> Modalities:

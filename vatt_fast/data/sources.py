@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -30,12 +31,16 @@ MOST_IN_MEMORY = 20_000
 _WAIT_SECONDS = 0.5
 
 
+def _to_stderr(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
 def open_source(
     data: str | os.PathLike,
     *,
     index_folder: str | os.PathLike | None = None,
     workers: int = 1,
-    say: Callable[[str], None] = print,
+    say: Callable[[str], None] = _to_stderr,
 ) -> Source:
     """The source that ``data`` names, as ``listing`` describes.
 
