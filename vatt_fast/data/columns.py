@@ -5,7 +5,6 @@ Strings are one array of bytes and (n + 1,) offsets. A part is a dict of such ar
 source's examples; ``join`` puts parts one behind the other without holding them all.
 """
 
-import bisect
 import hashlib
 import itertools
 import json
@@ -542,10 +541,6 @@ class ColumnSource:
                 texts.update(columns["text_data"][offsets[0] : offsets[-1]].tobytes())
         captions = CONTENT + texts.hexdigest() if said else ""
         return Identity(len(self), total, names.hexdigest(), captions)
-
-    def find_block(self, index: int) -> int:
-        """The block that an example is in."""
-        return bisect.bisect_right(self.blocks, index) - 1
 
 
 def _reopened(folder: Path) -> Any:

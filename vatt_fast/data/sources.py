@@ -164,6 +164,3 @@ def vocabulary_from(source: Source, max_words: int) -> Vocabulary:
             f"max_words is {max_words}; {PADDING}, {UNKNOWN} and one word need at least 3"
         )
     return Vocabulary([PADDING, UNKNOWN, *(word for word, _ in ranked[: max_words - 2])])
-
-
-__all__ = ["MixedSource", "Source", "open_source", "parse", "vocabulary_from"]
