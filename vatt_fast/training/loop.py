@@ -143,7 +143,7 @@ def pretrain(
         if not owned:
             out.mkdir(parents=True, exist_ok=True)
             stack.enter_context(_own(out))
-        report = Report(run, settings, config, vocabulary, augment)
+        report = Report(run, settings, config, vocabulary, source, augment)
         _train(run, trainer, dataset, now, report, progress)
     if dataset.skipped:
         reasons = "\n  ".join(list(dataset.skipped.values())[:5])

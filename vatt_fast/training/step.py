@@ -134,7 +134,7 @@ def train_step(
     if model.config.dropout:
         torch.manual_seed(run.seed * 1_000_003 + step)  # a continued run draws the same dropout
     keeps = {name: _of_clips(getattr(batch, name), len(batch)) for name in _KEEPS}
-    valid = dict(
+    valid: dict[str, Any] = dict(
         video_valid=batch.video_valid, audio_valid=batch.audio_valid, text_valid=batch.text_valid
     )
     # first: the last step's gradients would lie beside this one's activations
