@@ -191,6 +191,20 @@ def test_several_windows_are_those_of_one_at_a_time(tmp_path, name):
                 np.testing.assert_array_equal(clip.audio, alone.audio)
 
 
+def test_each_window_may_have_its_own_box(tmp_path):
+    path = tmp_path / "a.mp4"
+    write_clip(path, numbered(60), noise(6.0, 16000))
+    window = dict(num_frames=8, frames_per_second=10, height=32, width=32, **SOUND)
+    starts, boxes = [0.4, 0.4, 1.0], [(0.5, 0, 0.5, 0.5), None, lambda *size: (0, 0.25, 1, 0.5)]
+    with MediaReader(path) as reader:
+        found = reader.clips(starts, box=boxes, **window)
+        for start, box, clip in zip(starts, boxes, found, strict=True):
+            alone = reader.clip(start=start, box=box, **window)
+            np.testing.assert_array_equal(clip.video, alone.video)
+        with pytest.raises(ValueError, match="2 boxes for 3 windows"):
+            reader.clips(starts, box=boxes[:2], **window)
+
+
 def test_windows_near_one_another_are_decoded_once(tmp_path, monkeypatch):
     path = tmp_path / "a.mp4"
     write_clip(path, numbered(100), noise(10.0, 16000))
