@@ -122,23 +122,47 @@ def test_boxes_that_are_no_part(tmp_path, box):
             read_video(tmp_path / name, **ONE, height=8, width=8, box=box)
 
 
+def edit_out(path, spans):
+    """Write an edit list into an MP4 of 25 frames a second: first frames, and how many of each."""
+    content = bytearray(path.read_bytes())
+    assert content.index(b"mdat") < content.index(b"moov")  # so that no offset moves
+    at = content.index(b"elst")
+    began = int.from_bytes(content[at + 16 : at + 20], "big")
+    table = len(spans).to_bytes(4, "big")
+    for first, count in spans:  # milliseconds; 512 ticks of the media are a frame
+        for value in (40 * count, began + 512 * first, 1 << 16):
+            table += value.to_bytes(4, "big")
+    for box in (b"moov", b"trak", b"edts", b"elst"):
+        size = content.index(box) - 4
+        grown = int.from_bytes(content[size : size + 4], "big") + 12 * (len(spans) - 1)
+        content[size : size + 4] = grown.to_bytes(4, "big")
+    content[at + 8 : at + 24] = table
+    path.write_bytes(content)
+
+
 @pytest.mark.parametrize(
     ("name", "video", "options"),
     [
         ("a.mp4", "libx264", {"bf": "3", "g": "30"}),
         ("a.mkv", "libx264", {"bf": "3", "g": "30", "x264-params": "open-gop=1"}),
         ("a.mp4", "libx265", {"x265-params": "bframes=4:keyint=30:log-level=none"}),
+        ("cut.mp4", "libx264", {"bf": "3", "g": "50"}),
         ("a.avi", "libx264", {"bf": "2", "g": "30"}),
         ("a.mkv", "mpeg4", {"bf": "2", "g": "30"}),
     ],
 )
 def test_leaving_pictures_out_changes_none(tmp_path, monkeypatch, name, video, options):
+    cut = name.startswith("cut")  # by an edit list, to begin amid a group of pictures
     if video not in av.codecs_available:
         pytest.skip(f"this PyAV has no encoder {video}")
     path = tmp_path / name
     frames = numbered(200)
     frames[:, 10:30, 10:30] += np.random.default_rng(0).integers(0, 90, (200, 20, 20, 1), np.uint8)
     encode(path, video=video, fps=25, frames=frames, video_options=options)
+    if cut:
+        edit_out(path, [(33, 75), (150, 45)])
+        first = read_video(path, start=0, num_frames=1, frames_per_second=25, height=64, width=64)
+        assert read_numbers(first) == [33]
     decoded = 0
     original = MediaReader._timed_frames
 
@@ -158,7 +182,7 @@ def test_leaving_pictures_out_changes_none(tmp_path, monkeypatch, name, video, o
                 reader.video(
                     start=start, num_frames=count, frames_per_second=fps, height=64, width=64
                 )
-                for start in (0.0, 0.333, 2.41, 4.0, 7.1)
+                for start in (0.0, 0.333, 2.41, 2.7, *(() if cut else (4.0, 7.1)))
                 for fps, count in ((10, 12), (3, 4), (25, 6))
             ]
 

@@ -89,6 +89,7 @@ class Scaler:
         return cut
 
 
+@functools.lru_cache
 def _span(
     begin: float, end: float, size: int, output: int
 ) -> tuple[tuple[int, int], tuple[int, int]]:
