@@ -265,11 +265,9 @@ def long_file(path, seconds):
             out.mux(packet)
 
 
-@pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
-def test_the_middle_of_a_long_file_costs_what_that_of_a_short_one_does(
-    tmp_path, monkeypatch, suffix
-):
-    """Two hours beside one minute: the bytes read once the file is open, and those to open it."""
+@pytest.fixture
+def bytes_read(monkeypatch):
+    """A list that takes what is read of files, which are read in our own way."""
     read = []
 
     class Counting(media_bytes._Part):
@@ -280,6 +278,34 @@ def test_the_middle_of_a_long_file_costs_what_that_of_a_short_one_does(
 
     monkeypatch.setattr(media_bytes, "_Part", Counting)
     monkeypatch.setattr(media_bytes, "_reads_parts", lambda: False)
+    return read
+
+
+def test_sound_is_read_without_the_picture(tmp_path, bytes_read):
+    if not hasattr(av.stream, "Discard"):
+        pytest.skip("this PyAV cannot leave a stream's bytes unread")
+    path = tmp_path / "a.mp4"
+    write_clip(
+        path,
+        np.random.default_rng(0).integers(0, 255, (40, 320, 320, 3), np.uint8),
+        noise(4.0, 16000),
+    )
+    size = path.stat().st_size
+    with MediaReader(media_bytes.Place(str(path), path.name, 0, size)) as reader:
+        bytes_read.clear()
+        reader.audio(start=0.5, num_samples=32000, sample_rate_hz=16000)
+        assert sum(bytes_read) < 0.7 * size * 2 / 4
+        bytes_read.clear()
+        reader.video(start=0.5, num_frames=20, frames_per_second=10, height=320, width=320)
+        assert sum(bytes_read) > 0.9 * size * 2 / 4
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
+def test_the_middle_of_a_long_file_costs_what_that_of_a_short_one_does(
+    tmp_path, bytes_read, suffix
+):
+    """Two hours beside one minute: the bytes read once the file is open, and those to open it."""
+    read = bytes_read
     costs = []
     for seconds in (60, 7200):
         path = tmp_path / f"{seconds}{suffix}"
