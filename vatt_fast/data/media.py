@@ -508,7 +508,9 @@ class MediaReader(MediaFile):
         spans = [(index(b), index(min(e, sounds_until))) for b, e in pieces]
         inside = [span for span in spans if span[1] > span[0]]
         heard = (inside[0][0], max(end for _, end in inside)) if inside else (0, 0)
-        return np.pad(resampled, (0, num_samples - len(resampled))), heard
+        if len(resampled) < num_samples:
+            resampled = np.pad(resampled, (0, num_samples - len(resampled)))
+        return resampled, heard
 
     def _on_the_grid(self, seconds: float, rate: int) -> int:
         """The sample of a time at which codec frames meet.

@@ -305,7 +305,7 @@ class MediaFile:
         False where the container has no index.
         """
         stream = self._stream(kind)
-        discard = getattr(import_av().stream, "Discard", None)  # PyAV 18
+        discard: Any = getattr(import_av().stream, "Discard", None)  # PyAV 18
         for other in self._container.streams if discard else ():
             # so that their bytes are not even read
             other.discard = discard.default if other.index == stream.index else discard.all

@@ -61,7 +61,7 @@ class Scaler:
             name,
             interpolation="BILINEAR",
             src_color_range=colours,
-            dst_color_range=colours if name == _HALF_COLOURS else None,
+            dst_color_range=colours if name == _HALF_COLOURS else "JPEG",  # RGB is of full range
             **_one_thread(),
         )
 
