@@ -185,13 +185,9 @@ class ClipFolder:
     ) -> list["_Window"]:
         options: dict[str, Any] = dict(only=self._only(index), **self.spec.reader_arguments())
         seconds = [start / self.spec.frames_per_second for start in starts]
-        if changes is None:
-            clips = reader.clips(seconds, **options)
-        else:  # each has a part of the picture of its own
-            clips = [
-                reader.clip(start=start, box=change.box, **options)
-                for start, change in zip(seconds, changes, strict=True)
-            ]
+        if changes is not None:  # each has a part of the picture of its own
+            options["box"] = [change.box for change in changes]
+        clips = reader.clips(seconds, **options)
         windows = [
             _Window(start, clip.video, clip.audio, clip.video_valid, clip.audio_valid)
             for start, clip in zip(starts, clips, strict=True)
