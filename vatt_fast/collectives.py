@@ -84,7 +84,8 @@ def exchange(x: Tensor, group: Group = None) -> Tensor:
 
 
 def _name(group: Group) -> str:
-    return (dist.group.WORLD if group is None else group).group_name
+    whole: Any = dist.group.WORLD
+    return (whole if group is None else group).group_name
 
 
 class _Gather(torch.autograd.Function):
