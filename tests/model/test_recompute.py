@@ -78,13 +78,15 @@ def test_attention_runs_twice_only_where_whole_blocks_are_computed_again(how, ru
 
 
 def test_memory_falls_with_what_is_computed_again():
-    config = dataclasses.replace(SMALL, video=dataclasses.replace(SMALL.video, depth=6))
-    peaks = {}
+    model, peaks = VATT(SMALL).train(), {}
+    tokens = torch.randn(8, 200, SMALL.video.dim)
     for how in ("none", "ops", "blocks"):
+        model.set_execution(recompute=how)
+        model.zero_grad()
         with LiveBytes() as live:
-            step(config, recompute=how)
+            model.video_encoder(tokens).sum().backward()
         peaks[how] = live.peak
-    assert peaks["blocks"] < peaks["ops"] < 0.8 * peaks["none"], peaks
+    assert peaks["blocks"] < peaks["ops"] < 0.6 * peaks["none"], peaks
 
 
 def test_a_policy_of_others_keeps_our_ops():
@@ -124,8 +126,8 @@ def test_compiled_blocks_train_the_same_model(how, monkeypatch):
     assert compiled.keys() == plain.keys()
     for name, value in plain.items():
         torch.testing.assert_close(compiled[name], value, rtol=1e-4, atol=1e-5, msg=name)
-    # one graph for all blocks of a shape, and one for the last, which works for AGG alone
-    assert 0 < len(graphs) <= 6
+    # all blocks of a tower share one, but the last, which works for AGG alone
+    assert 0 < len(graphs) < DEPTH
     assert found.count(("attention", "fwd")) == (2 if how == "blocks" else 1) * DEPTH
 
 
