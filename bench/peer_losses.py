@@ -77,8 +77,8 @@ def _sentence_transformers(world: int, rank: int) -> _Loss:
 
 def _ours(world: int, rank: int) -> _Loss:
     def call(x: Tensor, y: Tensor, valid: Tensor | None) -> Tensor:
-        valids = dict(x_valid=valid, y_valid=valid)
-        return global_mean(*contrastive_terms(x, y, scale=_SCALE, form="released", **valids))
+        options: dict[str, Any] = dict(scale=_SCALE, form="released")
+        return global_mean(*contrastive_terms(x, y, x_valid=valid, y_valid=valid, **options))
 
     return call
 
@@ -140,7 +140,9 @@ def _run(packages: str, jobs: list[_Job]) -> dict[_Job, str]:
             last = [line for line in str(error).splitlines() if line.strip()][-1]
             print(f"{jobs}: {last}", file=sys.stderr)
             waited = "imed out" in last or "Connection closed by peer" in last
-            return {job: "waits for ever" if waited else "fails" for job in jobs}
+            died = isinstance(error, mp.ProcessExitedException)
+            end = "waits for ever" if waited else "aborts" if died else "fails"
+            return dict.fromkeys(jobs, end)
         found = torch.load(Path(folder) / "found.pt")
     return {job: _errors(job, found[job]) for job in jobs}
 
