@@ -7,7 +7,6 @@ gradients of micro-batches would be that of smaller batches, with fewer negative
 """
 
 import contextlib
-import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -27,11 +26,11 @@ _KEEPS = ("video_keep", "audio_keep")
 def backward_in_micro_batches(
     model: Any,
     inputs: Mapping[str, Any],
-    loss_of: Callable[[VATTOutput], VATTLoss | Tensor],
+    loss_of: Callable[[VATTOutput], VATTLoss],
     micro_batch: int,
     *,
     autocast: contextlib.AbstractContextManager[Any] | None = None,
-) -> VATTLoss | Tensor:
+) -> VATTLoss:
     """The loss of a batch; its gradients are added to the parameters', as ``backward`` does.
 
     Takes the memory of a micro-batch, and the encoders' forward pass a second time.
@@ -47,7 +46,7 @@ def backward_in_micro_batches(
             processes must then have equally many micro-batches. Their gradients are exchanged
             once, with the last micro-batch.
         inputs: arguments of ``model.forward`` by name: B clips.
-        loss_of: output of the whole batch -> its loss, a ``VATTLoss`` or a scalar.
+        loss_of: output of the whole batch -> its loss; ``total`` goes backward.
         micro_batch: clips of one, at least 1; the last may be smaller.
         autocast: such as ``torch.autocast("cuda", torch.bfloat16)``, entered for every forward
             pass. Do not call from within one: backward passes should run outside.
@@ -67,43 +66,32 @@ def backward_in_micro_batches(
     for part in parts:
         states.append(_random_state(devices))
         with torch.no_grad(), autocast:
-            found.append(model(**part, heads=False))
-    pooled = VATTOutput(
-        **{
-            name: torch.cat([getattr(each, name) for each in found]).requires_grad_()
-            for name in ("video_pooled", "audio_pooled", "text_pooled")
-            if getattr(found[0], name) is not None
-        }
-    )
+            found.append(_pooled(model(**part, heads=False)))
+    pooled = {name: torch.cat([each[name] for each in found]) for name in found[0]}
+    for vectors in pooled.values():
+        vectors.requires_grad_()
     whole = {name: inputs[name] for name in (*_VALID, "group") if name in inputs}
-    # DistributedDataParallel exchanges gradients when all parameters have one: at the end
-    with _exchanging(model, not isinstance(model, DistributedDataParallel)):
+    replicas = isinstance(model, DistributedDataParallel)
+    # DistributedDataParallel exchanges gradients where all parameters have one: at the end
+    with _exchanging(model, not replicas):
         with autocast:
-            loss = loss_of(model(pooled=pooled, **whole))
-        _total(loss).backward()
-    after = _random_state(devices)
-    first = 0
-    for i, (part, state) in enumerate(zip(parts, states, strict=True)):
-        last = i == len(parts) - 1
+            loss = loss_of(model(pooled=VATTOutput(**pooled), **whole))
+        loss.total.backward()
+    after, first = _random_state(devices), 0
+    for part, state in zip(parts, states, strict=True):
+        last = part is parts[-1]
         _set_random_state(state)
         with _exchanging(model, last):
             with autocast:
-                output = model(**part, heads=False)
-            gradients = []
-            outputs = []
-            for name, vectors in _pooled(output).items():
-                outputs.append(vectors)
-                whole_gradient = getattr(pooled, name).grad
-                gradients.append(
-                    torch.zeros_like(vectors)
-                    if whole_gradient is None
-                    else whole_gradient[first : first + len(vectors)]
-                )
-            if last and isinstance(model, DistributedDataParallel):
+                again = _pooled(model(**part, heads=False))
+            rows = slice(first, first := first + len(next(iter(again.values()))))
+            pairs = [(vectors, pooled[name].grad) for name, vectors in again.items()]
+            outputs = [vectors for vectors, whole_grad in pairs if whole_grad is not None]
+            gradients = [whole_grad[rows] for _, whole_grad in pairs if whole_grad is not None]
+            if last and replicas:
                 outputs.append(_nothing(model.module))
                 gradients.append(torch.ones_like(outputs[-1]))
             torch.autograd.backward(outputs, gradients)
-        first += len(outputs[0])
     _set_random_state(after)
     return _detached(loss)
 
@@ -127,15 +115,9 @@ def _pooled(output: VATTOutput) -> dict[str, Tensor]:
     return {name: x for name, x in found.items() if x is not None}
 
 
-def _total(loss: VATTLoss | Tensor) -> Tensor:
-    return loss.total if isinstance(loss, VATTLoss) else loss
-
-
-def _detached(loss: VATTLoss | Tensor) -> VATTLoss | Tensor:
-    if isinstance(loss, Tensor):
-        return loss.detach()
-    parts = dataclasses.asdict(loss)
-    return VATTLoss(**{name: None if x is None else x.detach() for name, x in parts.items()})
+def _detached(loss: VATTLoss) -> VATTLoss:
+    va, vt = (None if part is None else part.detach() for part in (loss.va, loss.vt))
+    return VATTLoss(loss.total.detach(), va, vt)
 
 
 def _nothing(model: VATT) -> Tensor:

@@ -229,7 +229,8 @@ class Block(nn.Module):
         ``agg_only``: the same function's (B, 1, dim) at index 0.
         """
         # compiled inside, computed again outside of that, and FSDP's hooks around both
-        compute = compiled(Block._compute) if self.compile_mode == "blocks" else Block._compute
+        compile = self.training and self.compile_mode == "blocks"  # evaluation meets many sizes
+        compute = compiled(Block._compute) if compile else Block._compute
         return recomputed(self.recompute, compute, self, x, bias, key_mask, agg_only)
 
     def _compute(

@@ -366,7 +366,7 @@ class JaxTrainer:
             jnp.bfloat16 if bf16 else jnp.float32,
             resolved(run.adam_eps),
             run.shard_weights,
-            run.recompute,
+            run.recompute == "blocks",
         )
         shapes = state_shapes(config)
         self.specs = state_specs(shapes, self.mesh.size, self.options)

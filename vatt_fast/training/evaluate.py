@@ -5,7 +5,6 @@ import os
 from ..data.folder import folder_captions
 from ..evaluation.search import measure, read_folder
 from ..model import VATT
-from .step import eagerly
 
 # ``PretrainConfig.best_by`` -> the value that decides
 BEST_BY = {"text_to_video": "text_to_video_r10", "audio_to_video": "audio_to_video_r10"}
@@ -25,8 +24,7 @@ def evaluate(model: VATT, folder: str | os.PathLike) -> dict[str, float]:
     Raises:
         ValueError: as ``measure``.
     """
-    with eagerly(model):
-        found = measure(model, folder, read_folder(model, folder))
+    found = measure(model, folder, read_folder(model, folder))
     return {
         f"{kind}_{name}": float(value)
         for kind in _KINDS

@@ -42,7 +42,7 @@ from .loggers import make_loggers
 from .metrics import METRICS, FiniteWatch, MetricsLog, NonFiniteError, Timer
 from .report import REPORT, Report
 from .settings import PretrainConfig, describe, rate_of, resolved, sizes
-from .step import TorchTrainer, Trainer, run_uncompiled
+from .step import TorchTrainer, Trainer
 from .stopping import StopRequests, kept_from_children, obey_the_parent_alone
 
 BEST, INDEX = "best", "index"
@@ -149,9 +149,7 @@ def pretrain(
         reasons = "\n  ".join(list(dataset.skipped.values())[:5])
         count = len(dataset.skipped)
         print(f"{count} media files could not be read, others stood in for them:\n  {reasons}")
-    model = trainer.model().eval()
-    run_uncompiled(model)
-    return model
+    return trainer.model().eval()
 
 
 def _augmentation(

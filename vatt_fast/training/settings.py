@@ -8,6 +8,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 from ..config import VATTConfig
 from ..data.augment import NOTHING, parts_of
+from ..recompute import Recompute
 from .loggers import names_of
 from .schedule import Schedule, learning_rate
 
@@ -21,6 +22,8 @@ _FREE = (
     "framework",
     "shard_weights",
     "recompute",
+    "compile",
+    "micro_batch",
     "device",
     "log_every",
     "checkpoint_every",
@@ -102,8 +105,17 @@ class PretrainConfig:
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 where the device computes it
     framework: Literal["torch", "jax"] = "torch"  # jax: all devices of this host share the batch
     shard_weights: bool = False  # jax: weights and Adam's state lie in shards over the devices
-    recompute: bool = False  # jax: keep only the blocks' inputs for the backward pass
+
+    # what the backward pass computes again instead of keeping it: blocks, of which only the inputs
+    # stay; or ops (torch), all of them but attention
+    recompute: Recompute = "none"
+
     compile: Literal["off", "blocks"] = "off"  # torch: run torch.compile on each encoder block
+
+    # torch: clips that go through the encoders at once, twice a step; loss and gradients are the
+    # whole batch's. None: all
+    micro_batch: int | None = None
+
     device: str = "auto"  # cpu, cuda, cuda:1, ...; auto: a GPU or TPU where there is one
     workers: int = 2  # processes that read clips; 0: none
     cache: str | None = None  # keep decoded clips here; for small data sets that fit the disk
@@ -155,12 +167,17 @@ class PretrainConfig:
             raise ValueError(
                 f"drop_rate is {self.drop_rate}; it is the fraction removed and lies in [0, 1)"
             )
-        if self.framework == "torch" and (self.shard_weights or self.recompute):
-            raise ValueError(
-                "shard_weights and recompute belong to framework 'jax'; leave them out"
-            )
+        if self.framework == "torch" and self.shard_weights:
+            raise ValueError("shard_weights belongs to framework 'jax'; leave it out")
         if self.framework == "jax" and self.compile != "off":
             raise ValueError("compile belongs to framework 'torch'; jax always compiles its step")
+        if self.framework == "jax" and self.recompute == "ops":
+            raise ValueError("recompute 'ops' belongs to framework 'torch'; jax has 'blocks'")
+        if self.micro_batch is not None:
+            if self.framework == "jax":
+                raise ValueError("micro_batch belongs to framework 'torch'; leave it out")
+            if self.micro_batch < 1:
+                raise ValueError(f"micro_batch is {self.micro_batch}; it must be at least 1")
 
     def _check_evaluation(self) -> None:
         if self.eval_data is None:

@@ -13,8 +13,9 @@ from ..data.clips import Batch
 from ..data.text import PADDING, UNKNOWN, Vocabulary
 from ..devices import pick_device
 from ..kernels.dispatch import native_bf16
+from ..large_batch import backward_in_micro_batches
 from ..losses import VATTLoss, vatt_loss
-from ..model import VATT, Block
+from ..model import VATT, VATTOutput
 from ..weights import load_weights
 from .checkpoint import Standing, load_checkpoint, save_checkpoint
 from .metrics import mean_cosines
@@ -75,9 +76,8 @@ class TorchTrainer:
         self.autocast = autocast(run.precision, self.device)
         self.precision = "bf16" if self.autocast._enabled else "fp32"
         model = initial_model(config, vocabulary, run.seed, weights)
+        model.set_execution(recompute=run.recompute, compile=run.compile)
         self._model = model.to(self.device).train()
-        if run.compile == "blocks":
-            compile_blocks(self._model)
         trainable = [p for p in self._model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.Adam(
             trainable, lr=0.0, betas=BETAS, eps=resolved(run.adam_eps), fused=True
@@ -129,7 +129,8 @@ def train_step(
 ) -> VATTLoss:
     """One update on one batch of kept patch rows: forward, loss, backward, Adam.
 
-    ``cosines``, where given, is filled with ``mean_cosines`` of the embeddings.
+    With ``run.micro_batch`` the encoders see so many clips at once. ``cosines``, where given, is
+    filled with ``mean_cosines`` of the embeddings.
     """
     if model.config.dropout:
         torch.manual_seed(run.seed * 1_000_003 + step)  # a continued run draws the same dropout
@@ -140,13 +141,20 @@ def train_step(
     # first: the last step's gradients would lie beside this one's activations
     optimizer.zero_grad(set_to_none=True)
     text = batch.text if has_words(model.config) else None
-    with autocast:
-        output = model(batch.video, batch.audio, text, **keeps, **valid)
-        loss = vatt_loss(output, model.config, scale=model.scale(), **valid)
-    if cosines is not None:
-        with torch.no_grad():
-            cosines |= mean_cosines(output, valid, xp=torch)
-    loss.total.backward()
+    inputs = dict(video=batch.video, audio=batch.audio, text=text, **keeps, **valid)
+
+    def loss_of(output: VATTOutput) -> VATTLoss:
+        if cosines is not None:
+            with torch.no_grad():
+                cosines.update(mean_cosines(output, valid, xp=torch))
+        return vatt_loss(output, model.config, scale=model.scale(), **valid)
+
+    if run.micro_batch is not None and run.micro_batch < len(batch):
+        loss = backward_in_micro_batches(model, inputs, loss_of, run.micro_batch, autocast=autocast)
+    else:
+        with autocast:
+            loss = loss_of(model(**inputs))
+        loss.total.backward()
     optimizer.step()
     model.clamp_temperature()
     return loss
@@ -157,37 +165,6 @@ def _of_clips(keep: Tensor | None, clips: int) -> Tensor | None:
     if keep is None or keep.ndim == 1 or len(keep) == clips:
         return keep
     return keep.repeat_interleave(clips // len(keep), 0)
-
-
-# graphs of one block: three towers, whole or AGG alone, with or without gradient, and some lengths
-_GRAPHS = 64
-
-
-def compile_blocks(model: VATT) -> None:
-    """Run torch.compile on every encoder block, in place; names of weights stay what they are.
-
-    Blocks of one size share a graph, so it takes as long as a few blocks, not as the model.
-    """
-    # the default, 8, is for one function of one module: beyond it blocks would run uncompiled
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _GRAPHS)
-    for module in model.modules():
-        if isinstance(module, Block):
-            module.compile()
-
-
-def eagerly(model: VATT) -> contextlib.AbstractContextManager:
-    """Within, compiled blocks run as written: other sizes would compile them again."""
-    blocks = (module for module in model.modules() if isinstance(module, Block))
-    compiled = any(block._compiled_call_impl is not None for block in blocks)
-    # asked only then: it imports the whole compiler
-    return torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext()
-
-
-def run_uncompiled(model: VATT) -> None:
-    """The inverse of ``compile_blocks``: a trained model meets inputs of many sizes."""
-    for module in model.modules():
-        if isinstance(module, Block):
-            module._compiled_call_impl = None
 
 
 def has_words(config: VATTConfig) -> bool:
