@@ -5,12 +5,14 @@ And the step compiled for a TPU by libtpu.
 
 import dataclasses
 import json
+import mmap
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from training_runs import metrics, settings, write_media
 
@@ -48,6 +50,16 @@ MODEL = dataclasses.replace(
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return write_media(tmp_path_factory.mktemp("media"))
+
+
+def test_a_batch_on_the_devices_is_a_copy():
+    """A loader fills its memory anew; JAX would lend aligned memory to arrays on the CPU."""
+    memory = np.ndarray((2, 4, 64), np.uint8, mmap.mmap(-1, 4096))
+    memory[:] = 1
+    arrays = jax_loop.on_mesh({"video": memory}, jax_loop.make_mesh(jax.devices("cpu")[:1]))
+    jax.block_until_ready(arrays)
+    memory[:] = 2
+    assert (np.asarray(arrays["video"]) == 1).all()
 
 
 def run(config, **options):
