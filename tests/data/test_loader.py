@@ -401,6 +401,18 @@ def test_a_killed_worker_is_one_line_that_names_its_clip(folder, monkeypatch, nu
         list(loader(dataset(folder), 0, 4, workers=2))
 
 
+def test_workers_killed_while_they_wait_are_told_too(folder):
+    batches = loader(dataset(folder), 0, 50, workers=2)
+    running = iter(batches)
+    next(running)
+    for process in batches._workers._processes:
+        process.kill()
+        process.join()
+    told = r"worker \d of 2 was killed by SIGKILL while it began or waited"
+    with no_process_is_left(), pytest.raises(ChildProcessError, match=told):
+        list(running)
+
+
 def test_a_worker_that_hangs_is_ended_and_its_clip_named(folder, monkeypatch):
     for name in ("HANG_SECONDS", "_LOOK_SECONDS", "_END_SECONDS"):
         monkeypatch.setattr(workers_module, name, 0.3)

@@ -160,8 +160,9 @@ class Workers:
         """Let the workers read a fill, whose memory is free."""
         numbers = np.arange(self._fills.rows(fill), dtype=_TICKET) + (fill << _ROW_BITS)
         waiting = memoryview(numbers.tobytes())
-        while waiting:
-            waiting = waiting[os.write(self._tickets.fileno(), waiting) :]
+        with contextlib.suppress(BrokenPipeError):  # all are dead, as ``results`` will tell
+            while waiting:
+                waiting = waiting[os.write(self._tickets.fileno(), waiting) :]
 
     def results(self) -> Iterable[tuple[int, int, Any]]:
         """Wait for what came of some rows: fill, row, and what was returned or raised.
