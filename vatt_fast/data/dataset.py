@@ -382,6 +382,7 @@ class ClipDataset(Dataset):
             seed,
         )
         kept: dict[str, tuple[int, ...]] | None = None
+        keeps: dict[str, np.ndarray] = {}
         if drop_token is not None:
             keeps = self._draw(0)
             kept = {
@@ -389,6 +390,9 @@ class ClipDataset(Dataset):
                 for name, values in drop_token.patch_values.items()
             }
         self._row_shapes = row_shapes(spec, kept)
+        draws: Shapes = {name: (keep.shape, np.int32) for name, keep in keeps.items()}
+        clips = many(windows_per_decode * batch_size, self._row_shapes)
+        self._shapes = clips | many(windows_per_decode, draws)
         if shuffle_captions:
             for part in parts:
                 if len(part) < 2:
@@ -414,7 +418,7 @@ class ClipDataset(Dataset):
     @property
     def batch_bytes(self) -> int:
         """Of a batch's arrays."""
-        return bytes_of(self.shapes(0)) // self.steps_together
+        return bytes_of(self._shapes) // self.steps_together
 
     def __getitem__(self, step: int) -> Batch:
         if step < 0:
@@ -435,12 +439,7 @@ class ClipDataset(Dataset):
         return self.batch_size
 
     def shapes(self, fill: int) -> Shapes:
-        shapes = many(self.steps_together * self.batch_size, self._row_shapes)
-        if self.drop_token is not None:
-            keeps = self._draw(0)
-            draws: Shapes = {name: (keep.shape, np.int32) for name, keep in keeps.items()}
-            shapes |= many(self.steps_together, draws)
-        return shapes
+        return self._shapes
 
     def begin(self, fill: int, arrays: Arrays) -> None:
         """Write what is known before any file is read: the kept indices."""

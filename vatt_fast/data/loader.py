@@ -18,6 +18,8 @@ from .source import Source
 from .text import Vocabulary
 from .workers import Memory, Workers
 
+_PORTABLE = 1  # cudaHostRegisterPortable: page-locked for every device
+
 
 class ClipLoader:
     """The batches of steps in order, the same for any number of workers; see ``loader``.
@@ -135,8 +137,15 @@ class ClipLoader:
         assert self._memory is not None
         whole = np.frombuffer(self._memory.shared.map, np.uint8)
         cudart: Any = torch.cuda.cudart()
-        torch.cuda.check_error(int(cudart.cudaHostRegister(whole.ctypes.data, whole.nbytes, 0)))
-        self._pinned = whole.ctypes.data
+        error = int(cudart.cudaHostRegister(whole.ctypes.data, whole.nbytes, _PORTABLE))
+        if error:
+            warnings.warn(
+                f"{whole.nbytes / 1e6:.0f} MB of batches cannot be page-locked (CUDA error "
+                f"{error}): each copy to the device waits for the step before",
+                stacklevel=2,
+            )
+        else:
+            self._pinned = whole.ctypes.data
 
     def close(self) -> None:
         """End the workers. The last batch stays valid."""
@@ -145,7 +154,8 @@ class ClipLoader:
         if self._pinned:
             torch.cuda.synchronize()  # nothing is copied from there any more
             cudart: Any = torch.cuda.cudart()
-            torch.cuda.check_error(int(cudart.cudaHostUnregister(self._pinned)))
+            error = int(cudart.cudaHostUnregister(self._pinned))
+            assert not error, error
         self._workers, self._memory, self._pinned = None, None, 0
 
     def __del__(self) -> None:
