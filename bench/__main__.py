@@ -5,6 +5,7 @@
     python -m bench steps               # whole training steps and inference, by drop rate
     python -m bench scaling             # ops by size
     python -m bench accuracy            # the demo's world pre-trained at four drop rates
+    python -m bench data                # clips decoded a second and a core, by codec and size
     python -m bench floors              # FLOPs, bytes and predicted times of every case
     python -m bench compile --target sm_90        # kernels through the real compilers, no device
     python -m bench tune                # the Triton kernels' tiles, on a GPU
@@ -21,6 +22,7 @@ import itertools
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -30,7 +32,7 @@ import torch
 from vatt_fast.kernels import backends
 from vatt_fast.kernels.ops import OPS
 
-from . import calls, compile, floors, gpu, lines, report, steps, sweeps, tune
+from . import calls, compile, data, floors, gpu, lines, report, steps, sweeps, tune
 from .machine import DTYPES, GPUS, ROOT, TPUS
 from .peers import peers
 from .setting import AUTO, Setting, chosen_among, gate, is_measured, native_dtype
@@ -92,6 +94,13 @@ def _parser() -> argparse.ArgumentParser:
     option("--clips", type=int, nargs=2, default=[1200, 200], help="trained on and held out")
     option("--folder", type=Path, default=Path("runs/accuracy"), help="of runs; several GB")
     option("--out", type=Path, default=sweeps.ACCURACY, help="append the runs to this file")
+
+    option = add(_data, "decode clips, beside bare PyAV and others; a minute a case")
+    option(
+        "--case", nargs="+", default=list(data.CASES), metavar="NAME", help=", ".join(data.CASES)
+    )
+    option("--rounds", type=int, default=12)
+    option("--out", type=Path, default=lines.RESULTS / "data.jsonl", help="append the rows")
 
     option = add(_floors, "print what every case costs at least")
     option("--op", nargs="+", choices=ops, default=ops)
@@ -244,6 +253,13 @@ def _accuracy(given: argparse.Namespace) -> int:
     )
     print(sweeps.accuracy_table(runs))
     return 0
+
+
+def _data(given: argparse.Namespace) -> int:
+    if unknown := [name for name in given.case if name not in data.CASES]:
+        raise ValueError(f"no case {unknown[0]!r}; there are {', '.join(data.CASES)}")
+    with tempfile.TemporaryDirectory() as folder:
+        return data.run(given.case, given.rounds, Path(folder), given.out)
 
 
 # -- without a measurement of speed, or on a GPU ----------------------------------------------

@@ -92,9 +92,9 @@ def file_of(device: str, versions: dict[str, str]) -> Path:
 
 
 def files(folder: Path = RESULTS) -> list[Path]:
-    """Those with lines: not what was compiled, nor the runs of accuracy."""
+    """Those with lines: not what was compiled, the runs of accuracy, nor rows of decoding."""
     found = sorted(folder.glob("*.jsonl"))
-    return [path for path in found if not path.name.startswith(("compile_", "accuracy"))]
+    return [path for path in found if not path.name.startswith(("compile_", "accuracy", "data"))]
 
 
 def append(path: str | Path, lines: Iterable[Line]) -> None:

@@ -54,12 +54,13 @@ from .evaluation.search import (
 from .files import check_folder
 from .on_jax.compile_tpu import CompileTPUConfig, compile_step, write_report
 from .paper_tables import flops_table, format_tables, parameter_table
-from .training.distributed import leave, speaks
+from .training.distributed import joined, leave, speaks
 from .training.loop import PretrainConfig, pretrain
 from .training.metrics import NonFiniteError
 
 _WIDTH = 100
 _PACKING = Packing()
+_A_DAY = 24 * 3600  # seconds: ranks share files, which may take one of them much longer
 # what ``doctor`` asks about: a training step of base_base_small
 _DOCTOR_CASES = {
     "attention": "video_bbs_drop50",
@@ -103,7 +104,8 @@ def index(
         source: a folder, folder/** for all below, a .csv, .tsv or .parquet of path, start, end and
             text, a folder of tars, shards/{000..099}.tar, a URL of such, or a .toml of several.
         out: folder of the index; by default it lies beside the data, where pretrain looks for it.
-        captions: JSON or folder of captions by the media's names, as HowTo100M's caption.json.
+        captions: JSON or folder of captions by the media's names, as HowTo100M's caption.json; for
+            clips without captions of their own.
         media: folder that a manifest's paths are relative to, instead of the manifest's.
         workers: processes; by default one a core.
         problems: list all that was left out, and why, instead of the first ten.
@@ -225,17 +227,20 @@ def embed(
         device: torch device; auto takes a GPU where there is one.
     """
     path = checked_output(out)  # before the seconds that the model takes
-    done = embed_folder(
-        _trained(model, device),
-        data,
-        path,
-        batch_size=batch_size,
-        windows=windows,
-        pooled=pooled,
-        features=features,
-    )
+    with joined(device, _A_DAY) as ranks:
+        done = embed_folder(
+            _trained(model, ranks.device),
+            data,
+            path,
+            batch_size=batch_size,
+            windows=windows,
+            pooled=pooled,
+            features=features,
+            ranks=ranks,
+        )
     continued = ", continued" if done.continued else ""
-    print(f"{done.files} clips embedded into {done.path}{continued}{_skipped(done.skipped)}")
+    if speaks():
+        print(f"{done.files} clips embedded into {done.path}{continued}{_skipped(done.skipped)}")
 
 
 def _skipped(files: Iterable[str]) -> str:
@@ -248,7 +253,8 @@ def _trained(model: str, device: str) -> VATT:
     net = create_model(model).to(pick_device(device))
     if net.vocabulary is None:
         raise ValueError(
-            "this model has no vocabulary.txt; give the folder of a finished or running pretrain"
+            "this model has no vocabulary.txt; give the folder of a finished or running pretrain, "
+            "or of convert --words"
         )
     return net
 
@@ -282,10 +288,13 @@ def retrieve(
     """
     if top < 1:
         raise ValueError(f"top is {top}; at least 1 clip is listed")
-    net = _trained(model, device)
-    require_known_words(net, text)
-    sound = None if audio is None else encode(net, audio=audio, windows=windows)
-    folder = read_folder(net, data, windows=windows, batch_size=batch_size)
+    with joined(device, _A_DAY) as ranks:
+        net = _trained(model, ranks.device)
+        require_known_words(net, text)
+        sound = None if audio is None else encode(net, audio=audio, windows=windows)
+        folder = read_folder(net, data, windows=windows, batch_size=batch_size, ranks=ranks)
+    if not speaks():
+        return
     if folder.skipped:
         print(f"vatt-fast: {_skipped(folder.skipped)[2:]}", file=sys.stderr)
     if not text and sound is None:
@@ -373,7 +382,7 @@ def doctor(json: bool = False) -> None:
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
-    names = "triton jax optax libtpu av tyro tensorboard scikit-learn matplotlib"
+    names = "triton jax optax libtpu av tyro tensorboard scikit-learn matplotlib google-crc32c"
     report |= {name: _version(name) for name in names.split()}
     threads = f"cpu, {torch.get_num_threads()} threads"
     report["device"] = torch.cuda.get_device_name() if device.type == "cuda" else threads

@@ -1,8 +1,9 @@
 """The exchanges between processes that a contrastive batch needs.
 
-All are differentiable, and identities in a single process. A group of None is all processes. Groups
-are only ever passed on: whoever holds one keeps its threads alive after ``destroy_process_group``,
-and gloo's abort the interpreter at its end ("terminate called without an active exception").
+Those of tensors are differentiable, and identities in a single process. A group of None is all
+processes. Groups are only ever passed on: whoever holds one keeps its threads alive after
+``destroy_process_group``, and gloo's abort the interpreter at its end ("terminate called without an
+active exception").
 """
 
 import contextlib

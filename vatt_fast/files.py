@@ -83,12 +83,16 @@ def check_folder(folder: Path) -> None:
         raise ValueError(f"nothing can be written to {above}; name another place than {folder}")
 
 
+class InUseError(ValueError):
+    """Another process writes to a folder."""
+
+
 @contextlib.contextmanager
 def only_writer(folder: Path) -> Iterator[None]:
     """Within, other processes that ask for the same folder are refused. It goes with the process.
 
     Raises:
-        ValueError: another process has the folder.
+        InUseError: another process has the folder.
     """
     with open(folder / _LOCK, "a+") as file:
         try:
@@ -96,7 +100,7 @@ def only_writer(folder: Path) -> Iterator[None]:
         except BlockingIOError:
             file.seek(0)
             owner = file.read().strip() or "another one"
-            raise ValueError(
+            raise InUseError(
                 f"process {owner} is writing to {folder}; wait for it, or name another folder"
             ) from None
         file.truncate(0)

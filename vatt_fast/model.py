@@ -8,6 +8,7 @@ Facts follow the paper (Akbari et al., NeurIPS 2021) and the released code; wher
 import dataclasses
 import functools
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -796,7 +797,8 @@ def create_model(
             prefix, such as ".../ckpt-500000"; or a preset: base_base_small (bbs),
             medium_base_small (mbs), large_base_small (lbs), agnostic_medium (ma), tiny.
         recipe: for presets, "paper" (default) or "released".
-        words, head_dim: for released checkpoints, see ``checkpoints.released.read_released``.
+        words, head_dim: for released checkpoints, see ``checkpoints.released.read_released``; what
+            had to be assumed is a warning.
 
     Raises:
         ValueError: none of these; one that cannot be read; an option that does not belong to it.
@@ -815,7 +817,10 @@ def create_model(
     if is_folder:
         return VATT.from_pretrained(name)
     if is_released:
-        return VATT.from_released(read_released(name, words=words, head_dim=head_dim))
+        released = read_released(name, words=words, head_dim=head_dim)
+        for note in released.notes:
+            warnings.warn(note, stacklevel=2)
+        return VATT.from_released(released)
     if str(name).lower() in (*PRESETS, *SHORT_NAMES):
         return VATT(preset(str(name), recipe or "paper"))
     raise ValueError(

@@ -165,6 +165,7 @@ def test_missing_files_are_named(tmp_path):
     write_bundle(tmp_path / "ckpt", A, shards=2)
     (tmp_path / "ckpt.data-00001-of-00002").unlink()
     refuses(tmp_path / "ckpt", "ckpt.data-00001-of-00002 is missing", "2 data files")
+    refuses(tmp_path, ".index is missing", "in this folder there is ckpt")
     (tmp_path / "ckpt.index").unlink()
     refuses(tmp_path / "ckpt", "ckpt.index is missing")
 

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import os
+import random
 import re
 from pathlib import Path
 
@@ -260,6 +261,8 @@ def test_heads_are_told_or_asked_for(small):
     prefix = write()
     found = read_released(prefix)  # as the text tower's, and it says so
     assert found.config == model.config
+    with pytest.warns(UserWarning, match="3 heads of 8, as in the text tower"):
+        create_model(prefix)
     assert [note for note in found.notes if "3 heads of 8, as in the text tower" in note]
     wide = read_released(prefix, head_dim={"video": 24}).config
     assert (wide.video.num_heads, wide.audio.num_heads) == (1, 3)
@@ -295,6 +298,30 @@ def test_other_dtypes_become_fp32(small, dtype):
         if key != "log_scale":
             assert found.tensors[key].dtype == torch.float32
             assert torch.equal(found.tensors[key], value.to(dtype).float()), key
+
+
+@pytest.mark.parametrize("name", ["wide_spaces", "agnostic_post_proj", "paper_words"])
+def test_any_shape_is_understood_or_refused(name):
+    """One shape of another rank or size, or gone: no other error, and never unnoticed."""
+    of_model, draw, refused = shapes_of(variant(name)), random.Random(name), 0
+    for _ in range(400):
+        shapes, key = dict(of_model), draw.choice(list(of_model))
+        shape = list(shapes.pop(key))
+        if place := draw.randrange(3):
+            shape[draw.randrange(len(shape))] = draw.choice([0, 1, 2, 3, 5, 17, 100, 2**40])
+            shapes[key] = tuple(shape if place == 1 else shape[draw.randrange(2) :])
+        try:
+            layout = layout_of(shapes, head_dim=8)
+        except ValueError:
+            refused += 1
+            continue
+        fits = {w.key: w.shape for w in layout.weights} == shapes
+        assert not fits or shapes == of_model or layout.config != variant(name)
+        if fits:
+            with torch.device("meta"):
+                VATT(layout.config)
+        refused += not fits
+    assert refused > 300
 
 
 # -- what does not match ---------------------------------------------------------------------------
@@ -359,6 +386,45 @@ def test_partial_goes_on_and_lists_all(small, tmp_path):
     assert again == found
     random = create_model(tmp_path / "again").state_dict()
     assert all(torch.equal(value, random[key]) for key, value in ours.items())
+
+
+def test_words_give_a_missing_table_its_size(small, tmp_path):
+    write, _ = small
+    (tmp_path / "words.txt").write_text("\n".join(WORDS[:9]))
+    options = dict(words=tmp_path / "words.txt", head_dim=8)
+    prefix = write(lambda t: t.pop(TABLE))
+    with pytest.raises(ValueError, match=r"missing: .*embedding/embeddings"):
+        read_released(prefix, **options)
+    convert(prefix, tmp_path / "out", partial=True, **options)
+    found = create_model(tmp_path / "out")
+    assert len(found.vocabulary) == len(found.text_tokens.table.weight) == 9
+
+
+def test_other_ways_to_the_common_spaces_are_found(small):
+    write, model = small
+
+    def change(tensors):
+        for key in list(tensors):
+            tensors[key.replace("_head_layer/_bridge_heads/0", "_head_layer/bridge")] = tensors.pop(
+                key
+            )
+
+    found = read_released(write(change), head_dim=8)
+    assert torch.equal(
+        found.tensors["common_space.audio_va.weight"], model.common_space.audio_va.weight
+    )
+
+
+def test_other_names_of_the_classifier_are_found(tower, tmp_path):
+    model, _, clips = tower
+    tensors = fine_tuned_keys(model.config, model.state_dict())
+    renamed = {key.replace("_ops/cls", "_ops/logits"): value for key, value in tensors.items()}
+    write_bundle(tmp_path / "ckpt-9", arrays(renamed))
+    found = Classifier.from_released(read_released(tmp_path / "ckpt-9", head_dim=8))
+    assert torch.equal(found(clips), model(clips))
+    write_bundle(tmp_path / "ckpt-9", arrays(renamed | tensors))
+    with pytest.raises(ValueError, match=r"one classifier beside .*_ops/cls/kernel, .*_ops/logits"):
+        read_released(tmp_path / "ckpt-9", head_dim=8)
 
 
 def test_towers_without_a_model_here_are_refused(tmp_path):

@@ -3,6 +3,7 @@
 import json
 import math
 
+import numpy as np
 import pytest
 
 from vatt_fast.data import captions
@@ -167,6 +168,60 @@ def test_what_is_none_is_refused_in_a_line(name, data, message):
     with pytest.raises(ValueError, match=message) as caught:
         read_sidecar(name, data, name)
     assert str(caught.value).startswith(name) and "\n" not in str(caught.value)
+
+
+VALID = {
+    "a.srt": SRT.encode(),
+    "a.vtt": VTT.encode(),
+    "a.csv": b'start,end,text\n0,1,"a, b"\n1:02:03.5,2:00:00,so\n',
+    "a.tsv": b"start\tend\ttext\n0\t1\ta\n",
+    "a.json": json.dumps(
+        {
+            "clips": [[1, 2]],
+            "yt_meta_dict": {
+                "subtitles": {"en": [{"start": "00:00:01.5", "end": 2, "lines": [""]}]}
+            },
+            "captions": [{"start": 0, "end": 1e3, "text": "é"}],
+            "caption": "x",
+        }
+    ).encode(),
+    "a.txt": "é".encode(),
+}
+
+
+@pytest.mark.parametrize("name", VALID)
+def test_bytes_changed_anywhere_give_captions_or_a_line(name):
+    random = np.random.default_rng(0)
+    parts = [
+        b"",
+        b"9" * 400,
+        b"-->",
+        b"\n",
+        b"[",
+        b"{}",
+        b"null",
+        b"1e999",
+        b"\xff",
+        b":",
+        b'"',
+        b"-",
+    ]
+    refused = 0
+    for _ in range(600):
+        data = bytearray(VALID[name])
+        for _ in range(int(random.integers(1, 4))):
+            place = int(random.integers(len(data) + 1))
+            data[place : place + int(random.integers(3))] = parts[int(random.integers(len(parts)))]
+        try:
+            found = read_sidecar(name, bytes(data), name)
+        except ValueError as error:
+            refused += 1
+            told = str(error)
+        else:
+            told = name
+            assert all(math.isfinite(c.start) and c.start <= c.end and c.text for c in found)
+        assert told.startswith(name) and "\n" not in told
+    assert refused > 10
 
 
 def test_halves_of_surrogate_pairs():

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tarfile
 import time
+import warnings
 
 import numpy as np
 import pytest
@@ -316,6 +317,40 @@ def test_any_number_of_workers_lives_in_the_memory_of_two_batches(folder, monkey
     batches.close()
 
 
+@pytest.mark.parametrize("error", [0, 2])
+def test_all_memory_is_page_locked_once(folder, monkeypatch, error):
+    """By CUDA's calls, of which these take note; one that fails is said, and the run goes on."""
+    calls = []
+
+    class Runtime:
+        def cudaHostRegister(self, address, size, flags):
+            calls.append((address, size, flags))
+            return error
+
+        def cudaHostUnregister(self, address):
+            calls.append(address)
+            return 0
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "cudart", Runtime)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: calls.append("done"))
+    batches = loader(dataset(folder), 0, 5, workers=1, pin_memory=True)
+    warned = pytest.warns(UserWarning, match="cannot be page-locked") if error else no_warning()
+    with warned:
+        places = [batch.video.data_ptr() for batch in batches]
+    address, size, flags = calls[0]
+    assert flags == 1 and size >= 2 * batches.clips.batch_bytes
+    assert all(address <= place < address + size for place in places)
+    assert calls[1:] == ([] if error else ["done", address])
+
+
+@contextlib.contextmanager
+def no_warning():
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*page-locked")
+        yield
+
+
 def test_waiting_is_counted(folder, monkeypatch):
     original = ClipFolder.read_into
 
@@ -364,6 +399,18 @@ def test_a_killed_worker_is_one_line_that_names_its_clip(folder, monkeypatch, nu
     told = rf"worker \d of 2 was killed by {number.name} at 05\.mp4; .*{remedy}"
     with no_process_is_left(), pytest.raises(ChildProcessError, match=told):
         list(loader(dataset(folder), 0, 4, workers=2))
+
+
+def test_workers_killed_while_they_wait_are_told_too(folder):
+    batches = loader(dataset(folder), 0, 50, workers=2)
+    running = iter(batches)
+    next(running)
+    for process in batches._workers._processes:
+        process.kill()
+        process.join()
+    told = r"worker \d of 2 was killed by SIGKILL while it began or waited"
+    with no_process_is_left(), pytest.raises(ChildProcessError, match=told):
+        list(running)
 
 
 def test_a_worker_that_hangs_is_ended_and_its_clip_named(folder, monkeypatch):

@@ -122,23 +122,47 @@ def test_boxes_that_are_no_part(tmp_path, box):
             read_video(tmp_path / name, **ONE, height=8, width=8, box=box)
 
 
+def edit_out(path, spans):
+    """Write an edit list into an MP4 of 25 frames a second: first frames, and how many of each."""
+    content = bytearray(path.read_bytes())
+    assert content.index(b"mdat") < content.index(b"moov")  # so that no offset moves
+    at = content.index(b"elst")
+    began = int.from_bytes(content[at + 16 : at + 20], "big")
+    table = len(spans).to_bytes(4, "big")
+    for first, count in spans:  # milliseconds; 512 ticks of the media are a frame
+        for value in (40 * count, began + 512 * first, 1 << 16):
+            table += value.to_bytes(4, "big")
+    for box in (b"moov", b"trak", b"edts", b"elst"):
+        size = content.index(box) - 4
+        grown = int.from_bytes(content[size : size + 4], "big") + 12 * (len(spans) - 1)
+        content[size : size + 4] = grown.to_bytes(4, "big")
+    content[at + 8 : at + 24] = table
+    path.write_bytes(content)
+
+
 @pytest.mark.parametrize(
     ("name", "video", "options"),
     [
         ("a.mp4", "libx264", {"bf": "3", "g": "30"}),
         ("a.mkv", "libx264", {"bf": "3", "g": "30", "x264-params": "open-gop=1"}),
         ("a.mp4", "libx265", {"x265-params": "bframes=4:keyint=30:log-level=none"}),
+        ("cut.mp4", "libx264", {"bf": "3", "g": "50"}),
         ("a.avi", "libx264", {"bf": "2", "g": "30"}),
         ("a.mkv", "mpeg4", {"bf": "2", "g": "30"}),
     ],
 )
 def test_leaving_pictures_out_changes_none(tmp_path, monkeypatch, name, video, options):
+    cut = name.startswith("cut")  # by an edit list, to begin amid a group of pictures
     if video not in av.codecs_available:
         pytest.skip(f"this PyAV has no encoder {video}")
     path = tmp_path / name
     frames = numbered(200)
     frames[:, 10:30, 10:30] += np.random.default_rng(0).integers(0, 90, (200, 20, 20, 1), np.uint8)
     encode(path, video=video, fps=25, frames=frames, video_options=options)
+    if cut:
+        edit_out(path, [(33, 75), (150, 45)])
+        first = read_video(path, start=0, num_frames=1, frames_per_second=25, height=64, width=64)
+        assert read_numbers(first) == [33]
     decoded = 0
     original = MediaReader._timed_frames
 
@@ -158,7 +182,7 @@ def test_leaving_pictures_out_changes_none(tmp_path, monkeypatch, name, video, o
                 reader.video(
                     start=start, num_frames=count, frames_per_second=fps, height=64, width=64
                 )
-                for start in (0.0, 0.333, 2.41, 4.0, 7.1)
+                for start in (0.0, 0.333, 2.41, 2.7, *(() if cut else (4.0, 7.1)))
                 for fps, count in ((10, 12), (3, 4), (25, 6))
             ]
 
@@ -189,6 +213,20 @@ def test_several_windows_are_those_of_one_at_a_time(tmp_path, name):
             assert clip.shown == alone.shown and clip.heard == alone.heard
             if alone.audio is not None:
                 np.testing.assert_array_equal(clip.audio, alone.audio)
+
+
+def test_each_window_may_have_its_own_box(tmp_path):
+    path = tmp_path / "a.mp4"
+    write_clip(path, numbered(60), noise(6.0, 16000))
+    window = dict(num_frames=8, frames_per_second=10, height=32, width=32, **SOUND)
+    starts, boxes = [0.4, 0.4, 1.0], [(0.5, 0, 0.5, 0.5), None, lambda *size: (0, 0.25, 1, 0.5)]
+    with MediaReader(path) as reader:
+        found = reader.clips(starts, box=boxes, **window)
+        for start, box, clip in zip(starts, boxes, found, strict=True):
+            alone = reader.clip(start=start, box=box, **window)
+            np.testing.assert_array_equal(clip.video, alone.video)
+        with pytest.raises(ValueError, match="2 boxes for 3 windows"):
+            reader.clips(starts, box=boxes[:2], **window)
 
 
 def test_windows_near_one_another_are_decoded_once(tmp_path, monkeypatch):
@@ -227,11 +265,9 @@ def long_file(path, seconds):
             out.mux(packet)
 
 
-@pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
-def test_the_middle_of_a_long_file_costs_what_that_of_a_short_one_does(
-    tmp_path, monkeypatch, suffix
-):
-    """Two hours beside one minute: the bytes read once the file is open, and those to open it."""
+@pytest.fixture
+def bytes_read(monkeypatch):
+    """A list that takes what is read of files, which are read in our own way."""
     read = []
 
     class Counting(media_bytes._Part):
@@ -242,6 +278,34 @@ def test_the_middle_of_a_long_file_costs_what_that_of_a_short_one_does(
 
     monkeypatch.setattr(media_bytes, "_Part", Counting)
     monkeypatch.setattr(media_bytes, "_reads_parts", lambda: False)
+    return read
+
+
+def test_sound_is_read_without_the_picture(tmp_path, bytes_read):
+    if not hasattr(av.stream, "Discard"):
+        pytest.skip("this PyAV cannot leave a stream's bytes unread")
+    path = tmp_path / "a.mp4"
+    write_clip(
+        path,
+        np.random.default_rng(0).integers(0, 255, (40, 320, 320, 3), np.uint8),
+        noise(4.0, 16000),
+    )
+    size = path.stat().st_size
+    with MediaReader(media_bytes.Place(str(path), path.name, 0, size)) as reader:
+        bytes_read.clear()
+        reader.audio(start=0.5, num_samples=32000, sample_rate_hz=16000)
+        assert sum(bytes_read) < 0.7 * size * 2 / 4
+        bytes_read.clear()
+        reader.video(start=0.5, num_frames=20, frames_per_second=10, height=320, width=320)
+        assert sum(bytes_read) > 0.9 * size * 2 / 4
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
+def test_the_middle_of_a_long_file_costs_what_that_of_a_short_one_does(
+    tmp_path, bytes_read, suffix
+):
+    """Two hours beside one minute: the bytes read once the file is open, and those to open it."""
+    read = bytes_read
     costs = []
     for seconds in (60, 7200):
         path = tmp_path / f"{seconds}{suffix}"

@@ -1,13 +1,17 @@
 """Folders, manifests and tar shards as sources: the same clips, whatever holds them."""
 
+import contextlib
 import io
 import json
 import math
+import multiprocessing
 import os
 import pickle
 import re
+import signal
 import sys
 import tarfile
+import time
 import tracemalloc
 
 import numpy as np
@@ -20,15 +24,19 @@ from media_files import noise, numbered
 from vatt_fast.cli import main
 from vatt_fast.data import index as index_module
 from vatt_fast.data import sources as sources_module
+from vatt_fast.data.clips import ClipSpec
 from vatt_fast.data.columns import AUDIO, IMAGE, MEASURED, VIDEO, PartBuilder, Strings, in_memory
+from vatt_fast.data.dataset import ClipDataset
 from vatt_fast.data.index import build_index, open_index
 from vatt_fast.data.listing import Wanted, list_source, parse
+from vatt_fast.data.loader import evaluation_clips, loader
 from vatt_fast.data.media import MediaReader
 from vatt_fast.data.media_writer import write_clip
-from vatt_fast.data.shards import expand_braces, key_of
+from vatt_fast.data.shards import expand_braces, key_of, list_members
 from vatt_fast.data.source import CONTENT, MixedSource, Place, Source
 from vatt_fast.data.sources import open_source, vocabulary_from
 from vatt_fast.data.text import Caption, Vocabulary
+from vatt_fast.files import InUseError, only_writer
 
 SECONDS = 1.0
 SAID = {
@@ -280,6 +288,81 @@ def test_large_captions_are_read_apart(media, tmp_path, monkeypatch):
     assert content(source) == expected() and source.identity == held.identity
 
 
+SPEC = ClipSpec(4, 32, 32, 10.0, 6400, 16000, 4, 2)
+
+
+def as_kind(kind, media, folder):
+    """Only names of whole files, so that every kind has the same examples."""
+    if kind == "shards":
+        return as_tars(media, folder)
+    as_folder(media, folder)
+    if kind == "manifest":
+        (folder / "list.csv").write_text("\n".join(["path", *media]))
+        said = {"path": folder / "list.csv", "captions": folder / "captions.json"}
+        lines = [f'{key} = "{value}"' for key, value in said.items()]
+        (folder / "one.toml").write_text("\n".join(["[[source]]", *lines]))
+        return folder / "one.toml"
+    return folder
+
+
+def test_clips_are_the_same_whatever_holds_them(media, tmp_path):
+    found = []
+    for kind in ("folder", "manifest", "shards"):
+        source = open_source(as_kind(kind, media, tmp_path / kind), say=quiet)
+        vocabulary = vocabulary_from(source, 50)
+        clips = {}
+        for batch in evaluation_clips(source, SPEC, vocabulary=vocabulary, batch_size=3):
+            arrays = (batch.video, batch.audio, batch.text, batch.video_valid, batch.text_valid)
+            for row, name in enumerate(batch.files):
+                clips[os.path.basename(name)] = [np.asarray(array[row]) for array in arrays]
+        found.append((vocabulary.words, clips))
+    assert set(found[0][1]) == set(media)
+    for words, clips in found[1:]:
+        assert words == found[0][0] and set(clips) == set(media)
+        for name, arrays in clips.items():
+            for array, expected in zip(arrays, found[0][1][name], strict=True):
+                np.testing.assert_array_equal(array, expected)
+
+
+@pytest.mark.parametrize("kind", ["folder", "manifest", "shards"])
+def test_batches_are_the_same_for_any_workers_and_ranks(media, tmp_path, kind):
+    source = open_source(as_kind(kind, media, tmp_path / kind), say=quiet)
+    vocabulary = vocabulary_from(source, 50)
+
+    def batches(workers, world, first=0):
+        ranks = []
+        for rank in range(world):
+            dataset = ClipDataset(
+                source,
+                SPEC,
+                vocabulary=vocabulary,
+                batch_size=2 // world,
+                rank=rank,
+                world=world,
+            )
+            ranks.append(
+                [
+                    (list(batch.files), batch.video.numpy().copy(), batch.text.numpy().copy())
+                    for batch in loader(dataset, first, 5, workers)
+                ]
+            )
+        joined = []
+        for step in zip(*ranks, strict=True):
+            names, *arrays = zip(*step, strict=True)
+            joined.append(([name for each in names for name in each], *map(np.concatenate, arrays)))
+        return joined
+
+    expected = batches(0, 1)
+    assert sorted(expected[0][0] + expected[1][0]) == sorted(map(source.name, range(4)))
+    for workers, world, first in ((2, 1, 0), (1, 2, 0), (0, 2, 3)):
+        found = batches(workers, world, first)
+        assert len(found) == 5 - first
+        for (files, *arrays), (names, *others) in zip(found, expected[first:], strict=True):
+            assert files == names
+            for array, other in zip(arrays, others, strict=True):
+                np.testing.assert_array_equal(array, other)
+
+
 # -- shards as others write them -------------------------------------------------------------------
 
 
@@ -447,6 +530,38 @@ def test_a_corrupt_member_and_a_corrupt_header(media, tmp_path):
     assert "cannot be read as JSON" in told["a.tar/bad"]
 
 
+def test_flipped_bits_and_cuts_anywhere(media, tmp_path):
+    """A tar gives members that lie within it, and a reason for what is missing, or a ValueError."""
+    small = {f"{number}.txt": bytes([number]) * (300 * number) for number in range(8)}
+    data = write_tar(tmp_path / "a.tar", [*small.items()], format=tarfile.PAX_FORMAT).read_bytes()
+    random = np.random.default_rng(0)
+    whole = [*small.values()]
+    refused = []
+    for trial in range(400):
+        broken = bytearray(data)
+        if trial % 2:
+            place = int(random.integers(len(broken)))
+            broken[place] ^= 1 << int(random.integers(8))
+            header = place // 512 * 512
+            if trial % 4 == 1 and header < 9 * 1024:  # its sum is made right again
+                block = broken[header : header + 512]
+                block[148:156] = b" " * 8
+                broken[header + 148 : header + 156] = b"%06o\0 " % sum(block)
+        else:
+            del broken[int(random.integers(len(broken))) :]
+        try:
+            shard = list_members(io.BytesIO(broken), len(broken), "a.tar")
+        except ValueError as error:
+            refused.append(str(error))
+            continue
+        for member in shard.members:
+            assert member.offset >= 0 and member.offset + member.size <= len(broken)
+        if not shard.problems and not trial % 2:
+            assert [bytes(broken[m.offset : m.offset + m.size]) for m in shard.members] == whole
+    assert 0 < len(refused) < 60
+    assert all("a.tar" in reason and "\n" not in reason for reason in refused)
+
+
 def test_a_changed_tar_is_read_again_by_name(media, tmp_path, monkeypatch):
     folder = as_tars(media, tmp_path / "shards")
     open_source(folder, say=quiet)
@@ -519,6 +634,66 @@ def test_a_killed_build_goes_on(media, tmp_path, monkeypatch, workers):
     assert not (folder / "vatt_index" / "parts").exists()
 
 
+def ends_soon(lock):
+    for _ in range(500):
+        try:
+            with lock():
+                return True
+        except InUseError:
+            time.sleep(0.02)
+    return False
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_build_killed_at_any_time_goes_on(media, tmp_path, monkeypatch, workers):
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    for number in range(6):
+        write_tar(folder / f"{number}.tar", [(f"{number}.mp4", media["0.mp4"])])
+    listing = list_source(Wanted(str(folder)))
+    whole = build_index(listing, tmp_path / "whole")
+    original = index_module.read_shard
+
+    def slowly(*given):
+        time.sleep(0.05)
+        original(*given)
+
+    monkeypatch.setattr(index_module, "read_shard", slowly)
+    fork = multiprocessing.get_context("fork")
+    for parts in (1, 3):
+        child = fork.Process(
+            target=build_index, args=(listing, tmp_path / "index"), kwargs={"workers": workers}
+        )
+        child.start()
+        while len([*(tmp_path / "index" / "parts").glob("*.npz")]) < parts and child.is_alive():
+            time.sleep(0.01)
+        os.kill(child.pid, signal.SIGKILL)
+        child.join()
+        assert ends_soon(lambda: only_writer(tmp_path / "index"))  # its workers end with it
+    source = build_index(listing, tmp_path / "index", workers=workers)
+    assert source.identity == whole.identity
+    assert sorted(path.name for path in (tmp_path / "index").iterdir()) == sorted(
+        [".lock", "index.json", next((tmp_path / "index").glob("columns-*")).name]
+    )
+
+
+def test_another_process_that_builds_is_waited_for(media, tmp_path):
+    folder = as_tars(media, tmp_path / "shards")
+    place = folder / "vatt_index"
+    place.mkdir()
+    said = []
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(only_writer(place))
+
+        def say(line):
+            said.append(line)
+            if len(said) == 2:
+                stack.close()
+
+        assert len(open_source(folder, say=say)) == 4
+    assert said[1].endswith("name another folder: waiting") and len(said) == 2
+
+
 def test_an_index_may_move_with_its_data(media, tmp_path):
     folder = as_tars(media, tmp_path / "here")
     build_index(list_source(Wanted(str(folder))), folder / "vatt_index")
@@ -546,6 +721,30 @@ def test_damaged_indexes(media, tmp_path):
             open_source(index)
     with pytest.raises(ValueError, match="is no index; make one with vatt-fast index"):
         open_index(tmp_path)
+
+
+def test_a_shard_that_is_none_is_listed(media, tmp_path):
+    folder = as_tars(media, tmp_path / "shards")
+    (folder / "00002.tar").write_bytes(b"")
+    (folder / "00003.tar").write_bytes(b"<html>404</html>" * 100)
+    source = open_source(folder, say=quiet)
+    assert len(source) == 4 and sorted(source.problems) == ["00002.tar", "00003.tar"]
+    assert "is empty" in source.problems["00002.tar"]
+    assert "is no tar" in source.problems["00003.tar"]
+
+
+def test_names_of_any_bytes(media, tmp_path):
+    folder = tmp_path / "clips"
+    folder.mkdir()
+    odd = os.fsdecode(b"\xff\xe9.mp4")
+    (folder / odd).write_bytes(media["0.mp4"])
+    (folder / f"bad{odd}").write_bytes(b"no media")
+    source = build_index(list_source(Wanted(str(folder))), folder / "vatt_index")
+    assert source.name(0) == odd and list(source.problems) == [f"bad{odd}"]
+    with MediaReader(source.place(0)) as reader:
+        assert reader.info.duration_seconds == SECONDS
+    write_tar(tmp_path / "a.tar", [(odd, media["0.mp4"])], format=tarfile.GNU_FORMAT)
+    assert open_source(tmp_path / "a.tar", say=quiet).name(0) == f"a.tar/{odd}"
 
 
 @pytest.mark.parametrize(

@@ -142,8 +142,11 @@ WITH_SNIPPETS = [page for page in PAGES if "```python" in page.read_text()]
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
-    """A folder with what the pages speak of: clips/, clip.mp4 and a run in runs/demo."""
+    """A folder with what the pages speak of: clips/, clip.mp4, a run and a released checkpoint."""
     root = tmp_path_factory.mktemp("reader")
+    shutil.copytree(ROOT / "tests/support/tiny_ckpt_tx_fac", root / "tx_fac_mbs")
+    for path in (root / "tx_fac_mbs").iterdir():
+        path.rename(path.with_name(path.name.replace("ckpt-1", "ckpt-500000")))
     world = root / "runs" / "world" / "seed0_1200_200"  # where `make demo` puts its own
     render_world(world, num_train=4, num_test=1, seed=0, workers=1, progress=False)
     shutil.copytree(world / "train", root / "clips")

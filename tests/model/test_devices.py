@@ -15,7 +15,7 @@ from processes import gloo_threads, in_processes
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vatt_fast import collectives
+from vatt_fast import collectives, recompute
 from vatt_fast.collectives import process_group
 from vatt_fast.config import PRESETS
 from vatt_fast.losses import contrastive_terms, global_mean, vatt_loss
@@ -182,8 +182,27 @@ def in_bf16(rank: int, world: int) -> dict[str, Any]:
     )
 
 
+def all_together(rank: int, world: int) -> dict[str, Any]:
+    """Gradients of a model that is compiled, computed again and sharded, beside a plain one's."""
+    recompute._BACKEND = "aot_eager"
+    found: dict[str, Any] = {}
+    for name in ("plain", "all"):
+        torch.manual_seed(0)
+        model = VATT(CONFIG).train()
+        if name == "all":
+            model.set_execution(recompute="ops", compile="blocks")
+            shard(model)
+        loss_of(model).backward()
+        gradients = {n: p.grad for n, p in model.named_parameters()}
+        if name == "all":
+            found[name] = {n: g.full_tensor() for n, g in gradients.items()}
+        else:
+            found[name] = {n: collectives.total(g) / world for n, g in gradients.items()}
+    return found
+
+
 def pair_of_processes(rank: int, world: int) -> dict[str, Any]:
-    parts = (exchanged, compiled, mistakes, far_from_zero, in_bf16)
+    parts = (exchanged, compiled, mistakes, far_from_zero, in_bf16, all_together)
     return {part.__name__: part(rank, world) for part in parts}
 
 
@@ -249,6 +268,15 @@ def test_bf16_weights_leave_norms_temperature_and_loss_in_fp32(pair):
         assert found["loss"].dtype == torch.float32 and found["scale_shape"] == ()
         assert torch.equal(found["scale_gradient"], pair[0]["in_bf16"]["scale_gradient"])
         torch.testing.assert_close(found["loss"], found["expected"], rtol=0.05, atol=0)
+
+
+def test_a_compiled_checkpointed_sharded_model_has_the_same_gradients(pair):
+    for part in pair:
+        plain, found = part["all_together"]["plain"], part["all_together"]["all"]
+        largest = max(g.abs().max() for g in plain.values())
+        assert plain.keys() == found.keys()
+        for name, g in plain.items():
+            torch.testing.assert_close(found[name], g, rtol=1e-4, atol=1e-5 * largest, msg=name)
 
 
 def test_one_process_exchanges_nothing():

@@ -5,13 +5,16 @@ And the step compiled for a TPU by libtpu.
 
 import dataclasses
 import json
+import mmap
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from training_runs import metrics, settings, write_media
 
 jax = pytest.importorskip("jax", reason="the JAX model needs jax")
@@ -19,6 +22,7 @@ pytest.importorskip("optax", reason="training in JAX needs optax")
 
 from vatt_fast.cli import main  # noqa: E402
 from vatt_fast.config import PRESETS, TowerConfig  # noqa: E402
+from vatt_fast.data.clips import Batch  # noqa: E402
 from vatt_fast.model import create_model  # noqa: E402
 from vatt_fast.on_jax import training as jax_loop  # noqa: E402
 from vatt_fast.on_jax.compile_tpu import CompileTPUConfig, compile_step  # noqa: E402
@@ -48,6 +52,26 @@ MODEL = dataclasses.replace(
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return write_media(tmp_path_factory.mktemp("media"))
+
+
+def test_a_batch_on_the_devices_is_a_copy():
+    """A loader fills its memory anew; JAX would lend aligned memory to arrays on the CPU."""
+    memory = np.ndarray((2, 4, 64), np.uint8, mmap.mmap(-1, 4096))
+    memory[:] = 1
+    arrays = jax_loop.on_mesh({"video": memory}, jax_loop.make_mesh(jax.devices("cpu")[:1]))
+    jax.block_until_ready(arrays)
+    memory[:] = 2
+    assert (np.asarray(arrays["video"]) == 1).all()
+
+
+@pytest.mark.parametrize(("draws", "devices", "rows"), [(1, 4, 4), (2, 4, 4), (4, 4, 4), (4, 2, 8)])
+def test_devices_share_draws_or_hold_several(draws, devices, rows):
+    """A run goes on with the draws it began with: of 8 clips, on more or fewer devices."""
+    zeros, keep = torch.zeros(8, 1), torch.arange(draws)[:, None].repeat(1, 3).squeeze(0)
+    batch = Batch(*[zeros] * 7, ("",) * 8, (), keep, keep)
+    found = jax_loop.host_batch(batch, devices)["video_keep"]
+    assert found.shape == (rows, 3)
+    assert np.repeat(found[:, 0], 8 // rows).tolist() == [n * draws // 8 for n in range(8)]
 
 
 def run(config, **options):
@@ -126,6 +150,8 @@ def test_a_run_in_jax_is_the_run_in_torch_and_may_change_sides(
                 "skipped_files",
             ):
                 assert a[name] == pytest.approx(b[name], rel=2e-3), (out, name, a["step"])
+            for name in ("video_va", "audio_va", "video_vt", "text_vt"):
+                assert a[f"cosine_{name}"] == pytest.approx(b[f"cosine_{name}"], abs=5e-3)
     assert set(load_tensors(tmp_path / "jax" / CHECKPOINT)) == set(
         load_tensors(tmp_path / "torch" / CHECKPOINT)
     )

@@ -108,7 +108,7 @@ def run(devices: int, drop_per: str, **changes) -> dict[str, np.ndarray]:
         for name, value in arrays.items()
     }
     step, key = make_step(CONFIG, mesh, state, options, drop_per), jax.random.key(0)
-    state, (loss, norm) = step(place(mesh, specs, state), arrays, 1e-3, key)
+    state, (loss, norm, *_) = step(place(mesh, specs, state), arrays, 1e-3, key)
     split = sum(not value.sharding.is_fully_replicated for value in state.params.values())
     found = {f"loss/{name}": value for name, value in vars(loss).items()}
     found["gradient_norm"] = norm
@@ -118,7 +118,7 @@ def run(devices: int, drop_per: str, **changes) -> dict[str, np.ndarray]:
         f"gradient/{name}": value / (1 - BETAS[0]) for name, value in state.optimizer.mu.items()
     }
     found = {name: np.asarray(value) for name, value in jax.device_get(found).items()}
-    _, (loss, _) = step(state, arrays, 1e-3, key)
+    _, (loss, *_) = step(state, arrays, 1e-3, key)
     return found | {"loss/after": np.asarray(loss.total), "split": np.array(split)}
 
 

@@ -115,17 +115,6 @@ def test_a_timer_tells_a_steps_time_and_its_waiting(monkeypatch):
     }
 
 
-def test_a_run_on_jax_tells_the_same(folder, tmp_path):
-    pytest.importorskip("jax")
-    lines = {}
-    for framework in ("torch", "jax"):
-        out = tmp_path / framework
-        run(settings(folder, out, steps=1, framework=framework, device="cpu"))
-        lines[framework] = metrics(out)[0]
-    for name in ("cosine_video_va", "cosine_audio_va", "cosine_video_vt", "cosine_text_vt"):
-        assert lines["jax"][name] == pytest.approx(lines["torch"][name], abs=1e-3)
-
-
 # -- loggers ---------------------------------------------------------------------------------------
 
 
@@ -436,31 +425,31 @@ def test_a_checkpoint_from_before_augmentation_was_without():
 # -- torch.compile ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_compiled_blocks_train_as_eager_ones_do(folder, tmp_path):
     from torch._dynamo.utils import counters
 
-    losses, names = {}, []
-    short = dataclasses.replace(MODEL.video, depth=2)
-    small = dataclasses.replace(
-        MODEL, video=short, audio=dataclasses.replace(short, depth=1), text=short
-    )
+    found, names = {}, []
+    one = dataclasses.replace(MODEL.video, depth=1)
+    small = dataclasses.replace(MODEL, video=dataclasses.replace(one, depth=2), audio=one, text=one)
     for how in ("off", "blocks"):
         counters.clear()
         config = settings(
-            folder, tmp_path / how, steps=4, warmup_steps=0, compile=how, learning_rate=5e-4,
-            eval_data=str(folder), eval_every=4,
+            folder, tmp_path / how, steps=40, batch_size=7, checkpoint_every=40, warmup_steps=4,
+            compile=how, augment="none", eval_data=str(folder), eval_every=40,
         )  # fmt: skip
         model = pretrain(config, model_config=small, progress=False)
-        losses[how] = [line["loss"] for line in metrics(tmp_path / how)]
+        found[how] = np.array([line["loss"] for line in metrics(tmp_path / how)])
         graphs = counters["stats"]["unique_graphs"]
-        # five blocks; those of one size and kind share a graph, and evaluation has none
-        assert graphs == 0 if how == "off" else 2 <= graphs <= 5
+        # four blocks; those of one size and kind share a graph, and evaluation has none
+        assert graphs == 0 if how == "off" else 2 <= graphs <= 4
         assert all(block._compiled_call_impl is None for block in model.video_encoder.blocks)
         names.append(list(model.state_dict()))
-    # Adam makes much of a rounding in the first steps
-    np.testing.assert_allclose(losses["blocks"][0], losses["off"][0], rtol=1e-5)
-    np.testing.assert_allclose(losses["blocks"], losses["off"], rtol=5e-3)
-    assert losses["off"][-1] < 0.95 * losses["off"][0]
+    np.testing.assert_allclose(found["blocks"][0], found["off"][0], rtol=1e-5)
+    # Adam makes much of a rounding
+    np.testing.assert_allclose(found["blocks"][:4], found["off"][:4], rtol=5e-3)
+    for losses in found.values():
+        assert losses[-5:].mean() < losses[:5].mean() - 0.3
     assert names[0] == names[1]
 
 

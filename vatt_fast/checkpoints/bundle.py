@@ -100,8 +100,10 @@ class Bundle:
         self.prefix = prefix_of(prefix)
         index = Path(f"{self.prefix}.index")
         if not index.is_file():
+            inside = sorted(path.stem for path in Path(self.prefix).glob("*.index"))
+            within = f"; in this folder there is {', '.join(inside[:5])}" if inside else ""
             raise ValueError(
-                f"{index} is missing; a checkpoint is named by what stands before .index"
+                f"{index} is missing; a checkpoint is named by what stands before .index{within}"
             )
         try:
             self._shards, self.entries = _read_index(index)

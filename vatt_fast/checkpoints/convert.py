@@ -79,6 +79,10 @@ def _sizes(released: Released) -> dict[str, Any]:
             f"{tower.depth} blocks, dim {tower.dim}, MLP {tower.mlp_dim}, {tower.num_heads} heads "
             f"of {tower.head_dim}"
         )
+        if modality == "video":
+            found["frames"] = f"{config.frames} x {config.height} x {config.width}"
+        elif modality == "audio":
+            found["samples"] = config.samples
     if released.modality is not None:
         return found | {"classes": released.num_classes}
     given = "not given: ids only" if released.vocabulary is None else "given"

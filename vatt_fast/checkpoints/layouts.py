@@ -27,7 +27,6 @@ from ..config import (
 )
 from .names import (
     AXES,
-    BRIDGE,
     PROJECTIONS,
     SHORT,
     Places,
@@ -136,8 +135,17 @@ class _Sizes:
         for key, shape in self.shapes.items():
             if key.endswith("/relative_attention_bias/embeddings") and len(shape) == 2:
                 layer = key.removesuffix("/relative_attention_bias/embeddings")
-                return self.of(f"{layer}/q/kernel", 2)[1] // max(shape[1], 1)
+                return self.of(f"{layer}/q/kernel", 2)[1] // max(shape[1], 1) or None
         return None
+
+    def relative_buckets(self, key: str) -> int:
+        """Half of them are of keys after the query, and half of these of single distances."""
+        buckets, most = self.of(key, 2)[0], 4 * VATTConfig().relative_max_distance
+        if not 4 <= buckets < most:
+            raise ValueError(
+                f"{self.source}: {key} has {buckets} rows; relative positions take 4 to {most - 1}"
+            )
+        return buckets
 
     def t5_tower(self, at: str) -> TowerConfig:
         attention = f"{at}/layers/0/self_attention/attention"
@@ -191,18 +199,18 @@ def _specific(sizes: _Sizes, root: str, num_words: int | None) -> Layout:
     lm, projection = f"{at['text']}/base_lm", f"{at['text']}/pre_proj/kernel"
     places = {m: Places.of_tower(f"{at[m]}/_base", m) for m in PROJECTIONS}
     bias = f"{lm}/layers/0/self_attention/attention/relative_attention_bias/embeddings"
-    text = sizes.t5_tower(lm)
+    text, heads = sizes.t5_tower(lm), _heads_of(sizes, root)
     config = _config(
         video=sizes.tower(f"{at['video']}/_base/tx", "video"),
         audio=sizes.tower(f"{at['audio']}/_base/tx", "audio"),
         text=text,
-        relative_buckets=sizes.of(bias, 2)[0],
+        relative_buckets=sizes.relative_buckets(bias),
         # without a projection the words have the tower's width, as in the paper
         word_dim=sizes.of(projection, 2)[0] if sizes.has(projection) else None,
         vocab_size=_vocab_size(sizes, f"{at['text']}/embedding/embeddings", num_words),
         **_video_size(sizes, places["video"]),
         **_audio_size(sizes, places["audio"]),
-        **_spaces(sizes, root),
+        **_spaces(sizes, heads),
     )
     weights = [
         *patch_tokens(config, "video", places["video"]),
@@ -210,7 +218,7 @@ def _specific(sizes: _Sizes, root: str, num_words: int | None) -> Layout:
         *patch_tokens(config, "audio", places["audio"]),
         *encoder(f"{at['audio']}/_base/tx", "audio_encoder", config.audio),
         *t5_text(config, at["text"]),
-        *common_space(config, root),
+        *common_space(config, heads),
     ]
     return Layout(config, weights, tuple(sizes.notes))
 
@@ -218,7 +226,7 @@ def _specific(sizes: _Sizes, root: str, num_words: int | None) -> Layout:
 def _agnostic(sizes: _Sizes, root: str, num_words: int | None) -> Layout:
     at = f"{root}_base_layer/unified_backbone/unified_transformer"
     places = {m: Places.of_trunk(at, m) for m in MODALITIES}
-    trunk = sizes.tower(f"{at}/tx", "video")
+    trunk, heads = sizes.tower(f"{at}/tx", "video"), _heads_of(sizes, root)
     config = _config(
         kind="modality_agnostic",
         video=trunk,
@@ -230,7 +238,7 @@ def _agnostic(sizes: _Sizes, root: str, num_words: int | None) -> Layout:
         post_proj_dim=_post_proj_dim(sizes, f"{at}/post_proj/video", trunk),
         **_video_size(sizes, places["video"]),
         **_audio_size(sizes, places["audio"]),
-        **_spaces(sizes, root),
+        **_spaces(sizes, heads),
     )
     weights = [
         *patch_tokens(config, "video", places["video"]),
@@ -238,7 +246,7 @@ def _agnostic(sizes: _Sizes, root: str, num_words: int | None) -> Layout:
         *agnostic_text(config, places["text"]),
         *encoder(f"{at}/tx", "trunk", trunk),
         *(w for m in MODALITIES for w in post_proj(config, f"{at}/post_proj/{m}", m)),
-        *common_space(config, root),
+        *common_space(config, heads),
     ]
     return Layout(config, weights, tuple(sizes.notes))
 
@@ -261,14 +269,13 @@ def _fine_tuned(sizes: _Sizes, root: str, projection: str) -> Layout:
     else:
         found |= {"sample_rate_hz": 24000, **_audio_size(sizes, places)}
     config = _config(**found)
-    num_classes = sizes.of(f"{root}_ops/cls/kernel", 2)[1]
+    classifier = _classifier_of(sizes, root)
+    num_classes = sizes.of(f"{classifier}/kernel", 2)[1]
     weights = [
         *patch_tokens(config, modality, places),
         *encoder(f"{at}/tx", "trunk" if agnostic else f"{modality}_encoder", tower),
         *(post_proj(config, f"{at}/post_proj", modality) if agnostic else ()),
-        *dense(
-            f"{root}_ops/cls", "classifier", config.pooled_dim(modality), num_classes, bias=True
-        ),
+        *dense(classifier, "classifier", config.pooled_dim(modality), num_classes, bias=True),
     ]
     return Layout(config, weights, tuple(sizes.notes), modality, num_classes)
 
@@ -299,8 +306,30 @@ def _audio_size(sizes: _Sizes, places: Places) -> dict[str, Any]:
     return dict(audio_patch=patch, samples=patch * sizes.of(places.table("temporal"), 2)[0])
 
 
-def _spaces(sizes: _Sizes, root: str) -> dict[str, int]:
-    at = f"{root}{BRIDGE}"
+def _heads_of(sizes: _Sizes, root: str) -> str:
+    """Where the common spaces lie, told from one of their names: the way there is not published."""
+    name = "/hid_to_va/dense/kernel"
+    found = sorted(key for key in sizes.shapes if key.startswith(root) and key.endswith(name))
+    return found[0].removesuffix(name) if found else f"{root}_head_layer/_bridge_heads/0"
+
+
+def _classifier_of(sizes: _Sizes, root: str) -> str:
+    """The one product outside the tower; ``_ops/cls`` in the released code."""
+    found = [
+        key
+        for key in sizes.shapes
+        if key.startswith(root) and key.endswith("/kernel") and not key.startswith(f"{root}_base/")
+    ]
+    if len(found) != 1:
+        some = ", ".join(sorted(found)[:3]) or "none"
+        raise ValueError(
+            f"{sizes.source} is a fine-tuned tower and must have one classifier beside {root}_base:"
+            f" there is {some}"
+        )
+    return found[0].removesuffix("/kernel")
+
+
+def _spaces(sizes: _Sizes, at: str) -> dict[str, int]:
     return dict(
         d_va=sizes.of(f"{at}/hid_to_va/dense/kernel", 2)[1],
         d_vt=sizes.of(f"{at}/va_to_vat/dense/kernel", 2)[1],

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from ..config import MODALITIES, TowerConfig, VATTConfig
 
 WORD_TABLE = "text_tokens.table.weight"
-BRIDGE = "_head_layer/_bridge_heads/0"
 SHORT = {"video": "vid", "audio": "aud", "text": "txt"}
 AXES = {
     "video": ("temporal", "vertical", "horizontal"),
@@ -143,8 +142,8 @@ def post_proj(config: VATTConfig, at: str, modality: str) -> Iterator[Weight]:
     yield from dense(at, f"post_proj.{modality}", config.video.dim, width, bias=True)
 
 
-def common_space(config: VATTConfig, root: str) -> Iterator[Weight]:
-    at, ours, d_va, d_vt = f"{root}{BRIDGE}", "common_space", config.d_va, config.d_vt
+def common_space(config: VATTConfig, at: str) -> Iterator[Weight]:
+    ours, d_va, d_vt = "common_space", config.d_va, config.d_vt
     pooled = {m: config.pooled_dim(m) for m in MODALITIES}
     yield from dense(f"{at}/vid_to_hid", f"{ours}.video_hidden", pooled["video"], d_va, bias=False)
     yield from _batch_norm(f"{at}/hid_to_va/pre_bn", f"{ours}.video_hidden_norm", d_va)

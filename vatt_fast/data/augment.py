@@ -8,6 +8,7 @@ Shapes: B clips, T frames, H rows, W columns, S samples.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -347,6 +348,9 @@ def _bits(key: Key, stream: int) -> np.random.Philox:
     return np.random.Philox(np.random.SeedSequence((seed, stream, step, row)))
 
 
+@functools.lru_cache(64)  # a reader asks for the crop of each picture of a clip
 def _uniform(count: int, key: Key, stream: int) -> np.ndarray:
-    """(count,) in [0, 1), the same on every platform and with every NumPy."""
-    return (_bits(key, stream).random_raw(count) >> np.uint64(11)) * 2.0**-53
+    """(count,) in [0, 1), the same on every platform and with every NumPy; not to be written to."""
+    found = (_bits(key, stream).random_raw(count) >> np.uint64(11)) * 2.0**-53
+    found.flags.writeable = False
+    return found

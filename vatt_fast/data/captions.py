@@ -14,7 +14,7 @@ import math
 import os
 import re
 import unicodedata
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -169,10 +169,10 @@ def seconds_of(time: str | float) -> float:
     """Seconds of a number or of "1:02:03.5". Raises ValueError for anything else."""
     if isinstance(time, bool):
         raise ValueError(f"{time} is no time")
-    if isinstance(time, str) and (found := _TIME.fullmatch(time.strip())):
-        hours, minutes, rest = found.groups()
-        return int(hours or 0) * 3600 + int(minutes) * 60 + float(rest.replace(",", "."))
     try:
+        if isinstance(time, str) and (found := _TIME.fullmatch(time.strip())):
+            hours, minutes, rest = found.groups()
+            return int(hours or 0) * 3600 + int(minutes) * 60 + float(rest.replace(",", "."))
         seconds = float(time)
     except (TypeError, ValueError, OverflowError):
         seconds = math.nan
@@ -357,9 +357,7 @@ def _subtitles(entries: Sequence[Any], origin: float, where: str) -> list[Captio
     return _clean(captions)
 
 
-def stream_entries(
-    path: Path, check: Callable[[str], None] | None = None, chunk_bytes: int = 1 << 22
-) -> Iterator[tuple[str, Any]]:
+def stream_entries(path: Path, chunk_bytes: int = 1 << 22) -> Iterator[tuple[str, Any]]:
     """(name, value) of a JSON object, one at a time, however large the file is.
 
     The whole file is never held: HowTo100M's has 136 million captions.
@@ -441,8 +439,6 @@ def stream_entries(
             if skip_space() != ":":
                 raise fail(f"no ':' after {name!r:.60}")
             place += 1
-            if check is not None:
-                check(name)
             yield name, value()
             following = skip_space()
             if following == ",":

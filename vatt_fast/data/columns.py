@@ -5,8 +5,8 @@ Strings are one array of bytes and (n + 1,) offsets. A part is a dict of such ar
 source's examples; ``join`` puts parts one behind the other without holding them all.
 """
 
-import bisect
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -296,16 +296,52 @@ def to_files(folder: Path) -> Callable[[str, Iterator[np.ndarray], int, Any, tup
     return write
 
 
-def map_files(folder: Path) -> dict[str, np.ndarray]:
-    """The columns in a folder, mapped. Raises ValueError where one is missing or cut short."""
+class FileRows:
+    """The rows of a .npy file, read anew each time. Processes may share it.
+
+    Mapped, the captions read by a process that reads them all over would count as its memory.
+    """
+
+    def __init__(self, path: Path) -> None:
+        mapped = np.load(path, mmap_mode="r")  # checks header and size
+        self.dtype, self.shape, self._offset = mapped.dtype, mapped.shape, mapped.offset
+        self._row_bytes = self.dtype.itemsize * math.prod(self.shape[1:])
+        self._file = os.open(path, os.O_RDONLY)
+        os.posix_fadvise(self._file, 0, 0, os.POSIX_FADV_RANDOM)
+
+    def __del__(self) -> None:
+        if hasattr(self, "_file"):
+            os.close(self._file)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: slice) -> np.ndarray:
+        start, stop, step = rows.indices(len(self))
+        wanted = max(0, stop - start) * self._row_bytes
+        data = os.pread(self._file, wanted, self._offset + start * self._row_bytes)
+        if step != 1 or len(data) != wanted:
+            raise OSError(f"{len(data)} of {wanted} bytes of an index could be read; index again")
+        return np.frombuffer(data, self.dtype).reshape(-1, *self.shape[1:])
+
+
+def map_files(folder: Path) -> dict[str, Any]:
+    """The columns in a folder, mapped; those of captions as ``FileRows``.
+
+    Raises:
+        ValueError: one is missing or cut short.
+    """
     names = [*_all_columns(), "token_data", "token_offsets", "word_counts", "blocks"]
     names += [f"{name}_{kind}" for name in _STRINGS for kind in ("offsets", "data")]
-    columns = {}
+    columns: dict[str, Any] = {}
     for name in names:
         path = folder / f"{name}.npy"
         try:
-            # a plain array over the map: slices of np.memmap cost 10 us each
-            columns[name] = np.load(path, mmap_mode="r").view(np.ndarray)
+            if name.startswith(("caption_times", "text_", "token_")):
+                columns[name] = FileRows(path)
+            else:
+                # a plain array over the map: slices of np.memmap cost 10 us each
+                columns[name] = np.load(path, mmap_mode="r").view(np.ndarray)
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"{path} is missing or damaged ({error}); delete {folder} and index again"
@@ -316,15 +352,18 @@ def map_files(folder: Path) -> dict[str, np.ndarray]:
 def _one_lexicon(parts: Sequence[Part]) -> tuple[list[tuple[str, int]], list[np.ndarray]]:
     """All words with their counts, most frequent first, and each part's numbers in that list."""
     totals: Counter[str] = Counter()
-    of_part: list[list[str]] = []
     for part in parts:
-        words = list(Strings.of(part, "word"))
-        of_part.append(words)
-        for word, count in zip(words, part["word_counts"].tolist(), strict=True):
+        for word, count in zip(_words(part), part["word_counts"].tolist(), strict=True):
             totals[word] += count
     ranked = sorted(totals.items(), key=lambda pair: (-pair[1], pair[0]))
     number = {word: place for place, (word, _) in enumerate(ranked)}
-    return ranked, [np.array([number[word] for word in words], np.int32) for words in of_part]
+    # read again: the words of all parts would take gigabytes
+    return ranked, [np.array([number[word] for word in _words(p)], np.int32) for p in parts]
+
+
+def _words(part: Part) -> list[str]:
+    offsets, data = part["word_offsets"].tolist(), part["word_data"].tobytes()
+    return [data[a:b].decode() for a, b in itertools.pairwise(offsets)]
 
 
 def _located(
@@ -456,14 +495,12 @@ class ColumnSource:
     def encode(self, vocabulary: Vocabulary, words: int) -> Callable[[int], np.ndarray]:
         if words < 1:
             raise ValueError(f"words is {words}; a text has room for at least 1 word")
-        numbers = [
-            vocabulary.number_of.get(word, UNKNOWN_ID) for word in Strings.of(self.columns, "word")
-        ]
+        numbers = [vocabulary.number_of.get(word, UNKNOWN_ID) for word in _words(self.columns)]
         return _Words(self, np.array(numbers, np.int32), words)
 
     def word_counts(self) -> Iterator[tuple[str, int]]:
         counts = self.columns["word_counts"].tolist()
-        return zip(Strings.of(self.columns, "word"), counts, strict=True)
+        return zip(_words(self.columns), counts, strict=True)
 
     @property
     def has(self) -> Modalities:
@@ -504,10 +541,6 @@ class ColumnSource:
                 texts.update(columns["text_data"][offsets[0] : offsets[-1]].tobytes())
         captions = CONTENT + texts.hexdigest() if said else ""
         return Identity(len(self), total, names.hexdigest(), captions)
-
-    def find_block(self, index: int) -> int:
-        """The block that an example is in."""
-        return bisect.bisect_right(self.blocks, index) - 1
 
 
 def _reopened(folder: Path) -> Any:

@@ -185,13 +185,9 @@ class ClipFolder:
     ) -> list["_Window"]:
         options: dict[str, Any] = dict(only=self._only(index), **self.spec.reader_arguments())
         seconds = [start / self.spec.frames_per_second for start in starts]
-        if changes is None:
-            clips = reader.clips(seconds, **options)
-        else:  # each has a part of the picture of its own
-            clips = [
-                reader.clip(start=start, box=change.box, **options)
-                for start, change in zip(seconds, changes, strict=True)
-            ]
+        if changes is not None:  # each has a part of the picture of its own
+            options["box"] = [change.box for change in changes]
+        clips = reader.clips(seconds, **options)
         windows = [
             _Window(start, clip.video, clip.audio, clip.video_valid, clip.audio_valid)
             for start, clip in zip(starts, clips, strict=True)
@@ -386,6 +382,7 @@ class ClipDataset(Dataset):
             seed,
         )
         kept: dict[str, tuple[int, ...]] | None = None
+        keeps: dict[str, np.ndarray] = {}
         if drop_token is not None:
             keeps = self._draw(0)
             kept = {
@@ -393,6 +390,9 @@ class ClipDataset(Dataset):
                 for name, values in drop_token.patch_values.items()
             }
         self._row_shapes = row_shapes(spec, kept)
+        draws: Shapes = {name: (keep.shape, np.int32) for name, keep in keeps.items()}
+        clips = many(windows_per_decode * batch_size, self._row_shapes)
+        self._shapes = clips | many(windows_per_decode, draws)
         if shuffle_captions:
             for part in parts:
                 if len(part) < 2:
@@ -418,7 +418,7 @@ class ClipDataset(Dataset):
     @property
     def batch_bytes(self) -> int:
         """Of a batch's arrays."""
-        return bytes_of(self.shapes(0)) // self.steps_together
+        return bytes_of(self._shapes) // self.steps_together
 
     def __getitem__(self, step: int) -> Batch:
         if step < 0:
@@ -439,12 +439,7 @@ class ClipDataset(Dataset):
         return self.batch_size
 
     def shapes(self, fill: int) -> Shapes:
-        shapes = many(self.steps_together * self.batch_size, self._row_shapes)
-        if self.drop_token is not None:
-            keeps = self._draw(0)
-            draws: Shapes = {name: (keep.shape, np.int32) for name, keep in keeps.items()}
-            shapes |= many(self.steps_together, draws)
-        return shapes
+        return self._shapes
 
     def begin(self, fill: int, arrays: Arrays) -> None:
         """Write what is known before any file is read: the kept indices."""

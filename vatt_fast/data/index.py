@@ -1,6 +1,6 @@
 """An index of a source: everything about its examples but their pictures and sound, on disk.
 
-It is a folder of .npy columns that processes map, and index.json, which is written last. Building
+It is a folder of .npy columns that processes map or read, and index.json, written last. Building
 goes in parts, a shard or some files each, which stay where a build is killed; the next one goes on
 from there. A later build opens again only what has changed.
 """
@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import threading
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -132,7 +133,7 @@ def build_index(
             if not len(source):
                 told = "; ".join(list(problems.values())[:2])
                 raise ValueError(f"nothing in {listing.label} can be read: {told}")
-            write_text(columns / "problems.json", json.dumps(problems, ensure_ascii=False))
+            write_text(columns / "problems.json", json.dumps(problems))
             about = {
                 "format": FORMAT,
                 "version": VERSION,
@@ -399,7 +400,7 @@ def _run(tasks: Sequence[_Task], workers: int, progress: Callable[[int, int], No
     pool = concurrent.futures.ProcessPoolExecutor(
         min(workers, len(waiting)),
         mp_context=multiprocessing.get_context("fork"),
-        initializer=_obey_the_parent_alone,
+        initializer=_live_with_the_parent,
     )
     with pool:
         try:
@@ -419,8 +420,20 @@ def _run(tasks: Sequence[_Task], workers: int, progress: Callable[[int, int], No
             raise
 
 
-def _obey_the_parent_alone() -> None:
+def _live_with_the_parent() -> None:
+    """For a worker: only its parent stops it, and it ends when its parent is killed.
+
+    It would wait for work for ever, and hold the index's lock, which it was born with.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True, name="parent").start()
 
 
 def _is_built(task: _Task) -> bool:
@@ -456,7 +469,10 @@ def _build(task: _Task) -> None:
             if name == task.label or name.startswith((f"{task.label}/", f"{task.label} "))
         }
     elif task.shard:
-        read_shard(join_path(task.root, task.shard), task.label, task.shard, builder)
+        try:
+            read_shard(join_path(task.root, task.shard), task.label, task.shard, builder)
+        except ValueError as error:  # one that is no tar does not end the others
+            problems[task.label] = str(error)
     else:
         read_files(task.root, task.rows, builder, _remembered(task.old[0], task.measured))
     about = {

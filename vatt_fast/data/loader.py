@@ -18,6 +18,8 @@ from .source import Source
 from .text import Vocabulary
 from .workers import Memory, Workers
 
+_PORTABLE = 1  # cudaHostRegisterPortable: page-locked for every device
+
 
 class ClipLoader:
     """The batches of steps in order, the same for any number of workers; see ``loader``.
@@ -135,8 +137,15 @@ class ClipLoader:
         assert self._memory is not None
         whole = np.frombuffer(self._memory.shared.map, np.uint8)
         cudart: Any = torch.cuda.cudart()
-        torch.cuda.check_error(int(cudart.cudaHostRegister(whole.ctypes.data, whole.nbytes, 0)))
-        self._pinned = whole.ctypes.data
+        error = int(cudart.cudaHostRegister(whole.ctypes.data, whole.nbytes, _PORTABLE))
+        if error:
+            warnings.warn(
+                f"{whole.nbytes / 1e6:.0f} MB of batches cannot be page-locked (CUDA error "
+                f"{error}): each copy to the device waits for the step before",
+                stacklevel=2,
+            )
+        else:
+            self._pinned = whole.ctypes.data
 
     def close(self) -> None:
         """End the workers. The last batch stays valid."""
@@ -145,7 +154,8 @@ class ClipLoader:
         if self._pinned:
             torch.cuda.synchronize()  # nothing is copied from there any more
             cudart: Any = torch.cuda.cudart()
-            torch.cuda.check_error(int(cudart.cudaHostUnregister(self._pinned)))
+            error = int(cudart.cudaHostUnregister(self._pinned))
+            assert not error, error
         self._workers, self._memory, self._pinned = None, None, 0
 
     def __del__(self) -> None:
@@ -253,6 +263,7 @@ def evaluation_clips(
     start: float | None = None,
     windows: int | None = None,
     first: int = 0,
+    stop: int | None = None,
     with_empty: bool = False,
     cache_dir: str | os.PathLike | None = None,
     workers: int = 0,
@@ -271,6 +282,7 @@ def evaluation_clips(
         windows: so many instead, spread evenly over each file, in rows one after the other; 1 is
             the middle. Their captions are those nearest to the file's middle.
         first: batches that are left out, to go on with a work begun.
+        stop: the batch to end before, where others read the rest; None: to the end.
         with_empty: batches of which no file can be read come too, with their ``skipped``.
 
     Raises:
@@ -294,7 +306,7 @@ def evaluation_clips(
         return [round(place * (count - 1))]
 
     return _EvaluationBatches(clips, batch_size, choose, windows or 1).run(
-        workers, first, with_empty
+        workers, first, stop, with_empty
     )
 
 
@@ -360,9 +372,9 @@ class _EvaluationBatches:
         self.skipped.update((one.file, one.reason) for one in skipped)
         return to_batch({name: values[rows] for name, values in arrays.items()}, files, skipped)
 
-    def run(self, workers: int, first: int, with_empty: bool) -> Iterator[Batch]:
+    def run(self, workers: int, first: int, stop: int | None, with_empty: bool) -> Iterator[Batch]:
         found = 0
-        for batch in ClipLoader(self, range(first, len(self)), workers):
+        for batch in ClipLoader(self, range(first, len(self) if stop is None else stop), workers):
             found += len(batch)
             if len(batch) or with_empty:
                 yield batch
@@ -372,7 +384,7 @@ class _EvaluationBatches:
                     + ", ".join(one.file for one in batch.skipped),
                     stacklevel=2,
                 )
-        if not found and not first:
+        if not found and not first and stop is None:
             reason = next(iter(self.skipped.values()))
             raise MediaError(
                 f"none of the {len(self.clips)} files in {self.clips.source.label} can be decoded; "

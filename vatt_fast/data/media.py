@@ -65,6 +65,8 @@ LOUDEST = 64.0
 SLOWEST_HZ, FASTEST_HZ = 1_000, 1_000_000
 # Windows that begin this long after the end of another, or earlier, are read in one go.
 NEAR_SECONDS = 2.0
+# Parts of pictures for which scaling is set up at a time.
+MOST_SCALERS = 8
 _SQUAREST, _FLATTEST = 1 / 16, 16  # pixels of other shapes are a damaged header's
 
 
@@ -191,8 +193,8 @@ class MediaReader(MediaFile):
     """
 
     def _open(self) -> None:
-        # kept, since they hold the scaler's tables
-        self._scaler = Scaler()
+        if not hasattr(self, "_scalers"):
+            self._scalers: dict[tuple[float, ...], Scaler] = {}
         if hasattr(self, "info"):
             super()._open()
         elif self.name.lower().endswith(IMAGE_SUFFIXES) and is_picture(self.place):
@@ -254,15 +256,21 @@ class MediaReader(MediaFile):
         width: int,
         num_samples: int,
         sample_rate_hz: int,
-        box: Box = None,
+        box: Box | Sequence[Box] = None,
         only: str | None = None,
     ) -> list[Clip]:
-        """One clip a start. The pictures of windows near to one another are decoded once."""
+        """One clip a start. The pictures of windows near to one another are decoded once.
+
+        ``box`` may be a list of boxes, one a start.
+        """
         count = len(starts)
         pictures: list[Any] = [(None, (0, 0))] * count
         sounds: list[Any] = [(None, (0, 0))] * count
         if self.info.has_video and only != "audio":
-            pictures = self._videos(starts, num_frames, frames_per_second, height, width, box)
+            boxes: list[Any] = box if isinstance(box, list) else [box] * count
+            if len(boxes) != count:
+                raise ValueError(f"{len(boxes)} boxes for {count} windows; give one a window")
+            pictures = self._videos(starts, num_frames, frames_per_second, height, width, boxes)
         if self.info.has_audio and only != "video":
             sounds = [self._audio(start, num_samples, sample_rate_hz) for start in starts]
         return [
@@ -280,7 +288,7 @@ class MediaReader(MediaFile):
         width: int,
         box: Box = None,
     ) -> np.ndarray:
-        return self._videos([start], num_frames, frames_per_second, height, width, box)[0][0]
+        return self._videos([start], num_frames, frames_per_second, height, width, [box])[0][0]
 
     def _videos(
         self,
@@ -289,7 +297,7 @@ class MediaReader(MediaFile):
         frames_per_second: float,
         height: int,
         width: int,
-        box: Box,
+        boxes: Sequence[Box],
     ) -> list[tuple[np.ndarray, tuple[int, int]]]:
         """Each window's frames, and which of them the file holds."""
         for start in starts:
@@ -306,16 +314,22 @@ class MediaReader(MediaFile):
         found: dict[int, tuple[np.ndarray, tuple[int, int]]] = {}
         with self._naming_the_file():
             if self.info.is_image:
-                picture = read_picture(self.place, height, width, box)
-                frames = np.broadcast_to(picture, (num_frames, *picture.shape))
-                return [(frames.copy(), (0, num_frames)) for _ in starts]
+                pictures = [read_picture(self.place, height, width, box) for box in boxes]
+                return [
+                    (np.repeat(picture[None], num_frames, 0), (0, num_frames))
+                    for picture in pictures
+                ]
             for group in _near(starts, num_frames * interval + NEAR_SECONDS):
                 offsets = np.arange(num_frames) / frames_per_second
                 times = np.concatenate([starts[window] + offsets for window in group])
                 order = np.argsort(times, kind="stable")
                 frames = np.zeros((len(times), height, width, 3), np.uint8)
                 first, end = self._fill_frames(
-                    frames, order, times[order], interval if num_frames > 1 else 0.0, box
+                    frames,
+                    order,
+                    times[order],
+                    interval if num_frames > 1 else 0.0,
+                    [boxes[window] for window in group for _ in range(num_frames)],
                 )
                 held = np.zeros(len(times), bool)
                 held[order[first:end]] = True
@@ -331,12 +345,20 @@ class MediaReader(MediaFile):
         return [found[window] for window in range(len(starts))]
 
     def _fill_frames(
-        self, frames: np.ndarray, rows: np.ndarray, times: np.ndarray, interval: float, box: Box
+        self,
+        frames: np.ndarray,
+        rows: np.ndarray,
+        times: np.ndarray,
+        interval: float,
+        boxes: Sequence[Box],
     ) -> tuple[int, int]:
         """Write the picture shown at ``times[i]`` into ``frames[rows[i]]``; the times rise.
 
         Pictures between two times are never converted. Returns the first of the times for which
         there is a picture, and past the last.
+
+        Args:
+            boxes: of each of the frames.
         """
         count = len(times)
         _, height, width, _ = frames.shape
@@ -346,13 +368,14 @@ class MediaReader(MediaFile):
 
         def fill(picture: Any, upto: int) -> None:
             nonlocal filled
-            if upto > filled:
-                # each row once, the first straight from the scaler
-                target = frames[rows[filled]]
-                target[:] = self._picture(picture, height, width, box)
-                for row in rows[filled + 1 : upto]:
-                    frames[row] = target
-                filled = upto
+            done: int | None = None  # a row of this picture
+            for row in rows[filled:upto]:
+                if done is None or boxes[row] is not boxes[done]:
+                    frames[row] = self._picture(picture, height, width, boxes[row])
+                    done = row
+                else:
+                    frames[row] = frames[done]
+            filled = max(filled, upto)
 
         ordered = times.tolist()
         for frame, seconds in self._decode_from("video", ordered[0], times):
@@ -391,7 +414,10 @@ class MediaReader(MediaFile):
         if box is not None:
             part = stored_part(checked_box(box, *_shown_size(frame, aspect, turns)), flip, turns)
         pixels = part_of(part, frame.height, frame.width, rows, columns, aspect)
-        return oriented(self._scaler.scaled(frame, pixels, rows, columns), flip, turns)
+        if pixels not in self._scalers:  # each keeps its tables
+            self._scalers = dict(list(self._scalers.items())[-MOST_SCALERS:])
+            self._scalers[pixels] = Scaler()
+        return oriented(self._scalers[pixels].scaled(frame, pixels, rows, columns), flip, turns)
 
     def _aspect(self) -> float:
         """The width of one of the picture's pixels over its height."""
@@ -482,7 +508,9 @@ class MediaReader(MediaFile):
         spans = [(index(b), index(min(e, sounds_until))) for b, e in pieces]
         inside = [span for span in spans if span[1] > span[0]]
         heard = (inside[0][0], max(end for _, end in inside)) if inside else (0, 0)
-        return np.pad(resampled, (0, num_samples - len(resampled))), heard
+        if len(resampled) < num_samples:
+            resampled = np.pad(resampled, (0, num_samples - len(resampled)))
+        return resampled, heard
 
     def _on_the_grid(self, seconds: float, rate: int) -> int:
         """The sample of a time at which codec frames meet.

@@ -4,13 +4,12 @@ import functools
 import io
 import os
 import stat
+from collections.abc import Callable
 from typing import Any, BinaryIO, cast
 
+from . import remote
 from .media_scan import import_av
 from .source import Place
-
-# What of a remote file is read at a time: about a second of a small video.
-REMOTE_BLOCK_BYTES = 2**18
 
 
 class MediaError(ValueError):
@@ -30,9 +29,10 @@ def identity(place: Place) -> str:
 
     Raises:
         OSError: no such file, or one that may not be read. MediaError: no regular file.
+        ValueError: a URL for which something is not installed.
     """
     if place.is_remote:
-        return _text(place, *_remote(place, "described", _describe, place.path))
+        return _text(place, *_remote(place, remote.size_and_time))
     status = os.stat(place.path)
     if not stat.S_ISREG(status.st_mode):
         kind = "a folder" if stat.S_ISDIR(status.st_mode) else "no regular file"
@@ -86,7 +86,7 @@ def open_bytes(place: Place) -> BinaryIO:
         OSError: it cannot be opened.
     """
     if place.is_remote:
-        file = _remote(place, "opened", _open_remote, place.path)
+        file = _remote(place, remote.open_bytes)
     else:
         # FFmpeg and Pillow read in pieces of their own
         file = open(place.path, "rb", buffering=0 if place.is_part else -1)  # noqa: SIM115
@@ -134,32 +134,12 @@ class _Part(io.RawIOBase):
         super().close()
 
 
-def _remote(place: Place, done: str, function: Any, url: str) -> Any:
+def _remote(place: Place, function: Callable[[str], Any]) -> Any:
     """Call fsspec; what its many libraries raise becomes OSError."""
     try:
-        return function(url)
-    except (OSError, ImportError):
+        return function(place.path)
+    except (OSError, ValueError):
         raise
     except Exception as error:
-        raise OSError(
-            f"{place.name} cannot be {done} at {url} ({error or type(error).__name__})"
-        ) from error
-
-
-def _fsspec() -> Any:
-    try:
-        import fsspec
-    except ImportError as error:
-        raise ImportError("URLs need fsspec, which is not installed: pip install fsspec") from error
-    return fsspec
-
-
-def _describe(url: str) -> list[object]:
-    system, path = _fsspec().core.url_to_fs(url)
-    info = system.info(path)
-    marks = ("size", "ETag", "etag", "mtime", "LastModified", "last_modified", "updated", "created")
-    return [info[mark] for mark in marks if mark in info]
-
-
-def _open_remote(url: str) -> Any:
-    return _fsspec().open(url, "rb", block_size=REMOTE_BLOCK_BYTES).open()
+        reason = str(error) or type(error).__name__
+        raise OSError(f"{place.name} cannot be opened at {place.path} ({reason})") from error

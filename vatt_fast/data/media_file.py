@@ -305,6 +305,10 @@ class MediaFile:
         False where the container has no index.
         """
         stream = self._stream(kind)
+        discard: Any = getattr(import_av().stream, "Discard", None)  # PyAV 18
+        for other in self._container.streams if discard else ():
+            # so that their bytes are not even read
+            other.discard = discard.default if other.index == stream.index else discard.all
         try:
             target = int((max(seconds, 0.0) + self._origin_seconds) / stream.time_base)
             self._container.seek(target, stream=stream, backward=True)
@@ -381,6 +385,7 @@ class MediaFile:
         waiting: deque[Any] = deque()
         known: list[int] = []  # stamps in order, of the packets that wait and some before them
         first_key: int | None = None
+        in_order, latest = True, -(2**63)  # of decoding
 
         def spare(packet: Any) -> bool:
             nonlocal first_key
@@ -388,6 +393,8 @@ class MediaFile:
             if first_key is None and packet.is_keyframe:
                 first_key = stamp
             if stamp is None or known_until is None or first_key is None or stamp <= first_key:
+                return False
+            if packet.is_discard or not in_order:
                 return False
             after = bisect.bisect_right(known, stamp)
             # later packets show later pictures than they are decoded
@@ -398,7 +405,10 @@ class MediaFile:
 
         for packet in self._container.demux(stream):
             waiting.append(packet)
-            if packet.pts is not None:
+            if packet.dts is not None:
+                in_order, latest = in_order and packet.dts >= latest, packet.dts
+            # what an edit list leaves out is decoded and never shown, whatever its stamp
+            if packet.pts is not None and not packet.is_discard:
                 bisect.insort(known, packet.pts)
                 if len(known) > 4 * REORDERED_PICTURES:
                     del known[:REORDERED_PICTURES]

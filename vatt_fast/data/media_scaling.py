@@ -61,7 +61,7 @@ class Scaler:
             name,
             interpolation="BILINEAR",
             src_color_range=colours,
-            dst_color_range=colours if name == _HALF_COLOURS else None,
+            dst_color_range=colours if name == _HALF_COLOURS else "JPEG",  # RGB is of full range
             **_one_thread(),
         )
 
@@ -89,6 +89,7 @@ class Scaler:
         return cut
 
 
+@functools.lru_cache
 def _span(
     begin: float, end: float, size: int, output: int
 ) -> tuple[tuple[int, int], tuple[int, int]]:

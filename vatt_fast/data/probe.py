@@ -5,8 +5,7 @@ import os
 import numpy as np
 
 from .columns import AUDIO, IMAGE, MEASURED, VIDEO, Measured
-from .media import AUDIO_SUFFIXES, IMAGE_SUFFIXES, MediaError, MediaReader
-from .media_scan import import_av
+from .media import AUDIO_SUFFIXES, IMAGE_SUFFIXES, MediaReader
 from .source import Place
 
 
@@ -55,6 +54,3 @@ def _key_frames(stream: object, duration: float) -> tuple[int, float]:
         return 0, 0.0
     gaps = np.diff(np.append(times - times[0], duration))
     return len(times), max(float(gaps.max()), 0.0)
-
-
-__all__ = ["MediaError", "guessed", "import_av", "measure"]

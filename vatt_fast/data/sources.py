@@ -2,10 +2,12 @@
 
 import dataclasses
 import os
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
-from ..files import check_folder
+from ..files import InUseError, check_folder
 from .columns import ColumnSource
 from .index import (
     OTHER_FILES,
@@ -26,6 +28,11 @@ from .text import PADDING, UNKNOWN, Vocabulary
 
 # a source of more files than this gets an index on disk, whatever it is
 MOST_IN_MEMORY = 20_000
+_WAIT_SECONDS = 0.5
+
+
+def _to_stderr(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def open_source(
@@ -33,7 +40,7 @@ def open_source(
     *,
     index_folder: str | os.PathLike | None = None,
     workers: int = 1,
-    say: Callable[[str], None] = print,
+    say: Callable[[str], None] = _to_stderr,
 ) -> Source:
     """The source that ``data`` names, as ``listing`` describes.
 
@@ -96,7 +103,7 @@ def _open(
                 if only_folders and is_same_listing(place, listing):
                     return _warned(open_index(place))
                 say(f"the index {place} is brought up to date: {_some(told)}")
-                return _warned(build_index(listing, place, workers=workers))
+                return _warned(_build(listing, place, workers, say))
             return _warned(open_index(place))
     listing = listing or list_source(wanted)
     if not listing.shards and len(listing.rows) <= MOST_IN_MEMORY and not _is_large(listing):
@@ -107,11 +114,26 @@ def _open(
         except ValueError:
             continue
         say(f"{listing.label} is indexed into {place}, once")
-        return _warned(build_index(listing, place, workers=workers))
+        return _warned(_build(listing, place, workers, say))
     raise ValueError(
         f"{listing.label} needs an index, and there is no place for it: vatt-fast index "
         f"{listing.label} --out FOLDER, and name that folder"
     )
+
+
+def _build(listing: Listing, place: Path, workers: int, say: Callable[[str], None]) -> ColumnSource:
+    """Build an index, or wait for the process that does: the ranks of a run all want it."""
+    waited = False
+    while True:
+        try:
+            return build_index(listing, place, workers=workers)
+        except InUseError as error:
+            if not waited:
+                say(f"{error}: waiting")
+            waited = True
+            time.sleep(_WAIT_SECONDS)
+        if is_index(place) and not changes(place, listing.shards or None):
+            return open_index(place)
 
 
 def _is_large(listing: Listing) -> bool:
@@ -142,6 +164,3 @@ def vocabulary_from(source: Source, max_words: int) -> Vocabulary:
             f"max_words is {max_words}; {PADDING}, {UNKNOWN} and one word need at least 3"
         )
     return Vocabulary([PADDING, UNKNOWN, *(word for word, _ in ranked[: max_words - 2])])
-
-
-__all__ = ["MixedSource", "Source", "open_source", "parse", "vocabulary_from"]

@@ -63,21 +63,27 @@ class SharedMemory:
 
     def __init__(self, size: int):
         if hasattr(os, "memfd_create"):  # whatever the size of /dev/shm
-            self._file: Any = os.fdopen(os.memfd_create("vatt_fast"), "r+b", buffering=0)
+            descriptor = os.memfd_create("vatt_fast")
         else:
-            self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115
-        self._file.truncate(size)
-        self.size = size
-        self.map = mmap.mmap(self._file.fileno(), size)
+            descriptor, name = tempfile.mkstemp()
+            os.unlink(name)
+        os.ftruncate(descriptor, size)
+        self._hold(descriptor, size)
+
+    def _hold(self, descriptor: int, size: int) -> None:
+        self._descriptor, self.size = descriptor, size
+        self.map = mmap.mmap(descriptor, size)
+
+    def __del__(self) -> None:
+        os.close(self._descriptor)  # the map stays while there are arrays in it
 
     def __reduce__(self) -> Any:  # for a child that is started anew
-        return _attach, (reduction.DupFd(self._file.fileno()), self.size)
+        return _attach, (reduction.DupFd(self._descriptor), self.size)
 
 
 def _attach(descriptor: Any, size: int) -> SharedMemory:
     memory = SharedMemory.__new__(SharedMemory)
-    memory._file, memory.size = os.fdopen(descriptor.detach(), "r+b", buffering=0), size
-    memory.map = mmap.mmap(memory._file.fileno(), size)
+    memory._hold(descriptor.detach(), size)
     return memory
 
 
@@ -154,8 +160,9 @@ class Workers:
         """Let the workers read a fill, whose memory is free."""
         numbers = np.arange(self._fills.rows(fill), dtype=_TICKET) + (fill << _ROW_BITS)
         waiting = memoryview(numbers.tobytes())
-        while waiting:
-            waiting = waiting[os.write(self._tickets.fileno(), waiting) :]
+        with contextlib.suppress(BrokenPipeError):  # all are dead, as ``results`` will tell
+            while waiting:
+                waiting = waiting[os.write(self._tickets.fileno(), waiting) :]
 
     def results(self) -> Iterable[tuple[int, int, Any]]:
         """Wait for what came of some rows: fill, row, and what was returned or raised.

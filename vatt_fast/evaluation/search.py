@@ -15,6 +15,7 @@ from ..data.loader import evaluation_clips
 from ..data.text import Caption, read_json, split_words
 from ..encoding import embed_batch, embed_sentences, without_known_words
 from ..model import VATT
+from ..training.distributed import Ranks
 from .retrieval import retrieval_metrics, top_k
 
 QUERIES = "queries.json"
@@ -38,16 +39,35 @@ class EmbeddedFolder:
 
 
 def read_folder(
-    model: VATT, data: str | os.PathLike, *, windows: int = WINDOWS, batch_size: int = 32
+    model: VATT,
+    data: str | os.PathLike,
+    *,
+    windows: int = WINDOWS,
+    batch_size: int = 32,
+    ranks: Ranks | None = None,
 ) -> EmbeddedFolder:
-    """Embed the video and sound of a folder. Raises ValueError as ``evaluation_clips``."""
+    """Embed the video and sound of a folder.
+
+    Args:
+        ranks: processes that divide the batches; all call, and get the whole.
+
+    Raises:
+        ValueError: as ``evaluation_clips``; batch_size below 1.
+    """
+    ranks = ranks or Ranks()
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; a batch has at least 1 clip")
+    span: dict[str, int] = {}
+    if ranks.world > 1:
+        batches = -(-len(folder_captions(data)) // batch_size)
+        first, stop = (batches * (ranks.rank + i) // ranks.world for i in (0, 1))
+        span = dict(first=first, stop=stop)
     spec = ClipSpec.from_config(model.config)
     parts: dict[str, list[np.ndarray]] = defaultdict(list)
     files: list[str] = []
     skipped: dict[str, str] = {}
-    for batch in evaluation_clips(
-        data, spec, vocabulary=None, batch_size=batch_size, windows=windows, with_empty=True
-    ):
+    options: dict[str, Any] = dict(batch_size=batch_size, windows=windows, **span)
+    for batch in evaluation_clips(data, spec, vocabulary=None, with_empty=True, **options):
         skipped |= {one.file: one.reason for one in batch.skipped}
         if not len(batch):
             continue
@@ -56,7 +76,16 @@ def read_folder(
         found["seconds"] = batch.start_seconds.numpy().reshape(-1, windows)
         for name, value in found.items():
             parts[name].append(value)
-    arrays = {name: np.concatenate(values) for name, values in parts.items()}
+    shares = ranks.all((files, skipped, dict(parts)))
+    files = [name for share in shares for name in share[0]]
+    skipped = {name: why for share in shares for name, why in share[1].items()}
+    names = dict.fromkeys(name for share in shares for name in share[2])
+    arrays = {
+        name: np.concatenate([one for share in shares for one in share[2].get(name, ())])
+        for name in names
+    }
+    if not files:
+        raise ValueError(f"none of the {len(skipped)} files of {data} can be read")
     return EmbeddedFolder(
         files,
         arrays["z_video_va"],

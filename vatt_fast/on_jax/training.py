@@ -338,6 +338,14 @@ def host_batch(batch: Batch, devices: int = 1) -> dict[str, np.ndarray]:
     return arrays
 
 
+def on_mesh(arrays: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """A host batch on the mesh's devices. Once its arrays are ready, it may change on the host."""
+    shared = NamedSharding(mesh, PartitionSpec(AXIS))
+    if mesh.devices.flat[0].platform == "cpu":  # arrays there lie where the host's do (jax 0.10)
+        arrays = {name: value.copy() for name, value in arrays.items()}
+    return {name: jax.device_put(value, shared) for name, value in arrays.items()}
+
+
 class JaxTrainer:
     """The JAX model on all devices of this host."""
 
@@ -403,18 +411,13 @@ class JaxTrainer:
         return place(self.mesh, self.specs, state)
 
     def step(self, batch: Batch, step: int, rate: float) -> Update:
-        shared = NamedSharding(self.mesh, PartitionSpec(AXIS))
-        arrays = {
-            # the loader fills its memory anew, which arrays on the CPU would share
-            name: jax.device_put(value, shared, may_alias=False)
-            for name, value in host_batch(batch, self.devices).items()
-        }
+        arrays = on_mesh(host_batch(batch, self.devices), self.mesh)
         per: DropPer = "batch" if len(arrays["video_keep"]) == self.devices else "clip"
         # a continued run draws the same dropout
         key = jax.random.fold_in(jax.random.key(self.run.seed), step)
         with lowering_for(self.platform):  # which need not be JAX's default
             self.state, update = self._steps[per](self.state, arrays, rate, key)
-        jax.block_until_ready(arrays)  # copied; the step is under way by now
+        jax.block_until_ready(arrays)  # copied, so the loader may fill its memory anew
         return update
 
     def temperature(self) -> float:

@@ -19,7 +19,7 @@ from .settings import differences
 
 CHECKPOINT = "checkpoint.safetensors"
 _MODEL, _OPTIMIZER = "model/", "optimizer/"
-_ORDER = "order of clips"  # young: without it, a run began under the first rules of data/order.py
+_ORDER = "order of clips"  # where it is missing, the run began under the first rules
 
 
 class Data(NamedTuple):
@@ -98,7 +98,7 @@ def check_same_run(path: Path, was: Standing, run: dict[str, Any]) -> None:
 def say_what_changed(path: Path, was: Standing, data: Data, arithmetic: dict[str, Any]) -> None:
     """Warn of what a run may change, but goes on otherwise than it would have."""
     told = [data.changes_since(was.data)] if was.data is not None else []
-    before = {_ORDER: 1} | was.arithmetic if was.arithmetic is not None else {}
+    before = {_ORDER: 1} | (was.arithmetic or {})
     told += [
         f"{name} was {value}, now {arithmetic[name]}"
         for name, value in before.items()

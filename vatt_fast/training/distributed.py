@@ -224,34 +224,37 @@ def speaks() -> bool:
 
 
 @contextlib.contextmanager
-def joined(run: PretrainConfig) -> Iterator[Ranks]:
-    """The run's ranks, as torchrun's variables tell; leaves the process group in order at the end.
+def joined(device: str, patience: int, framework: str = "torch") -> Iterator[Ranks]:
+    """The ranks that torchrun's variables tell of; leaves the process group in order at the end.
 
     A process group that is there already is used, and stays.
 
+    Args:
+        device: as ``PretrainConfig`` has it; "auto" and "cuda" give each rank its own.
+        patience: seconds that a rank waits for the others.
+
     Raises:
-        ValueError: replica groups of TorchFT; fewer GPUs than local ranks; a batch that the ranks
-            cannot share.
+        ValueError: replica groups of TorchFT; fewer GPUs than local ranks.
         OSError: ranks did not come.
     """
     _refuse_replica_groups()
     given = dist.is_available() and dist.is_initialized()
     launched = is_launched() and int(os.environ["WORLD_SIZE"]) > 1
     if not given and not launched:
-        yield Ranks(device=run.device)
+        yield Ranks(device=device)
         return
     if given:
         ranks = Ranks(dist.get_rank(), dist.get_world_size())
         with ranks.together():
-            ranks.device = _device_of(run)
-        yield _checked(ranks, run)
+            ranks.device = _device_of(device, framework)
+        yield ranks
         return
-    device = _device_of(run)
+    device = _device_of(device, framework)
     # its functions have the group as a default argument if they are defined while there is one
     import torch.distributed.nn.functional  # noqa: F401
 
-    gpus = run.framework == "torch" and pick_device(device).type == "cuda"
-    wait = datetime.timedelta(seconds=run.patience)
+    gpus = framework == "torch" and pick_device(device).type == "cuda"
+    wait = datetime.timedelta(seconds=patience)
     try:
         whole, rank, world = next(dist.rendezvous("env://", timeout=wait))
         # torchrun's store outlives the ranks that it starts again
@@ -268,12 +271,12 @@ def joined(run: PretrainConfig) -> Iterator[Ranks]:
         if not _of_a_group(error):
             raise
         raise ConnectionError(
-            f"the {os.environ['WORLD_SIZE']} ranks did not find each other within {run.patience} s "
+            f"the {os.environ['WORLD_SIZE']} ranks did not find each other within {patience} s "
             f"at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} ({error})"
         ) from error
-    ranks = Ranks(rank, world, device, dist.PrefixStore("silent", store), run.patience)
+    ranks = Ranks(rank, world, device, dist.PrefixStore("silent", store), patience)
     try:
-        yield _checked(ranks, run)
+        yield ranks
     except BaseException as error:
         if getattr(error, "agreed", False):
             _end_group()
@@ -299,8 +302,11 @@ def _end_group() -> None:
     dist.destroy_process_group()
 
 
-def _checked(ranks: Ranks, run: PretrainConfig) -> Ranks:
-    """The settings alone, before anything is read."""
+def check_settings(ranks: Ranks, run: PretrainConfig) -> None:
+    """Raise ValueError, before anything is read, where ranks cannot share a run.
+
+    They have other settings or versions, or a batch that they cannot divide.
+    """
     settings = {n: v for n, v in dataclasses.asdict(run).items() if n not in _OWN}
     versions = {"vatt_fast": __version__, "torch": torch.__version__, "python": _python()}
     ranks.require_alike(versions | settings)
@@ -312,7 +318,6 @@ def _checked(ranks: Ranks, run: PretrainConfig) -> Ranks:
             ),
             ranks,
         )
-    return ranks
 
 
 def _python() -> str:
@@ -329,19 +334,19 @@ def _refuse_replica_groups() -> None:
         )
 
 
-def _device_of(run: PretrainConfig) -> str:
+def _device_of(device: str, framework: str) -> str:
     """The device of this rank: GPUs are given out by local rank. Raises ValueError: none such."""
     local = int(os.environ.get("LOCAL_RANK", "0"))
-    if run.framework == "jax" or run.device not in ("auto", "cuda"):
-        if run.device.startswith("cuda:") and int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1:
+    if framework == "jax" or device not in ("auto", "cuda"):
+        if device.startswith("cuda:") and int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1:
             raise ValueError(
-                f"device is {run.device!r} for all ranks of this host; use 'cuda' or 'auto': each "
+                f"device is {device!r} for all ranks of this host; use 'cuda' or 'auto': each "
                 "takes its own"
             )
-        if run.framework == "torch":
-            pick_device(run.device)
-        return run.device
-    if pick_device(run.device).type != "cuda":
+        if framework == "torch":
+            pick_device(device)
+        return device
+    if pick_device(device).type != "cuda":
         return "cpu"
     if local >= (count := torch.cuda.device_count()):
         raise ValueError(

@@ -39,7 +39,7 @@ from .checkpoint import (
     read_standing,
     say_what_changed,
 )
-from .distributed import Ranks, agreed, joined
+from .distributed import Ranks, agreed, check_settings, joined
 from .evaluate import BEST_BY, evaluate, require_held_out_clips
 from .loggers import make_loggers
 from .metrics import METRICS, FiniteWatch, MetricsLog, NonFiniteError, Timer
@@ -90,7 +90,8 @@ def pretrain(
         OSError: a file could not be written, or another rank is gone or silent; the last checkpoint
             stays.
     """
-    with joined(run) as ranks:
+    with joined(run.device, run.patience, run.framework) as ranks:
+        check_settings(ranks, run)
         return _pretrain(run, ranks, model_config, augment, progress and ranks.first)
 
 
@@ -189,7 +190,7 @@ def _pretrain(
             if ranks.first and not owned:
                 out.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(_own(out, ranks))
-        report = Report(run, settings, config, vocabulary, augment)
+        report = Report(run, settings, config, vocabulary, source, augment)
         _train(run, ranks, trainer, dataset, now, report, progress)
     skipped: dict[str, str] = {}
     for one in ranks.all(dict(dataset.skipped)):

@@ -23,6 +23,7 @@ from ..data.augment import Box, ClipAugment, Key, crop_frames
 from ..data.clips import ClipSpec
 from ..data.loader import evaluation_clips
 from ..data.media import MediaError
+from ..data.source import Source
 from ..data.text import Vocabulary
 from ..files import write_text
 from .metrics import METRICS, read_metrics
@@ -62,7 +63,8 @@ body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto
 h2 { margin-top: 2.5rem; border-bottom: 1px solid #8884 }
 .curves { display: grid; grid-template-columns: repeat(auto-fill, minmax(24rem, 1fr)); gap: 1rem }
 svg { width: 100%; height: auto } svg text { font-size: 11px; fill: currentColor }
-figure { margin: 0 } figcaption { font-size: 13px } img { max-width: 100%; display: block }
+figure { margin: 0 } figcaption { font-size: 13px }
+img { max-width: 100%; height: auto; display: block; margin-bottom: 2px }
 .clips { display: grid; gap: 1.5rem }
 table { border-collapse: collapse } td, th { padding: .15rem .8rem .15rem 0; text-align: left }
 td.number { text-align: right; font-variant-numeric: tabular-nums }
@@ -84,10 +86,11 @@ class Report:
         settings: Mapping[str, Any],
         config: VATTConfig,
         vocabulary: Vocabulary,
+        source: Source,
         augment: ClipAugment | None,
     ):
         self.run, self.settings, self.config = run, settings, config
-        self.vocabulary, self.augment = vocabulary, augment
+        self.vocabulary, self.source, self.augment = vocabulary, source, augment
         self._sheet: str | None = None
 
     def write(self) -> None:
@@ -148,11 +151,11 @@ class Report:
         return "<p>Not measured; --eval-data names a folder of held-out clips.</p>"
 
     def _contact_sheet(self) -> str:
-        """A folder's first clips: frames of the file, and of what a step sees."""
+        """The first clips: frames of the file, and of what a step sees."""
         spec = ClipSpec.from_config(self.config)
         try:
             batches = evaluation_clips(
-                self.run.data, spec, vocabulary=self.vocabulary, batch_size=_CLIPS
+                self.source, spec, vocabulary=self.vocabulary, batch_size=_CLIPS
             )
             batch = next(batches)
         except (MediaError, StopIteration) as error:
