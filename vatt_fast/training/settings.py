@@ -64,7 +64,10 @@ class PretrainConfig:
 
     # The comments are the options' help. One above a field holds until the next empty line.
 
-    data: str  # folder of media files; with captions.json, or video and audio alone are trained
+    # folder of media files, folder/** for all below, manifest (.csv, .tsv, .parquet), tar shards
+    # (folder or shards/{000..099}.tar), or several: a,b:0.3 or a .toml. Without captions video and
+    # audio alone are trained.
+    data: str
 
     # run folder: config.json, model.safetensors, vocabulary.txt, checkpoint.safetensors,
     # metrics.jsonl, report.html, TensorBoard events
