@@ -54,6 +54,7 @@ from .evaluation.search import (
 from .files import check_folder
 from .on_jax.compile_tpu import CompileTPUConfig, compile_step, write_report
 from .paper_tables import flops_table, format_tables, parameter_table
+from .plan import PlanConfig, markdown, plan
 from .training.distributed import joined, leave, speaks
 from .training.loop import PretrainConfig, pretrain
 from .training.metrics import NonFiniteError
@@ -370,6 +371,26 @@ def compile_tpu(config: CompileTPUConfig) -> None:
         raise SystemExit(1)
 
 
+def show_plan(config: PlanConfig) -> None:
+    """Say what a pre-training step takes on so many devices: memory, exchanges, time at least.
+
+    Computed, nothing is measured. Several numbers of devices make a table.
+    """
+    cases = plan(config)
+    if config.json:
+        print(dumps(cases))
+    elif len(cases) > 1:
+        print(markdown(config, cases))
+    else:
+        _print({name: _rounded(value) for name, value in cases[0].items()}, False)
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _rounded(inner) for name, inner in value.items()}
+    return f"{value:.4g}" if isinstance(value, float) else value
+
+
 def doctor(json: bool = False) -> None:
     """Say what this machine offers: versions, device, codecs, and which backend runs each op.
 
@@ -464,6 +485,7 @@ def main(arguments: list[str] | None = None) -> None:
         "pretrain": _with_config(run_pretrain, PretrainConfig),
         "index": index,
         "pack": pack,
+        "plan": _with_config(show_plan, PlanConfig),
         "compile-tpu": _with_config(compile_tpu, CompileTPUConfig),
         "convert": convert_checkpoint,
         "embed": embed,

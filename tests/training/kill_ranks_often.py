@@ -61,7 +61,7 @@ def main() -> None:
     )
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--strategy", default="ddp")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
@@ -77,10 +77,12 @@ def main() -> None:
         reader = subprocess.Popen(["cat"], stdin=process.stderr, stdout=errors)
         kills: list[dict] = []
         while len(kills) < given.kills:
-            wanted = len(kills) % 3 == 2  # while a file is written
-            until = time.monotonic() + (60 if wanted else draw.uniform(0.0, 12.0))
+            wanted = len(kills) % 3 == 2  # while a file is written, one of the next 30
+            files, passing = set(), draw.randrange(30)
+            until = time.monotonic() + (60 if wanted else draw.uniform(0.0, 18.0))
             while process.poll() is None and time.monotonic() < until:
-                if wanted and saving(killed):
+                files |= {*saving(killed)} if wanted else set()
+                if len(files) > passing and saving(killed):
                     break
                 time.sleep(0.0005 if wanted else 0.01)
             rank = 0 if wanted else draw.randrange(given.ranks)
