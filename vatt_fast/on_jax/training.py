@@ -9,6 +9,8 @@ summed into shards (fully sharded data parallelism).
 
 import dataclasses
 import functools
+import os
+import socket
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -18,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import torch
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ..config import VATTConfig
@@ -28,6 +31,7 @@ from ..kernels.settings import lowering_for
 from ..losses import VATTLoss
 from ..model import VATT
 from ..training.checkpoint import Standing, read_state, write_state
+from ..training.distributed import Ranks
 from ..training.metrics import mean_cosines
 from ..training.settings import BETAS, PretrainConfig, resolved
 from ..training.step import Update, has_words, initial_model
@@ -339,15 +343,46 @@ def host_batch(batch: Batch, devices: int = 1) -> dict[str, np.ndarray]:
 
 
 def on_mesh(arrays: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """A host batch on the mesh's devices. Once its arrays are ready, it may change on the host."""
+    """A host batch on the mesh's devices. Once its arrays are ready, it may change on the host.
+
+    Of several hosts each gives the rows of its own devices.
+    """
     shared = NamedSharding(mesh, PartitionSpec(AXIS))
     if mesh.devices.flat[0].platform == "cpu":  # arrays there lie where the host's do (jax 0.10)
         arrays = {name: value.copy() for name, value in arrays.items()}
+    if mesh.is_multi_process:
+        put = functools.partial(jax.make_array_from_process_local_data, shared)
+        return {name: put(value) for name, value in arrays.items()}
     return {name: jax.device_put(value, shared) for name, value in arrays.items()}
 
 
+def join_hosts(ranks: Ranks) -> None:
+    """Make one JAX of all ranks' hosts, at an address that they agree on; before JAX is used.
+
+    Raises:
+        ValueError: they do not find each other.
+    """
+    if ranks.world == 1 or jax.distributed.is_initialized():
+        return
+    host = os.environ.get("MASTER_ADDR", "localhost")
+    with socket.socket() as free:
+        free.bind(("", 0))
+        port = ranks.firsts(free.getsockname()[1])
+    try:
+        # several ranks of one host take the devices that their environment shows them
+        jax.distributed.initialize(f"{host}:{port}", ranks.world, ranks.rank)
+    except RuntimeError as error:
+        raise ValueError(
+            f"JAX's {ranks.world} processes do not join at {host}:{port}: {error}"
+        ) from error
+
+
 class JaxTrainer:
-    """The JAX model on all devices of this host."""
+    """The JAX model on all devices of this host, or of all hosts that share a run.
+
+    Attributes:
+        devices: of this host.
+    """
 
     start_method: str | None = "spawn"  # JAX's threads do not survive a fork
     pin_memory = False
@@ -358,9 +393,12 @@ class JaxTrainer:
         config: VATTConfig,
         vocabulary: Vocabulary,
         weights: Mapping[str, torch.Tensor] | None = None,
+        ranks: Ranks | None = None,
     ):
-        devices = pick_devices(run.device)
-        self.platform, self.devices = devices[0].platform, len(devices)
+        self.ranks = ranks or Ranks()
+        join_hosts(self.ranks)
+        devices = pick_devices(run.device, self.ranks.world)
+        self.platform, self.devices = devices[0].platform, len(devices) // self.ranks.world
         if run.batch_size % len(devices):
             raise ValueError(
                 f"batch_size is {run.batch_size}; the {len(devices)} devices share it evenly: "
@@ -412,7 +450,7 @@ class JaxTrainer:
 
     def step(self, batch: Batch, step: int, rate: float) -> Update:
         arrays = on_mesh(host_batch(batch, self.devices), self.mesh)
-        per: DropPer = "batch" if len(arrays["video_keep"]) == self.devices else "clip"
+        per: DropPer = "batch" if len(arrays["video_keep"]) == self.mesh.size else "clip"
         # a continued run draws the same dropout
         key = jax.random.fold_in(jax.random.key(self.run.seed), step)
         with lowering_for(self.platform):  # which need not be JAX's default
@@ -420,12 +458,20 @@ class JaxTrainer:
         jax.block_until_ready(arrays)  # copied, so the loader may fill its memory anew
         return update
 
+    def _whole(self, tree: Any) -> Any:
+        """Arrays that this host can read: joined, where they lie in shards over hosts."""
+        if self.ranks.world == 1:
+            return tree
+        return multihost_utils.process_allgather(tree, tiled=True)
+
     def temperature(self) -> float:
         return 1 / float(jax_model.scale(self.state.params, self.config))
 
     def save(self, path: Path, model: VATT, standing: Standing) -> None:
         adam = self.state.optimizer
-        moments = {"exp_avg": adam.mu, "exp_avg_sq": adam.nu}
+        moments = {"exp_avg": self._whole(adam.mu), "exp_avg_sq": self._whole(adam.nu)}
+        if not self.ranks.first:
+            return
         tensors = {
             key: jax_weights.restore(jax_weights.as_tensors(value), self.config)
             for key, value in moments.items()
@@ -435,20 +481,20 @@ class JaxTrainer:
         write_state(path, model.state_dict(), tensors, standing)
 
     def model(self) -> VATT:
-        return jax_weights.to_torch(
-            self.config, self.state.params, self.state.statistics, self.vocabulary
-        )
+        params = self._whole(self.state.params)
+        return jax_weights.to_torch(self.config, params, self.state.statistics, self.vocabulary)
 
 
-def pick_devices(name: str) -> list:
-    """All of JAX's devices of that platform ("auto": its default one).
+def pick_devices(name: str, hosts: int = 1) -> list:
+    """All of JAX's devices of that platform ("auto": its default one), of so many hosts.
 
-    ``pretrain`` feeds and saves from a single process, so they must be of one host.
+    Raises:
+        ValueError: no such devices, or JAX has joined other processes than the run.
     """
-    if jax.process_count() > 1:
+    if jax.process_count() != hosts:
         raise ValueError(
-            f"JAX runs on {jax.process_count()} hosts; pretrain drives one: "
-            "build a loop of your own on on_jax.training.make_step"
+            f"JAX has joined {jax.process_count()} processes, and this run {hosts}: start pretrain "
+            "on every host with torchrun --nproc-per-node 1, which joins both"
         )
     try:
         return jax.devices(None if name == "auto" else name)

@@ -106,7 +106,7 @@ class PretrainConfig:
     augment: str = "recipe"
 
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 where the device computes it
-    framework: Literal["torch", "jax"] = "torch"  # jax: all devices of this host share the batch
+    framework: Literal["torch", "jax"] = "torch"  # jax: all devices share the batch
     shard_weights: bool = False  # jax: weights and Adam's state lie in shards over the devices
 
     # torch, several processes (torchrun): ddp: each holds all weights; fsdp2: weights, gradients
