@@ -139,8 +139,9 @@ class Ranks:
         flat = _flat(told)
         digest = hashlib.sha256(json.dumps(flat, sort_keys=True, default=str).encode()).hexdigest()
         where = f"{socket.gethostname()}, process {os.getpid()}"
-        digests, self._places = zip(*self.all((digest, where)), strict=True)
-        if len({*digests}) == 1:
+        found = self.all((digest, where))
+        self._places = [place for _, place in found]
+        if len({digest for digest, _ in found}) == 1:
             return
         every, lines = self.all(flat), []
         for number, theirs in enumerate(every):

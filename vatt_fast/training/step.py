@@ -132,7 +132,9 @@ class TorchTrainer:
 
     def _of_all(self, loss: VATTLoss) -> VATTLoss:
         """The whole batch's loss, of which ranks have W times their share each."""
-        parts = [None if x is None else x.detach() for x in (loss.total, loss.va, loss.vt)]
+        parts: list[Any] = [
+            None if x is None else x.detach() for x in (loss.total, loss.va, loss.vt)
+        ]
         if self.ranks.world > 1:
             there = torch.stack([part for part in parts if part is not None])
             means = iter(collectives.total(there) / self.ranks.world)
