@@ -255,12 +255,7 @@ def _train(
         standing = standing._replace(step=done, best_loss=loss if lower else standing.best_loss)
         try:
             best, new_best = lower if run.best_by == "loss" else new_best, False
-            model = trainer.model()
-            with ranks.together():
-                if ranks.first:
-                    _save(out, model, best, run.keep_last)
-            with ranks.together():
-                trainer.save(out / CHECKPOINT, model, standing)
+            _save(out, trainer, standing, best, run.keep_last, ranks)
             saved = done
             with ranks.together():
                 if ranks.first:
@@ -377,17 +372,24 @@ def _loader(run: PretrainConfig, trainer: Trainer, dataset: ClipDataset, start: 
     return loader(dataset, start, run.steps, run.workers, **options)
 
 
-def _save(out: Path, model: VATT, best: bool, keep_last: int) -> None:
-    """The model's files, before the checkpoint.
+def _save(
+    out: Path, trainer: Trainer, standing: Standing, best: bool, keep_last: int, ranks: Ranks
+) -> None:
+    """The model's files first, the checkpoint last.
 
     Whoever continues after a kill in between comes by here again.
     """
-    save_model(model, out)
-    if best:
-        (out / BEST).mkdir(exist_ok=True)
-        for name in (WEIGHTS, CONFIG, VOCABULARY):
-            link(out / name, out / BEST / name)
-    keep_earlier(out / CHECKPOINT, keep_last)
+    model = trainer.model()
+    with ranks.together():
+        if ranks.first:
+            save_model(model, out)
+            if best:
+                (out / BEST).mkdir(exist_ok=True)
+                for name in (WEIGHTS, CONFIG, VOCABULARY):
+                    link(out / name, out / BEST / name)
+            keep_earlier(out / CHECKPOINT, keep_last)
+    with ranks.together():
+        trainer.save(out / CHECKPOINT, model, standing)
 
 
 def _shown(values: dict[str, float]) -> dict[str, str]:
