@@ -217,7 +217,7 @@ def test_the_best_by_retrieval_is_kept(folder, tmp_path, monkeypatch):
     scores = iter([10.0, 40.0, 30.0, 20.0, 35.0])
     weights = {}
 
-    def scored(model, data):
+    def scored(model, *data):
         score = next(scores)
         weights[score] = model.text_tokens.agg.detach().clone()
         return {"text_to_video_r10": score}

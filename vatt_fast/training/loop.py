@@ -37,7 +37,7 @@ from .checkpoint import (
     read_standing,
     say_what_changed,
 )
-from .evaluate import BEST_BY, evaluate, require_held_out_clips
+from .evaluate import BEST_BY, evaluate
 from .loggers import make_loggers
 from .metrics import METRICS, FiniteWatch, MetricsLog, NonFiniteError, Timer
 from .report import REPORT, Report
@@ -45,7 +45,7 @@ from .settings import PretrainConfig, describe, rate_of, resolved, sizes
 from .step import TorchTrainer, Trainer
 from .stopping import StopRequests, kept_from_children, obey_the_parent_alone
 
-BEST, INDEX = "best", "index"
+BEST, INDEX, EVAL_INDEX = "best", "index", "eval_index"
 _STEPS_TO_FIND_A_PAIR = 20
 
 __all__ = [
@@ -87,8 +87,6 @@ def pretrain(
     """
     out = Path(run.out)
     check_folder(out)
-    if run.eval_data is not None:
-        require_held_out_clips(run.eval_data)
     if resolved(run.warmup_steps) >= run.steps:
         warnings.warn(
             f"warmup_steps {run.warmup_steps} >= steps {run.steps}: "
@@ -101,6 +99,11 @@ def pretrain(
             stack.enter_context(_own(out))
         standing = read_standing(out / CHECKPOINT) if (out / CHECKPOINT).exists() else None
         # before a framework that must not be forked
+        held_out = None
+        if run.eval_data is not None:
+            held_out = open_source(
+                run.eval_data, index_folder=out / EVAL_INDEX, workers=run.workers
+            )
         source = open_source(run.data, index_folder=out / INDEX, workers=run.workers)
         config, vocabulary, weights = _beginning(run, model_config, out, standing, source)
         augment, named = _augmentation(run, config, augment)
@@ -144,7 +147,7 @@ def pretrain(
             out.mkdir(parents=True, exist_ok=True)
             stack.enter_context(_own(out))
         report = Report(run, settings, config, vocabulary, source, augment)
-        _train(run, trainer, dataset, now, report, progress)
+        _train(run, trainer, dataset, held_out, now, report, progress)
     if dataset.skipped:
         reasons = "\n  ".join(list(dataset.skipped.values())[:5])
         count = len(dataset.skipped)
@@ -176,6 +179,7 @@ def _train(
     run: PretrainConfig,
     trainer: Trainer,
     dataset: ClipDataset,
+    held_out: Source | None,
     standing: Standing,
     report: Report,
     progress: bool,
@@ -249,7 +253,7 @@ def _train(
                     bar.set_postfix(_shown(values))
                 if run.eval_every is not None and (done % run.eval_every == 0 or done == run.steps):
                     watch.check()
-                    found = evaluate(trainer.model(), resolved(run.eval_data))
+                    found = evaluate(trainer.model(), resolved(run.eval_data), held_out)
                     values |= found
                     score = found.get(BEST_BY.get(run.best_by, ""))
                     new_best = score is not None and (
