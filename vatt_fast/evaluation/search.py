@@ -9,12 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from ..data.captions import composed
 from ..data.clips import ClipSpec
 from ..data.loader import evaluation_clips
 from ..data.source import Captions, Source
 from ..data.sources import open_source
-from ..data.text import read_json, split_words
+from ..data.text import composed, read_json, split_words
 from ..encoding import embed_batch, embed_sentences, without_known_words
 from ..model import VATT
 from .retrieval import retrieval_metrics, top_k

@@ -189,7 +189,7 @@ def _train(
     stop, watch, losses = StopRequests(), FiniteWatch(), _Mean()
     shown = None if progress else True  # None: on a terminal
     bar = tqdm(total=run.steps, initial=start, desc="pretrain", unit="step", disable=shown)
-    timer, saved, paired, new_best = Timer(), start, False, False
+    saved, paired, new_best = start, False, False
 
     def save(done: int) -> None:
         nonlocal standing, saved, new_best
@@ -219,9 +219,10 @@ def _train(
         stack.callback(loaded.close)
         with kept_from_children():
             batches = iter(loaded)
+        timer = Timer(lambda: loaded.waited_seconds)
         for done in range(start + 1, run.steps + 1):
             try:
-                with stop.waiting(), timer.waiting():
+                with stop.waiting():
                     batch = next(batches)
             except KeyboardInterrupt:
                 if done - 1 > saved:

@@ -35,7 +35,6 @@ _FREE = (
     "eval_data",
     "eval_every",
     "best_by",
-    "compile",
 )
 # settings younger than some checkpoints, whose default is not what those runs did
 _ONCE = {"augment": NOTHING}
