@@ -212,11 +212,11 @@ def embed(
     features: bool = False,
     device: str = "auto",
 ) -> None:
-    """Embed every clip of a folder into an .npz file; continues where it was killed.
+    """Embed every clip into an .npz file; continues where it was killed.
 
     Args:
         model: saved model or run folder.
-        data: folder of media files; captions.json adds text embeddings.
+        data: folder of media files, or whatever pretrain takes; captions add text embeddings.
         out: .npz to write: files (N,), z_video_va and z_audio_va (N, d_va), z_video_vt (N, d_vt),
             z_text_vt (N, P, d_vt), of unit norm. They belong to the window in a file's middle and
             its P nearest sentences; rows of a missing stream or sentence are nan.
@@ -271,14 +271,14 @@ def retrieve(
     device: str = "auto",
     json: bool = False,
 ) -> None:
-    """Find clips of a folder by sentences or by a sound.
+    """Find clips by sentences or by a sound.
 
-    Without either, measure text-to-video and audio-to-video retrieval on the folder.
+    Without either, measure text-to-video and audio-to-video retrieval on the clips.
 
     Args:
         model: saved model or run folder.
-        data: folder of media files. The measurement needs captions.json, or takes queries.json,
-            {file: sentence}, where that is there.
+        data: folder of media files, or whatever pretrain takes. The measurement asks with the
+            captions, or with the folder's queries.json, {name: sentence}, where that is there.
         text: sentences to look for.
         audio: media file whose sound to look for.
         top: clips to list for each query.
