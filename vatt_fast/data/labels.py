@@ -112,12 +112,18 @@ class LabelledData:
         _check_classes(chosen, names, "the model's" if classes is not None else self.label)
         return LabelledSource(self, chosen, names, modality)
 
+    def classes_without_training(self) -> list[str]:
+        """Those of which no example is for training."""
+        trained = {name for e in self.examples if e.split == TRAIN for name in e.classes}
+        return [name for name in self.classes if name not in trained]
+
     def check_training(self) -> None:
         """Raises ValueError where a class has no training example, naming it."""
-        trained = {name for e in self.examples if e.split == TRAIN for name in e.classes}
-        if not trained:
-            raise ValueError(f"{self.label} has no examples of split train; it has {self.splits}")
-        if without := [name for name in self.classes if name not in trained]:
+        if TRAIN not in self.splits:
+            raise ValueError(
+                f"{self.label} has no examples of split train; it has {', '.join(self.splits)}"
+            )
+        if without := self.classes_without_training():
             raise ValueError(
                 f"{self.label}: {_some(without)} without a training example; add one for each, or "
                 "take the class out"
