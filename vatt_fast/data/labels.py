@@ -302,11 +302,21 @@ class _Places:
                 known.setdefault(composed(key(path)), []).append(path)
             self._known.append(known)
 
+    def _below(self, name: str) -> str:
+        """Relative to the root, where it lies there."""
+        if os.path.isabs(name):
+            root = os.path.abspath(self.root)
+            return name.removeprefix(root).lstrip("/") if name.startswith(f"{root}/") else name
+        return name.removeprefix("./")
+
     def find(self, entry: Entry) -> _At | None:
         for place, name in enumerate(entry.names):
-            name = composed(name.removeprefix("./"))
+            name = composed(self._below(name))
             for known, key in zip(self._known, (_path, _path, _name, _name), strict=True):
                 paths = known.get(key(name), [])
+                if len(paths) > 1:  # of other folders
+                    below = f"/{_stem_of_path(name)}"
+                    paths = [p for p in paths if _stem_of_path(f"/{p}").endswith(below)] or paths
                 if len(paths) > 1:
                     raise ValueError(
                         f"{entry.where} names {name}, and there are {paths[0]} and {paths[1]}; "

@@ -46,6 +46,7 @@ def initial_classifier(
     with torch.random.fork_rng():
         torch.manual_seed(run.seed)
         model = Classifier(config)
+        torch.manual_seed(run.seed)  # whatever was drawn for the tower
         layer = model.classifier
         nn.init.zeros_(layer.bias)
         if run.loss == "softmax":
