@@ -90,7 +90,7 @@ def test_memory_falls_with_what_is_computed_again():
 
 
 def test_a_trunk_that_modalities_share_is_computed_again_under_autocast():
-    """Its weights are cast once forward, and again for each modality backward."""
+    """Its weights are cast once forwards, and again for each modality backwards."""
     config = dataclasses.replace(SMALL, kind="modality_agnostic", text=SMALL.video)
     with torch.autocast("cpu", torch.bfloat16):
         once, again = step(config), step(config, recompute="ops")

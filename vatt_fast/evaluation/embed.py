@@ -1,4 +1,4 @@
-"""Embedding a folder into one file, a batch at a time; may be killed at any time and continued."""
+"""Embedding all clips into one file, a batch at a time; may be killed and continued."""
 
 import dataclasses
 import hashlib
@@ -15,8 +15,10 @@ import torch
 from numpy.lib import format as npy
 
 from ..data.clips import ClipSpec
-from ..data.folder import CAPTIONS, folder_captions
 from ..data.loader import evaluation_clips
+from ..data.remote import size_and_time
+from ..data.source import Source
+from ..data.sources import open_source
 from ..encoding import embed_batch
 from ..files import replacing, write_text
 from ..model import VATT
@@ -40,7 +42,7 @@ class Embedded:
 
 def embed_folder(
     model: VATT,
-    data: str | os.PathLike,
+    data: str | os.PathLike | Source,
     out: str | os.PathLike,
     *,
     batch_size: int = 32,
@@ -49,13 +51,14 @@ def embed_folder(
     features: bool = False,
     ranks: Ranks | None = None,
 ) -> Embedded:
-    """Embed every clip of a folder into an .npz file, which is whole or absent.
+    """Embed every clip of a folder, or of another source, into an .npz file: whole or absent.
 
     Each batch is written beside it, into ``<out>.parts``, so memory stays that of one batch. The
     same call after a kill goes on behind the last batch, if model, files and settings are the same;
     otherwise it begins anew. In the end the parts become the file and go.
 
     Args:
+        data: what ``open_source`` takes, or a ``Source``.
         windows, pooled, features: as in ``encoding.embed_batch``.
         ranks: processes that divide the batches; all call, with a model each. Any number of them
             may go on with what was begun.
@@ -71,14 +74,15 @@ def embed_folder(
         out = checked_output(out)
         if features and windows > 1:
             raise ValueError("features belong to one window; leave windows at 1, or features out")
+        source = open_source(data) if isinstance(data, str | os.PathLike) else data
         parts = out.with_name(out.name + ".parts")
         settings = dict(batch_size=batch_size, windows=windows, pooled=pooled, features=features)
-        plan = json.dumps({"model": _digest(model), "data": _data(Path(data)), **settings})
+        plan = json.dumps({"model": _digest(model), "data": _data(source), **settings})
     ranks.require_alike({"work": plan})
     with ranks.together():
         continued = ranks.first and _begin(parts, plan)
     ranks.any()  # the folder is there
-    batches = -(-len(folder_captions(data)) // batch_size)
+    batches = -(-len(source) // batch_size)
     missing = [n for n in range(batches) if not _part(parts, n).exists()]
     # while others write already, all must see the same
     missing = ranks.firsts(missing)
@@ -86,7 +90,7 @@ def embed_folder(
     mine = mine[: (ranks.rank + 1) * len(missing) // ranks.world - (len(missing) - len(mine))]
     for first, stop in _spans(mine):
         found = evaluation_clips(
-            data,
+            source,
             ClipSpec.from_config(model.config),
             vocabulary=model.vocabulary,
             batch_size=batch_size,
@@ -158,19 +162,19 @@ def _digest(model: VATT) -> str:
     return digest.hexdigest()
 
 
-def _data(folder: Path) -> str:
-    """One number for a folder's files and captions."""
-    digest = hashlib.sha256()
-    for name in sorted({*folder_captions(folder)}):
-        digest.update(os.fsencode(name))
+def _data(source: Source) -> str:
+    """One number for a source's clips and captions, and for when its files were written."""
+    digest = hashlib.sha256(" ".join(map(str, source.identity)).encode())
+    last = None
+    for index in range(len(source)):
+        path = source.place(index).path
+        if path == last:  # the clips of a shard lie together
+            continue
+        last = path
         try:
-            status = (folder / name).stat()
+            digest.update(f"{size_and_time(path)}\n".encode())
         except OSError:
             continue  # it will be skipped and listed
-        digest.update(f"{status.st_size} {status.st_mtime_ns}\n".encode())
-    captions = folder / CAPTIONS
-    if captions.exists():
-        digest.update(captions.read_bytes())
     return digest.hexdigest()
 
 

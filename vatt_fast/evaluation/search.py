@@ -1,4 +1,4 @@
-"""Searching a folder by sentences or a sound, and measuring how well that works (paper 4.4)."""
+"""Searching clips by sentences or a sound, and measuring how well that works (paper 4.4)."""
 
 import dataclasses
 import os
@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 
 from ..data.clips import ClipSpec
-from ..data.folder import composed, folder_captions
 from ..data.loader import evaluation_clips
-from ..data.text import Caption, read_json, split_words
+from ..data.source import Captions, Source
+from ..data.sources import open_source
+from ..data.text import composed, read_json, split_words
 from ..encoding import embed_batch, embed_sentences, without_known_words
 from ..model import VATT
 from ..training.distributed import Ranks
@@ -25,11 +26,13 @@ WINDOWS = 4
 
 @dataclasses.dataclass(frozen=True)
 class EmbeddedFolder:
-    """A folder's embeddings: arrays (N, d) of unit norm, nan for a missing stream.
+    """Embeddings of a source's clips: arrays (N, d) of unit norm, nan for a missing stream.
 
-    ``seconds`` are each file's windows, (N, windows) of their beginnings.
+    ``files`` are their names. ``seconds`` are each clip's windows, (N, windows) of their beginnings
+    in its file.
     """
 
+    source: Source
     files: list[str]
     video_va: np.ndarray
     video_vt: np.ndarray
@@ -40,13 +43,13 @@ class EmbeddedFolder:
 
 def read_folder(
     model: VATT,
-    data: str | os.PathLike,
+    data: str | os.PathLike | Source,
     *,
     windows: int = WINDOWS,
     batch_size: int = 32,
     ranks: Ranks | None = None,
 ) -> EmbeddedFolder:
-    """Embed the video and sound of a folder.
+    """Embed the video and sound of what ``open_source`` takes, or of a ``Source``.
 
     Args:
         ranks: processes that divide the batches; all call, and get the whole.
@@ -57,9 +60,10 @@ def read_folder(
     ranks = ranks or Ranks()
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; a batch has at least 1 clip")
+    source = open_source(data) if isinstance(data, str | os.PathLike) else data
     span: dict[str, int] = {}
     if ranks.world > 1:
-        batches = -(-len(folder_captions(data)) // batch_size)
+        batches = -(-len(source) // batch_size)
         first, stop = (batches * (ranks.rank + i) // ranks.world for i in (0, 1))
         span = dict(first=first, stop=stop)
     spec = ClipSpec.from_config(model.config)
@@ -67,7 +71,7 @@ def read_folder(
     files: list[str] = []
     skipped: dict[str, str] = {}
     options: dict[str, Any] = dict(batch_size=batch_size, windows=windows, **span)
-    for batch in evaluation_clips(data, spec, vocabulary=None, with_empty=True, **options):
+    for batch in evaluation_clips(source, spec, vocabulary=None, with_empty=True, **options):
         skipped |= {one.file: one.reason for one in batch.skipped}
         if not len(batch):
             continue
@@ -85,8 +89,9 @@ def read_folder(
         for name in names
     }
     if not files:
-        raise ValueError(f"none of the {len(skipped)} files of {data} can be read")
+        raise ValueError(f"none of the {len(skipped)} files of {source.label} can be read")
     return EmbeddedFolder(
+        source,
         files,
         arrays["z_video_va"],
         arrays["z_video_vt"],
@@ -112,16 +117,19 @@ def best_clips(query: np.ndarray, embeddings: np.ndarray, files: Sequence[str], 
     """
     seen = np.flatnonzero(np.isfinite(embeddings).all(1))
     if not seen.size:
-        raise ValueError("no clip of the folder has a picture to look for")
+        raise ValueError("no clip has a picture to look for")
     best = seen[top_k(query[None], embeddings[seen], min(top, seen.size))[0]]
     return {files[i]: round(float(query @ embeddings[i]), 4) for i in best}
 
 
-def measure(model: VATT, data: str | os.PathLike, folder: EmbeddedFolder) -> dict[str, Any]:
-    """Retrieval by a folder's own sentences and sounds, as far as it has them.
+def measure(
+    model: VATT, data: str | os.PathLike | Source, folder: EmbeddedFolder
+) -> dict[str, Any]:
+    """Retrieval by the clips' own sentences and sounds, as far as they have them.
 
-    The sentences are those of queries.json, one a file, or else the captions that lie in a window
-    that was embedded: of a long file the others speak of what nobody looked at.
+    The sentences are those of queries.json in the folder ``data``, one a clip by its name, or else
+    the captions that lie in a window that was embedded: of a long file the others speak of what
+    nobody looked at.
 
     Returns:
         {"text_to_video": metrics and the number of queries, "audio_to_video": ...}, and under
@@ -133,10 +141,11 @@ def measure(model: VATT, data: str | os.PathLike, folder: EmbeddedFolder) -> dic
     left_out: dict[str, Any] = {}
     if folder.skipped:
         left_out["unreadable files"] = sorted(folder.skipped)
-    if (Path(data) / QUERIES).is_file():
-        sentences = _given_queries(Path(data) / QUERIES, folder, left_out)
+    queries_file = _queries_file(data)
+    if queries_file is not None:
+        sentences = _given_queries(queries_file, folder, left_out)
     else:
-        sentences = _captions_in_windows(model, data, folder, left_out)
+        sentences = _captions_in_windows(model, folder, left_out)
     with_words = [(i, sentence) for i, sentence in sentences if split_words(sentence)]
     _note(left_out, "sentences without words", len(sentences) - len(with_words))
     video = np.isfinite(folder.video_vt).all(1)
@@ -157,9 +166,18 @@ def measure(model: VATT, data: str | os.PathLike, folder: EmbeddedFolder) -> dic
         results["audio_to_video"] = {"queries": int(both.sum()), **metrics}
     if not results:
         raise ValueError(
-            f"{data} has neither captions nor sound to query with; give --text or --audio"
+            f"{folder.source.label} has neither captions nor sound to query with; give --text or "
+            "--audio"
         )
     return results | ({"left_out": left_out} if left_out else {})
+
+
+def _queries_file(data: str | os.PathLike | Source) -> Path | None:
+    """queries.json of a folder, where it has one; with "/**" the folder is the one named."""
+    if not isinstance(data, str | os.PathLike):
+        return None
+    path = Path(os.fspath(data).removesuffix("/**")) / QUERIES
+    return path if path.is_file() else None
 
 
 def _given_queries(
@@ -179,23 +197,26 @@ def _given_queries(
 
 
 def _captions_in_windows(
-    model: VATT, data: str | os.PathLike, folder: EmbeddedFolder, left_out: dict[str, Any]
+    model: VATT, folder: EmbeddedFolder, left_out: dict[str, Any]
 ) -> list[tuple[int, str]]:
-    captions = folder_captions(data)
+    source = folder.source
+    number_of = {source.name(number): number for number in range(len(source))}
     seconds = ClipSpec.from_config(model.config).seconds
     inside, outside = [], 0
     for i, name in enumerate(folder.files):
-        for caption in captions[name]:
-            if _overlaps(caption, folder.seconds[i], seconds):
-                inside.append((i, caption.text))
+        captions = source.captions(number_of[name])
+        for place, text in enumerate(captions.texts):
+            if _overlaps(captions, place, folder.seconds[i], seconds):
+                inside.append((i, text))
             else:
                 outside += 1
     _note(left_out, "captions outside the windows embedded", outside)
     return inside
 
 
-def _overlaps(caption: Caption, starts: np.ndarray, seconds: float) -> bool:
-    return bool(((caption.start < starts + seconds) & (caption.end >= starts)).any())
+def _overlaps(captions: Captions, place: int, starts: np.ndarray, seconds: float) -> bool:
+    begins, ends = captions.times[place]
+    return bool(((begins < starts + seconds) & (ends >= starts)).any())
 
 
 def _note(left_out: dict[str, Any], what: str, count: int) -> None:

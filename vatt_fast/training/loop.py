@@ -40,7 +40,7 @@ from .checkpoint import (
     say_what_changed,
 )
 from .distributed import Ranks, agreed, check_settings, joined
-from .evaluate import BEST_BY, evaluate, require_held_out_clips
+from .evaluate import BEST_BY, evaluate
 from .loggers import make_loggers
 from .metrics import METRICS, FiniteWatch, MetricsLog, NonFiniteError, Timer
 from .report import REPORT, Report
@@ -48,7 +48,7 @@ from .settings import PretrainConfig, describe, rate_of, resolved, sizes
 from .step import TorchTrainer, Trainer
 from .stopping import StopRequests, kept_from_children, obey_the_parent_alone
 
-BEST, INDEX = "best", "index"
+BEST, INDEX, EVAL_INDEX = "best", "index", "eval_index"
 _STEPS_TO_FIND_A_PAIR = 20
 _WAIT_FOR_WORKERS = (0.5, 1, 2, 4, 0)  # seconds
 
@@ -110,14 +110,16 @@ def _pretrain(
             stacklevel=3,
         )
     with contextlib.ExitStack() as stack:
-        owned = False
+        owned, held_out = False, None
         with ranks.together():
             if ranks.first:
                 check_folder(out)
-                if run.eval_data is not None:
-                    require_held_out_clips(run.eval_data)
                 if out.is_dir():
                     owned = stack.enter_context(_own(out, ranks))
+                if run.eval_data is not None:
+                    held_out = open_source(
+                        run.eval_data, index_folder=out / EVAL_INDEX, workers=run.workers
+                    )
         for turn in (True, False):  # the first rank writes an index that the others read
             with ranks.together():
                 if ranks.first == turn:
@@ -191,7 +193,7 @@ def _pretrain(
                 out.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(_own(out, ranks))
         report = Report(run, settings, config, vocabulary, source, augment)
-        _train(run, ranks, trainer, dataset, now, report, progress)
+        _train(run, ranks, trainer, dataset, held_out, now, report, progress)
     skipped: dict[str, str] = {}
     for one in ranks.all(dict(dataset.skipped)):
         skipped |= one
@@ -236,6 +238,7 @@ def _train(
     ranks: Ranks,
     trainer: Trainer,
     dataset: ClipDataset,
+    held_out: Source | None,
     standing: Standing,
     report: Report,
     progress: bool,
@@ -245,7 +248,7 @@ def _train(
     stop, watch, losses = StopRequests(ranks.world > 1), FiniteWatch(), _Mean()
     shown = None if progress else True  # None: on a terminal
     bar = tqdm(total=run.steps, initial=start, desc="pretrain", unit="step", disable=shown)
-    timer, saved, paired, new_best = Timer(), start, False, False
+    saved, paired, new_best = start, False, False
 
     def save(done: int) -> None:
         nonlocal standing, saved, new_best
@@ -280,10 +283,11 @@ def _train(
         stack.callback(loaded.close)
         with ranks.together(), kept_from_children():
             batches = iter(loaded)
+        timer = Timer(lambda: loaded.waited_seconds)
         for done in range(start + 1, run.steps + 1):
             batch, error = None, None
             try:
-                with stop.waiting(), timer.waiting():
+                with stop.waiting():
                     batch = next(batches)
             except KeyboardInterrupt:
                 pass
@@ -332,7 +336,7 @@ def _train(
                     model, found = trainer.model(), {}
                     with ranks.together():
                         if ranks.first:
-                            found = evaluate(model, resolved(run.eval_data))
+                            found = evaluate(model, resolved(run.eval_data), held_out)
                     found = ranks.firsts(found)
                     values |= found
                     score = found.get(BEST_BY.get(run.best_by, ""))

@@ -38,7 +38,6 @@ _FREE = (
     "eval_data",
     "eval_every",
     "best_by",
-    "compile",
 )
 # settings younger than some checkpoints, whose default is not what those runs did
 _ONCE = {"augment": NOTHING}
@@ -140,7 +139,7 @@ class PretrainConfig:
     # metrics.jsonl is always written
     loggers: str | None = None
 
-    eval_data: str | None = None  # folder of held-out clips on which retrieval is measured
+    eval_data: str | None = None  # held-out clips, as data, on which retrieval is measured
     eval_every: int | None = None  # steps; None: checkpoint_every, where eval_data is given
 
     # what best/ is the best by: the mean loss between two checkpoints, or R@10 on eval_data
@@ -206,7 +205,7 @@ class PretrainConfig:
         if self.eval_data is None:
             asked = self.eval_every is not None and "eval_every"
             if asked := asked or (self.best_by != "loss" and f"best_by {self.best_by!r}"):
-                raise ValueError(f"{asked} needs held-out clips; name their folder: eval_data")
+                raise ValueError(f"{asked} needs held-out clips; name them: eval_data")
         elif self.eval_every is None:
             object.__setattr__(self, "eval_every", self.checkpoint_every)
         elif self.eval_every < 1:
@@ -252,15 +251,16 @@ def differences(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
     was = {**{name: young.get(name) for name in now}, **saved}
     was = {name: value for name, value in was.items() if name not in _FREE}
     was["model"] = json.loads(VATTConfig().to_json()) | saved["model"]
-    return _told(was, now)
+    return told_differences(was, now)
 
 
-def _told(was: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
+def told_differences(was: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
+    """A line for each value in which two nested dicts differ, by its name with dots."""
     told = []
     for name in sorted({*was, *now}):
         before, after = was.get(name), now.get(name)
         if isinstance(before, dict) and isinstance(after, dict):
-            told += _told(before, after, f"{prefix}{name}.")
+            told += told_differences(before, after, f"{prefix}{name}.")
         elif before != after:
             told.append(f"{prefix}{name} was {before!r}, now {after!r}")
     return told

@@ -3,7 +3,6 @@
 import contextlib
 import os
 import signal
-import sys
 import threading
 from collections.abc import Iterator
 from multiprocessing import resource_tracker
@@ -76,15 +75,9 @@ def obey_the_parent_alone(worker: int) -> None:
     """For a child that was started within ``kept_from_children``: SIGTERM from its parent ends it.
 
     The loader ends workers that do not end by themselves so; the same signal from anybody else is
-    for the main process. When that leaves amid a batch, the child has nothing to say.
+    for the main process.
     """
     parent = os.getppid()
-
-    def tell(kind, error, trace) -> None:
-        if not issubclass(kind, ConnectionError):
-            sys.__excepthook__(kind, error, trace)
-
-    sys.excepthook = tell  # the thread that hands over shared memory calls it
 
     def listen() -> None:
         while signal.sigwaitinfo(SIGNALS).si_pid != parent:
