@@ -179,7 +179,7 @@ def test_two_classes_are_learned(folder, tmp_path):
     shuffled = tmp_path / "shuffled.json"
     names = sorted(str(path) for path in (folder / "test").rglob("*.mp4"))
     shuffled.write_text(json.dumps({name: CLASSES[i % 2] for i, name in enumerate(names)}))
-    found = evaluate(tmp_path, shuffled, media=folder, split="train", hold_out=0.0)
+    found = evaluate(tmp_path, shuffled, media=folder, split="train")
     assert found.result["top1"] == 50  # the labels are looked at
 
 
@@ -209,12 +209,40 @@ def test_several_classes_each(folder, tmp_path):
     run(settings(labels, tmp_path / "out", loss="sigmoid", **changes))
     found = evaluate(tmp_path / "out", labels, media=folder)
     # what training held out: a quarter of each set of classes
-    assert found.result["examples"] == 2 and found.result["settings"]["hold_out"] == 0.25
+    assert found.result["examples"] == 2
+    assert found.result["settings"]["left_out_as_trained"] == 6
     examples = open_labels(labels, media=folder).held_out(0.25).examples
     trained = [example for example in examples if example.split == "train"]
     assert len(trained) == 6
     assert not {example.path for example in trained} & set(found.predictions.files)
     assert "top1" not in found.result and metrics(tmp_path / "out")[-1]["eval_examples"] == 2
+    assert evaluate(tmp_path / "out", labels, media=folder, split="train").result["examples"] == 8
+
+
+def test_media_that_it_was_trained_on_are_left_out(folder, tmp_path):
+    """Where nothing names splits: told by name and size, so another folder is measured whole."""
+    run(settings(folder / "train", tmp_path, steps=2, hold_out=0.25, checkpoint_every=1))
+    for model in (tmp_path, tmp_path / BEST):
+        found = evaluate(model, folder / "train")
+        assert found.predictions.files == sorted(found.predictions.files)
+        assert found.result["examples"] == 2
+        assert found.result["settings"]["left_out_as_trained"] == 6
+    other = evaluate(tmp_path, folder / "test")
+    assert other.result["examples"] == 8  # of the same names
+    run(settings(folder / "train", tmp_path / "all", steps=1, hold_out=0.0))
+    with pytest.raises(ValueError, match="the model was trained on all of"):
+        evaluate(tmp_path / "all", folder / "train")
+
+
+def test_published_splits_are_not_cut(folder, tmp_path):
+    """A list whose name says train is for training, all of it."""
+    names = sorted(str(path.relative_to(folder)) for path in (folder / "train").rglob("*.mp4"))
+    rows = [f"{name},{name.split('/')[1]}" for name in names]
+    (tmp_path / "my_train.csv").write_text("\n".join(["file,class", *rows]))
+    data = open_labels(tmp_path / "my_train.csv", media=folder)
+    assert data.names_splits and data.held_out(0.5) == data
+    (tmp_path / "mine.csv").write_text("\n".join(["file,class", *rows]))
+    assert not open_labels(tmp_path / "mine.csv", media=folder).names_splits
 
 
 # -- beginnings ------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from ..data.labels import LabelledData, LabelledSource, open_labels
 from ..data.loader import loader
 from ..data.order import VERSION as ORDER_VERSION
 from ..evaluation.classify import predict, scores_of
-from ..files import check_folder, link, only_writer, remove_litter
+from ..files import check_folder, link, only_writer, remove_litter, write_text
 from ..positions import resample_matrix
 from ..training.checkpoint import (
     CHECKPOINT,
@@ -41,11 +41,13 @@ from .settings import (
     FROM_SCRATCH,
     MODALITY,
     RECORD,
+    TRAINED,
     FineTuneConfig,
     Record,
     clip_spec,
     describe,
     rate_of,
+    read_trained,
     sizes,
 )
 from .step import FineTuner, Update
@@ -84,7 +86,7 @@ def finetune(
             stack.enter_context(_own(out))
         path = out / CHECKPOINT
         standing = read_standing(path) if path.exists() else None
-        labelled = _labelled(run)
+        labelled, named = _labelled(run)
         modality = MODALITY[run.task]
         source = labelled.source("train", modality)
         held = None
@@ -127,8 +129,10 @@ def finetune(
         if not owned:
             out.mkdir(parents=True, exist_ok=True)
             stack.enter_context(_own(out))
-        record = Record(run.task, run.loss or "softmax", _input(run, spec), run.hold_out,
-                        str(run.recipe))  # fmt: skip
+        record = Record(run.task, run.loss or "softmax", _input(run, spec), str(run.recipe))
+        if not named:
+            marks = labelled.marks("train") | read_trained(out)  # of a run that is continued
+            write_text(out / TRAINED, "\n".join(sorted(marks)) + "\n")
         _train(run, trainer, dataset, source, held, spec, now, record, progress)
     if dataset.skipped:
         reasons = "\n  ".join(list(dataset.skipped.values())[:5])
@@ -145,13 +149,13 @@ def _own(out: Path):
         yield
 
 
-def _labelled(run: FineTuneConfig) -> LabelledData:
-    """The data's splits, each class with a training example."""
+def _labelled(run: FineTuneConfig) -> tuple[LabelledData, bool]:
+    """The data in splits, each class with a training example; whether the data name the splits."""
     labelled = open_labels(run.data, media=run.media, fold=run.fold, skip_missing=run.skip_missing)
     if labelled.missing:
         print(f"{len(labelled.missing)} media of {run.data} are missing and left out")
-    if run.hold_out:
-        labelled = labelled.held_out(run.hold_out)
+    named = labelled.names_splits
+    labelled = labelled.held_out(run.hold_out)
     if labelled.missing:  # whole classes may be
         without = labelled.classes_without_training()
         if without:
@@ -166,7 +170,7 @@ def _labelled(run: FineTuneConfig) -> LabelledData:
         )
     if len(labelled.classes) < 2:
         raise ValueError(f"{run.data} has one class, {labelled.classes[0]!r}; add another one")
-    return labelled
+    return labelled, named
 
 
 def _check_same_run(path: Path, was: Standing, now: dict[str, Any]) -> None:
@@ -456,8 +460,9 @@ def _save(
     record.write(out)
     if best:
         (out / BEST).mkdir(exist_ok=True)
-        for name in (WEIGHTS, CONFIG, LABELS, RECORD):
-            link(out / name, out / BEST / name)
+        for name in (WEIGHTS, CONFIG, LABELS, RECORD, TRAINED):
+            if (out / name).exists():
+                link(out / name, out / BEST / name)
     keep_earlier(out / CHECKPOINT, keep_last)
     trainer.save(out / CHECKPOINT, standing)
 

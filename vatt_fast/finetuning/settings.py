@@ -18,6 +18,8 @@ from ..training.schedule import Schedule, learning_rate
 Task = Literal["video", "audio", "image"]
 Loss = Literal["softmax", "balanced", "sigmoid"]
 RECORD = "finetune.json"
+# marks of the examples that a run was trained on, where the data name no splits
+TRAINED = "trained.txt"
 FROM_SCRATCH = "none"
 # of the tower that a task trains
 MODALITY: dict[str, str] = {"video": "video", "audio": "audio", "image": "video"}
@@ -305,13 +307,11 @@ class Record:
 
     Args:
         input: sizes by ``VATTConfig``'s names; a model may read another size than its tables'.
-        hold_out: the share of each class that training left out.
     """
 
     task: Task
     loss: Loss
     input: dict[str, Any]
-    hold_out: float
     recipe: str
 
     def write(self, folder: Path) -> None:
@@ -327,6 +327,12 @@ class Record:
             return cls(**json.loads(path.read_text(encoding="utf-8")))
         except (ValueError, TypeError) as error:
             raise ValueError(f"{path} is damaged ({error}); delete it, or write it anew") from error
+
+
+def read_trained(folder: Path) -> set[str]:
+    """Marks of the examples that a run was trained on; none where its data named splits."""
+    path = folder / TRAINED
+    return set(path.read_text(encoding="utf-8").split()) if path.is_file() else set()
 
 
 def clip_spec(task: str, input_sizes: dict[str, Any], config: VATTConfig) -> ClipSpec:
