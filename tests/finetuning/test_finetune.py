@@ -170,6 +170,9 @@ def test_a_saved_classifier_evaluates_to_the_last_bit(folder, tmp_path):
     once = evaluate(tmp_path, folder, windows=1, crops=1, batch_size=32)
     assert last["eval_top1"] == once.result["top1"] and last["eval_examples"] == 8
     assert {"loss", "learning_rate", "gradient_norm", "train_top1", "step_seconds"} <= last.keys()
+    before = (tmp_path / CHECKPOINT).read_bytes()
+    run(settings(folder, tmp_path, eval_split="test", best_by="score"))  # nothing is left to do
+    assert (tmp_path / CHECKPOINT).read_bytes() == before
 
 
 def test_two_classes_are_learned(folder, tmp_path):
@@ -346,6 +349,19 @@ def test_from_an_agnostic_model(folder, tmp_path):
     assert evaluate(tmp_path / "out", folder).result["examples"] == 8
 
 
+def test_what_is_trained_loads_in_jax(folder, tmp_path):
+    pytest.importorskip("jax", reason="compares with JAX")
+    from vatt_fast.on_jax import classifier
+
+    model = run(settings(folder, tmp_path, task="image", steps=1))
+    config, params = classifier.load(tmp_path)
+    pictures = torch.randint(0, 256, (2, 1, 16, 16, 3), dtype=torch.uint8)
+    ours = classifier.forward(params, pictures.numpy(), config=config)
+    with torch.no_grad():
+        theirs = model(pictures).numpy()
+    np.testing.assert_allclose(np.asarray(ours), theirs, rtol=1e-4, atol=1e-4)
+
+
 # -- what is refused -------------------------------------------------------------------------------
 
 
@@ -355,6 +371,12 @@ def test_a_loss_that_is_not_finite_stops_before_any_file(folder, tmp_path):
         run(config)
     for path in tmp_path.rglob("*.safetensors"):
         assert all(value.isfinite().all() for value in load_file(path).values())
+
+
+def test_several_processes_are_refused(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="start it without torchrun"):
+        run(settings(folder, tmp_path))
 
 
 def test_two_writers_are_refused(folder, tmp_path):

@@ -31,7 +31,7 @@ from ..data.labels import LabelledSource, evaluation_split, open_labels
 from ..data.media import MediaError, MediaReader
 from ..devices import pick_device
 from ..files import check_folder, replacing, write_text
-from ..finetuning.settings import MODALITY, Record, clip_spec, read_trained
+from ..finetuning.settings import MODALITY, Record, clip_spec, input_sizes, read_trained
 from ..training.step import autocast
 from ..weights import WEIGHTS
 from .scores import class_table, confusion, one_class_scores, several_classes_scores
@@ -318,7 +318,7 @@ def evaluate(
             "labels_sha256": source.label_digest,
             "windows": windows,
             "crops": crops,
-            "input": _input(task, spec),
+            "input": input_sizes(task, spec),
             "batch_size": batch_size,
             "precision": "bf16" if autocast(precision, next(net.parameters()).device)._enabled
             else "fp32",
@@ -331,12 +331,6 @@ def evaluate(
         result["missing"] = len(labelled.missing)
     table = class_table(predictions.logits, targets, labels)
     return Evaluation(result, table, predictions, targets, labels)
-
-
-def _input(task: str, spec: ClipSpec) -> dict[str, Any]:
-    sound = ("samples", "sample_rate_hz")
-    pictures = ("frames", "height", "width", "frames_per_second")
-    return {name: getattr(spec, name) for name in (sound if task == "audio" else pictures)}
 
 
 def write_evaluation(found: Evaluation, out: str | os.PathLike) -> list[str]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import os
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -46,6 +47,7 @@ from .settings import (
     Record,
     clip_spec,
     describe,
+    input_sizes,
     rate_of,
     read_trained,
     sizes,
@@ -78,6 +80,8 @@ def finetune(
         NonFiniteError: a loss or gradient is nan or infinite; the last checkpoint stays.
         OSError: a file could not be written; the last checkpoint stays.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("finetune runs as one process, on one device; start it without torchrun")
     out = Path(run.out)
     check_folder(out)
     with contextlib.ExitStack() as stack:
@@ -129,7 +133,9 @@ def finetune(
         if not owned:
             out.mkdir(parents=True, exist_ok=True)
             stack.enter_context(_own(out))
-        record = Record(run.task, run.loss or "softmax", _input(run, spec), str(run.recipe))
+        record = Record(
+            run.task, run.loss or "softmax", input_sizes(run.task, spec), str(run.recipe)
+        )
         if not named:
             marks = labelled.marks("train") | read_trained(out)  # of a run that is continued
             write_text(out / TRAINED, "\n".join(sorted(marks)) + "\n")
@@ -270,16 +276,17 @@ def _dataset(
 ) -> ClipDataset:
     drop = None
     if run.drop_rate:
-        # the other modality is not read; two patches, of which one stays
-        c = config.model
-        sizes: dict[str, Any] = dict(frames=spec.frames, height=spec.height, width=spec.width)
-        sizes |= dict(samples=spec.samples)
+        c, few = config.model, int(1 / (1 - run.drop_rate)) + 1
+        read: dict[str, Any] = dict(frames=spec.frames, height=spec.height, width=spec.width)
+        read["samples"] = spec.samples
+        # the other modality is not read: so few patches that one of them is kept
         if config.modality == "video":
-            sizes |= dict(samples=_patches_left(run.drop_rate) * c.audio_patch)
+            read["samples"] = few * c.audio_patch
         else:
-            frames, rows, columns = c.video_patch
-            sizes |= dict(frames=frames, height=rows, width=columns * _patches_left(run.drop_rate))
-        drop = DropToken(dataclasses.replace(c, **sizes), run.drop_rate, run.drop_per, shards=1)
+            frames, height, width = c.video_patch
+            read |= dict(frames=frames, height=height, width=width * few)
+        model = dataclasses.replace(c, **read)
+        drop = DropToken(model, run.drop_rate, run.drop_per, shards=1)
     size = int(run.batch_size or 0)
     if len(source) < size:
         warnings.warn(
@@ -297,20 +304,6 @@ def _dataset(
         drop_token=drop,
         augment=augment or augmentation(str(run.augment), spec.height, spec.width),
     )
-
-
-def _patches_left(drop_rate: float) -> int:
-    """So many patches that one is kept at least."""
-    return int(1 / (1 - drop_rate)) + 1
-
-
-def _input(run: FineTuneConfig, spec: ClipSpec) -> dict[str, Any]:
-    names = ("samples", "sample_rate_hz")
-    if run.task != "audio":
-        return {
-            name: getattr(spec, name) for name in ("frames", "height", "width", "frames_per_second")
-        }
-    return {name: getattr(spec, name) for name in names}
 
 
 # -- the steps -------------------------------------------------------------------------------------
