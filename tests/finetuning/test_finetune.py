@@ -373,12 +373,6 @@ def test_a_loss_that_is_not_finite_stops_before_any_file(folder, tmp_path):
         assert all(value.isfinite().all() for value in load_file(path).values())
 
 
-def test_several_processes_are_refused(folder, tmp_path, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="start it without torchrun"):
-        run(settings(folder, tmp_path))
-
-
 def test_two_writers_are_refused(folder, tmp_path):
     from vatt_fast.files import only_writer
 

@@ -53,9 +53,9 @@ RECIPES: dict[str, dict[str, Any]] = {
 Recipe = Literal["kinetics", "audioset", "imagenet", "small"]
 # a run may continue with other values of these
 _FREE = (
-    "data", "media", "out", "init", "skip_missing", "workers", "device", "recompute", "compile",
-    "micro_batch", "cache", "log_every", "checkpoint_every", "keep_last", "loggers", "eval_split",
-    "eval_every", "best_by", "epochs", "framework",
+    "data", "media", "out", "init", "skip_missing", "workers", "device", "patience", "recompute",
+    "compile", "micro_batch", "cache", "log_every", "checkpoint_every", "keep_last", "loggers",
+    "eval_split", "eval_every", "best_by", "epochs", "framework",
 )  # fmt: skip
 _SIZES = ("frames", "height", "width", "frames_per_second", "samples", "sample_rate_hz")
 _MODEL_SIZES = {
@@ -138,6 +138,7 @@ class FineTuneConfig:
     compile: Compile = "off"  # run torch.compile on each encoder block
     micro_batch: int | None = None  # clips that go through the tower at once; None: all
     device: str = "auto"  # cpu, cuda, cuda:1, ...; auto: a GPU where there is one
+    patience: int = 600  # seconds that a rank waits for the others, where torchrun starts several
     workers: int = 2  # processes that read clips; 0: none
     cache: str | None = None  # keep decoded clips here; for small data sets that fit the disk
     log_every: int = 10  # steps
@@ -227,7 +228,7 @@ class FineTuneConfig:
     def _check_numbers(self) -> None:
         least: dict[str, float] = dict.fromkeys(
             ("steps", "batch_size", "log_every", "checkpoint_every", "keep_last", "eval_every",
-             "micro_batch", *_SIZES), 1
+             "micro_batch", "patience", *_SIZES), 1
         )  # fmt: skip
         least |= dict.fromkeys(
             ("warmup_steps", "workers", "seed", "learning_rate", "final_learning_rate", "clip",
