@@ -315,9 +315,13 @@ def retrieve(
 
 
 def run_finetune(config: FineTuneConfig) -> None:
-    """Fine-tune a tower on labelled video, sound or pictures; continue an interrupted run."""
+    """Fine-tune a tower on labelled video, sound or pictures; continue an interrupted run.
+
+    torchrun starts it on several devices.
+    """
     finetune(config)
-    print(f"trained classifier: {config.out}")
+    if speaks():
+        print(f"trained classifier: {config.out}")
 
 
 def evaluate_classifier(

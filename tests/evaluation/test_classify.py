@@ -220,6 +220,13 @@ def test_models_that_do_not_fit_are_refused(folder, saved, change, match, capsys
     assert match in error
 
 
+def test_several_processes_are_refused(folder, saved, monkeypatch):
+    for name, value in dict(RANK=0, WORLD_SIZE=2, MASTER_ADDR="localhost", MASTER_PORT=1).items():
+        monkeypatch.setenv(name, str(value))
+    with pytest.raises(ValueError, match="evaluate runs as one process"):
+        evaluate(saved, folder)
+
+
 def test_crops_of_sound_are_refused(folder, tmp_path):
     model = classifier("audio")
     model.labels = list(CLASSES)

@@ -32,6 +32,7 @@ from ..data.media import MediaError, MediaReader
 from ..devices import pick_device
 from ..files import check_folder, replacing, write_text
 from ..finetuning.settings import MODALITY, Record, clip_spec, input_sizes, read_trained
+from ..training.distributed import is_launched
 from ..training.step import autocast
 from ..weights import WEIGHTS
 from .scores import class_table, confusion, one_class_scores, several_classes_scores
@@ -264,6 +265,8 @@ def evaluate(
         ValueError: a model without classes' names, classes it does not know, and as
             ``open_labels``. MediaError: nothing can be read.
     """
+    if is_launched() and int(os.environ["WORLD_SIZE"]) > 1:
+        raise ValueError("evaluate runs as one process; start it without torchrun")
     folder = Path(model)
     net = Classifier.from_pretrained(folder)
     labels = net.labels
