@@ -288,6 +288,7 @@ def evaluate(
                 "with split train"
             )
         labelled = others
+    named = split is not None or labelled.names_splits
     split = split or evaluation_split(labelled)
     source = labelled.source(split, MODALITY[task], labels)
     default = record.input if record else {}
@@ -315,7 +316,7 @@ def evaluate(
             "task": task,
             "data": str(data),
             "media": None if media is None else str(media),
-            "split": split,
+            "split": split if named else None,
             "fold": fold,
             "left_out_as_trained": trained,
             "labels_sha256": source.label_digest,
