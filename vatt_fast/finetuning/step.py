@@ -128,6 +128,7 @@ class FineTuner:
         x, valid = getattr(batch, modality), getattr(batch, f"{modality}_valid")
         keep = getattr(batch, f"{modality}_keep")
         x, valid, targets = (self._send(each) for each in (x, valid, targets))
+        keep = None if keep is None else self._send(keep)
         copied = None
         if self.device.type == "cuda":
             copied = torch.cuda.current_stream(self.device).record_event()
