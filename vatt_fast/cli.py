@@ -315,9 +315,13 @@ def retrieve(
 
 
 def run_finetune(config: FineTuneConfig) -> None:
-    """Fine-tune a tower on labelled video, sound or pictures; continue an interrupted run."""
+    """Fine-tune a tower on labelled video, sound or pictures; continue an interrupted run.
+
+    torchrun starts it on several devices.
+    """
     finetune(config)
-    print(f"trained classifier: {config.out}")
+    if speaks():
+        print(f"trained classifier: {config.out}")
 
 
 def evaluate_classifier(
@@ -328,7 +332,6 @@ def evaluate_classifier(
     split: str | None = None,
     fold: int = 1,
     skip_missing: bool = False,
-    hold_out: float | None = None,
     windows: int | None = None,
     crops: int | None = None,
     frames: int | None = None,
@@ -350,11 +353,10 @@ def evaluate_classifier(
         data: labelled media, as finetune's --data.
         out: folder for result.json, classes.csv, scores.npz, confusion.csv and confusion.png.
         media: folder of the media that a file of labels names.
-        split: of the data; by default test, else val. Where the data name none, it is the share of
-            each class that training held out.
+        split: of the data; by default test, else val. Where the data name none, what the model was
+            trained on is left out, unless this is train.
         fold: of UCF101 and HMDB51 the split, of ESC-50 the fold that is the test.
         skip_missing: leave out media that are named and not there.
-        hold_out: that share, where it is not the training's.
         windows: spread evenly over each file; by default 4, of pictures 1. Logits are averaged.
         crops: of each window, along the picture's longer side; by default 3, of pictures 1.
         frames: of a window, where it is not the model's; so the next five.
@@ -370,7 +372,7 @@ def evaluate_classifier(
     sizes |= dict(sample_rate_hz=sample_rate_hz)
     found = evaluate(
         model, data, media=media, split=split, fold=fold, skip_missing=skip_missing,
-        hold_out=hold_out, windows=windows, crops=crops, batch_size=batch_size,
+        windows=windows, crops=crops, batch_size=batch_size,
         precision=precision, workers=workers, device=device, **sizes,
     )  # fmt: skip
     if found.predictions.skipped:

@@ -115,6 +115,36 @@ def test_kinetics(tmp_path):
         data.check_training()
 
 
+def test_kinetics_as_json(tmp_path):
+    about = {"annotations": {"label": "abseiling", "segment": [59.0, 69.0]}, "subset": "train"}
+    held = {"annotations": {"label": "air drumming", "segment": [1.0, 11.0]}, "subset": "validate"}
+    write(tmp_path / "k.json", json.dumps({"-3B32lodo2M": about, "0ABC": held}))
+    touch(tmp_path, "abseiling/-3B32lodo2M_000059_000069.mp4", "-x/0ABC_000001_000011.mp4")
+    assert told(open_labels(tmp_path / "k.json")) == {
+        "abseiling/-3B32lodo2M_000059_000069.mp4": (("abseiling",), "train"),
+        "-x/0ABC_000001_000011.mp4": (("air drumming",), "val"),
+    }
+
+
+@pytest.mark.parametrize(
+    ("content", "match"),
+    [
+        ("{", "is no JSON"),
+        ("3", "is a JSON int; write"),
+        ('{"a.wav": 3}', "'a.wav' is 3; write a class"),
+        ('[{"class": "dog"}]', "entry 1 has no file"),
+        ('[{"file": "a.wav"}]', "entry 1 has the class None"),
+        ('{"a.wav": []}', r"'a.wav' has the class \[\]"),
+        ('{"a.wav": {"class": "dog", "split": ""}}', "'a.wav' has no split"),
+    ],
+)
+def test_json_that_is_none_of_labels(tmp_path, content, match):
+    touch(tmp_path, "a.wav")
+    write(tmp_path / "labels.json", content)
+    with pytest.raises(ValueError, match=match):
+        open_labels(tmp_path)
+
+
 def wav(path, seconds):
     with wave.open(str(path), "wb") as file:
         file.setnchannels(1), file.setsampwidth(2), file.setframerate(8000)

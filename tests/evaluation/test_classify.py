@@ -81,6 +81,17 @@ def test_windows_of_sound_are_averaged(folder):
         np.testing.assert_allclose(found.logits[number], expected, rtol=1e-5, atol=1e-6)
 
 
+def test_crops_of_pictures(tmp_path):
+    image = pytest.importorskip("PIL.Image", reason="writes a picture")
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 26, 3), dtype=np.uint8)
+    (tmp_path / "x").mkdir()
+    image.fromarray(pixels).save(tmp_path / "x" / "a.png")
+    spec = clip_spec("image", VIDEO | dict(frames=1), MODEL)
+    views = read_views(open_labels(tmp_path).source("train", "video"), 0, spec, 1, 3)
+    expected = [pixels[None, :, left : left + 16] for left in (0, 5, 10)]
+    np.testing.assert_array_equal(views, expected)
+
+
 def test_views_lie_within_a_segment(tmp_path):
     """Each frame's grey is its number."""
     frames = np.repeat(np.arange(20, dtype=np.uint8) * 12, 16 * 16 * 3).reshape(20, 16, 16, 3)
@@ -207,6 +218,13 @@ def test_models_that_do_not_fit_are_refused(folder, saved, change, match, capsys
     error = capsys.readouterr().err
     assert ended.value.code == 2 and error.count("\n") == 1
     assert match in error
+
+
+def test_several_processes_are_refused(folder, saved, monkeypatch):
+    for name, value in dict(RANK=0, WORLD_SIZE=2, MASTER_ADDR="localhost", MASTER_PORT=1).items():
+        monkeypatch.setenv(name, str(value))
+    with pytest.raises(ValueError, match="evaluate runs as one process"):
+        evaluate(saved, folder)
 
 
 def test_crops_of_sound_are_refused(folder, tmp_path):

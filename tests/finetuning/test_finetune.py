@@ -170,6 +170,9 @@ def test_a_saved_classifier_evaluates_to_the_last_bit(folder, tmp_path):
     once = evaluate(tmp_path, folder, windows=1, crops=1, batch_size=32)
     assert last["eval_top1"] == once.result["top1"] and last["eval_examples"] == 8
     assert {"loss", "learning_rate", "gradient_norm", "train_top1", "step_seconds"} <= last.keys()
+    before = (tmp_path / CHECKPOINT).read_bytes()
+    run(settings(folder, tmp_path, eval_split="test", best_by="score"))  # nothing is left to do
+    assert (tmp_path / CHECKPOINT).read_bytes() == before
 
 
 def test_two_classes_are_learned(folder, tmp_path):
@@ -179,7 +182,7 @@ def test_two_classes_are_learned(folder, tmp_path):
     shuffled = tmp_path / "shuffled.json"
     names = sorted(str(path) for path in (folder / "test").rglob("*.mp4"))
     shuffled.write_text(json.dumps({name: CLASSES[i % 2] for i, name in enumerate(names)}))
-    found = evaluate(tmp_path, shuffled, media=folder, split="train", hold_out=0.0)
+    found = evaluate(tmp_path, shuffled, media=folder, split="train")
     assert found.result["top1"] == 50  # the labels are looked at
 
 
@@ -209,12 +212,41 @@ def test_several_classes_each(folder, tmp_path):
     run(settings(labels, tmp_path / "out", loss="sigmoid", **changes))
     found = evaluate(tmp_path / "out", labels, media=folder)
     # what training held out: a quarter of each set of classes
-    assert found.result["examples"] == 2 and found.result["settings"]["hold_out"] == 0.25
+    assert found.result["examples"] == 2
+    assert found.result["settings"]["left_out_as_trained"] == 6
     examples = open_labels(labels, media=folder).held_out(0.25).examples
     trained = [example for example in examples if example.split == "train"]
     assert len(trained) == 6
     assert not {example.path for example in trained} & set(found.predictions.files)
     assert "top1" not in found.result and metrics(tmp_path / "out")[-1]["eval_examples"] == 2
+    assert evaluate(tmp_path / "out", labels, media=folder, split="train").result["examples"] == 8
+
+
+def test_media_that_it_was_trained_on_are_left_out(folder, tmp_path):
+    """Where nothing names splits: told by name and size, so another folder is measured whole."""
+    run(settings(folder / "train", tmp_path, steps=2, hold_out=0.25, checkpoint_every=1))
+    for model in (tmp_path, tmp_path / BEST):
+        found = evaluate(model, folder / "train")
+        assert found.predictions.files == sorted(found.predictions.files)
+        assert found.result["examples"] == 2
+        told = found.result["settings"]
+        assert told["left_out_as_trained"] == 6 and told["split"] is None
+    other = evaluate(tmp_path, folder / "test")
+    assert other.result["examples"] == 8  # of the same names
+    run(settings(folder / "train", tmp_path / "all", steps=1, hold_out=0.0))
+    with pytest.raises(ValueError, match="the model was trained on all of"):
+        evaluate(tmp_path / "all", folder / "train")
+
+
+def test_published_splits_are_not_cut(folder, tmp_path):
+    """A list whose name says train is for training, all of it."""
+    names = sorted(str(path.relative_to(folder)) for path in (folder / "train").rglob("*.mp4"))
+    rows = [f"{name},{name.split('/')[1]}" for name in names]
+    (tmp_path / "my_train.csv").write_text("\n".join(["file,class", *rows]))
+    data = open_labels(tmp_path / "my_train.csv", media=folder)
+    assert data.names_splits and data.held_out(0.5) == data
+    (tmp_path / "mine.csv").write_text("\n".join(["file,class", *rows]))
+    assert not open_labels(tmp_path / "mine.csv", media=folder).names_splits
 
 
 # -- beginnings ------------------------------------------------------------------------------------
@@ -316,6 +348,19 @@ def test_from_an_agnostic_model(folder, tmp_path):
         assert torch.equal(found[name], model.state_dict()[name])
     assert not any(name.startswith(("audio", "post_proj.audio")) for name in found)
     assert evaluate(tmp_path / "out", folder).result["examples"] == 8
+
+
+def test_what_is_trained_loads_in_jax(folder, tmp_path):
+    pytest.importorskip("jax", reason="compares with JAX")
+    from vatt_fast.on_jax import classifier
+
+    model = run(settings(folder, tmp_path, task="image", steps=1))
+    config, params = classifier.load(tmp_path)
+    pictures = torch.randint(0, 256, (2, 1, 16, 16, 3), dtype=torch.uint8)
+    ours = classifier.forward(params, pictures.numpy(), config=config)
+    with torch.no_grad():
+        theirs = model(pictures).numpy()
+    np.testing.assert_allclose(np.asarray(ours), theirs, rtol=1e-4, atol=1e-4)
 
 
 # -- what is refused -------------------------------------------------------------------------------

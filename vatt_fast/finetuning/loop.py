@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from tqdm import tqdm
 from ..checkpoints.bundle import is_checkpoint
 from ..checkpoints.released import read_released
 from ..classifier import LABELS, Classifier, ClassifierConfig, read_classifier
-from ..config import VATTConfig, preset
+from ..config import VATTConfig, preset, video_grid
 from ..data.augment import ClipAugment, augmentation
 from ..data.clips import ClipSpec, DropToken
 from ..data.dataset import ClipDataset
@@ -22,7 +22,7 @@ from ..data.labels import LabelledData, LabelledSource, open_labels
 from ..data.loader import loader
 from ..data.order import VERSION as ORDER_VERSION
 from ..evaluation.classify import predict, scores_of
-from ..files import check_folder, link, only_writer, remove_litter
+from ..files import check_folder, link, only_writer, remove_litter, write_text
 from ..positions import resample_matrix
 from ..training.checkpoint import (
     CHECKPOINT,
@@ -32,6 +32,7 @@ from ..training.checkpoint import (
     read_standing,
     say_what_changed,
 )
+from ..training.distributed import Ranks, agreed, check_settings, joined
 from ..training.loggers import make_loggers
 from ..training.metrics import FiniteWatch, MetricsLog, NonFiniteError, Timer
 from ..training.settings import told_differences
@@ -41,11 +42,14 @@ from .settings import (
     FROM_SCRATCH,
     MODALITY,
     RECORD,
+    TRAINED,
     FineTuneConfig,
     Record,
     clip_spec,
     describe,
+    input_sizes,
     rate_of,
+    read_trained,
     sizes,
 )
 from .step import FineTuner, Update
@@ -76,85 +80,118 @@ def finetune(
         NonFiniteError: a loss or gradient is nan or infinite; the last checkpoint stays.
         OSError: a file could not be written; the last checkpoint stays.
     """
-    out = Path(run.out)
-    check_folder(out)
+    with joined(run.device, run.patience) as ranks:
+        check_settings(ranks, run)
+        return _finetune(run, ranks, model_config, augment, progress and ranks.first)
+
+
+def _finetune(
+    run: FineTuneConfig,
+    ranks: Ranks,
+    model_config: VATTConfig | None,
+    augment: ClipAugment | None,
+    progress: bool,
+) -> Classifier:
+    out, modality = Path(run.out), MODALITY[run.task]
+    path = out / CHECKPOINT
     with contextlib.ExitStack() as stack:
-        owned = out.is_dir()
-        if owned:
-            stack.enter_context(_own(out))
-        path = out / CHECKPOINT
-        standing = read_standing(path) if path.exists() else None
-        labelled = _labelled(run)
-        modality = MODALITY[run.task]
-        source = labelled.source("train", modality)
-        held = None
-        if run.eval_split is not None:
-            held = labelled.source(run.eval_split, modality)
-        run = run.with_steps(len(source), standing.run if standing is not None else None)
-        if run.warmup_steps and run.steps and run.warmup_steps >= run.steps:
-            warnings.warn(
-                f"warmup_steps {run.warmup_steps} >= steps {run.steps}: "
-                f"the learning rate never reaches {run.learning_rate:g}",
-                stacklevel=2,
-            )
-        config, weights, spec = _beginning(run, model_config, source.classes)
-        settings = describe(run, config.model, source.classes)
-        if standing is not None:
-            _check_same_run(path, standing, settings)
+        owned = False
+        with ranks.together():
+            if ranks.first:
+                check_folder(out)
+                if out.is_dir():
+                    owned = stack.enter_context(_own(out))
+        with ranks.together():
+            standing = read_standing(path) if path.exists() else None
+            labelled, named = _labelled(run, ranks.first)
+            source = labelled.source("train", modality)
+            held = None
+            if run.eval_split is not None:
+                held = labelled.source(run.eval_split, modality)
+            run = run.with_steps(len(source), standing.run if standing is not None else None)
+            if ranks.first and run.warmup_steps and run.warmup_steps >= (run.steps or 0):
+                warnings.warn(
+                    f"warmup_steps {run.warmup_steps} >= steps {run.steps}: "
+                    f"the learning rate never reaches {run.learning_rate:g}",
+                    stacklevel=3,
+                )
+            config, weights, spec = _beginning(run, model_config, source.classes)
+            settings = describe(run, config.model, source.classes)
+            if standing is not None:
+                _check_same_run(path, standing, settings)
+            dataset = _dataset(run, ranks, config, source, spec, augment)
+        data = Data(*source.identity)
+        labels = source.label_digest[:12]
+        ranks.require_alike(
+            {
+                "settings": settings,
+                "data": data._asdict(),
+                "labels": labels,
+                "checkpoint of step": None if standing is None else standing.step,
+            }
+        )
         grid = None
         if modality == "video" and run.drop_rate:
-            model = dataclasses.replace(
-                config.model, frames=spec.frames, height=spec.height, width=spec.width
-            )
-            grid = model.video_grid
-        trainer = FineTuner(run, config, None if standing is not None else weights, grid)
+            read = dict(frames=spec.frames, height=spec.height, width=spec.width)
+            grid = video_grid(**read, patch=config.model.video_patch)
+        trainer = FineTuner(run, config, None if standing is not None else weights, grid, ranks)
         trainer.model().labels = list(source.classes)
-        dataset = _dataset(run, config, source, spec, augment)
         arithmetic = {
             "precision": trainer.precision,
             "micro_batch": run.micro_batch,
+            "ranks": ranks.world,
             "order of clips": ORDER_VERSION,
-            "labels": source.label_digest[:12],
+            "labels": labels,
         }
-        data = Data(*source.identity)
         now = Standing(0, settings, data, arithmetic)
         if standing is not None:
-            say_what_changed(path, standing, data, arithmetic)
-            trainer.restore(path)
+            if ranks.first:
+                say_what_changed(path, standing, data, arithmetic)
+            with ranks.together():
+                trainer.restore(path)
             now = now._replace(
                 step=standing.step, best_loss=standing.best_loss, best_score=standing.best_score
             )
-        if not owned:
-            out.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(_own(out))
-        record = Record(run.task, run.loss or "softmax", _input(run, spec), run.hold_out,
+        with ranks.together():
+            if ranks.first:
+                if not owned:
+                    out.mkdir(parents=True, exist_ok=True)
+                    stack.enter_context(_own(out))
+                if not named:
+                    marks = labelled.marks("train") | read_trained(out)  # of a run continued
+                    write_text(out / TRAINED, "\n".join(sorted(marks)) + "\n")
+        record = Record(run.task, run.loss or "softmax", input_sizes(run.task, spec),
                         str(run.recipe))  # fmt: skip
-        _train(run, trainer, dataset, source, held, spec, now, record, progress)
-    if dataset.skipped:
-        reasons = "\n  ".join(list(dataset.skipped.values())[:5])
-        count = len(dataset.skipped)
-        print(f"{count} media files could not be read, others stood in for them:\n  {reasons}")
+        _train(run, ranks, trainer, dataset, source, held, spec, now, record, progress)
+    skipped: dict[str, str] = {}
+    for one in ranks.all(dict(dataset.skipped)):
+        skipped |= one
+    if skipped and ranks.first:
+        reasons = "\n  ".join(list(skipped.values())[:5])
+        print(
+            f"{len(skipped)} media files could not be read, others stood in for them:\n  {reasons}"
+        )
     return trainer.model().eval()
 
 
 @contextlib.contextmanager
-def _own(out: Path):
-    """The run folder for this process alone, without what a killed one left there."""
+def _own(out: Path) -> Iterator[bool]:
+    """The run folder for this process alone, without what a killed one left there; True."""
     with only_writer(out):
         remove_litter(out)
-        yield
+        yield True
 
 
-def _labelled(run: FineTuneConfig) -> LabelledData:
-    """The data's splits, each class with a training example."""
+def _labelled(run: FineTuneConfig, says: bool) -> tuple[LabelledData, bool]:
+    """The data in splits, each class with a training example; whether the data name the splits."""
     labelled = open_labels(run.data, media=run.media, fold=run.fold, skip_missing=run.skip_missing)
-    if labelled.missing:
+    if labelled.missing and says:
         print(f"{len(labelled.missing)} media of {run.data} are missing and left out")
-    if run.hold_out:
-        labelled = labelled.held_out(run.hold_out)
+    named = labelled.names_splits
+    labelled = labelled.held_out(run.hold_out)
     if labelled.missing:  # whole classes may be
         without = labelled.classes_without_training()
-        if without:
+        if without and says:
             print(f"without a training example, and never learned: {', '.join(without[:5])}")
     else:
         labelled.check_training()
@@ -166,7 +203,7 @@ def _labelled(run: FineTuneConfig) -> LabelledData:
         )
     if len(labelled.classes) < 2:
         raise ValueError(f"{run.data} has one class, {labelled.classes[0]!r}; add another one")
-    return labelled
+    return labelled, named
 
 
 def _check_same_run(path: Path, was: Standing, now: dict[str, Any]) -> None:
@@ -259,6 +296,7 @@ def _resampled(
 
 def _dataset(
     run: FineTuneConfig,
+    ranks: Ranks,
     config: ClassifierConfig,
     source: LabelledSource,
     spec: ClipSpec,
@@ -266,28 +304,36 @@ def _dataset(
 ) -> ClipDataset:
     drop = None
     if run.drop_rate:
-        # the other modality is not read; two patches, of which one stays
-        c = config.model
-        sizes: dict[str, Any] = dict(frames=spec.frames, height=spec.height, width=spec.width)
-        sizes |= dict(samples=spec.samples)
+        c, few = config.model, int(1 / (1 - run.drop_rate)) + 1
+        read: dict[str, Any] = dict(frames=spec.frames, height=spec.height, width=spec.width)
+        read["samples"] = spec.samples
+        # the other modality is not read: so few patches that one of them is kept
         if config.modality == "video":
-            sizes |= dict(samples=_patches_left(run.drop_rate) * c.audio_patch)
+            read["samples"] = few * c.audio_patch
         else:
-            frames, rows, columns = c.video_patch
-            sizes |= dict(frames=frames, height=rows, width=columns * _patches_left(run.drop_rate))
-        drop = DropToken(dataclasses.replace(c, **sizes), run.drop_rate, run.drop_per, shards=1)
+            frames, height, width = c.video_patch
+            read |= dict(frames=frames, height=height, width=width * few)
+        model = dataclasses.replace(c, **read)
+        drop = DropToken(model, run.drop_rate, run.drop_per, shards=1)
     size = int(run.batch_size or 0)
+    if len(source) < size and ranks.world > 1:
+        raise ValueError(
+            f"{source.label} has {len(source)} training examples, fewer than the batch of {size} "
+            f"on {ranks.world} ranks: take a smaller batch_size"
+        )
     if len(source) < size:
         warnings.warn(
             f"{source.label} has {len(source)} training examples, fewer than batch_size {size}: a "
             "batch holds some several times",
-            stacklevel=3,
+            stacklevel=4,
         )
     return ClipDataset(
         source,
         spec,
         vocabulary=None,
-        batch_size=size,
+        batch_size=size // ranks.world,
+        rank=ranks.rank,
+        world=ranks.world,
         seed=run.seed,
         cache_dir=run.cache,
         drop_token=drop,
@@ -295,25 +341,12 @@ def _dataset(
     )
 
 
-def _patches_left(drop_rate: float) -> int:
-    """So many patches that one is kept at least."""
-    return int(1 / (1 - drop_rate)) + 1
-
-
-def _input(run: FineTuneConfig, spec: ClipSpec) -> dict[str, Any]:
-    names = ("samples", "sample_rate_hz")
-    if run.task != "audio":
-        return {
-            name: getattr(spec, name) for name in ("frames", "height", "width", "frames_per_second")
-        }
-    return {name: getattr(spec, name) for name in names}
-
-
 # -- the steps -------------------------------------------------------------------------------------
 
 
 def _train(
     run: FineTuneConfig,
+    ranks: Ranks,
     trainer: FineTuner,
     dataset: ClipDataset,
     source: LabelledSource,
@@ -323,13 +356,16 @@ def _train(
     record: Record,
     progress: bool,
 ) -> None:
-    """The steps from ``standing`` on, and all that is written meanwhile."""
+    """The steps from ``standing`` on, and all that is written meanwhile.
+
+    As pre-training's, with labels beside each batch.
+    """
     out, start, steps = Path(run.out), standing.step, int(run.steps or 0)
-    stop, watch, losses = StopRequests(), FiniteWatch(), _Mean()
+    stop, watch, losses = StopRequests(ranks.world > 1), FiniteWatch(), _Mean()
     bar = tqdm(
         total=steps, initial=start, desc="finetune", unit="step", disable=None if progress else True
     )
-    timer, saved, new_best = Timer(), start, False
+    saved, new_best, seen = start, False, False
 
     def save(done: int) -> None:
         nonlocal standing, saved, new_best
@@ -339,19 +375,24 @@ def _train(
         standing = standing._replace(step=done, best_loss=loss if lower else standing.best_loss)
         try:
             best, new_best = lower if run.best_by == "loss" else new_best, False
-            _save(out, trainer, standing, record, best, run.keep_last)
+            with ranks.together():
+                if ranks.first:
+                    _save(out, trainer, standing, record, best, run.keep_last)
             saved = done
         except OSError as error:
             intact = f"the checkpoint of step {saved} is intact" if saved else "no checkpoint yet"
-            raise OSError(
+            told = OSError(
                 f"{error}; {intact}: make room, and the same command continues from there"
-            ) from error
+            )
+            raise (agreed(told, ranks) if hasattr(error, "agreed") else told) from error
         if progress and bar.disable:  # a log file has no bar
             print(f"step {done} of {steps} saved, mean loss {loss:.4g}", flush=True)
 
     with contextlib.ExitStack() as stack:
-        loggers = make_loggers(run.loggers, out, start, standing.run)
-        logger = stack.enter_context(contextlib.closing(MetricsLog(out, start, loggers)))
+        with ranks.together():
+            if ranks.first:
+                loggers = make_loggers(run.loggers, out, start, standing.run)
+                logger = stack.enter_context(contextlib.closing(MetricsLog(out, start, loggers)))
         stack.enter_context(bar)
         stack.enter_context(stop)
         options: dict[str, Any] = dict(
@@ -360,30 +401,52 @@ def _train(
         options["worker_init"] = obey_the_parent_alone
         loaded = loader(dataset, start, steps, run.workers, **options)
         stack.callback(loaded.close)
-        with kept_from_children():
+        with ranks.together(), kept_from_children():
             batches = iter(loaded)
+        timer = Timer(lambda: loaded.waited_seconds)
         for done in range(start + 1, steps + 1):
+            batch, error = None, None
             try:
-                with stop.waiting(), timer.waiting():
+                with stop.waiting():
                     batch = next(batches)
             except KeyboardInterrupt:
+                pass
+            except (ValueError, OSError) as met:
+                error = met
+            # ranks stop at one step, and fail together
+            there = batch is not None and bool(getattr(batch, f"{trainer.modality}_valid").any())
+            stopping, failed, seen = ranks.any(
+                batch is None and error is None, error is not None, seen or there
+            )
+            if failed:
+                ranks.fail(error)
+            if stopping:
                 if done - 1 > saved:
                     save(done - 1)
-                raise _stopped(done - 1) from None
-            _require_stream(batch, trainer.modality, source, done)
+                raise agreed(_stopped(done - 1), ranks)
+            assert batch is not None
+            if not seen:
+                what = "picture" if trainer.modality == "video" else "sound"
+                error = ValueError(
+                    f"none of the first {run.batch_size} clips of {source.label} has a {what}; "
+                    "take another task, or other media"
+                )
+                raise agreed(error, ranks)
             rate = rate_of(run, done - 1)
-            update = trainer.step(batch, source.targets(batch.files), done - 1, rate)
+            with ranks.answering():
+                update = trainer.step(batch, source.targets(batch.files), done - 1, rate)
             try:
                 found = {"loss": update.loss, "gradient norm": update.gradient_norm}
                 watch.add(done, batch.files, found)
                 losses.add(update.loss)
-                timer.step(len(batch))
+                timer.step(int(run.batch_size or 0))
                 bar.update()
                 values: dict[str, float] = {}
                 if done % run.log_every == 0 or done == steps:
                     watch.check()
-                    values = _values(update, rate, len(batch)) | {
-                        "skipped_files": len(dataset.skipped), **timer.take(),
+                    values = _values(update, rate, int(run.batch_size or 0)) | {
+                        "skipped_files": ranks.total(len(dataset.skipped)),
+                        **timer.take(ranks.largest),
                     }  # fmt: skip
                     bar.set_postfix(loss=f"{values['loss']:.3f}", rate=f"{rate:.2g}")
                 if (
@@ -392,8 +455,11 @@ def _train(
                     and (done % run.eval_every == 0 or done == steps)
                 ):
                     watch.check()
-                    measured = measure(run, trainer.model(), held, spec)
-                    trainer.train()
+                    measured: dict[str, float] = {}
+                    with ranks.together():
+                        if ranks.first:
+                            measured = measure(run, trainer.model(), held, spec)
+                    measured = ranks.firsts(measured)
                     values |= measured
                     score = measured.get("eval_top1", measured.get("eval_mAP"))
                     if score is not None and (
@@ -402,19 +468,18 @@ def _train(
                         standing = standing._replace(best_score=score)
                         new_best = run.best_by == "score"
                     timer.reset()
-                if values:
+                if values and ranks.first:
                     logger.write(done, values)
-                if done % run.checkpoint_every == 0 or done == steps or stop.requested or new_best:
+                if done % run.checkpoint_every == 0 or done == steps or new_best:
                     save(done)
             except NonFiniteError as error:
                 intact = (
                     f"{out / CHECKPOINT} of step {saved} stays" if saved else "nothing is saved"
                 )
-                raise NonFiniteError(
+                told = NonFiniteError(
                     f"{error}; {intact}: lower the learning rate, or look at these files"
-                ) from None
-            if stop.requested and done < steps:
-                raise _stopped(done)
+                )
+                ranks.fail(told)
 
 
 def measure(
@@ -432,15 +497,6 @@ def measure(
     }
 
 
-def _require_stream(batch: Any, modality: str, source: LabelledSource, done: int) -> None:
-    if done == 1 and not getattr(batch, f"{modality}_valid").any():
-        what = "picture" if modality == "video" else "sound"
-        raise ValueError(
-            f"none of the first {len(batch)} clips of {source.label} has a {what}; take another "
-            "task, or other media"
-        )
-
-
 def _stopped(done: int) -> KeyboardInterrupt:
     return KeyboardInterrupt(f"stopped after step {done}; the same command continues from there")
 
@@ -456,8 +512,9 @@ def _save(
     record.write(out)
     if best:
         (out / BEST).mkdir(exist_ok=True)
-        for name in (WEIGHTS, CONFIG, LABELS, RECORD):
-            link(out / name, out / BEST / name)
+        for name in (WEIGHTS, CONFIG, LABELS, RECORD, TRAINED):
+            if (out / name).exists():
+                link(out / name, out / BEST / name)
     keep_earlier(out / CHECKPOINT, keep_last)
     trainer.save(out / CHECKPOINT, standing)
 

@@ -49,12 +49,14 @@ def terms_of(loss: str, logits: Tensor, targets: Tensor, smoothing: float = 0.0)
     return F.binary_cross_entropy_with_logits(logits, targets, reduction="none").sum(-1)
 
 
-def mixup_draw(count: int, concentration: float, *, seed: int, step: int) -> tuple[Tensor, Tensor]:
+def mixup_draw(
+    count: int, concentration: float, *, seed: int, step: int, rank: int = 0
+) -> tuple[Tensor, Tensor]:
     """(count,) lambda ~ Beta(a, a) of each example, and its partner, a permutation.
 
-    A pure function of its arguments.
+    A pure function of its arguments. Partners are of the same rank, as in the release.
     """
-    entropy = np.random.SeedSequence((seed, _MIXUP, step))
+    entropy = np.random.SeedSequence((seed, _MIXUP, step, rank))
     generator = np.random.Generator(np.random.Philox(entropy))
     share = generator.beta(concentration, concentration, count).astype(np.float32)
     return torch.from_numpy(share), torch.from_numpy(generator.permutation(count))

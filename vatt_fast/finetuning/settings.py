@@ -18,6 +18,8 @@ from ..training.schedule import Schedule, learning_rate
 Task = Literal["video", "audio", "image"]
 Loss = Literal["softmax", "balanced", "sigmoid"]
 RECORD = "finetune.json"
+# marks of the examples that a run was trained on, where the data name no splits
+TRAINED = "trained.txt"
 FROM_SCRATCH = "none"
 # of the tower that a task trains
 MODALITY: dict[str, str] = {"video": "video", "audio": "audio", "image": "video"}
@@ -51,9 +53,9 @@ RECIPES: dict[str, dict[str, Any]] = {
 Recipe = Literal["kinetics", "audioset", "imagenet", "small"]
 # a run may continue with other values of these
 _FREE = (
-    "data", "media", "out", "init", "skip_missing", "workers", "device", "recompute", "compile",
-    "micro_batch", "cache", "log_every", "checkpoint_every", "keep_last", "loggers", "eval_split",
-    "eval_every", "best_by", "epochs", "framework",
+    "data", "media", "out", "init", "skip_missing", "workers", "device", "patience", "recompute",
+    "compile", "micro_batch", "cache", "log_every", "checkpoint_every", "keep_last", "loggers",
+    "eval_split", "eval_every", "best_by", "epochs", "framework",
 )  # fmt: skip
 _SIZES = ("frames", "height", "width", "frames_per_second", "samples", "sample_rate_hz")
 _MODEL_SIZES = {
@@ -136,6 +138,7 @@ class FineTuneConfig:
     compile: Compile = "off"  # run torch.compile on each encoder block
     micro_batch: int | None = None  # clips that go through the tower at once; None: all
     device: str = "auto"  # cpu, cuda, cuda:1, ...; auto: a GPU where there is one
+    patience: int = 600  # seconds that a rank waits for the others, where torchrun starts several
     workers: int = 2  # processes that read clips; 0: none
     cache: str | None = None  # keep decoded clips here; for small data sets that fit the disk
     log_every: int = 10  # steps
@@ -225,7 +228,7 @@ class FineTuneConfig:
     def _check_numbers(self) -> None:
         least: dict[str, float] = dict.fromkeys(
             ("steps", "batch_size", "log_every", "checkpoint_every", "keep_last", "eval_every",
-             "micro_batch", *_SIZES), 1
+             "micro_batch", "patience", *_SIZES), 1
         )  # fmt: skip
         least |= dict.fromkeys(
             ("warmup_steps", "workers", "seed", "learning_rate", "final_learning_rate", "clip",
@@ -305,13 +308,11 @@ class Record:
 
     Args:
         input: sizes by ``VATTConfig``'s names; a model may read another size than its tables'.
-        hold_out: the share of each class that training left out.
     """
 
     task: Task
     loss: Loss
     input: dict[str, Any]
-    hold_out: float
     recipe: str
 
     def write(self, folder: Path) -> None:
@@ -329,11 +330,23 @@ class Record:
             raise ValueError(f"{path} is damaged ({error}); delete it, or write it anew") from error
 
 
-def clip_spec(task: str, input_sizes: dict[str, Any], config: VATTConfig) -> ClipSpec:
+def input_sizes(task: str, spec: ClipSpec) -> dict[str, Any]:
+    """What a task reads of a file, under the names of ``ClipSpec``."""
+    names = _SIZES[4:] if task == "audio" else _SIZES[:4]
+    return {name: getattr(spec, name) for name in names}
+
+
+def read_trained(folder: Path) -> set[str]:
+    """Marks of the examples that a run was trained on; none where its data named splits."""
+    path = folder / TRAINED
+    return set(path.read_text(encoding="utf-8").split()) if path.is_file() else set()
+
+
+def clip_spec(task: str, given: dict[str, Any], config: VATTConfig) -> ClipSpec:
     """What is read of a file: one modality, the other as small as can be."""
     other: dict[str, Any] = dict(samples=1) if MODALITY[task] == "video" else {}
     if not other:
         # windows begin on a grid of 0.04 s
         other = dict(frames=1, height=1, width=1, frames_per_second=25.0)
-    values = dataclasses.asdict(ClipSpec.from_config(config)) | input_sizes | other
+    values = dataclasses.asdict(ClipSpec.from_config(config)) | given | other
     return ClipSpec(**values | dict(words=1, texts_per_clip=1))

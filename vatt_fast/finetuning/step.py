@@ -6,13 +6,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
+from .. import collectives
 from ..classifier import Classifier, ClassifierConfig
 from ..data.clips import Batch
 from ..devices import pick_device
 from ..model import Block
 from ..training.checkpoint import Standing, load_checkpoint, save_checkpoint
+from ..training.distributed import Ranks
 from ..training.step import autocast
 from ..weights import load_weights
 from .losses import mixed, mixup_draw, terms_of, weights_of
@@ -61,7 +64,7 @@ def initial_classifier(
 
 
 class FineTuner:
-    """The torch model on one device, its optimizer, and their state on disk."""
+    """The torch model on this rank's device, alike on all ranks; optimizer, and state on disk."""
 
     start_method: str | None = None
 
@@ -71,8 +74,10 @@ class FineTuner:
         config: ClassifierConfig,
         weights: Mapping[str, Tensor] | None,
         grid: tuple[int, int, int] | None = None,
+        ranks: Ranks | None = None,
     ):
-        self.run, self.device, self.grid = run, pick_device(run.device), grid
+        self.ranks = ranks = ranks or Ranks(device=run.device)
+        self.run, self.device, self.grid = run, pick_device(ranks.device), grid
         self.modality = MODALITY[run.task]
         self.pin_memory = self.device.type == "cuda"
         self.autocast = autocast(run.precision, self.device)
@@ -116,16 +121,22 @@ class FineTuner:
             targets: (B, C) of 0 and 1.
         """
         run, modality = self.run, self.modality
-        torch.manual_seed(run.seed * 1_000_003 + step)  # a continued run draws the same dropout
+        if self._model.classifier_dropout or self._model.config.dropout:
+            # a continued run draws the same, each rank its own
+            number = run.seed * 1_000_003 + step
+            torch.manual_seed(number * self.ranks.world + self.ranks.rank)
         x, valid = getattr(batch, modality), getattr(batch, f"{modality}_valid")
         keep = getattr(batch, f"{modality}_keep")
         x, valid, targets = (self._send(each) for each in (x, valid, targets))
+        keep = None if keep is None else self._send(keep)
         copied = None
         if self.device.type == "cuda":
             copied = torch.cuda.current_stream(self.device).record_event()
         targets = targets * valid[:, None]
         if run.mixup:
-            share, partner = mixup_draw(len(batch), run.mixup, seed=run.seed, step=step)
+            share, partner = mixup_draw(
+                len(batch), run.mixup, seed=run.seed, step=step, rank=self.ranks.rank
+            )
             x, targets = mixed(x, share, partner), mixed(targets, share, partner)
             valid = valid | valid[partner.to(self.device)]
         loss, logits = self._backward(x, targets, valid, keep)
@@ -133,6 +144,7 @@ class FineTuner:
         right = None
         if run.loss == "softmax":
             right = ((logits.argmax(-1) == targets.argmax(-1)) & valid).sum()
+            right = collectives.total(right)
         if copied is not None:
             copied.synchronize()  # the loader fills its memory anew; this step is under way by now
         return Update(loss, norm, right)
@@ -143,13 +155,15 @@ class FineTuner:
     def _backward(
         self, x: Tensor, targets: Tensor, valid: Tensor, keep: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """The loss of the batch and its logits; the gradients are left on the parameters.
+        """The loss of all ranks' batch and this one's logits; gradients are left on the parameters.
 
         Weights of examples are those of the whole batch, so its parts add up to it.
         """
         self.optimizer.zero_grad(set_to_none=True)
         loss_kind = str(self.run.loss)
-        weights = weights_of(loss_kind, targets, valid)
+        everyone = collectives.gather(targets).flatten(0, 1)
+        weights = weights_of(loss_kind, everyone, collectives.gather(valid).flatten())
+        weights = weights[self.ranks.rank * len(x) : (self.ranks.rank + 1) * len(x)]
         size = self.run.micro_batch or len(x)
         total, found = torch.zeros((), device=self.device), []
         for first in range(0, len(x), size):
@@ -162,7 +176,12 @@ class FineTuner:
             loss.backward()
             total = total + loss.detach()
             found.append(logits.detach())
-        return total, torch.cat(found)
+        if self.ranks.world > 1:
+            gradients = [p.grad for p in self.tower + self.head if p.grad is not None]
+            exchanges = [dist.all_reduce(gradient, async_op=True) for gradient in gradients]
+            for exchange in exchanges:
+                exchange.wait()
+        return collectives.total(total), torch.cat(found)
 
     @torch.no_grad()
     def _update(self, rate: float) -> Tensor:

@@ -24,12 +24,11 @@ import torch.distributed as dist
 from .. import __version__
 from ..devices import pick_device
 from .metrics import NonFiniteError
-from .settings import PretrainConfig
 
 _TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _REPLICA_GROUPS = ("TORCHFT_LIGHTHOUSE", "NUM_REPLICA_GROUPS", "REPLICA_GROUP_ID")
 # ranks may differ in these: what a host calls its files, and how fast it reads them
-_OWN = ("data", "out", "cache", "eval_data", "init", "words", "device", "workers")
+_OWN = ("data", "media", "out", "cache", "eval_data", "init", "words", "device", "workers")
 _ANSWER_SECONDS = 3.0
 
 
@@ -303,10 +302,13 @@ def _end_group() -> None:
     dist.destroy_process_group()
 
 
-def check_settings(ranks: Ranks, run: PretrainConfig) -> None:
+def check_settings(ranks: Ranks, run: Any) -> None:
     """Raise ValueError, before anything is read, where ranks cannot share a run.
 
     They have other settings or versions, or a batch that they cannot divide.
+
+    Args:
+        run: settings of a pre-training or a fine-tuning.
     """
     settings = {n: v for n, v in dataclasses.asdict(run).items() if n not in _OWN}
     versions = {"vatt_fast": __version__, "torch": torch.__version__, "python": _python()}
