@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import faulthandler
+import gc
 import json
 import multiprocessing
 import os
@@ -284,6 +285,16 @@ def test_a_batch_is_valid_until_the_next_one_and_its_memory_comes_again(folder):
         same(dataset(folder)[step], [batch])
         places.append(batch.video.data_ptr())
     assert len(set(places)) == 2 and places[::2] == places[:1] * 3
+
+
+def test_the_collector_leaves_alone_what_forked_workers_share(folder):
+    """It writes into what it looks at: each process would get a copy of its own."""
+    assert gc.get_freeze_count() == 0
+    batches = iter(loader(dataset(folder), 0, 2, workers=1, start_method="fork"))
+    next(batches)
+    assert gc.get_freeze_count() > 10_000
+    batches.close()
+    assert gc.get_freeze_count() == 0
 
 
 def kilobytes(pid, name):

@@ -9,6 +9,7 @@ import importlib.machinery
 import importlib.util
 import sys
 import types
+from typing import ClassVar
 
 from torch import nn
 
@@ -22,7 +23,7 @@ class _Members(type):
 
 
 class _Empty(types.ModuleType):
-    __path__: list[str] = []
+    __path__: ClassVar[list[str]] = []
     __version__ = "0.0.0"
 
     def __getattr__(self, name: str):

@@ -64,13 +64,16 @@ def write_folder(folder: Path) -> list[str]:
 
 
 def memory(group: int) -> int:
-    """Bytes that the processes of a group hold together."""
-    total = 0
+    """Bytes that the processes of a group hold together, but for files.
+
+    Programs and libraries are shared with whatever else runs on the machine.
+    """
+    total, counted = 0, ("Pss_Anon:", "Pss_Shmem:")
     for process in Path("/proc").iterdir():
         try:
             if process.name.isdigit() and os.getpgid(int(process.name)) == group:
                 lines = (process / "smaps_rollup").read_text().splitlines()
-                total += next(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
+                total += sum(int(line.split()[1]) for line in lines if line.startswith(counted))
         except (ProcessLookupError, FileNotFoundError, PermissionError):
             continue  # it has just ended
     return total * 1024

@@ -6,6 +6,7 @@ worker's own. Nothing is locked, so a worker that is killed leaves nothing locke
 """
 
 import contextlib
+import gc
 import mmap
 import multiprocessing
 import os
@@ -137,7 +138,12 @@ class Workers:
         self._processes: list[Any] = []
         self._results: list[Connection] = []
         self._selector = selectors.DefaultSelector()
-        forked = context.get_start_method() == "fork"
+        self._forked = forked = context.get_start_method() == "fork"
+        if forked:
+            # the collector writes into all it looks at, and so each process would get a copy of its
+            # own of what they share
+            gc.collect()
+            gc.freeze()
         for number in range(count):
             reader, writer = context.Pipe(duplex=False)
             _widen(writer, in_flight * 64)
@@ -214,6 +220,8 @@ class Workers:
 
     def close(self) -> None:
         """End the workers. They finish the clip that they are at, if that is soon."""
+        if self._forked:
+            gc.unfreeze()
         self._tickets.close()
         for reader in self._results:
             reader.close()  # whoever would tell of a row ends
