@@ -236,7 +236,8 @@ def batches(source: Any, vocabulary: Any) -> dict[str, float]:
     began = time.perf_counter()
     files += [next(running).files for _ in range(9)]
     found["each of nine more: s"] = (time.perf_counter() - began) / 9
-    workers = [memory(each.pid)["anonymous"] for each in multiprocessing.active_children()]
+    pids = [each.pid for each in multiprocessing.active_children() if each.pid]
+    workers = [memory(pid)["anonymous"] for pid in pids]
     found["anonymous memory of a worker: MB"] = max(workers)
     state = first.state_dict()
     first.close()
