@@ -91,8 +91,9 @@ def write_files(folder: Path, examples: int, builder: Any) -> tuple[str, Any]:
         if number % 1000 == 0:
             (folder / name).parent.mkdir()
         if number % MOST_LINKS == 0:
-            status = shutil.copy(clip, folder / name).stat()
-            one = str(folder / name)
+            one = folder / name
+            shutil.copy(clip, one)
+            status = one.stat()
         else:
             os.link(one, folder / name)
         builder.add(

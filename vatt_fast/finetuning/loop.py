@@ -329,7 +329,7 @@ def _train(
     bar = tqdm(
         total=steps, initial=start, desc="finetune", unit="step", disable=None if progress else True
     )
-    timer, saved, new_best = Timer(), start, False
+    saved, new_best = start, False
 
     def save(done: int) -> None:
         nonlocal standing, saved, new_best
@@ -362,9 +362,10 @@ def _train(
         stack.callback(loaded.close)
         with kept_from_children():
             batches = iter(loaded)
+        timer = Timer(lambda: loaded.waited_seconds)
         for done in range(start + 1, steps + 1):
             try:
-                with stop.waiting(), timer.waiting():
+                with stop.waiting():
                     batch = next(batches)
             except KeyboardInterrupt:
                 if done - 1 > saved:
