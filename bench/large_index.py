@@ -1,57 +1,131 @@
-"""How long an index of a large data set takes to start from, and what memory it takes.
+"""How long a run on a large data set takes to start and to go on, and what memory it takes.
 
-    python -m bench.large_index --examples 1000000 --captions 110 --shards 1000 --folder /tmp/large
+    python -m bench.large_index --examples 1000000 --captions 110 --shards 1000
+    python -m bench.large_index --examples 1000000 --captions 110 --shards 0
 
-It writes an index as of HowTo100M's size in tar shards (times, offsets, names and words for real;
-texts, word numbers and shards as files with holes), then opens it in a fresh process: as
-``pretrain`` does, and as a loader's worker does. Memory is told beyond what the imports take.
+It writes an index as of HowTo100M's size, of tar shards or, without them, of single files below a
+folder: times, offsets, names and words for real, texts and word numbers as files with holes. The
+media are one small clip under many names (hard links), so that each can be decoded. Then it opens
+the index in a fresh process, as ``pretrain`` does, reads examples all over it, starts a loader,
+and one that goes on. Memory is told beyond what the imports take.
 """
 
 import argparse
 import json
+import multiprocessing
+import os
 import pickle
 import shutil
 import subprocess
 import sys
+import tarfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 LETTERS, WORDS = 48, 9  # of a caption
 LEXICON = 300_000
 READ = 20_000
+BATCH, WORKERS = 64, 2
+MOST_LINKS = 30_000  # of a file; some file systems allow no more
 _CHUNK = 1 << 20
 
 
-def write(folder: Path, examples: int, captions: int, shards: int) -> None:
-    """An index of ``shards`` tars of empty clips, and the tars, as large as they say."""
-    from vatt_fast.data import index
-    from vatt_fast.data.columns import PartBuilder, to_files
+def one_clip(folder: Path) -> Path:
+    """16 frames of 16 x 16 with sound, a few kB."""
+    from vatt_fast.data.media_writer import write_clip
+
+    frames = (
+        np.zeros((16, 16, 16, 3), np.uint8) + np.arange(16, dtype=np.uint8)[:, None, None, None]
+    )
+    write_clip(folder / "clip.mp4", frames, np.zeros(12800, np.float32), sample_rate_hz=8000)
+    return folder / "clip.mp4"
+
+
+def known() -> Any:
+    from vatt_fast.data.columns import AUDIO, MEASURED, VIDEO, Measured
+
+    return Measured(1.6, VIDEO | AUDIO | MEASURED, 16, 16, 10.0, 8000, 1, 1.6)
+
+
+def write_shards(folder: Path, examples: int, shards: int, builder: Any) -> tuple[str, Any]:
+    """Tars that are one, and their examples."""
     from vatt_fast.data.listing import Listing
 
-    columns = folder / "vatt_index" / "columns"
-    columns.mkdir(parents=True)
-    size, clip = 10 * -(-examples // shards) * 1024, 10 * 1024
+    clip, each = one_clip(folder), -(-examples // shards)
     names = [f"{number:05d}.tar" for number in range(shards)]
-    for name in names:
-        with open(folder / name, "wb") as file:
-            file.truncate(size)
-    each = -(-examples // shards)
-    builder = PartBuilder()
+    with tarfile.open(folder / names[0], "w") as tar:
+        for place in range(each):
+            tar.add(clip, f"{place:09d}.mp4")
+    with tarfile.open(folder / names[0]) as tar:
+        members = [(each.name, each.offset_data, each.size) for each in tar]
+    clip.unlink()
+    status = (folder / names[0]).stat()
     for shard, name in enumerate(names):
-        status = (folder / name).stat()
-        for place in range(min(each, examples - shard * each)):
+        if shard:
+            (folder / name).hardlink_to(folder / names[0])
+        for member, offset, size in members[: examples - shard * each]:
             builder.add(
-                f"{name}/{place:09d}.mp4",
+                f"{name}/{member}",
                 name,
-                file_bytes=size,
+                file_bytes=status.st_size,
                 file_time=status.st_mtime_ns,
-                offset=place * clip,
-                size=clip,
+                offset=offset,
+                size=size,
+                measured=known(),
             )
         builder.end_block()
+    return str(folder), Listing(str(folder), str(folder), None, shards=names)
+
+
+def write_files(folder: Path, examples: int, builder: Any) -> tuple[str, Any]:
+    """Files that are one, a thousand in a folder, and their examples."""
+    from vatt_fast.data.listing import Listing
+
+    clip = one_clip(folder)
+    for number in range(examples):
+        name = f"{number // 1000:05d}/{number % 1000:03d}.mp4"
+        if number % 1000 == 0:
+            (folder / name).parent.mkdir()
+        if number % MOST_LINKS == 0:
+            one = folder / name
+            shutil.copy(clip, one)
+            status = one.stat()
+        else:
+            os.link(one, folder / name)
+        builder.add(
+            name,
+            name,
+            file_bytes=status.st_size,
+            file_time=status.st_mtime_ns,
+            measured=known(),
+        )
+        builder.end_block()
+    clip.unlink()
+    stamped = [str(folder), *sorted(str(each) for each in folder.iterdir() if each.name.isdigit())]
+    return f"{folder}/**", Listing(f"{folder}/**", str(folder), None, stamped=stamped)
+
+
+def write(folder: Path, examples: int, captions: int, shards: int) -> str:
+    """The media and their index. Returns what to name as data."""
+    from vatt_fast.data import index
+    from vatt_fast.data.columns import PartBuilder, to_files
+    from vatt_fast.data.listing import index_home, parse
+
+    builder = PartBuilder()
+    (folder / "data").mkdir()
+    named, listing = (
+        write_shards(folder / "data", examples, shards, builder)
+        if shards
+        else write_files(folder / "data", examples, builder)
+    )
+    home = index_home(parse(named)[0])
+    assert home is not None
+    columns = home / "columns"
+    columns.mkdir(parents=True)
     part = builder.finish()
     part["caption_first"] = np.arange(examples, dtype=np.int64) * captions
     part["caption_count"] = np.full(examples, captions, np.int32)
@@ -85,27 +159,28 @@ def write(folder: Path, examples: int, captions: int, shards: int) -> None:
     save("word_offsets", iter([ends]), len(ends), np.int64, ())
     counts = np.arange(LEXICON, 0, -1)
     save("word_counts", iter([counts]), len(counts), np.int64, ())
-    listing = Listing(str(folder), str(folder), None, shards=names)
     about = {
         "format": index.FORMAT,
         "version": index.VERSION,
-        "label": str(folder),
+        "label": listing.label,
         "root": "..",
         "columns": columns.name,
         "left_out": 0,
         "without_spaces": 0,
-        "identity": {"files": examples, "bytes": examples * clip, "digest": "", "captions": ""},
+        "identity": {"files": examples, "bytes": int(part["size"].sum()), "digest": "",
+                     "captions": ""},
         "asked": {},
         "listing": index._digest(listing),
         "stamps": index._stamps(listing),
-    }
-    (folder / "vatt_index" / index.INDEX_FILE).write_text(json.dumps(about))
+    }  # fmt: skip
+    (home / index.INDEX_FILE).write_text(json.dumps(about))
+    return named
 
 
-def memory() -> dict[str, float]:
-    """This process' MB: resident, and its own, which no other process can share."""
+def memory(process: int | str = "self") -> dict[str, float]:
+    """A process' MB: resident, and its own, which no other process can share."""
     values = {}
-    for line in Path("/proc/self/smaps_rollup").read_text().splitlines()[1:]:
+    for line in Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()[1:]:
         name, amount = line.split(":")
         values[name] = int(amount.split()[0]) / 1024
     return {
@@ -115,14 +190,15 @@ def memory() -> dict[str, float]:
     }
 
 
-def measure(folder: Path) -> dict[str, float]:
-    """Open the index, choose a vocabulary, encode, and read examples all over it."""
+def measure(data: str) -> dict[str, float]:
+    """Open the index, choose a vocabulary, encode, read examples all over it, and batches."""
+    from vatt_fast.data import dataset, loader  # noqa: F401 (imports are not counted)
     from vatt_fast.data.sources import open_source, vocabulary_from
 
     before, found = memory(), dict[str, float]()
     began = time.perf_counter()
-    source = open_source(folder)
-    found["open, tars checked: s"] = time.perf_counter() - began
+    source = open_source(data)
+    found["open, files checked: s"] = time.perf_counter() - began
     vocabulary = vocabulary_from(source, 65_536)
     encode = source.encode(vocabulary, 16)
     found["vocabulary and word table: s"] = time.perf_counter() - began - sum(found.values())
@@ -138,6 +214,44 @@ def measure(folder: Path) -> dict[str, float]:
     found["an example at random: us"] = (time.perf_counter() - began) / READ * 1e6
     after = memory()
     found |= {f"after {READ} examples, {kind}: MB": after[kind] - before[kind] for kind in before}
+    return found | batches(source, vocabulary)
+
+
+def batches(source: Any, vocabulary: Any) -> dict[str, float]:
+    """A loader's first batch and the one after, then a loader that goes on far behind."""
+    from vatt_fast.data.clips import ClipSpec
+    from vatt_fast.data.dataset import ClipDataset
+    from vatt_fast.data.loader import loader
+
+    spec = ClipSpec(8, 16, 16, 10.0, 6400, 8000, 5, 16)
+    found, before = dict[str, float](), memory()
+    began = time.perf_counter()
+    clips = ClipDataset(source, spec, vocabulary=vocabulary, batch_size=BATCH)
+    found["dataset: s"] = time.perf_counter() - began
+    steps = clips.steps_per_epoch
+    began = time.perf_counter()
+    first = loader(clips, 0, 4 * steps, WORKERS)
+    running = iter(first)
+    files = [next(running).files]
+    found[f"first batch, {BATCH} clips, {WORKERS} workers: s"] = time.perf_counter() - began
+    began = time.perf_counter()
+    files += [next(running).files for _ in range(9)]
+    found["each of nine more: s"] = (time.perf_counter() - began) / 9
+    pids = [each.pid for each in multiprocessing.active_children() if each.pid]
+    workers = [memory(pid)["anonymous"] for pid in pids]
+    found["anonymous memory of a worker: MB"] = max(workers)
+    state = first.state_dict()
+    first.close()
+    began = time.perf_counter()
+    state["step"] = 2 * steps + steps // 2
+    again = loader(clips, 0, 4 * steps, WORKERS)
+    again.load_state_dict(state)
+    later = next(iter(again)).files
+    found["first batch amid the third epoch: s"] = time.perf_counter() - began
+    again.close()
+    assert all(len({*names}) == BATCH for names in (*files, later)), "a clip is twice in a batch"
+    assert not clips.skipped, clips.skipped
+    found["beyond the open index, resident: MB"] = memory()["resident"] - before["resident"]
     return found
 
 
@@ -145,24 +259,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--examples", type=int, default=1_000_000)
     parser.add_argument("--captions", type=int, default=110)
-    parser.add_argument("--shards", type=int, default=1000)
+    parser.add_argument("--shards", type=int, default=1000, help="0: single files")
     parser.add_argument("--folder", type=Path, default=Path("/tmp/vatt_large_index"))
-    parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--measure", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.measure:
-        print(json.dumps(measure(given.folder)))
+        print(json.dumps(measure(given.measure)))
         return
     given.folder.mkdir()
     try:
         began = time.perf_counter()
-        write(given.folder, given.examples, given.captions, given.shards)
-        told = (given.examples, given.captions, given.shards, time.perf_counter() - began)
-        print("{} examples of {} captions in {} shards, written in {:.0f} s".format(*told))
-        command = [sys.executable, "-m", "bench.large_index", "--measure"]
+        data = write(given.folder, given.examples, given.captions, given.shards)
+        held = f"in {given.shards} shards" if given.shards else "in single files"
+        took = f"written in {time.perf_counter() - began:.0f} s"
+        print(f"{given.examples} examples of {given.captions} captions {held}, {took}", flush=True)
+        command = [sys.executable, "-m", "bench.large_index", "--measure", data]
         for _ in range(2):  # the second time what was read is in the system's cache
-            done = subprocess.run(
-                [*command, "--folder", str(given.folder)], check=True, capture_output=True
-            )
+            done = subprocess.run(command, check=True, stdout=subprocess.PIPE)
             for name, value in json.loads(done.stdout.splitlines()[-1]).items():
                 print(f"  {name:44} {value:10.3f}")
     finally:

@@ -147,7 +147,7 @@ def test_any_number_of_workers_and_ranks_gives_the_same_clips(sources, kind):
     whole = [dataset(source)[step] for step in range(1, 5)]  # past an epoch's end, of 2 steps
     assert len({batch.files for batch in whole}) == 4
     assert all(len(set(batch.files)) == 4 for batch in whole)
-    for workers, world in ((1, 1), (2, 1), (4, 1), (0, 2), (1, 2), (0, 4), (2, 4)):
+    for workers, world in ((1, 1), (4, 1), (0, 2), (2, 4)):
         for one, parts in zip(whole, read(source, (1, 5), workers, world), strict=True):
             same(one, parts)
     if kind == "shards":

@@ -324,40 +324,47 @@ def test_clips_are_the_same_whatever_holds_them(media, tmp_path):
                 np.testing.assert_array_equal(array, expected)
 
 
-@pytest.mark.parametrize("kind", ["folder", "manifest", "shards"])
-def test_batches_are_the_same_for_any_workers_and_ranks(media, tmp_path, kind):
-    source = open_source(as_kind(kind, media, tmp_path / kind), say=quiet)
+@pytest.fixture(scope="module")
+def in_order(media, tmp_path_factory):
+    """Batches of a folder read by one process, and its vocabulary: what everything must equal."""
+    folder = tmp_path_factory.mktemp("order") / "clips"
+    source = open_source(as_kind("folder", media, folder))
     vocabulary = vocabulary_from(source, 50)
+    found = batches_of(source, vocabulary, folder.parent / "cache", 0, 1)
+    assert all(sorted(names) == sorted(media) for names, *_ in found)
+    assert len({tuple(names) for names, *_ in found}) > 1
+    return found, vocabulary, folder.parent / "cache"
 
-    def batches(workers, world, first=0):
-        ranks = []
-        for rank in range(world):
-            dataset = ClipDataset(
-                source,
-                SPEC,
-                vocabulary=vocabulary,
-                batch_size=2 // world,
-                rank=rank,
-                world=world,
-            )
-            ranks.append(
-                [
-                    (list(batch.files), batch.video.numpy().copy(), batch.text.numpy().copy())
-                    for batch in loader(dataset, first, 5, workers)
-                ]
-            )
-        joined = []
-        for step in zip(*ranks, strict=True):
-            names, *arrays = zip(*step, strict=True)
-            joined.append(([name for each in names for name in each], *map(np.concatenate, arrays)))
-        return joined
 
-    expected = batches(0, 1)
-    assert sorted(expected[0][0] + expected[1][0]) == sorted(map(source.name, range(4)))
-    for workers, world, first in ((2, 1, 0), (1, 2, 0), (0, 2, 3)):
-        found = batches(workers, world, first)
-        assert len(found) == 5 - first
-        for (files, *arrays), (names, *others) in zip(found, expected[first:], strict=True):
+def batches_of(source, vocabulary, cache, workers, world):
+    """Names, frames, sound and words of five steps of four rows, of all ranks together."""
+    ranks = []
+    for rank in range(world):
+        dataset = ClipDataset(
+            source, SPEC, vocabulary=vocabulary, batch_size=4 // world, rank=rank, world=world,
+            cache_dir=cache,
+        )  # fmt: skip
+        ranks.append([
+            ([os.path.basename(name) for name in batch.files],
+             *(values.numpy().copy() for values in (batch.video, batch.audio, batch.text)))
+            for batch in loader(dataset, 0, 5, workers)
+        ])  # fmt: skip
+    joined = []
+    for step in zip(*ranks, strict=True):
+        names, *arrays = zip(*step, strict=True)
+        joined.append(([name for each in names for name in each], *map(np.concatenate, arrays)))
+    return joined
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize("kind", ["folder", "manifest", "shards"])
+def test_order_and_content_are_the_same_for_all(media, tmp_path, in_order, kind, world):
+    """0, 1, 2 and 4 workers x 1, 2 and 4 ranks x folder, manifest and tar of the same files."""
+    expected, vocabulary, cache = in_order
+    source = open_source(as_kind(kind, media, tmp_path / kind), say=quiet)
+    for workers in (0, 1, 2, 4):
+        found = batches_of(source, vocabulary, cache, workers, world)
+        for (files, *arrays), (names, *others) in zip(found, expected, strict=True):
             assert files == names
             for array, other in zip(arrays, others, strict=True):
                 np.testing.assert_array_equal(array, other)

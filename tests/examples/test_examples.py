@@ -85,3 +85,13 @@ def test_files_are_embedded_and_ranked(trained, clips, tmp_path):
     names = [line.split()[-1] for line in ranked[1].splitlines()]
     assert names == [str(files[i]) for i in np.argsort(-(z @ text))]
     assert output.count(str(files[0])) == 3  # the sound's heading, and once in each ranking
+
+
+def test_pretraining_from_shards_ends_with_retrieval(tmp_path):
+    arguments = ("--clips", 18, "--held-out", 6, "--steps", 2, "--batch-size", 3)
+    output = run("pretrain_from_shards.py", "--out", tmp_path / "out", *arguments, cwd=tmp_path)
+    assert output.count("text_to_video: R@1") == output.count("audio_to_video: R@1") == 2
+    assert "12 clips in 1 shards" in output and "6 held-out clips" in output
+    first, second = (json.loads((tmp_path / "out" / name / "run" / "metrics.jsonl").read_text()
+                                .splitlines()[-1]) for name in ("first", "second"))  # fmt: skip
+    assert first["step"] == second["step"] == 2

@@ -11,6 +11,7 @@ import signal
 import stat
 import subprocess
 import sys
+import tarfile
 import time
 import warnings
 from pathlib import Path
@@ -171,6 +172,28 @@ def test_a_kill_inside_a_save_costs_nothing(folder, whole, tmp_path, count):
     assert [line["loss"] for line in metrics(tmp_path)] == [line["loss"] for line in metrics(whole)]
     assert load_file(tmp_path / BEST / "model.safetensors").keys()
     assert read_standing(whole / CHECKPOINT) == read_standing(tmp_path / CHECKPOINT)
+
+
+def test_a_run_on_shards_that_is_killed_goes_on(folder, tmp_path):
+    """The index was made by the killed process; the next one opens it, and seeks."""
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    said = json.loads((folder / "captions.json").read_text())
+    for shard in range(3):
+        with tarfile.open(shards / f"{shard}.tar", "w") as tar:
+            for number in range(3 * shard, min(3 * shard + 3, 8)):
+                text = tmp_path / "text.json"
+                text.write_text(json.dumps({"captions": said.get(f"{number}.mp4", [])}))
+                tar.add(folder / f"{number}.mp4", f"{number}.mp4")
+                tar.add(text, f"{number}.json")
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    killed.mkdir()
+    python(KILLED, shards, killed, 14, ends_with=9)
+    assert (shards / "vatt_index").is_dir() and 0 < len(metrics(killed)) < 6
+    run(settings(shards, killed, workers=2))
+    run(settings(shards, whole))
+    same_weights(whole, killed)
+    assert [line["loss"] for line in metrics(killed)] == [line["loss"] for line in metrics(whole)]
 
 
 def test_a_finished_run_is_left_as_it_is(folder, tmp_path):

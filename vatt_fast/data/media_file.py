@@ -305,8 +305,8 @@ class MediaFile:
         False where the container has no index.
         """
         stream = self._stream(kind)
-        discard: Any = getattr(import_av().stream, "Discard", None)  # PyAV 18
-        for other in self._container.streams if discard else ():
+        discard = import_av().stream.Discard
+        for other in self._container.streams:
             # so that their bytes are not even read
             other.discard = discard.default if other.index == stream.index else discard.all
         try:

@@ -62,7 +62,7 @@ class Scaler:
             interpolation="BILINEAR",
             src_color_range=colours,
             dst_color_range=colours if name == _HALF_COLOURS else "JPEG",  # RGB is of full range
-            **_one_thread(),
+            threads=1,
         )
 
     def _cut_out(self, frame: Any, left: int, top: int, right: int, bottom: int) -> Any:
@@ -126,13 +126,6 @@ def _planes(name: str) -> tuple[int, ...] | None:
     for part in described.components:
         sizes[part.plane] = sizes.get(part.plane, 0) + (1 if part.bits <= 8 else 2)
     return tuple(sizes[plane] for plane in sorted(sizes))
-
-
-@functools.cache
-def _one_thread() -> dict[str, int]:
-    """The scaler's option that keeps it from starting threads of its own, from PyAV 17 on."""
-    reformatter = import_av().video.reformatter.VideoReformatter
-    return {"threads": 1} if "threads" in (reformatter.reformat.__doc__ or "") else {}
 
 
 @functools.cache

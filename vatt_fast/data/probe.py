@@ -47,7 +47,7 @@ class _Opened(MediaReader):
 
 def _key_frames(stream: object, duration: float) -> tuple[int, float]:
     """How many the container lists, and the longest time from one to the next or to the end."""
-    entries = getattr(stream, "index_entries", ())  # PyAV 16
+    entries = stream.index_entries  # type: ignore[attr-defined]
     base = float(stream.time_base)  # type: ignore[attr-defined]
     times = np.array([each.timestamp * base for each in entries if each.is_keyframe])
     if not len(times):
