@@ -365,11 +365,7 @@ def _train(
     bar = tqdm(
         total=steps, initial=start, desc="finetune", unit="step", disable=None if progress else True
     )
-<<<<<<< HEAD
     saved, new_best, seen = start, False, False
-=======
-    saved, new_best = start, False
->>>>>>> scale
 
     def save(done: int) -> None:
         nonlocal standing, saved, new_best
