@@ -10,12 +10,14 @@ import math
 
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from ..numerics import wide
 
 # M clips of x, N clips in all, P texts a clip, T texts, b clips of a block
 
-BLOCK_TEXTS = 512  # of a block: one number a clip and text of it is kept for the backward
+BLOCK_TEXTS = 512  # of a block
+FEW_SCORES = 1 << 22  # with them, or their like, in memory for the backward: 16 MiB each
 
 
 def contrastive_lse(lse, x, y, scale, x_valid, y_valid, texts_per_clip, first, xp=torch):
@@ -31,26 +33,36 @@ def contrastive_lse(lse, x, y, scale, x_valid, y_valid, texts_per_clip, first, x
     y_valid = clip_of_text >= 0 if y_valid is None else y_valid
     x_valid = xp.ones_like(x[:, 0], dtype=bool) if x_valid is None else x_valid
     step = max(1, BLOCK_TEXTS // P)
-    rows, near_cols, far_cols, own = [], [], [], []
-    for at in range(0, M, step):
+
+    def of_block(at: int):
         block, counts = x[at : at + step], x_valid[at : at + step]
         b = block.shape[0]
         start, texts = (first + at) * P, text[: b * P]
-        row, col, pos = _within(
+        row, near, pos = _within(
             *(xp, block, _part(y, start, texts), scale),
             *(counts, _part(y_valid, start, texts), P, text),
         )
-        if b * P < T:
-            beyond = (clip_of_text < first + at) | (clip_of_text >= first + at + b)
-            far_row, far_col, _ = lse(block, counts, y_valid & beyond, first + at)
-            row = _logsumexp(xp, xp.stack((row, far_row)), 0)
-            far_cols.append(far_col)
-        rows.append(row)
-        near_cols.append(col)
-        own.append(pos)
-    near = _placed(xp, xp.concatenate(near_cols), first * P, T)
-    col = _logsumexp(xp, xp.stack((near, *far_cols)), 0) if far_cols else near
+        if b * P == T:
+            return row, near, pos
+        beyond = (clip_of_text < first + at) | (clip_of_text >= first + at + b)
+        far_row, far, _ = lse(block, counts, y_valid & beyond, first + at)
+        return _logsumexp(xp, xp.stack((row, far_row)), 0), near, pos, far
+
+    again = xp is torch and M * T > FEW_SCORES
+    blocks = [_run(of_block, at, again) for at in range(0, M, step)]
+    rows, nears, own, *fars = zip(*blocks, strict=True)
+    col = _placed(xp, xp.concatenate(nears), first * P, T)
+    if fars:
+        col = _logsumexp(xp, xp.stack((col, *fars[0])), 0)
     return xp.concatenate(rows), col, xp.concatenate(own)
+
+
+def _run(of_block, at: int, again: bool):
+    """A block; ``again``: what its backward needs is computed once more there. A kernel may keep a
+    call's scores where they are few, and those of all blocks are many."""
+    if not again or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return of_block(at)
+    return checkpoint(of_block, at, use_reentrant=False, preserve_rng_state=False)
 
 
 def _within(xp, x, y, scale, x_valid, y_valid, P, text):

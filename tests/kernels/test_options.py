@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from vatt_fast.kernels import attention, contrastive_lse, use_backend
+from vatt_fast.kernels.contrastive_lse import others
 from vatt_fast.kernels.dispatch import choose
 
 
@@ -59,6 +60,19 @@ def test_negatives_stay_where_own_texts_outweigh_them():
     torch.testing.assert_close(row, three)
     torch.testing.assert_close(col, three)
     torch.testing.assert_close(pos, torch.full((4,), 60.0))
+
+
+def test_blocks_computed_again_have_the_same_gradients(monkeypatch):
+    def gradients():
+        torch.manual_seed(0)
+        x, y = (F.normalize(torch.randn(600, 8), dim=1).requires_grad_() for _ in range(2))
+        row, col, pos = contrastive_lse(x, y, scale=9.0, exclude_own=True)
+        (row.square().sum() + col.square().sum() - pos.sum()).backward()
+        return x.grad, y.grad
+
+    kept = gradients()
+    monkeypatch.setattr(others, "FEW_SCORES", 0)
+    torch.testing.assert_close(gradients(), kept)
 
 
 def test_texts_of_nobody_must_be_said():

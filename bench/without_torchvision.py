@@ -9,7 +9,7 @@ import importlib.machinery
 import importlib.util
 import sys
 import types
-from typing import ClassVar
+from typing import Any
 
 from torch import nn
 
@@ -23,7 +23,6 @@ class _Members(type):
 
 
 class _Empty(types.ModuleType):
-    __path__: ClassVar[list[str]] = []
     __version__ = "0.0.0"
 
     def __getattr__(self, name: str):
@@ -48,6 +47,13 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 
 def stand_in() -> None:
-    """Do so, once, where torchvision is not installed."""
+    """Do so, once, where torchvision is not installed.
+
+    transformers asks whether torchvision is there, remembers the answer, and shall not find this
+    one: it is asked first.
+    """
     if importlib.util.find_spec("torchvision") is None:
+        if importlib.util.find_spec("transformers") is not None:
+            utils: Any = importlib.import_module("transformers.utils")
+            utils.is_torchvision_available()
         sys.meta_path.append(_Finder())
