@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .checkpoints.released import Released
@@ -61,6 +62,8 @@ class Classifier(nn.Module):
     ``labels`` are the classes' names, where somebody gave them: the released checkpoints have none.
     """
 
+    classifier_dropout = 0.0  # of the pooled output, in training
+
     def __init__(self, config: ClassifierConfig):
         super().__init__()
         self.settings, self.config = config, config.model
@@ -92,7 +95,7 @@ class Classifier(nn.Module):
             how = audio_input(self.config, clips, keep)
         tokens = getattr(self, f"{modality}_tokens")(clips, how, keep)
         _, pooled = run_encoder(self, modality, tokens, features=False)
-        return self.classifier(pooled)
+        return self.classifier(F.dropout(pooled, self.classifier_dropout, self.training))
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json, model.safetensors and, if there are any, labels.txt."""
@@ -142,7 +145,9 @@ def read_classifier(
     folder = Path(folder)
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
-            raise ValueError(f"{folder} has no {name}; it must be a folder written by convert")
+            raise ValueError(
+                f"{folder} has no {name}; it must be a folder written by convert or finetune"
+            )
     try:
         config = ClassifierConfig.from_json((folder / CONFIG).read_text())
     except (ValueError, TypeError) as error:

@@ -11,7 +11,7 @@ import textwrap
 from collections.abc import Callable, Iterable
 from json import dumps  # ``json`` is an option of the verbs
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 
@@ -43,6 +43,7 @@ from .data.sources import open_source
 from .demo.run import DemoConfig, run_demo
 from .devices import pick_device
 from .encoding import Protocol, embed_sentences, encode
+from .evaluation.classify import evaluate, write_evaluation
 from .evaluation.embed import checked_output, embed_folder
 from .evaluation.page import Answer, answers_of, write_page
 from .evaluation.queries import read_queries
@@ -55,6 +56,8 @@ from .evaluation.search import (
     results_of,
 )
 from .files import check_folder
+from .finetuning.loop import finetune
+from .finetuning.settings import FineTuneConfig
 from .on_jax.compile_tpu import CompileTPUConfig, compile_step, write_report
 from .paper_tables import flops_table, format_tables, parameter_table
 from .training.loop import PretrainConfig, pretrain
@@ -279,8 +282,8 @@ def retrieve(
         text: sentences to look for.
         audio: media file whose sound to look for.
         annotations: measure by this file: MSR-VTT's JSON or its table of 1000 pairs, YouCook2's
-            JSON or a table of its segments. The data are then its videos, named by their ids.
-        split: of the annotations; by default test of MSR-VTT and validation of YouCook2.
+            JSON. The data are then its videos, named by their ids.
+        split: of the annotations: train, val or test; by default test, of YouCook2 val.
         protocol: paper: the mean of the windows' raw embeddings, then of unit norm. cosines: the
             mean of the windows' cosines.
         top: clips to list for each query.
@@ -338,6 +341,79 @@ def retrieve(
 
 def _answer(asked: str, hits: dict[str, float]) -> Answer:
     return Answer(asked, tuple((name, similarity, False) for name, similarity in hits.items()))
+
+
+def run_finetune(config: FineTuneConfig) -> None:
+    """Fine-tune a tower on labelled video, sound or pictures; continue an interrupted run."""
+    finetune(config)
+    print(f"trained classifier: {config.out}")
+
+
+def evaluate_classifier(
+    model: str,
+    data: str,
+    out: str | None = None,
+    media: str | None = None,
+    split: str | None = None,
+    fold: int = 1,
+    skip_missing: bool = False,
+    hold_out: float | None = None,
+    windows: int | None = None,
+    crops: int | None = None,
+    frames: int | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    frames_per_second: float | None = None,
+    samples: int | None = None,
+    sample_rate_hz: int | None = None,
+    batch_size: int = 4,
+    precision: Literal["auto", "bf16", "fp32"] = "fp32",
+    workers: int = 2,
+    device: str = "auto",
+    json: bool = False,
+) -> None:
+    """Measure a fine-tuned classifier: top-1 and top-5, or mAP, AUC and d', and each class.
+
+    Args:
+        model: folder that finetune wrote, or convert --labels of a fine-tuned checkpoint.
+        data: labelled media, as finetune's --data.
+        out: folder for result.json, classes.csv, scores.npz, confusion.csv and confusion.png.
+        media: folder of the media that a file of labels names.
+        split: of the data; by default test, else val. Where the data name none, it is the share of
+            each class that training held out.
+        fold: of UCF101 and HMDB51 the split, of ESC-50 the fold that is the test.
+        skip_missing: leave out media that are named and not there.
+        hold_out: that share, where it is not the training's.
+        windows: spread evenly over each file; by default 4, of pictures 1. Logits are averaged.
+        crops: of each window, along the picture's longer side; by default 3, of pictures 1.
+        frames: of a window, where it is not the model's; so the next five.
+        batch_size: files whose views go through the model together.
+        workers: threads that read ahead.
+        device: torch device; auto takes a GPU where there is one.
+        json: print JSON.
+    """
+    if out is not None:
+        check_folder(Path(out))  # before the work
+    sizes: dict[str, Any] = dict(frames=frames, height=height, width=width)
+    sizes |= dict(frames_per_second=frames_per_second, samples=samples)
+    sizes |= dict(sample_rate_hz=sample_rate_hz)
+    found = evaluate(
+        model, data, media=media, split=split, fold=fold, skip_missing=skip_missing,
+        hold_out=hold_out, windows=windows, crops=crops, batch_size=batch_size,
+        precision=precision, workers=workers, device=device, **sizes,
+    )  # fmt: skip
+    if found.predictions.skipped:
+        print(f"vatt-fast: {_skipped(found.predictions.skipped)[2:]}", file=sys.stderr)
+    if out is not None:
+        for left_out in write_evaluation(found, out):
+            print(f"vatt-fast: {left_out}", file=sys.stderr)
+    if json:
+        print(dumps(found.result))
+        return
+    shown = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in found.result.items()}
+    _print({k: v for k, v in shown.items() if k not in ("settings", "skipped")}, False)
+    if out is not None:
+        print(f"written: {out}")
 
 
 def convert_checkpoint(
@@ -492,6 +568,8 @@ def main(arguments: list[str] | None = None) -> None:
     verbs: dict[str, Callable[..., None]] = {
         "demo": _with_config(demo, DemoConfig),
         "pretrain": _with_config(run_pretrain, PretrainConfig),
+        "finetune": _with_config(run_finetune, FineTuneConfig),
+        "evaluate": evaluate_classifier,
         "index": index,
         "pack": pack,
         "compile-tpu": _with_config(compile_tpu, CompileTPUConfig),

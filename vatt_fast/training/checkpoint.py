@@ -13,7 +13,6 @@ from torch import Tensor
 
 from ..data.source import CONTENT
 from ..files import link
-from ..model import VATT
 from ..weights import load_metadata, load_tensors, load_weights, save_tensors
 from .settings import differences
 
@@ -59,12 +58,14 @@ class Standing(NamedTuple):
     arithmetic: dict[str, Any] | None = None
     best_loss: float | None = None  # the lowest mean loss between two checkpoints so far
     best_retrieval: float | None = None  # the highest R@10 on held-out clips so far
+    best_score: float | None = None  # of a fine-tuning: the highest top1 or mAP so far
 
     def metadata(self) -> dict[str, str]:
         run = self.run if self.data is None else self.run | {"data": self.data._asdict()}
         noted: dict[str, Any] = {"arithmetic": self.arithmetic, "best_loss": self.best_loss}
-        if self.best_retrieval is not None:
-            noted["best_retrieval"] = self.best_retrieval
+        for name in ("best_retrieval", "best_score"):
+            if getattr(self, name) is not None:
+                noted[name] = getattr(self, name)
         return {"step": str(self.step), "run": json.dumps(run), "noted": json.dumps(noted)}
 
 
@@ -113,7 +114,7 @@ def say_what_changed(path: Path, was: Standing, data: Data, arithmetic: dict[str
 
 
 def save_checkpoint(
-    path: Path, model: VATT, optimizer: torch.optim.Optimizer, standing: Standing
+    path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, standing: Standing
 ) -> None:
     """Write a model's and its optimizer's state. Raises OSError; then the old file is intact."""
     names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
@@ -124,7 +125,7 @@ def save_checkpoint(
     write_state(path, model.state_dict(), moments, standing)
 
 
-def load_checkpoint(path: Path, model: VATT, optimizer: torch.optim.Optimizer) -> None:
+def load_checkpoint(path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Restore what ``save_checkpoint`` wrote. Raises ValueError as ``read_state`` does."""
     weights, moments = read_state(path)
     load_weights(model, weights, source=str(path))

@@ -229,15 +229,16 @@ def differences(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
     was = {**{name: young.get(name) for name in now}, **saved}
     was = {name: value for name, value in was.items() if name not in _FREE}
     was["model"] = json.loads(VATTConfig().to_json()) | saved["model"]
-    return _told(was, now)
+    return told_differences(was, now)
 
 
-def _told(was: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
+def told_differences(was: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
+    """A line for each value in which two nested dicts differ, by its name with dots."""
     told = []
     for name in sorted({*was, *now}):
         before, after = was.get(name), now.get(name)
         if isinstance(before, dict) and isinstance(after, dict):
-            told += _told(before, after, f"{prefix}{name}.")
+            told += told_differences(before, after, f"{prefix}{name}.")
         elif before != after:
             told.append(f"{prefix}{name} was {before!r}, now {after!r}")
     return told

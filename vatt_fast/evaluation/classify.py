@@ -1,0 +1,410 @@
+"""Classifying labelled media by several views each, and what that measures.
+
+A view is a window in time and, of pictures, a square along the longer side (paper section 4.2: 4
+windows of 3 crops). A file's scores are the mean of its views' logits.
+
+Shapes: N files, V views, C classes.
+"""
+
+import collections
+import csv
+import hashlib
+import io
+import itertools
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import __version__
+from ..classifier import Classifier
+from ..data.clips import ClipSpec, spread
+from ..data.labels import LabelledSource, evaluation_split, open_labels
+from ..data.media import MediaError, MediaReader
+from ..devices import pick_device
+from ..files import check_folder, replacing, write_text
+from ..finetuning.settings import MODALITY, Record, clip_spec
+from ..training.step import autocast
+from ..weights import WEIGHTS
+from .scores import class_table, confusion, one_class_scores, several_classes_scores
+
+RESULT, TABLE, MATRIX, PICTURE, SCORES = (
+    "result.json",
+    "classes.csv",
+    "confusion.csv",
+    "confusion.png",
+    "scores.npz",
+)
+# of a task: windows and crops of each
+VIEWS = {"video": (4, 3), "audio": (4, 1), "image": (1, 1)}
+_MOST_NAMED = 40  # classes whose names stand beside the picture
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+# -- views -----------------------------------------------------------------------------------------
+
+
+def read_views(
+    source: LabelledSource, index: int, spec: ClipSpec, windows: int, crops: int
+) -> np.ndarray:
+    """The views of one example, a window's crops one behind the other.
+
+    The picture is scaled so that it just covers the clip's size; crops are spread evenly along the
+    side that is longer than that. Windows are spread evenly over the file, or the segment, and
+    those in which there is nothing are left out.
+
+    Returns:
+        (V, T, H, W, 3) uint8, or (V, S) float32 of sound.
+
+    Raises:
+        MediaError: a file that cannot be read, or without the stream asked for.
+    """
+    place, (begins, ends) = source.place(index), source.segment(index)
+    first = math.ceil(begins * spec.frames_per_second - 1e-6)
+    wanted: dict[str, Any] = spec.reader_arguments()
+    try:
+        with MediaReader(Path(place.path)) as reader:
+            upto = min(ends, reader.info.duration_seconds)
+            places = spec.places(upto - first / spec.frames_per_second)
+            starts = [
+                (first + chosen) / spec.frames_per_second for chosen in spread(places, windows)
+            ]
+            if source.modality == "audio":
+                if not reader.info.has_audio:
+                    raise MediaError(reader.missing("audio"))
+                sounds = reader.clips(starts, only="audio", **wanted)
+                views = [c.audio for c in sounds if c.audio_valid and c.audio is not None]
+            else:
+                rows, columns = covering_size(*reader.displayed_size, spec.height, spec.width)
+                wanted |= dict(height=rows, width=columns, box=(0.0, 0.0, 1.0, 1.0))
+                clips = reader.clips(starts, only="video", **wanted)
+                views = [
+                    clip.video[:, top : top + spec.height, left : left + spec.width]
+                    for clip in clips
+                    if clip.video_valid and clip.video is not None
+                    for top, left in crop_corners(rows, columns, spec.height, spec.width, crops)
+                ]
+    except OSError as error:
+        raise MediaError(f"{place.path} cannot be opened ({error.strerror})") from error
+    if not views:
+        raise MediaError(f"{place.path} has no {source.modality} in the windows that are looked at")
+    return np.stack(views)
+
+
+def covering_size(rows: int, columns: int, height: int, width: int) -> tuple[int, int]:
+    """The size of a picture scaled so that it just covers height x width."""
+    scale = max(height / rows, width / columns)
+    return max(height, round(rows * scale)), max(width, round(columns * scale))
+
+
+def crop_corners(
+    rows: int, columns: int, height: int, width: int, crops: int
+) -> list[tuple[int, int]]:
+    """(top, left) of ``crops`` parts of a picture, from its one end to the other; 1: its middle."""
+    ends = (rows - height, columns - width)
+    tops, lefts = (spread(end + 1, crops) for end in ends)
+    return list(zip(tops, lefts, strict=True))
+
+
+# -- scores of files -------------------------------------------------------------------------------
+
+
+class Predictions(NamedTuple):
+    """What a model says of a source's examples: files (N,), logits (N, C), and what was skipped."""
+
+    files: list[str]
+    logits: np.ndarray
+    skipped: dict[str, str]
+
+
+@torch.no_grad()
+def predict(
+    model: Classifier,
+    source: LabelledSource,
+    spec: ClipSpec,
+    *,
+    windows: int,
+    crops: int,
+    batch_size: int = 4,
+    precision: str = "fp32",
+    workers: int = 2,
+) -> Predictions:
+    """The mean logits of each example's views, in the source's order. The model stays as it is.
+
+    Args:
+        batch_size: examples whose views go through the model together.
+        workers: threads that read ahead; the results do not depend on them.
+
+    Raises:
+        ValueError: no view, or no batch. MediaError: no example can be read.
+    """
+    for name, value in (("windows", windows), ("crops", crops), ("batch_size", batch_size)):
+        if value < 1:
+            raise ValueError(f"{name} is {value}; it must be at least 1")
+    device = model.classifier.weight.device
+    cast = autocast(precision, device)
+    files: list[str] = []
+    found: list[Tensor] = []
+    skipped = dict(source.problems)
+
+    def read(index: int) -> np.ndarray | MediaError:
+        try:
+            return read_views(source, index, spec, windows, crops)
+        except MediaError as error:
+            return error
+
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        reads = zip(range(len(source)), ahead(read, range(len(source)), workers), strict=True)
+        while part := list(itertools.islice(reads, batch_size)):
+            views = []
+            for index, got in part:
+                if isinstance(got, MediaError):
+                    skipped[source.name(index)] = str(got)
+                else:
+                    files.append(source.name(index))
+                    views.append(torch.from_numpy(got))
+            if views:
+                with cast:
+                    logits = model(torch.cat(views).to(device))
+                each = logits.float().cpu().split([len(one) for one in views])
+                found += [one.mean(0) for one in each]
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    if not found:
+        reason = next(iter(skipped.values()), "there are none")
+        raise MediaError(f"no example of {source.label} can be read; the first one: {reason}")
+    return Predictions(files, torch.stack(found).numpy(), skipped)
+
+
+def ahead(read: Callable[[T], R], items: Iterable[T], workers: int) -> Iterator[R]:
+    """``read`` of each item in order, by threads that are at most two items each ahead."""
+    if workers < 1:
+        yield from map(read, items)
+        return
+    waiting: collections.deque[Future[R]] = collections.deque()
+    with ThreadPoolExecutor(workers) as pool:
+        try:
+            for item in items:
+                waiting.append(pool.submit(read, item))
+                if len(waiting) > 2 * workers:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+def scores_of(
+    logits: np.ndarray, targets: np.ndarray, several: bool
+) -> dict[str, float | int | None]:
+    """top1, top5 where each example has one class; mAP, AUC, d_prime where ``several`` is asked."""
+    found: dict[str, Any] = {}
+    if (targets.sum(1) == 1).all():
+        found |= one_class_scores(logits, targets.argmax(1))
+    else:
+        several = True
+    return found | (several_classes_scores(logits, targets) if several else {})
+
+
+# -- the whole evaluation --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What ``evaluate`` measured: ``result`` is what result.json holds."""
+
+    result: dict[str, Any]
+    table: list[dict[str, Any]]
+    predictions: Predictions
+    targets: np.ndarray
+    labels: list[str]
+
+
+def evaluate(
+    model: str | os.PathLike,
+    data: str | os.PathLike,
+    *,
+    media: str | os.PathLike | None = None,
+    split: str | None = None,
+    fold: int = 1,
+    skip_missing: bool = False,
+    hold_out: float | None = None,
+    windows: int | None = None,
+    crops: int | None = None,
+    batch_size: int = 4,
+    precision: str = "fp32",
+    device: str = "auto",
+    workers: int = 2,
+    **sizes: int | float | None,
+) -> Evaluation:
+    """Measure a saved classifier on labelled media.
+
+    Args:
+        model: a folder that ``finetune``, ``convert`` or ``Classifier.save_pretrained`` wrote.
+        data, media, fold, skip_missing: see ``data.labels.open_labels``.
+        split: None: test, else val, else the only one. Where the data name no splits, it is the
+            share of each class that training held out.
+        hold_out: that share; None: the training's.
+        windows, crops: views of each file; None: 4 x 3 of video, 4 of sound, 1 of a picture.
+        sizes: frames, height, width, frames_per_second, samples, sample_rate_hz, where they are not
+            the model's.
+
+    Raises:
+        ValueError: a model without classes' names, classes it does not know, and as
+            ``open_labels``. MediaError: nothing can be read.
+    """
+    folder = Path(model)
+    net = Classifier.from_pretrained(folder)
+    labels = net.labels
+    if labels is None:
+        raise ValueError(
+            f"{folder} has no labels.txt; write its classes' names there, one a line in the order "
+            "of its outputs (convert --labels)"
+        )
+    record = Record.read(folder)
+    task = record.task if record else net.settings.modality
+    labelled = open_labels(data, media=media, fold=fold, skip_missing=skip_missing)
+    share = hold_out if hold_out is not None else record.hold_out if record else 0.0
+    held = share > 0 and len(labelled.splits) == 1 and split is None
+    if held:
+        labelled = labelled.held_out(share)
+    split = split or evaluation_split(labelled)
+    source = labelled.source(split, MODALITY[task], labels)
+    default = record.input if record else {}
+    given = {name: value for name, value in sizes.items() if value is not None}
+    spec = clip_spec(task, default | given, net.config)
+    views = VIEWS[task]
+    windows, crops = windows or views[0], crops or views[1]
+    if crops > 1 and task == "audio":
+        raise ValueError(f"crops is {crops}, and sound has none; leave it out")
+    net = net.to(pick_device(device))
+    predictions = predict(
+        net, source, spec, windows=windows, crops=crops, batch_size=batch_size,
+        precision=precision, workers=workers,
+    )  # fmt: skip
+    targets = source.targets(predictions.files).numpy()
+    several = task == "audio" or bool(record and record.loss != "softmax")
+    measured = scores_of(predictions.logits, targets, several)
+    result: dict[str, Any] = {
+        **measured,
+        "examples": len(predictions.files),
+        "classes": len(labels),
+        "settings": {
+            "model": str(folder),
+            "model_sha256": hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest(),
+            "task": task,
+            "data": str(data),
+            "media": None if media is None else str(media),
+            "split": split,
+            "fold": fold,
+            "hold_out": share if held else None,
+            "labels_sha256": source.label_digest,
+            "windows": windows,
+            "crops": crops,
+            "input": _input(task, spec),
+            "batch_size": batch_size,
+            "precision": "bf16" if autocast(precision, next(net.parameters()).device)._enabled
+            else "fp32",
+            "device": str(next(net.parameters()).device),
+            "versions": {"vatt_fast": __version__, "torch": torch.__version__},
+        },
+        "skipped": predictions.skipped,
+    }  # fmt: skip
+    if labelled.missing:
+        result["missing"] = len(labelled.missing)
+    table = class_table(predictions.logits, targets, labels)
+    return Evaluation(result, table, predictions, targets, labels)
+
+
+def _input(task: str, spec: ClipSpec) -> dict[str, Any]:
+    sound = ("samples", "sample_rate_hz")
+    pictures = ("frames", "height", "width", "frames_per_second")
+    return {name: getattr(spec, name) for name in (sound if task == "audio" else pictures)}
+
+
+def write_evaluation(found: Evaluation, out: str | os.PathLike) -> list[str]:
+    """Write result.json, classes.csv, scores.npz and, of one class an example, the confusion.
+
+    Returns:
+        what could not be written, and why: the picture, without matplotlib.
+
+    Raises:
+        ValueError: a folder in which nothing can be written.
+    """
+    out, left_out = Path(out), []
+    check_folder(out)
+    out.mkdir(parents=True, exist_ok=True)
+    write_text(out / TABLE, _csv(found.table))
+    with replacing(out / SCORES) as part:
+        np.savez(
+            part, allow_pickle=False, files=np.array(found.predictions.files),
+            logits=found.predictions.logits, targets=found.targets,
+        )  # fmt: skip
+    if (found.targets.sum(1) == 1).all():
+        matrix = confusion(found.predictions.logits, found.targets.argmax(1))
+        rows = [
+            {"class": name, **dict(zip(found.labels, map(int, row), strict=True))}
+            for name, row in zip(found.labels, matrix, strict=True)
+        ]
+        write_text(out / MATRIX, _csv(rows))
+        try:
+            draw_confusion(matrix, found.labels, out / PICTURE)
+        except ImportError as error:
+            left_out.append(str(error))
+    write_text(out / RESULT, json.dumps(found.result, indent=2) + "\n")
+    return left_out
+
+
+def _csv(rows: Sequence[dict[str, Any]]) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(rows[0])
+    writer.writerows(row.values() for row in rows)
+    return text.getvalue()
+
+
+def draw_confusion(matrix: np.ndarray, labels: Sequence[str], path: Path) -> None:
+    """A picture of a confusion matrix (C, C): each row's shares in shades of one colour.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(f"{path.name} needs matplotlib: pip install 'vatt_fast[eval]'") from error
+    count = len(matrix)
+    totals = matrix.sum(1, keepdims=True)
+    shares = np.divide(matrix, totals, out=np.zeros(matrix.shape), where=totals > 0)
+    side = min(16.0, 3.2 + 0.34 * min(count, _MOST_NAMED))
+    figure = Figure(figsize=(side + 0.8, side), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    image = axes.imshow(100 * shares, cmap="Blues", vmin=0, vmax=100, interpolation="nearest")
+    figure.colorbar(image, ax=axes, shrink=0.8, label="% of the class's examples")
+    axes.set(xlabel="classified as", ylabel="class")
+    if count <= _MOST_NAMED:
+        axes.set_xticks(range(count), labels, rotation=90 if count > 6 else 30)
+        axes.set_yticks(range(count), labels)
+    if count <= 20:
+        for row, column in zip(*np.nonzero(matrix), strict=True):
+            colour = "white" if shares[row, column] > 0.6 else "black"
+            axes.text(
+                column, row, matrix[row, column], ha="center", va="center", color=colour, size=8
+            )
+    with replacing(path) as part:
+        figure.savefig(part, dpi=120)

@@ -1,0 +1,1 @@
+"""Fine-tuning of one tower with a classifier."""
