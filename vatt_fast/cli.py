@@ -46,6 +46,7 @@ from .encoding import Protocol, embed_sentences, encode
 from .evaluation.classify import evaluate, write_evaluation
 from .evaluation.embed import checked_output, embed_folder
 from .evaluation.page import Answer, answers_of, write_page
+from .evaluation.probing import ProbeConfig, probe
 from .evaluation.queries import read_queries
 from .evaluation.search import (
     WINDOWS,
@@ -416,6 +417,16 @@ def evaluate_classifier(
         print(f"written: {out}")
 
 
+def run_probe(config: ProbeConfig) -> None:
+    """Fit linear classifiers to a model's frozen features of labelled media, and measure them."""
+    found = probe(config)
+    if found["skipped"]:
+        print(f"vatt-fast: {_skipped(found['skipped'])[2:]}", file=sys.stderr)
+    hidden = ("settings", "skipped")
+    _print({name: value for name, value in found.items() if name not in hidden}, False)
+    print(f"written: {config.out}")
+
+
 def convert_checkpoint(
     checkpoint: str,
     out: str,
@@ -575,6 +586,7 @@ def main(arguments: list[str] | None = None) -> None:
         "compile-tpu": _with_config(compile_tpu, CompileTPUConfig),
         "convert": convert_checkpoint,
         "embed": embed,
+        "probe": _with_config(run_probe, ProbeConfig),
         "retrieve": retrieve,
         "doctor": doctor,
         "flops": flops,

@@ -66,7 +66,7 @@ def embed_folder(
         raise ValueError("features belong to one window; leave windows at 1, or features out")
     parts = out.with_name(out.name + ".parts")
     settings = dict(batch_size=batch_size, windows=windows, pooled=pooled, features=features)
-    plan = json.dumps({"model": _digest(model), "data": _data(Path(data)), **settings})
+    plan = json.dumps({"model": model_digest(model), "data": _data(Path(data)), **settings})
     continued = _begin(parts, plan)
     done = len(_parts(parts))
     batches = evaluation_clips(
@@ -115,7 +115,7 @@ def _embedded(
         yield found, list(batch.files[::windows]), skipped
 
 
-def _digest(model: VATT) -> str:
+def model_digest(model: VATT) -> str:
     """One number for a model's weights and words."""
     digest = hashlib.sha256()
     for name, value in model.state_dict().items():
