@@ -60,7 +60,7 @@ from .files import check_folder
 from .finetuning.loop import finetune
 from .finetuning.settings import FineTuneConfig
 from .on_jax.compile_tpu import CompileTPUConfig, compile_step, write_report
-from .paper_tables import flops_table, format_tables, parameter_table
+from .paper_tables import flops_table, format_tables, input_table, parameter_table
 from .training.loop import PretrainConfig, pretrain
 from .training.metrics import NonFiniteError
 
@@ -552,11 +552,14 @@ def _row(name: str, text: str) -> str:
 def flops(json: bool = False) -> None:
     """Print the paper's GFLOPs beside its convention and the true counts, and parameter counts.
 
+    Also those of other clip and patch sizes, and of spectrograms.
+
     Args:
         json: print JSON.
     """
     if json:
-        print(dumps({"flops": flops_table(), "parameters": parameter_table()}, indent=2))
+        tables = dict(flops=flops_table(), inputs=input_table(), parameters=parameter_table())
+        print(dumps(tables, indent=2))
     else:
         print(format_tables())
 
