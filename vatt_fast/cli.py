@@ -45,6 +45,7 @@ from .devices import pick_device
 from .encoding import Protocol, embed_sentences, encode
 from .evaluation.classify import evaluate, write_evaluation
 from .evaluation.embed import checked_output, embed_folder
+from .evaluation.figures import PAGE, FiguresConfig, figures
 from .evaluation.page import Answer, answers_of, write_page
 from .evaluation.probing import ProbeConfig, probe
 from .evaluation.queries import read_queries
@@ -427,6 +428,13 @@ def run_probe(config: ProbeConfig) -> None:
     print(f"written: {config.out}")
 
 
+def draw_figures(config: FiguresConfig) -> None:
+    """Draw what a model makes of clips: features by class, spaces by modality, activations."""
+    for one in figures(config):
+        print(f"{Path(config.out) / one.file}: {one.title}. {one.said}")
+    print(f"page: {Path(config.out) / PAGE}")
+
+
 def convert_checkpoint(
     checkpoint: str,
     out: str,
@@ -589,6 +597,7 @@ def main(arguments: list[str] | None = None) -> None:
         "compile-tpu": _with_config(compile_tpu, CompileTPUConfig),
         "convert": convert_checkpoint,
         "embed": embed,
+        "figures": _with_config(draw_figures, FiguresConfig),
         "probe": _with_config(run_probe, ProbeConfig),
         "retrieve": retrieve,
         "doctor": doctor,
