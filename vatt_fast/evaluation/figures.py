@@ -224,7 +224,8 @@ def draw_similarity(positive: np.ndarray, negative: np.ndarray, path: Path) -> N
     def draw(figure: Any) -> None:
         axis = figure.add_subplot()
         low, high = min(positive.min(), negative.min()), max(positive.max(), negative.max())
-        edges = np.linspace(low, max(high, low + 1e-6), 41)
+        bins = int(np.clip(2 * len(positive) ** 0.5, 8, 40))
+        edges = np.linspace(low, max(high, low + 1e-6), bins + 1)
         for values, name, colour, hatch in (
             (negative, "two clips", COLOURS[1], ""),
             (positive, "one clip", COLOURS[0], "//"),
