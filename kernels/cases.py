@@ -48,6 +48,7 @@ class AttentionCase:
     head_dim: int
     bias: bool = False
     num_keys: tuple[int, ...] | None = None  # None: no key_mask
+    causal: bool = False
     packed: bool = False  # q, k, v are slices of one (B, T, 3, H, head_dim)
     scale: float | None = None  # None: head_dim ** -0.5
     origin: Origin | None = None
@@ -68,7 +69,7 @@ class DropTokenCase:
 
 @dataclass(frozen=True)
 class NCECase:
-    """x holds M clips from ``first`` on, y the P texts of each of N clips.
+    """x holds M clips from ``first`` on, y the P texts of each of N clips, and ``extra`` more.
 
     ``*_invalid`` are indices taken out.
     """
@@ -83,6 +84,8 @@ class NCECase:
     y_invalid: tuple[int, ...] | None = None
     bound: bool = False  # give the scale's cap as the bound, as losses.py does
     scale: float = 1 / 0.07
+    exclude_own: bool = False
+    extra: int = 0
     origin: Origin | None = None
 
 
@@ -172,6 +175,10 @@ ATTENTION: tuple[AttentionCase, ...] = (
     AttentionCase("bias", 2, 21, 35, 3, 16, bias=True),
     AttentionCase("keyless", 4, 21, 35, 2, 16, num_keys=(35, 0, 2, 13)),
     AttentionCase("keyless_bias", 3, 17, 17, 2, 16, bias=True, num_keys=(0, 17, 5)),
+    AttentionCase("causal", 2, 70, 70, 2, 32, causal=True, packed=True),
+    AttentionCase("causal_bias", 2, 35, 35, 3, 16, bias=True, causal=True),
+    AttentionCase("causal_padded", 3, 21, 21, 2, 16, num_keys=(21, 13, 1), causal=True),
+    AttentionCase("causal_bias_keyless", 3, 17, 17, 2, 16, True, num_keys=(17, 0, 5), causal=True),
     AttentionCase("all_keyless", 2, 9, 11, 2, 16, num_keys=(0,)),
     *(
         AttentionCase(
@@ -285,6 +292,24 @@ NCE: tuple[NCECase, ...] = (
         bound=True,
     ),
     NCECase("flat", 9, 9, 2, 16, scale=1.0),
+    NCECase("extra", 7, 11, 2, 16, first=3, extra=6),
+    NCECase("extra_masked", 9, 9, 1, 16, x_invalid=(3,), y_invalid=(1, 9, 13), extra=5),
+    NCECase("others", 13, 13, 5, 32, exclude_own=True),
+    # without a text of others: rows and columns are empty
+    NCECase("others_of_one", 1, 1, 2, 16, exclude_own=True),
+    NCECase(
+        "others_shard",
+        *(6, 19, 2, 16),
+        first=13,
+        x_invalid=(0, 5),
+        y_invalid=(0, 26, 27, 31),
+        bound=True,
+        exclude_own=True,
+        extra=3,
+    ),
+    NCECase(
+        "others_past_a_block", 10, 10, 64, 32, x_invalid=(7,), scale=4.0, exclude_own=True, extra=1
+    ),
     # the first two are of one of 8 devices
     NCECase("va_bbs", 256, 2048, 1, 512, first=512, bound=True, origin=Origin(_ALL, "audio")),
     NCECase("vt_bbs", 256, 2048, 5, 256, first=512, bound=True, origin=Origin(_ALL, "text")),
@@ -477,6 +502,7 @@ def _make_attention(case: AttentionCase, draw: _Draw) -> dict[str, Any]:
         scale=D**-0.5 if case.scale is None else case.scale,
         bias=bias,
         key_mask=key_mask,
+        **({"causal": True} if case.causal else {}),  # what few cases have is given where it is
     )
 
 
@@ -486,7 +512,8 @@ def _make_drop_token(case: DropTokenCase, draw: _Draw) -> dict[str, Any]:
 
 
 def _make_nce(case: NCECase, draw: _Draw) -> dict[str, Any]:
-    x, y = draw.unit(case.batch, case.dim), draw.unit(case.clips * case.texts_per_clip, case.dim)
+    texts = case.clips * case.texts_per_clip + case.extra
+    x, y = draw.unit(case.batch, case.dim), draw.unit(texts, case.dim)
     valid = {}
     for name, count, invalid in (
         ("x_valid", x.shape[0], case.x_invalid),
@@ -507,6 +534,8 @@ def _make_nce(case: NCECase, draw: _Draw) -> dict[str, Any]:
         first=case.first,
         bound=bound,
         **valid,
+        **({"exclude_own": True} if case.exclude_own else {}),
+        **({"extra_texts": case.extra} if case.extra else {}),
     )
 
 

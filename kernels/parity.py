@@ -280,13 +280,22 @@ def cancelled_rows(op: str, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
     """
     if op != "attention":
         return {}
-    B, S = inputs["k"].shape[:2]
+    (B, T), S = inputs["q"].shape[:2], inputs["k"].shape[1]
     mask = inputs.get("key_mask")
-    visible = torch.full((B,), S) if mask is None else mask.sum(1).cpu()
-    alone = (visible == 1)[:, None, None, None]  # the softmax of one score is constant
-    masks = {"d_q": alone.expand(inputs["q"].shape), "d_k": alone.expand(inputs["k"].shape)}
+    seen = torch.ones(B, T, S, dtype=torch.bool)
+    if mask is not None:
+        seen &= mask.cpu()[:, None]
+    if inputs.get("causal"):
+        seen = seen.tril()
+    visible = seen.sum(2)
+    alone = visible == 1  # the softmax of one score is constant
+    only_there = seen.any(1) & ~(seen & ~alone[..., None]).any(1)
+    masks = {
+        "d_q": alone[..., None, None].expand(inputs["q"].shape),
+        "d_k": only_there[..., None, None].expand(inputs["k"].shape),
+    }
     if inputs.get("bias") is not None:
-        masks["d_bias"] = (visible <= 1).all().expand(inputs["bias"].shape)
+        masks["d_bias"] = (visible <= 1).all(0)[:, None].expand(inputs["bias"].shape)
     return masks
 
 

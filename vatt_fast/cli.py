@@ -62,11 +62,14 @@ from .finetuning.loop import finetune
 from .finetuning.settings import FineTuneConfig
 from .on_jax.compile_tpu import CompileTPUConfig, compile_step, write_report
 from .paper_tables import flops_table, format_tables, input_table, parameter_table
+from .plan import PlanConfig, markdown, plan
+from .training.distributed import joined, leave, speaks
 from .training.loop import PretrainConfig, pretrain
 from .training.metrics import NonFiniteError
 
 _WIDTH = 100
 _PACKING = Packing()
+_A_DAY = 24 * 3600  # seconds: ranks share files, which may take one of them much longer
 # what ``doctor`` asks about: a training step of base_base_small
 _DOCTOR_CASES = {
     "attention": "video_bbs_drop50",
@@ -84,9 +87,13 @@ def demo(config: DemoConfig) -> None:
 
 
 def run_pretrain(config: PretrainConfig) -> None:
-    """Pre-train on a folder of media with captions.json; continue an interrupted run."""
+    """Pre-train on a folder of media with captions.json; continue an interrupted run.
+
+    On several GPUs or hosts: torchrun --nproc-per-node 8 $(which vatt-fast) pretrain ...
+    """
     pretrain(config)
-    print(f"trained model: {config.out}")
+    if speaks():
+        print(f"trained model: {config.out}")
 
 
 def index(
@@ -213,11 +220,11 @@ def embed(
     features: bool = False,
     device: str = "auto",
 ) -> None:
-    """Embed every clip of a folder into an .npz file; continues where it was killed.
+    """Embed every clip into an .npz file; continues where it was killed.
 
     Args:
         model: saved model or run folder.
-        data: folder of media files; captions.json adds text embeddings.
+        data: folder of media files, or whatever pretrain takes; captions add text embeddings.
         out: .npz to write: files (N,), z_video_va and z_audio_va (N, d_va), z_video_vt (N, d_vt),
             z_text_vt (N, P, d_vt), of unit norm. They belong to the window in a file's middle and
             its P nearest sentences; rows of a missing stream or sentence are nan.
@@ -229,17 +236,20 @@ def embed(
         device: torch device; auto takes a GPU where there is one.
     """
     path = checked_output(out)  # before the seconds that the model takes
-    done = embed_folder(
-        _trained(model, device),
-        data,
-        path,
-        batch_size=batch_size,
-        windows=windows,
-        pooled=pooled,
-        features=features,
-    )
+    with joined(device, _A_DAY) as ranks:
+        done = embed_folder(
+            _trained(model, ranks.device),
+            data,
+            path,
+            batch_size=batch_size,
+            windows=windows,
+            pooled=pooled,
+            features=features,
+            ranks=ranks,
+        )
     continued = ", continued" if done.continued else ""
-    print(f"{done.files} clips embedded into {done.path}{continued}{_skipped(done.skipped)}")
+    if speaks():
+        print(f"{done.files} clips embedded into {done.path}{continued}{_skipped(done.skipped)}")
 
 
 def _skipped(files: Iterable[str]) -> str:
@@ -273,14 +283,14 @@ def retrieve(
     device: str = "auto",
     json: bool = False,
 ) -> None:
-    """Find clips of a folder by sentences or by a sound.
+    """Find clips by sentences or by a sound.
 
-    Without either, measure retrieval on the folder: text to video, audio to video, and back.
+    Without either, measure retrieval on the clips: text to video, audio to video, and back.
 
     Args:
         model: saved model or run folder.
-        data: folder of media files. The measurement needs captions.json, or takes queries.json,
-            {file: sentence}, where that is there.
+        data: folder of media files, or whatever pretrain takes. The measurement asks with the
+            captions, or with the folder's queries.json, {name: sentence}, where that is there.
         text: sentences to look for.
         audio: media file whose sound to look for.
         annotations: measure by this file: MSR-VTT's JSON or its table of 1000 pairs, YouCook2's
@@ -304,16 +314,15 @@ def retrieve(
     if html is not None and not Path(html).absolute().parent.is_dir():
         raise ValueError(f"{Path(html).absolute().parent} is no folder; write {html} elsewhere")
     queries = None if annotations is None else read_queries(annotations, data, split)
-    net = _trained(model, device)
-    require_known_words(net, text)
-    sound = None if audio is None else encode(net, audio=audio, windows=windows)
-    folder = read_folder(
-        net,
-        data if queries is None else queries.source,
-        windows=windows,
-        batch_size=batch_size,
-        protocol=protocol,
-    )
+    asked = data if queries is None else queries.source
+    sizes: dict[str, Any] = dict(windows=windows, batch_size=batch_size, protocol=protocol)
+    with joined(device, _A_DAY) as ranks:
+        net = _trained(model, ranks.device)
+        require_known_words(net, text)
+        sound = None if audio is None else encode(net, audio=audio, windows=windows)
+        folder = read_folder(net, asked, ranks=ranks, **sizes)
+    if not speaks():
+        return
     if folder.skipped:
         print(f"vatt-fast: {_skipped(folder.skipped)[2:]}", file=sys.stderr)
     sections: dict[str, list[Answer]] = {}
@@ -359,7 +368,6 @@ def evaluate_classifier(
     split: str | None = None,
     fold: int = 1,
     skip_missing: bool = False,
-    hold_out: float | None = None,
     windows: int | None = None,
     crops: int | None = None,
     frames: int | None = None,
@@ -381,11 +389,10 @@ def evaluate_classifier(
         data: labelled media, as finetune's --data.
         out: folder for result.json, classes.csv, scores.npz, confusion.csv and confusion.png.
         media: folder of the media that a file of labels names.
-        split: of the data; by default test, else val. Where the data name none, it is the share of
-            each class that training held out.
+        split: of the data; by default test, else val. Where the data name none, what the model was
+            trained on is left out, unless this is train.
         fold: of UCF101 and HMDB51 the split, of ESC-50 the fold that is the test.
         skip_missing: leave out media that are named and not there.
-        hold_out: that share, where it is not the training's.
         windows: spread evenly over each file; by default 4, of pictures 1. Logits are averaged.
         crops: of each window, along the picture's longer side; by default 3, of pictures 1.
         frames: of a window, where it is not the model's; so the next five.
@@ -401,7 +408,7 @@ def evaluate_classifier(
     sizes |= dict(sample_rate_hz=sample_rate_hz)
     found = evaluate(
         model, data, media=media, split=split, fold=fold, skip_missing=skip_missing,
-        hold_out=hold_out, windows=windows, crops=crops, batch_size=batch_size,
+        windows=windows, crops=crops, batch_size=batch_size,
         precision=precision, workers=workers, device=device, **sizes,
     )  # fmt: skip
     if found.predictions.skipped:
@@ -493,6 +500,26 @@ def compile_tpu(config: CompileTPUConfig) -> None:
     _print(report, config.json)
     if not report["fits"]:
         raise SystemExit(1)
+
+
+def show_plan(config: PlanConfig) -> None:
+    """Say what a pre-training step takes on so many devices: memory, exchanges, time at least.
+
+    Computed, nothing is measured. Several numbers of devices make a table.
+    """
+    cases = plan(config)
+    if config.json:
+        print(dumps(cases))
+    elif len(cases) > 1:
+        print(markdown(config, cases))
+    else:
+        _print({name: _rounded(value) for name, value in cases[0].items()}, False)
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _rounded(inner) for name, inner in value.items()}
+    return f"{value:.4g}" if isinstance(value, float) else value
 
 
 def doctor(json: bool = False) -> None:
@@ -594,6 +621,7 @@ def main(arguments: list[str] | None = None) -> None:
         "evaluate": evaluate_classifier,
         "index": index,
         "pack": pack,
+        "plan": _with_config(show_plan, PlanConfig),
         "compile-tpu": _with_config(compile_tpu, CompileTPUConfig),
         "convert": convert_checkpoint,
         "embed": embed,
@@ -611,11 +639,19 @@ def main(arguments: list[str] | None = None) -> None:
             verbs, prog="vatt-fast", description="VATT on replaceable kernels", args=arguments
         )
     except (ValueError, OSError, NonFiniteError) as error:
-        print(f"vatt-fast: {error}", file=sys.stderr)
+        _say(error, str(error))
+        leave(2)
         raise SystemExit(2) from error
     except KeyboardInterrupt as stop:
-        print(f"vatt-fast: {str(stop) or 'interrupted'}", file=sys.stderr)
+        _say(stop, str(stop) or "interrupted")
+        leave(130)
         raise SystemExit(130) from stop
+    leave(0)
+
+
+def _say(error: BaseException, text: str) -> None:
+    if not getattr(error, "told_by_another", False):
+        print(f"vatt-fast: {text}", file=sys.stderr)
 
 
 def _with_config(verb: Callable[[Any], None], config_class: type) -> Callable[[Any], None]:

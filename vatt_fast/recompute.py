@@ -33,10 +33,16 @@ def recomputed(how: Recompute, function: Callable[..., R], *inputs: Any) -> R:
     """
     if how == "none" or not torch.is_grad_enabled():
         return function(*inputs)
-    options: dict[str, Any] = {}
-    if how == "ops":
-        options["context_fn"] = _keep_attention
-    return checkpoint(function, *inputs, use_reentrant=False, **options)
+    if how == "blocks":
+        return checkpoint(function, *inputs, use_reentrant=False)
+    # autocast's copies of weights would be found in the forward pass, where a block serves several
+    # modalities, and not again in the backward pass: torch then misses an op
+    cached = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        return checkpoint(function, *inputs, use_reentrant=False, context_fn=_keep_attention)
+    finally:
+        torch.set_autocast_cache_enabled(cached)
 
 
 def _keep_attention() -> Any:

@@ -7,7 +7,9 @@ from ..checks import is_bool, is_float, shown
 # B batch, T queries, S keys, H heads
 
 
-def check(q: Any, k: Any, v: Any, bias: Any, key_mask: Any, *, heads: int) -> None:
+def check(
+    q: Any, k: Any, v: Any, bias: Any, key_mask: Any, *, heads: int, causal: bool = False
+) -> None:
     """Raise ValueError unless attention can take these.
 
     Args:
@@ -37,6 +39,11 @@ def check(q: Any, k: Any, v: Any, bias: Any, key_mask: Any, *, heads: int) -> No
     if not is_float(q):
         raise ValueError(f"q is {q.dtype}; attention takes floating point")
     B, H, T, S = q.shape[0], q.shape[heads], q.shape[tokens], k.shape[tokens]
+    if causal and T != S:
+        raise ValueError(
+            f"causal attention takes as many queries as keys, got {T} and {S};"
+            " give what each query may see as a bias of 0 and -inf"
+        )
     if bias is not None and (tuple(bias.shape) != (H, T, S) or not is_float(bias)):
         raise ValueError(f"bias is {shown(bias)}; it must be float (H, T, S) = {(H, T, S)}")
     if key_mask is not None and (tuple(key_mask.shape) != (B, S) or not is_bool(key_mask)):

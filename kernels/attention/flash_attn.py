@@ -9,10 +9,9 @@ from flash_attn.flash_attn_interface import _flash_attn_backward, _flash_attn_fo
 from . import reference
 
 _MAX_HEAD_DIM = 256
-# no dropout, not causal, no window, no cap, no slopes
+# no dropout, no window, no cap, no slopes
 _PLAIN = dict(
     dropout_p=0.0,
-    causal=False,
     window_size_left=-1,
     window_size_right=-1,
     softcap=0.0,
@@ -22,8 +21,10 @@ _PLAIN = dict(
 # B batch, T queries, S keys, H heads: flash-attn's own layout
 
 
-def forward(q, k, v, *, scale, bias=None, key_mask=None, deterministic=False):
-    out, lse, *_ = _flash_attn_forward(q, k, v, softmax_scale=scale, return_softmax=False, **_PLAIN)
+def forward(q, k, v, *, scale, bias=None, key_mask=None, causal=False, deterministic=False):
+    out, lse, *_ = _flash_attn_forward(
+        q, k, v, softmax_scale=scale, causal=causal, return_softmax=False, **_PLAIN
+    )
     return out, lse
 
 
@@ -39,19 +40,30 @@ def backward(
     scale,
     bias=None,
     key_mask=None,
+    causal=False,
     deterministic=False,
     bias_grad=False,
 ):
     if d_lse is not None:  # its backward knows no gradient of lse
-        return reference.backward(d_out, d_lse, q, k, v, out, lse, scale=scale)
+        return reference.backward(d_out, d_lse, q, k, v, out, lse, scale=scale, causal=causal)
     d_q, d_k, d_v = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     tensors = (d_out.contiguous(), q, k, v, out, lse, d_q, d_k, d_v)
-    _flash_attn_backward(*tensors, softmax_scale=scale, deterministic=deterministic, **_PLAIN)
+    options = dict(softmax_scale=scale, causal=causal, deterministic=deterministic)
+    _flash_attn_backward(*tensors, **options, **_PLAIN)
     return d_q, d_k, d_v, None
 
 
 def unsupported(
-    q, k, v, *, scale, bias=None, key_mask=None, deterministic=False, bias_grad=False
+    q,
+    k,
+    v,
+    *,
+    scale,
+    bias=None,
+    key_mask=None,
+    causal=False,
+    deterministic=False,
+    bias_grad=False,
 ) -> str | None:
     if q.device.type != "cuda":
         return f"tensors are on {q.device.type}; flash-attn runs on GPUs"

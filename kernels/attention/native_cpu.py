@@ -15,7 +15,7 @@ from .native_short import contiguous_like, in_fp32, strided
 _MAX_HEAD_DIM = 128
 
 
-def forward(q, k, v, *, scale, bias=None, key_mask=None, deterministic=False):
+def forward(q, k, v, *, scale, bias=None, key_mask=None, causal=False, deterministic=False):
     if q.dtype == torch.float32:
         return native_short.forward(q, k, v, scale=scale, bias=bias, key_mask=key_mask)
     B, T, H, _ = q.shape
@@ -52,6 +52,7 @@ def backward(
     scale,
     bias=None,
     key_mask=None,
+    causal=False,
     deterministic=False,
     bias_grad=False,
 ):
@@ -112,8 +113,19 @@ def _prepare(q, k, *, backward: bool):
 
 
 def unsupported(
-    q, k, v, *, scale, bias=None, key_mask=None, deterministic=False, bias_grad=False
+    q,
+    k,
+    v,
+    *,
+    scale,
+    bias=None,
+    key_mask=None,
+    causal=False,
+    deterministic=False,
+    bias_grad=False,
 ) -> str | None:
+    if causal:
+        return "it has no causal kernel; give a bias of 0 and -inf"
     if q.device.type != "cpu":
         return f"tensors are on {q.device.type}; these kernels run on cpu"
     if native.extension is None:

@@ -1,4 +1,4 @@
-"""Non-causal multi-head attention that also returns its log-sum-exp.
+"""Multi-head attention that also returns its log-sum-exp.
 
 Vaswani et al. 2017, section 3.2; VATT, section 3.2.
 """
@@ -27,6 +27,7 @@ def attention(
     scale: float,
     bias: Tensor | None = None,
     key_mask: Tensor | None = None,
+    causal: bool = False,
     deterministic: bool | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attend. Replaces ``F.scaled_dot_product_attention`` on (B, T, H, head_dim) tensors, without
@@ -43,6 +44,7 @@ def attention(
         scale: factor of the logits, usually head_dim ** -0.5.
         bias: (H, T, S) float added to the scores, with gradient; -inf excludes a key too.
         key_mask: (B, S) bool, True = attend.
+        causal: a query attends its own position's key and earlier ones; T == S.
         deterministic: same bits every run; None follows ``torch.use_deterministic_algorithms``.
 
     Returns:
@@ -53,19 +55,22 @@ def attention(
     Raises:
         ValueError: shapes or dtypes that do not fit; or the backend asked for cannot run them.
     """
-    check(q, k, v, bias, key_mask, heads=2)
+    check(q, k, v, bias, key_mask, heads=2, causal=causal)
     one_device(q=q, k=k, v=v, bias=bias, key_mask=key_mask)
     if dtype := autocast_dtype(q.device):
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     check_one_dtype(q, k, v)
     backend = requested("attention")
     if backend == PLAIN:
-        out, lse = plain.attention(q, k, v, scale=float(scale), bias=bias, key_mask=key_mask)
+        out, lse = plain.attention(
+            q, k, v, scale=float(scale), bias=bias, key_mask=key_mask, causal=causal
+        )
         return out, lse  # type: ignore[return-value]
     if deterministic is None:
         deterministic = torch.are_deterministic_algorithms_enabled()
     bias_grad = bias is not None and bias.requires_grad and torch.is_grad_enabled()
-    return _attention(q, k, v, bias, key_mask, float(scale), deterministic, bias_grad, backend)
+    options = (float(scale), causal, deterministic, bias_grad)
+    return _attention(q, k, v, bias, key_mask, *options, backend)
 
 
 class _Arguments(NamedTuple):
@@ -75,6 +80,7 @@ class _Arguments(NamedTuple):
     bias: Tensor | None
     key_mask: Tensor | None
     scale: float
+    causal: bool
     deterministic: bool
     bias_grad: bool
 

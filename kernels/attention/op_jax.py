@@ -23,6 +23,7 @@ def attention(
     scale: float,
     bias: jax.Array | None = None,
     key_mask: jax.Array | None = None,
+    causal: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """Attend; the contract of ``vatt_fast.kernels.attention`` in JAX's layout.
 
@@ -35,6 +36,7 @@ def attention(
         scale: factor of the logits.
         bias: (H, T, S) float added to the scores, with gradient; -inf excludes a key too.
         key_mask: (B, S) bool, True = attend.
+        causal: a query attends its own position's key and earlier ones; T == S.
 
     Returns:
         out (B, H, T, head_dim) in q's dtype and lse (B, H, T) in fp32 (fp64 for fp64), both
@@ -44,10 +46,10 @@ def attention(
     Raises:
         ValueError: shapes or dtypes that do not fit; or the backend asked for cannot run them.
     """
-    check(q, k, v, bias, key_mask, heads=1)
+    check(q, k, v, bias, key_mask, heads=1, causal=causal)
     check_one_dtype(q, k, v)
     arrays = dict(q=q, k=k, v=v, bias=bias, key_mask=key_mask)
-    return _attention.call(arrays, scale=float(scale))
+    return _attention.call(arrays, scale=float(scale), causal=causal)
 
 
 class _TokensFirst(Reference):

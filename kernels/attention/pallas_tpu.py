@@ -247,7 +247,7 @@ def _take(refs: list, given: bool):
     return refs.pop(0) if given else None
 
 
-def forward(q, k, v, *, scale, bias=None, key_mask=None):
+def forward(q, k, v, *, scale, bias=None, key_mask=None, causal=False):
     masked = key_mask is not None
     keys = _keys_at_once(q.shape[3], q.dtype, backward=False, mask=masked)
     if k.shape[2] <= keys:
@@ -408,7 +408,21 @@ def _backward_kernel(
     _for_pairs(plan, pair)
 
 
-def backward(d_out, d_lse, q, k, v, out, lse, *, scale, bias=None, key_mask=None, bias_grad=False):
+def backward(
+    d_out,
+    d_lse,
+    q,
+    k,
+    v,
+    out,
+    lse,
+    *,
+    scale,
+    bias=None,
+    key_mask=None,
+    causal=False,
+    bias_grad=False,
+):
     masked = key_mask is not None
     keys = _keys_at_once(q.shape[3], q.dtype, backward=True, mask=masked)
     if k.shape[2] <= keys:
@@ -464,7 +478,11 @@ def _backward(d_out, d_lse, q, k, v, out, lse, scale, bias, key_mask, bias_grad,
     return d_q, d_k, d_v, jnp.swapaxes(d_bias[0], 1, 2) if bias_grad else None
 
 
-def unsupported(q, k, v, *, scale, bias=None, key_mask=None, bias_grad=False) -> str | None:
+def unsupported(
+    q, k, v, *, scale, bias=None, key_mask=None, causal=False, bias_grad=False
+) -> str | None:
+    if causal:
+        return "it has no causal kernel; give a bias of 0 and -inf"
     (_, _, T, D), S = q.shape, k.shape[2]
     if reason := unsupported_operands(q, k, v):
         return reason

@@ -17,6 +17,7 @@ def attention(
     scale: float,
     bias: Tensor | None = None,
     key_mask: Tensor | None = None,
+    causal: bool = False,
 ) -> tuple[Tensor, None]:
     """out (B, T, H, D), and None in place of lse, which torch's attention does not give."""
     mask = None if bias is None else bias[None].to(q.dtype)  # SDPA's kernels take 4 axes
@@ -26,8 +27,12 @@ def attention(
             mask = visible
         else:
             mask = mask.masked_fill(~visible, -math.inf)
+    if causal and mask is not None:  # SDPA takes the one or the other
+        seen = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool, device=q.device).tril()
+        mask = mask & seen if mask.dtype == torch.bool else mask.masked_fill(~seen, -math.inf)
+        causal = False
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale)
     return out.transpose(1, 2), None
 
 
@@ -39,6 +44,7 @@ def attention_with_lse(
     scale: float,
     bias: Tensor | None = None,
     key_mask: Tensor | None = None,
+    causal: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The softmax written out: out (B, T, H, D) and lse (B, H, T) in q's dtype. The yardstick.
 
@@ -49,8 +55,11 @@ def attention_with_lse(
         scores = scores + bias
     if key_mask is None:
         key_mask = torch.ones(q.shape[0], k.shape[1], dtype=torch.bool, device=q.device)
-    keyless = ~key_mask.any(1)[:, None, None]
-    visible = key_mask[:, None, None, :] | keyless[..., None]
+    seen = key_mask[:, None, None, :]
+    if causal:
+        seen = seen & torch.ones_like(scores[0, 0], dtype=torch.bool).tril()
+    keyless = ~seen.any(-1)
+    visible = seen | keyless[..., None]
     scores = scores.masked_fill(~visible, -math.inf)
     p = torch.softmax(scores, -1).masked_fill(keyless[..., None], 0)
     lse = torch.logsumexp(scores, -1).masked_fill(keyless, -math.inf)

@@ -9,9 +9,11 @@ from ..numerics import cast, heads_first, softmax, wide
 # B batch, T queries, S keys, H heads, D head_dim
 
 
-def forward(q, k, v, *, scale, bias=None, key_mask=None, deterministic=False, xp=torch):
+def forward(
+    q, k, v, *, scale, bias=None, key_mask=None, causal=False, deterministic=False, xp=torch
+):
     q, k, v = (heads_first(xp, x) for x in (q, k, v))  # (B, H, T or S, D)
-    p, lse = _probabilities(xp, q, k, scale, bias, key_mask)
+    p, lse = _probabilities(xp, q, k, scale, bias, key_mask, causal)
     return xp.swapaxes(cast(p, q.dtype) @ v, 1, 2), lse
 
 
@@ -27,12 +29,13 @@ def backward(
     scale,
     bias=None,
     key_mask=None,
+    causal=False,
     deterministic=False,
     bias_grad=False,
     xp=torch,
 ):
     d_out, q, k, v, out = (heads_first(xp, x) for x in (d_out, q, k, v, out))
-    p, _ = _probabilities(xp, q, k, scale, bias, key_mask)
+    p, _ = _probabilities(xp, q, k, scale, bias, key_mask, causal)
     d_v = xp.swapaxes(cast(p, q.dtype), 2, 3) @ d_out
     delta = (wide(xp, d_out) * wide(xp, out)).sum(-1)  # (B, H, T)
     if d_lse is not None:
@@ -49,7 +52,7 @@ def backward(
     return xp.swapaxes(d_q, 1, 2), xp.swapaxes(d_k, 1, 2), xp.swapaxes(d_v, 1, 2), d_bias
 
 
-def _probabilities(xp, q, k, scale, bias, key_mask):
+def _probabilities(xp, q, k, scale, bias, key_mask, causal):
     """softmax(scores) (B, H, T, S), 0 in a row without a key, and lse (B, H, T)."""
     # rounded to half precision, lse would not fit another backend's backward
     scores = wide(xp, q) @ xp.swapaxes(wide(xp, k), 2, 3)
@@ -58,10 +61,22 @@ def _probabilities(xp, q, k, scale, bias, key_mask):
         scores += bias
     if key_mask is not None:
         scores = xp.where(key_mask[:, None, None, :], scores, -math.inf)
+    if causal:
+        place = xp.arange(k.shape[2], **({"device": k.device} if xp is torch else {}))
+        scores = xp.where(place[:, None] >= place, scores, -math.inf)
     return softmax(xp, scores, may_be_empty=bias is not None or key_mask is not None)
 
 
 def unsupported(
-    q, k, v, *, scale, bias=None, key_mask=None, deterministic=False, bias_grad=False
+    q,
+    k,
+    v,
+    *,
+    scale,
+    bias=None,
+    key_mask=None,
+    causal=False,
+    deterministic=False,
+    bias_grad=False,
 ) -> str | None:
     return None

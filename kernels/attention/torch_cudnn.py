@@ -13,11 +13,11 @@ _MAX_HEAD_DIM = 128
 # B batch, T queries, S keys, H heads
 
 
-def forward(q, k, v, *, scale, bias=None, key_mask=None, deterministic=False):
+def forward(q, k, v, *, scale, bias=None, key_mask=None, causal=False, deterministic=False):
     B, T, H, _ = q.shape
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     out, lse = aten._scaled_dot_product_cudnn_attention(
-        q, k, v, None, True, 0.0, False, False, scale=scale
+        q, k, v, None, True, 0.0, causal, False, scale=scale
     )[:2]
     return out.transpose(1, 2), lse.reshape(B, H, T)  # cuDNN's statistics end in an axis of 1
 
@@ -34,11 +34,12 @@ def backward(
     scale,
     bias=None,
     key_mask=None,
+    causal=False,
     deterministic=False,
     bias_grad=False,
 ):
     if d_lse is not None:  # aten's backward knows no gradient of lse
-        return reference.backward(d_out, d_lse, q, k, v, out, lse, scale=scale)
+        return reference.backward(d_out, d_lse, q, k, v, out, lse, scale=scale, causal=causal)
     T, S = q.shape[1], k.shape[1]
     d_out, q, k, v, out = (x.transpose(1, 2) for x in (d_out, q, k, v, out))
     no_seed = torch.zeros((), dtype=torch.int64, device=q.device)  # only dropout would read it
@@ -46,14 +47,23 @@ def backward(
         *(d_out, q, k, v, out, lse.unsqueeze(-1)),
         *(no_seed, no_seed, None),  # and no bias
         *(None, None, T, S),  # no ragged batches; the longest lengths
-        *(0.0, False),  # no dropout, not causal
+        *(0.0, causal),  # no dropout
         scale=scale,
     )
     return *(grad.transpose(1, 2) for grad in grads), None
 
 
 def unsupported(
-    q, k, v, *, scale, bias=None, key_mask=None, deterministic=False, bias_grad=False
+    q,
+    k,
+    v,
+    *,
+    scale,
+    bias=None,
+    key_mask=None,
+    causal=False,
+    deterministic=False,
+    bias_grad=False,
 ) -> str | None:
     if q.device.type != "cuda" or torch.version.hip:
         device = "an AMD GPU" if q.device.type == "cuda" else q.device.type

@@ -20,21 +20,21 @@ _MAX_FLASH_HEAD_DIM = 256
 # B batch, T queries, S keys, H heads
 
 
-def forward(q, k, v, *, scale, bias=None, key_mask=None, deterministic=False):
+def forward(q, k, v, *, scale, bias=None, key_mask=None, causal=False, deterministic=False):
     T = q.shape[1]
-    mask, empty = _mask(q, k, bias, key_mask)
+    mask, empty = _mask(q, k, bias, key_mask, causal)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     if q.device.type == "cpu":
         out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
-            q, k, v, 0.0, False, attn_mask=mask, scale=scale
+            q, k, v, 0.0, causal, attn_mask=mask, scale=scale
         )
     elif _flash(q, mask):
         out, lse = aten._scaled_dot_product_flash_attention(
-            q, k, v, 0.0, False, False, scale=scale
+            q, k, v, 0.0, causal, False, scale=scale
         )[:2]
     else:
         out, lse = aten._scaled_dot_product_efficient_attention(
-            q, k, v, mask, True, 0.0, False, scale=scale
+            q, k, v, mask, True, 0.0, causal, scale=scale
         )[:2]
         lse = lse.narrow(-1, 0, T)
     out = out.transpose(1, 2)
@@ -56,6 +56,7 @@ def backward(
     scale,
     bias=None,
     key_mask=None,
+    causal=False,
     deterministic=False,
     bias_grad=False,
 ):
@@ -64,6 +65,7 @@ def backward(
             scale=scale,
             bias=bias,
             key_mask=key_mask,
+            causal=causal,
             deterministic=deterministic,
             bias_grad=bias_grad,
         )
@@ -72,14 +74,14 @@ def backward(
     if q.device.type == "cpu":
         # the CPU's half-precision backward is 3 to 20 times slower than the fp32 one
         d_out, q, k, v, out = (wide(torch, x) for x in (d_out, q, k, v, out))
-    mask, empty = _mask(q, k, bias, key_mask)
+    mask, empty = _mask(q, k, bias, key_mask, causal)
     if empty is not None:  # no gradient in, none out; a huge lse makes those rows' probabilities 0
         d_out = torch.where(empty.transpose(1, 2).unsqueeze(-1), 0.0, d_out)
         lse = torch.where(empty, 1e4, lse)
     d_out, q, k, v, out = (x.transpose(1, 2) for x in (d_out, q, k, v, out))
     if q.device.type == "cpu":
         grads = aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            d_out, q, k, v, out, lse, 0.0, False, attn_mask=mask, scale=scale
+            d_out, q, k, v, out, lse, 0.0, causal, attn_mask=mask, scale=scale
         )
     else:
         no_seed = torch.zeros((), dtype=torch.int64, device=q.device)  # only dropout would read it
@@ -87,7 +89,7 @@ def backward(
             grads = aten._scaled_dot_product_flash_attention_backward(
                 *(d_out, q, k, v, out, lse),
                 *(None, None, T, k.shape[2]),  # no ragged batches; the longest lengths
-                *(0.0, False, no_seed, no_seed),  # no dropout, not causal
+                *(0.0, causal, no_seed, no_seed),  # no dropout
                 scale=scale,
             )
         else:
@@ -96,18 +98,24 @@ def backward(
                 *(d_out, q, k, v, mask, out, lse),
                 *(no_seed, no_seed, 0.0),  # no dropout
                 [True, True, True, False],  # gradients of q, k and v, not of the mask
-                False,  # not causal
+                causal,
                 scale=scale,
             )
     d_q, d_k, d_v = (grad.transpose(1, 2).to(dtype) for grad in grads[:3])
     return d_q, d_k, d_v, None
 
 
+def _empty_so_far(mask, T: int, S: int):
+    """Which rows (B or 1, H or 1, T) attend no key up to their own."""
+    visible = (mask != -math.inf).expand(-1, -1, T, S)
+    return (visible & visible.new_ones(T, S).tril()).any(-1).logical_not()
+
+
 def _flash(q, mask) -> bool:
     return mask is None and q.dtype in (torch.float16, torch.bfloat16)
 
 
-def _mask(q, k, bias, key_mask):
+def _mask(q, k, bias, key_mask, causal):
     """Additive mask (B, H, T, S) in q's dtype, and which rows (B or 1, H or 1, T or 1) have no key.
 
     Rows without a key attend everything here, and are set to 0 later. The mask is None where there
@@ -125,7 +133,9 @@ def _mask(q, k, bias, key_mask):
     only_keys = key_mask is not None and on_cpu(mask) and not (mask == -math.inf).any()
     if key_mask is not None:
         mask = mask.masked_fill(key_mask.logical_not().unsqueeze(1).unsqueeze(1), -math.inf)
-    if only_keys:
+    if causal:  # the kernels leave later keys out themselves
+        empty = _empty_so_far(mask, T, k.shape[1])
+    elif only_keys:
         empty = key_mask.any(-1).logical_not()[:, None, None]
     else:
         empty = (mask == -math.inf).all(-1)
@@ -139,7 +149,16 @@ def _mask(q, k, bias, key_mask):
 
 
 def unsupported(
-    q, k, v, *, scale, bias=None, key_mask=None, deterministic=False, bias_grad=False
+    q,
+    k,
+    v,
+    *,
+    scale,
+    bias=None,
+    key_mask=None,
+    causal=False,
+    deterministic=False,
+    bias_grad=False,
 ) -> str | None:
     if q.device.type not in ("cpu", "cuda"):
         return f"tensors are on {q.device.type}; torch's fused kernels are reached on cpu and cuda"

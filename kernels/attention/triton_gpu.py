@@ -191,7 +191,7 @@ def _forward_kernel(
             )
 
 
-def forward(q, k, v, *, scale, bias=None, key_mask=None, deterministic=False):
+def forward(q, k, v, *, scale, bias=None, key_mask=None, causal=False, deterministic=False):
     B, T, H, D = q.shape
     S = k.shape[1]
     blocks = _choose("attention_forward", arch(), q, k, bias, triton_tiles.forward_tiles)
@@ -565,6 +565,7 @@ def backward(
     scale,
     bias=None,
     key_mask=None,
+    causal=False,
     deterministic=False,
     bias_grad=False,
 ):
@@ -648,8 +649,19 @@ def _choose(kernel: str, arch: str, q, k, bias, heuristic: Callable[..., Tiles])
 
 
 def unsupported(
-    q, k, v, *, scale, bias=None, key_mask=None, deterministic=False, bias_grad=False
+    q,
+    k,
+    v,
+    *,
+    scale,
+    bias=None,
+    key_mask=None,
+    causal=False,
+    deterministic=False,
+    bias_grad=False,
 ) -> str | None:
+    if causal:
+        return "it has no causal kernel; give a bias of 0 and -inf"
     if reason := unsupported_operands(q, k, v, bias):
         return reason
     if any(x.stride(-1) != 1 for x in (q, k, v)):

@@ -18,14 +18,19 @@ def contrastive_lse(
     x_valid: Tensor | None = None,
     y_valid: Tensor | None = None,
     bound: float | None = None,
+    exclude_own: bool = False,
+    extra_texts: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """row (M,), col (N * P,), pos (M,); scores in fp32 after a product in the inputs' dtype."""
+    """row, col and pos of the op; scores in fp32 after a product in the inputs' dtype."""
     scores = (x @ y.T).to(torch.promote_types(x.dtype, torch.float32)) * scale
     if y_valid is not None:
         scores = scores.masked_fill(~y_valid, -math.inf)
     of_valid = scores if x_valid is None else scores.masked_fill(~x_valid[:, None], -math.inf)
     own = torch.arange(x.shape[0] * texts_per_clip, device=x.device).view(-1, texts_per_clip)
-    own = scores.gather(1, first * texts_per_clip + own)
+    places = first * texts_per_clip + own
+    own = scores.gather(1, places)
+    if exclude_own:
+        scores, of_valid = (s.scatter(1, places, -math.inf) for s in (scores, of_valid))
     return torch.logsumexp(scores, 1), torch.logsumexp(of_valid, 0), torch.logsumexp(own, 1)
 
 
@@ -39,6 +44,8 @@ def contrastive_lse_in_one_dtype(
     x_valid: Tensor | None = None,
     y_valid: Tensor | None = None,
     bound: float | None = None,
+    exclude_own: bool = False,
+    extra_texts: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Three masked log-sums with everything in the inputs' dtype: the yardstick.
 
@@ -51,7 +58,10 @@ def contrastive_lse_in_one_dtype(
     in_col = in_row if x_valid is None else in_row & x_valid[:, None]
     clip_of_x = first + torch.arange(M, device=scores.device)
     clip_of_y = torch.arange(texts, device=scores.device) // texts_per_clip
-    own = in_row & (clip_of_x[:, None] == clip_of_y)
+    is_own = clip_of_x[:, None] == clip_of_y
+    own = in_row & is_own
+    if exclude_own:
+        in_row, in_col = in_row & ~is_own, in_col & ~is_own
     return _logsumexp(scores, in_row, 1), _logsumexp(scores, in_col, 0), _logsumexp(scores, own, 1)
 
 

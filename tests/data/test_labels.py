@@ -201,6 +201,18 @@ def test_audioset(tmp_path):
     }
 
 
+def test_names_that_several_folders_have_are_told_by_their_folders(tmp_path):
+    touch(tmp_path, "media/train/dog/1.jpg", "media/train/cat/1.jpg", "media/cat2/1.jpg")
+    absolute = tmp_path / "media" / "cat2" / "1.jpg"
+    text = f"file,class\ndog/1.jpg,dog\n./train/cat/1,cat\n{absolute},cat2\n"
+    labels = write(tmp_path / "labels.csv", text)
+    assert told(open_labels(labels, media=tmp_path / "media")) == {
+        "train/dog/1.jpg": (("dog",), "train"),
+        "train/cat/1.jpg": (("cat",), "train"),
+        "cat2/1.jpg": (("cat2",), "train"),
+    }
+
+
 def test_mistakes_are_named_in_one_line(tmp_path):
     touch(tmp_path, "a.wav", "x/b.wav", "y/b.wav")
     labels = tmp_path / "labels.csv"

@@ -21,6 +21,7 @@ from vatt_fast.data.media import probe, read_clip  # noqa: E402
 from vatt_fast.data.media_writer import write_clip  # noqa: E402
 from vatt_fast.data.pack import Packing, clips_per_second, pack, sample  # noqa: E402
 from vatt_fast.data.sources import open_source  # noqa: E402
+from vatt_fast.files import InUseError, only_writer  # noqa: E402
 
 WINDOW = dict(
     num_frames=10, frames_per_second=10, height=64, width=128, num_samples=16000,
@@ -140,21 +141,30 @@ def test_packing_goes_on_and_gives_the_same(folder, tmp_path):
         pack(source, tmp_path / "two", dataclasses.replace(SMALL, short_side=32))
 
 
-def test_a_killed_run_leaves_whole_shards(folder, tmp_path):
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_killed_run_leaves_whole_shards(folder, tmp_path, workers):
     code = (
         "import sys; from vatt_fast.data.pack import pack, Packing\n"
         "from vatt_fast.data.sources import open_source\n"
         "pack(open_source(sys.argv[1]), sys.argv[2], Packing(short_side=64, key_frames=5, crf=10,"
-        " examples_per_shard=1, sample_rate_hz=16000))"
+        " examples_per_shard=1, sample_rate_hz=16000), workers=int(sys.argv[3]))"
     )
     out = tmp_path / "out"
-    process = subprocess.Popen([sys.executable, "-c", code, str(folder), str(out)])
+    process = subprocess.Popen([sys.executable, "-c", code, str(folder), str(out), str(workers)])
     until = time.monotonic() + 60
     while not list(out.glob(".*.part")) and process.poll() is None:
         assert time.monotonic() < until
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     process.wait()
+    until = time.monotonic() + 60
+    while True:  # its workers end with it, and leave the folder to others
+        try:
+            with only_writer(out):
+                break
+        except InUseError:
+            assert time.monotonic() < until
+            time.sleep(0.02)
     for tar in out.glob("*.tar"):
         with tarfile.open(tar) as members:
             assert len(members.getnames()) in (0, 2)

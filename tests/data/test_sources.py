@@ -947,6 +947,27 @@ def test_remote_shards(media, tmp_path, pattern):
         memory.rm("/bucket", recursive=True)
 
 
+def test_another_clip_stands_in_for_a_remote_one_that_cannot_be_read(media, tmp_path):
+    """Whatever the library behind a URL raises, and however it goes."""
+    fsspec = pytest.importorskip("fsspec")
+    local = as_tars(media, tmp_path / "shards")
+    memory = fsspec.filesystem("memory")
+    for path in local.iterdir():
+        memory.pipe(f"/vanishing/{path.name}", path.read_bytes())
+    try:
+        text = "memory://vanishing/{00000..00001}.tar"
+        source = open_source(text, index_folder=tmp_path / "run", say=quiet)
+        memory.rm("/vanishing/00001.tar")
+        dataset = ClipDataset(source, SPEC, vocabulary=None, batch_size=2)
+        batch = dataset[0]
+        assert sorted(batch.files) == ["00000.tar/0.mp4", "00000.tar/1.mp4"]
+        assert all("memory://vanishing/00001.tar cannot be opened" in one.reason
+                   for one in batch.skipped)  # fmt: skip
+        assert {*dataset[0].skipped, *dataset[1].skipped}
+    finally:
+        memory.rm("/vanishing", recursive=True)
+
+
 def test_remote_without_fsspec(monkeypatch):
     monkeypatch.setitem(sys.modules, "fsspec", None)
     with pytest.raises(ValueError, match="needs fsspec: pip install fsspec"):

@@ -15,6 +15,7 @@ pytest.importorskip("tyro")
 
 from media_files import noise, numbered
 from small_model import small_model
+from torchrun import environment, free_port, pid_of
 from tried import tried
 
 from vatt_fast.cli import main
@@ -301,3 +302,48 @@ def test_a_name_never_ends_a_command(run, clips):
     )  # fmt: skip
     assert process.returncode == 0, process.stderr
     assert rb"caf\udce9.mp4" in process.stdout
+
+
+# -- on several processes --------------------------------------------------------------------------
+
+
+def torchrun(world: int, *arguments) -> subprocess.Popen:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(world)]
+    command += ["--master-port", str(free_port()), "-m", "vatt_fast.cli", *map(str, arguments)]
+    streams = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, env=environment(), start_new_session=True, **streams)
+
+
+def test_processes_divide_the_files(run, tmp_path, capsys):
+    """Killed, continued by one process more, and in the end what one process writes."""
+    clips = make(tmp_path / "clips", 9)
+    (clips / "4.mp4").write_bytes(b"not a video")
+    options = ["--model", run, "--data", clips, "--out", tmp_path / "divided.npz"]
+    options += ["--batch-size", "2", "--windows", "2", "--device", "cpu"]
+    parts = tmp_path / "divided.npz.parts"
+    process = torchrun(1, "embed", *options)
+    while process.poll() is None and not list(parts.glob("*.npz")):
+        time.sleep(0.005)
+    pid = pid_of(process.pid, 0)
+    os.killpg(process.pid, signal.SIGKILL)
+    if pid is not None:
+        os.killpg(pid, signal.SIGKILL)
+    process.communicate()
+    assert 1 <= len(list(parts.glob("*.npz"))) < 5
+    process = torchrun(2, "embed", *options)
+    told, errors = process.communicate()
+    assert process.returncode == 0, errors
+    assert told.count("8 clips embedded") == 1 and "continued" in told and "4.mp4" in told
+    whole = embed(run, clips, tmp_path / "whole.npz", *options[6:])
+    with np.load(tmp_path / "divided.npz") as file:
+        assert set(file.files) == set(whole)
+        for name in file.files:
+            np.testing.assert_array_equal(file[name], whole[name])
+    assert not parts.exists()
+    capsys.readouterr()
+    asked = ["--model", run, "--data", clips, "--batch-size", "2", "--json"]
+    process = torchrun(2, "retrieve", *asked)
+    told, errors = process.communicate()
+    assert process.returncode == 0, errors
+    main(["retrieve", *map(str, asked)])
+    assert json.loads(told) == json.loads(capsys.readouterr().out)

@@ -89,6 +89,16 @@ def test_memory_falls_with_what_is_computed_again():
     assert peaks["blocks"] < peaks["ops"] < 0.6 * peaks["none"], peaks
 
 
+def test_a_trunk_that_modalities_share_is_computed_again_under_autocast():
+    """Its weights are cast once forwards, and again for each modality backwards."""
+    config = dataclasses.replace(SMALL, kind="modality_agnostic", text=SMALL.video)
+    with torch.autocast("cpu", torch.bfloat16):
+        once, again = step(config), step(config, recompute="ops")
+    assert torch.equal(once["loss"], again["loss"]) and once.keys() == again.keys()
+    for name, value in once.items():  # modalities' gradients are added in fp32, once in bf16
+        assert (again[name] - value).norm() <= 0.05 * value.norm() + 1e-3, name
+
+
 def test_a_policy_of_others_keeps_our_ops():
     x, y = torch.randn(2, 6, 8).unbind()
     x.requires_grad_()

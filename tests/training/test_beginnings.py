@@ -34,6 +34,10 @@ def write(path, form: str) -> np.ndarray:
     if form == "released":
         path.write_bytes(pickle.dumps({"word_embeddings": vectors}))
         path.with_name(RELEASED_WORDS).write_text("\n".join(WORDS) + "\n", encoding="utf-8")
+    elif form == "released, numbered":
+        path.write_bytes(pickle.dumps({"word_embeddings": vectors}))
+        lines = [f"{number} {word}" for number, word in enumerate(WORDS)]
+        path.with_name(RELEASED_WORDS).write_text("\n".join(lines[::-1]), encoding="utf-8")
     elif form == "binary":
         rows = (
             word.encode() + b" " + row.tobytes() + b"\n"
@@ -48,9 +52,9 @@ def write(path, form: str) -> np.ndarray:
     return vectors
 
 
-@pytest.mark.parametrize("form", ["text", "glove", "binary", "released"])
+@pytest.mark.parametrize("form", ["text", "glove", "binary", "released", "released, numbered"])
 def test_word_vectors_are_read_with_their_vocabulary(tmp_path, form):
-    path = tmp_path / ("word2vec.pkl" if form == "released" else "vectors")
+    path = tmp_path / ("word2vec.pkl" if form.startswith("released") else "vectors")
     vectors = write(path, form)
     vocabulary, table = read_word_vectors(path)
     kept = [0, 1, 2, 3, 4, 7, 8]  # no caption holds "New_York" or "Clip"

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .colours import Colours, change_colours
+from .order import uniform
 
 # One stream of random numbers for each decision, beside those of the order and the windows.
 _CROP, _FLIP, _COLOUR, _NOISE = range(100, 104)
@@ -232,7 +233,8 @@ class Augment:
 
     @staticmethod
     def _noise(key: Key, count: int) -> np.ndarray:
-        generator = np.random.Generator(_bits(key, _NOISE))
+        sequence = np.random.SeedSequence((key.seed, _NOISE, key.step, key.row))
+        generator = np.random.Generator(np.random.Philox(sequence))
         return generator.standard_normal(count, dtype=np.float32)
 
 
@@ -343,14 +345,9 @@ def name_of(augment: Any) -> str:
 # -- draws -----------------------------------------------------------------------------------------
 
 
-def _bits(key: Key, stream: int) -> np.random.Philox:
-    seed, step, row = key
-    return np.random.Philox(np.random.SeedSequence((seed, stream, step, row)))
-
-
 @functools.lru_cache(64)  # a reader asks for the crop of each picture of a clip
 def _uniform(count: int, key: Key, stream: int) -> np.ndarray:
-    """(count,) in [0, 1), the same on every platform and with every NumPy; not to be written to."""
-    found = (_bits(key, stream).random_raw(count) >> np.uint64(11)) * 2.0**-53
+    """``order.uniform`` of a clip; not to be written to."""
+    found = uniform(count, key.seed, stream, key.step, key.row)
     found.flags.writeable = False
     return found

@@ -13,12 +13,11 @@ import json
 import math
 import os
 import re
-import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .text import Caption, caption_of, kind_of, refuse_repeats, writable
+from .text import Caption, caption_of, composed, kind_of, refuse_repeats, writable
 
 # Beside a media file, by its name with another suffix; the first one that is there counts.
 SIDECARS = (".srt", ".vtt", ".csv", ".tsv", ".json", ".txt")
@@ -201,15 +200,8 @@ def _clean(captions: Sequence[Caption]) -> list[Caption]:
     for one in captions:
         text = " ".join(_plain(one.text).split())
         if text:
-            cleaned.append(Caption(one.start, one.end, composed(text)))
+            cleaned.append(Caption(one.start, one.end, composed(writable(text))))
     return cleaned
-
-
-def composed(text: str) -> str:
-    """In NFC, with U+FFFD for halves of surrogate pairs, which no file can hold."""
-    if text.isascii():
-        return text
-    return unicodedata.normalize("NFC", writable(text))
 
 
 # -- tables ----------------------------------------------------------------------------------------

@@ -395,7 +395,7 @@ def _rows(part: Part, name: str) -> int:
 
 
 def cut(columns: Mapping[str, np.ndarray], block: int) -> dict[str, np.ndarray]:
-    """One block of joined columns as a part, with the words of the whole as its words."""
+    """One block of joined columns as a part."""
     builder = PartBuilder()
     source = ColumnSource("", "", columns)
     for index in range(*columns["blocks"][block : block + 2].tolist()):

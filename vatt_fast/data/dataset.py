@@ -171,9 +171,13 @@ class ClipFolder:
                         reader, starts(reader.info.duration_seconds), index, changes
                     )
         except OSError as error:
-            if error.filename is None or os.fspath(error.filename) != place.path:
-                raise  # not of this file: the cache's disk, say
-            raise MediaError(f"{place.path} cannot be opened ({error.strerror})") from error
+            # what fsspec raises names no file; the cache's disk, say, is another one
+            named = place.path if place.is_remote and not error.filename else error.filename
+            if named is None or os.fspath(named) != place.path:
+                raise
+            raise MediaError(
+                f"{place.path} cannot be opened ({error.strerror or error})"
+            ) from error
         return windows, first + spread(places, 1)[0]
 
     def _decoded(

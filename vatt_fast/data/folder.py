@@ -1,7 +1,6 @@
 """What a folder holds: its media, and their captions."""
 
 import os
-import unicodedata
 import warnings
 from collections import Counter
 from collections.abc import Container, Iterable, Mapping
@@ -9,7 +8,7 @@ from pathlib import Path, PurePosixPath
 
 from .captions import SIDECARS, from_entries, read_sidecar, stream_entries
 from .media import MEDIA_SUFFIXES
-from .text import Caption, load_captions
+from .text import Caption, composed, load_captions
 
 CAPTIONS = "captions.json"
 # HowTo100M's: captions by the stems of the files' names
@@ -176,11 +175,6 @@ def names_on_disk(
         taken.add(other)
         found[name] = other
     return found
-
-
-def composed(name: str) -> str:
-    """A name with its accented letters in one form."""
-    return unicodedata.normalize("NFC", name)
 
 
 def _in_another_form(folder: Path, name: str, listings: dict[Path, dict[str, str]]) -> str:

@@ -5,19 +5,14 @@ goes in parts, a shard or some files each, which stay where a build is killed; t
 from there. A later build opens again only what has changed.
 """
 
-import concurrent.futures
 import functools
 import hashlib
 import json
-import multiprocessing
 import os
 import shutil
-import signal
-import threading
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from ..files import only_writer, remove_litter, replacing, write_text
-from .captions import composed, from_entries, read_sidecar, stream_entries
+from .captions import from_entries, read_sidecar, stream_entries
 from .columns import (
     AUDIO,
     IMAGE,
@@ -47,7 +42,8 @@ from .probe import guessed, measure
 from .remote import is_url, join_path, size_and_time
 from .shards import key_of, read_shard
 from .source import Identity, Place
-from .text import Caption
+from .tasks import do_all
+from .text import Caption, composed
 
 FORMAT, VERSION = "vatt_fast index", 1
 PARTS = "parts"
@@ -71,7 +67,6 @@ class _Task:
     target: str
     fingerprint: str
     root: str
-    measured: bool
     label: str = ""  # of a shard
     shard: str = ""
     rows: tuple[Row, ...] = ()
@@ -341,7 +336,6 @@ def _tasks(listing: Listing, parts: Path, old: ColumnSource | None) -> Iterator[
             str(parts / f"shard-{number:06d}.npz"),
             f"{VERSION} {shard} {size} {time}",
             listing.root,
-            True,
             label=shard,
             shard=shard,
             old=known.get((shard, size, time), ("", -1)),
@@ -357,7 +351,6 @@ def _tasks(listing: Listing, parts: Path, old: ColumnSource | None) -> Iterator[
             str(parts / f"files-{number:06d}.npz"),
             f"{VERSION} {digest.hexdigest()}",
             listing.root,
-            True,
             rows=rows,
             old=earlier,
         )
@@ -383,57 +376,11 @@ def _blocks_by_file(old: ColumnSource) -> dict[tuple[str, int, int], tuple[str, 
 
 def _run(tasks: Sequence[_Task], workers: int, progress: Callable[[int, int], None] | None) -> None:
     """Build the parts that are not there."""
-    waiting = [task for task in tasks if not _is_built(task)]
-    done = len(tasks) - len(waiting)
-
-    def tell() -> None:
-        if progress is not None:
-            progress(done, len(tasks))
-
-    tell()
-    if workers <= 1 or len(waiting) <= 1:
-        for task in waiting:
-            _build(task)
-            done += 1
-            tell()
-        return
-    pool = concurrent.futures.ProcessPoolExecutor(
-        min(workers, len(waiting)),
-        mp_context=multiprocessing.get_context("fork"),
-        initializer=_live_with_the_parent,
-    )
-    with pool:
-        try:
-            running = {pool.submit(_build, task): task for task in waiting}
-            for future in concurrent.futures.as_completed(running):
-                future.result()
-                done += 1
-                tell()
-        except BrokenProcessPool as error:
-            left = [task.shard or task.rows[0].path for task in waiting if not _is_built(task)]
-            raise ValueError(
-                f"a process died while it read one of {', '.join(left[:workers])}; with "
-                "--workers 0 the message says which"
-            ) from error
-        except BaseException:
-            pool.shutdown(wait=True, cancel_futures=True)
-            raise
+    do_all(_build, tasks, workers, is_done=_is_built, name=_name, progress=progress)
 
 
-def _live_with_the_parent() -> None:
-    """For a worker: only its parent stops it, and it ends when its parent is killed.
-
-    It would wait for work for ever, and hold the index's lock, which it was born with.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def watch() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True, name="parent").start()
+def _name(task: _Task) -> str:
+    return task.shard or (task.rows[0].path if task.rows else task.where)
 
 
 def _is_built(task: _Task) -> bool:
@@ -474,7 +421,7 @@ def _build(task: _Task) -> None:
         except ValueError as error:  # one that is no tar does not end the others
             problems[task.label] = str(error)
     else:
-        read_files(task.root, task.rows, builder, _remembered(task.old[0], task.measured))
+        read_files(task.root, task.rows, builder, _remembered(task.old[0]))
     about = {
         "fingerprint": task.fingerprint,
         "problems": problems,
@@ -516,12 +463,10 @@ def _rows_by_path(folder: str) -> dict[str, int]:
     }
 
 
-def _remembered(folder: str, measured: bool) -> Callable[[Place, int, int, str], Measured]:
+def _remembered(folder: str) -> Callable[[Place, int, int, str], Measured]:
     """Measure a file, unless an earlier index has done so and it has not changed."""
 
     def of(place: Place, size: int, time: int, path: str) -> Measured:
-        if not measured:
-            return guessed(place.name)
         if folder and (row := _rows_by_path(folder).get(path)) is not None:
             columns = _old(folder).columns
             file = int(columns["in_file"][row])
@@ -603,13 +548,12 @@ def _build_captions(
                     str(parts / f"captions-{number:06d}.npz"),
                     f"{VERSION} {number} {size} {time} {entries[0][0]} {entries[-1][0]}",
                     listing.root,
-                    False,
                     captions=tuple(entries),
                     where=str(listing.captions),
                 )
             )
         _run(fresh, workers, None)
-        tasks += [_Task(task.target, task.fingerprint, task.root, False) for task in fresh]
+        tasks += [_Task(task.target, task.fingerprint, task.root) for task in fresh]
     built = [_load_part(Path(task.target)) for task in tasks]
     keys: dict[str, tuple[int, int]] = {}
     base = 0
@@ -659,7 +603,7 @@ def hold(listing: Listing) -> ColumnSource:
         ValueError: nothing is there, or captions that are none.
     """
     builder = PartBuilder()
-    read_files(listing.root, listing.rows, builder, _remembered("", False))
+    read_files(listing.root, listing.rows, builder, _guessed)
     spoken = PartBuilder()
     keys = {}
     if listing.captions is not None:
@@ -681,6 +625,10 @@ def hold(listing: Listing) -> ColumnSource:
         problems=problems,
         without_spaces=builder.without_spaces + spoken.without_spaces,
     )
+
+
+def _guessed(place: Place, size: int, time: int, path: str) -> Measured:
+    return guessed(place.name)
 
 
 def summary_of(source: ColumnSource) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from .media import MEDIA_SUFFIXES
 from .source import WHOLE_FILE
 
 TRAIN, VAL, TEST = "train", "val", "test"
+UNNAMED = ""  # nothing says which split
 _SPLITS = {
     **dict.fromkeys(("train", "training", "trainingset"), TRAIN),
     **dict.fromkeys(("val", "valid", "validate", "validation", "validationset", "dev"), VAL),
@@ -119,7 +120,7 @@ def _read_folders(data: Path) -> Written:
                     f"{' or '.join(LABEL_FILES)}; put it into one"
                 )
             raise ValueError(f"{data / path} lies in no class's folder; put it into one")
-        split = splits[parts[0]] if splits else TRAIN
+        split = splits[parts[0]] if splits else UNNAMED
         entries.append(Entry((path,), (parts[depth],), split, str(data / path)))
     classes, said = _class_list(data)
     return Written(entries, data, classes, said, by_name=False)
@@ -164,7 +165,7 @@ def _table_entries(path: Path, fold: int, names: dict[str, str]) -> Iterator[Ent
     if comments:  # AudioSet's header is the last of its comments
         header = [each.strip().lower() for each in lines[comments - 1].lstrip("# ").split(",")]
     reader = csv.reader(lines[comments:], **options)
-    split = _split_of_name(path.stem) or TRAIN
+    split = _split_of_name(path.stem) or UNNAMED
     read: Callable[[list[str], str], Entry] | None = None
     try:
         for row in reader:
@@ -244,7 +245,7 @@ def _json_entries(path: Path) -> Iterator[Entry]:
         content = json.loads(decode_text(path.read_bytes(), str(path)))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is no JSON ({error}); correct it") from error
-    split = _split_of_name(path.stem) or TRAIN
+    split = _split_of_name(path.stem) or UNNAMED
     if isinstance(content, list):
         rows = [(f"{path} entry {number}", None, each) for number, each in enumerate(content, 1)]
     elif isinstance(content, dict):

@@ -10,7 +10,7 @@ import hashlib
 import math
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -23,7 +23,7 @@ from .captions import composed
 from .columns import ColumnSource
 from .folder import media_below
 from .index import hold
-from .label_files import TRAIN, Entry, Written, read_entries
+from .label_files import TRAIN, UNNAMED, Entry, Written, read_entries
 from .listing import Listing, Row
 from .media import MEDIA_SUFFIXES, MediaReader
 from .source import WHOLE_FILE, Modalities
@@ -31,6 +31,7 @@ from .source import WHOLE_FILE, Modalities
 # a file this much longer than its segment is not the segment cut out
 _TRIMMED_SECONDS = 1.5
 _NAMED = 3  # in an error
+_MARKED_BYTES = 4096
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ class LabelledData:
     Args:
         root: a folder that the paths are relative to.
         classes: in the order of a model's outputs.
+        names_splits: whether anything says which split an example is of; else all are train.
         missing: what is named and not there, where that was allowed.
     """
 
@@ -58,6 +60,7 @@ class LabelledData:
     root: str
     examples: tuple[Example, ...]
     classes: tuple[str, ...]
+    names_splits: bool = True
     missing: tuple[str, ...] = ()
 
     @property
@@ -80,7 +83,7 @@ class LabelledData:
         """
         if not 0 <= share < 1:
             raise ValueError(f"hold_out is {share}; it is a share of the examples, in [0, 1)")
-        if len(self.splits) > 1:
+        if self.names_splits:
             return self
         of_class: dict[tuple[str, ...], list[Example]] = {}
         for example in self.examples:
@@ -90,7 +93,23 @@ class LabelledData:
             count = min(round(share * len(those)), len(those) - 1)
             out.update(sorted(those, key=_draw)[:count])
         examples = (replace(e, split="test" if e in out else TRAIN) for e in self.examples)
-        return replace(self, examples=tuple(examples))
+        return replace(self, examples=tuple(examples), names_splits=True)
+
+    def marks(self, split: str) -> set[str]:
+        """A short digest of the name, segment, size and middle of each example of a split."""
+        return {self._mark(example) for example in self.examples if example.split == split}
+
+    def without(self, marks: Collection[str]) -> "LabelledData":
+        """The same but for the examples with these marks."""
+        kept = (example for example in self.examples if self._mark(example) not in marks)
+        return replace(self, examples=tuple(kept))
+
+    def _mark(self, example: Example) -> str:
+        with open(os.path.join(self.root, example.path), "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            file.seek(size // 2)
+            middle = file.read(_MARKED_BYTES).hex()
+        return _digest(f"{example.path}\0{example.segment}\0{size}\0{middle}").hex()[:16]
 
     def source(
         self, split: str, modality: str, classes: Sequence[str] | None = None
@@ -214,7 +233,7 @@ def open_labels(
     places = _Places(root) if written.by_name else None
     found: dict[tuple[str, tuple[float, float]], Example] = {}
     missing: list[str] = []
-    whole: list[_At] = []
+    located: list[_At] = []
     for entry in written.entries:
         at = _At(entry, entry.names[0], entry.segment)
         if places is not None:
@@ -223,28 +242,30 @@ def open_labels(
                 missing.append(f"{entry.names[0]} ({entry.where})")
                 continue
             at = place
-        whole.append(at)
+        located.append(at)
     if missing and not skip_missing:
         raise ValueError(
             f"{_some(missing)} not there below {root}; name the folder with the media, or leave "
             "missing ones out (skip_missing)"
         )
-    cut = _are_cut_out(root, whole)
-    for entry, path, segment in whole:
+    cut = _are_cut_out(root, located)
+    for entry, path, segment in located:
         segment = WHOLE_FILE if cut and entry.is_whole_by_name is False else segment
-        key = (path, segment)
-        if key in found and found[key].split != entry.split:
+        key, split = (path, segment), entry.split or TRAIN
+        if key in found and found[key].split != split:
             raise ValueError(
-                f"{entry.where} puts {path} into {entry.split}, {found[key].where} into "
+                f"{entry.where} puts {path} into {split}, {found[key].where} into "
                 f"{found[key].split}; an example has one split"
             )
         before = found[key].classes if key in found else ()
         classes = tuple(dict.fromkeys((*before, *entry.classes)))
-        found[key] = Example(path, classes, entry.split, entry.where, segment)
+        found[key] = Example(path, classes, split, entry.where, segment)
     examples = tuple(found[key] for key in sorted(found))
     if not examples:
         raise ValueError(f"{data} names no media that are there; name another folder of media")
-    return LabelledData(str(data), str(root), examples, _classes(written, examples), tuple(missing))
+    named = any(entry.split != UNNAMED for entry in written.entries)
+    classes = _classes(written, examples)
+    return LabelledData(str(data), str(root), examples, classes, named, tuple(missing))
 
 
 def evaluation_split(data: LabelledData) -> str:
@@ -302,11 +323,21 @@ class _Places:
                 known.setdefault(composed(key(path)), []).append(path)
             self._known.append(known)
 
+    def _below(self, name: str) -> str:
+        """Relative to the root, where it lies there."""
+        if os.path.isabs(name):
+            root = os.path.abspath(self.root)
+            return name.removeprefix(root).lstrip("/") if name.startswith(f"{root}/") else name
+        return name.removeprefix("./")
+
     def find(self, entry: Entry) -> _At | None:
         for place, name in enumerate(entry.names):
-            name = composed(name.removeprefix("./"))
+            name = composed(self._below(name))
             for known, key in zip(self._known, (_path, _path, _name, _name), strict=True):
                 paths = known.get(key(name), [])
+                if len(paths) > 1:  # of other folders
+                    below = f"/{_stem_of_path(name)}"
+                    paths = [p for p in paths if _stem_of_path(f"/{p}").endswith(below)] or paths
                 if len(paths) > 1:
                     raise ValueError(
                         f"{entry.where} names {name}, and there are {paths[0]} and {paths[1]}; "
@@ -347,9 +378,11 @@ def _are_cut_out(root: Path, whole: Sequence[_At]) -> bool:
 
 
 def _draw(example: Example) -> bytes:
-    return hashlib.sha256(
-        f"{example.path} {example.segment}".encode(errors="surrogateescape")
-    ).digest()
+    return _digest(f"{example.path} {example.segment}")
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.sha256(text.encode(errors="surrogateescape")).digest()
 
 
 def _some(names: Sequence[str]) -> str:

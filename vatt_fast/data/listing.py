@@ -23,7 +23,6 @@ from typing import Any
 
 from .captions import (
     SIDECARS,
-    composed,
     decode_text,
     from_entries,
     read_sidecar,
@@ -36,7 +35,7 @@ from .media import MEDIA_SUFFIXES
 from .remote import file_system, is_url
 from .shards import expand_braces
 from .source import WHOLE_FILE
-from .text import Caption
+from .text import Caption, composed, writable
 
 MANIFESTS = (".csv", ".tsv", ".parquet", ".pq")
 MIXES = (".toml",)
@@ -373,7 +372,7 @@ def _list_manifest(path: Path, media: str | None) -> Listing:
         text = row.get(columns["text"]) if "text" in columns else None
         if text is not None and not isinstance(text, str):
             raise ValueError(f"{where} has the text {text!r:.60}; texts are strings")
-        if text and (said := " ".join(composed(text).split())):
+        if text and (said := " ".join(composed(writable(text)).split())):
             captions.append(Caption(start, end, said))
     if not spoken:
         raise ValueError(f"{path} lists no media; write a header and a row for each file")

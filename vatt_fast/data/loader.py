@@ -1,4 +1,4 @@
-"""Batches in the order of their steps, from worker processes; a folder's clips for evaluation."""
+"""Batches in the order of their steps, from worker processes; each clip once for evaluation."""
 
 import math
 import os
@@ -254,7 +254,7 @@ def _check_memory(size: int, places: int, workers: int) -> None:
 
 
 def evaluation_clips(
-    folder: str | os.PathLike | Source,
+    data: str | os.PathLike | Source,
     spec: ClipSpec,
     *,
     vocabulary: Vocabulary | None,
@@ -263,24 +263,26 @@ def evaluation_clips(
     start: float | None = None,
     windows: int | None = None,
     first: int = 0,
+    stop: int | None = None,
     with_empty: bool = False,
     cache_dir: str | os.PathLike | None = None,
     workers: int = 0,
 ) -> Iterator[Batch]:
-    """Every file once, in sorted order, at one window or several, as whole clips.
+    """Every example of a source once, in order, at one window or several, as whole clips.
 
     The last batch may be smaller. A file that cannot be read is left out, and listed on the batch
     that it would have been in.
 
     Args:
-        folder: or a ``Source``.
-        batch_size: files in a batch.
-        place: where the window lies between the file's first (0) and last (1) possible one; 0.5
+        data: what ``open_source`` takes, or a ``Source``.
+        batch_size: examples in a batch.
+        place: where the window lies between the example's first (0) and last (1) possible one; 0.5
             is its middle.
-        start: a time in seconds instead, rounded to the frames' grid.
-        windows: so many instead, spread evenly over each file, in rows one after the other; 1 is
-            the middle. Their captions are those nearest to the file's middle.
+        start: a time in seconds instead, of the file or segment, rounded to the frames' grid.
+        windows: so many instead, spread evenly over each example, in rows one after the other; 1 is
+            the middle. Their captions are those nearest to its middle.
         first: batches that are left out, to go on with a work begun.
+        stop: the batch to end before, where others read the rest; None: to the end.
         with_empty: batches of which no file can be read come too, with their ``skipped``.
 
     Raises:
@@ -294,7 +296,7 @@ def evaluation_clips(
         raise ValueError(f"batch_size is {batch_size}; a batch has at least 1 clip")
     if windows is not None and windows < 1:
         raise ValueError(f"windows is {windows}; it must be at least 1")
-    clips = ClipFolder(folder, spec, vocabulary=vocabulary, cache_dir=cache_dir)
+    clips = ClipFolder(data, spec, vocabulary=vocabulary, cache_dir=cache_dir)
 
     def choose(count: int) -> list[int]:
         if windows is not None:
@@ -304,7 +306,7 @@ def evaluation_clips(
         return [round(place * (count - 1))]
 
     return _EvaluationBatches(clips, batch_size, choose, windows or 1).run(
-        workers, first, with_empty
+        workers, first, stop, with_empty
     )
 
 
@@ -370,9 +372,9 @@ class _EvaluationBatches:
         self.skipped.update((one.file, one.reason) for one in skipped)
         return to_batch({name: values[rows] for name, values in arrays.items()}, files, skipped)
 
-    def run(self, workers: int, first: int, with_empty: bool) -> Iterator[Batch]:
+    def run(self, workers: int, first: int, stop: int | None, with_empty: bool) -> Iterator[Batch]:
         found = 0
-        for batch in ClipLoader(self, range(first, len(self)), workers):
+        for batch in ClipLoader(self, range(first, len(self) if stop is None else stop), workers):
             found += len(batch)
             if len(batch) or with_empty:
                 yield batch
@@ -382,7 +384,7 @@ class _EvaluationBatches:
                     + ", ".join(one.file for one in batch.skipped),
                     stacklevel=2,
                 )
-        if not found and not first:
+        if not found and not first and stop is None:
             reason = next(iter(self.skipped.values()))
             raise MediaError(
                 f"none of the {len(self.clips)} files in {self.clips.source.label} can be decoded; "

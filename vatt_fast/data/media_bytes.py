@@ -4,7 +4,6 @@ import functools
 import io
 import os
 import stat
-from collections.abc import Callable
 from typing import Any, BinaryIO, cast
 
 from . import remote
@@ -32,7 +31,7 @@ def identity(place: Place) -> str:
         ValueError: a URL for which something is not installed.
     """
     if place.is_remote:
-        return _text(place, *_remote(place, remote.size_and_time))
+        return _text(place, *remote.size_and_time(place.path))
     status = os.stat(place.path)
     if not stat.S_ISREG(status.st_mode):
         kind = "a folder" if stat.S_ISDIR(status.st_mode) else "no regular file"
@@ -86,7 +85,7 @@ def open_bytes(place: Place) -> BinaryIO:
         OSError: it cannot be opened.
     """
     if place.is_remote:
-        file = _remote(place, remote.open_bytes)
+        file: Any = remote.open_bytes(place.path)
     else:
         # FFmpeg and Pillow read in pieces of their own
         file = open(place.path, "rb", buffering=0 if place.is_part else -1)  # noqa: SIM115
@@ -132,14 +131,3 @@ class _Part(io.RawIOBase):
         if not self.closed:
             self._file.close()
         super().close()
-
-
-def _remote(place: Place, function: Callable[[str], Any]) -> Any:
-    """Call fsspec; what its many libraries raise becomes OSError."""
-    try:
-        return function(place.path)
-    except (OSError, ValueError):
-        raise
-    except Exception as error:
-        reason = str(error) or type(error).__name__
-        raise OSError(f"{place.name} cannot be opened at {place.path} ({reason})") from error

@@ -10,14 +10,11 @@ are at a clip's rate, so that none is decoded to be left out. Sound is mono, AAC
 Shapes: T frames, H rows, W columns, S samples.
 """
 
-import concurrent.futures
 import dataclasses
 import io
 import json
 import math
-import multiprocessing
 import os
-import signal
 import tarfile
 import time
 from collections.abc import Callable, Iterator
@@ -34,6 +31,7 @@ from .media_bytes import read_bytes
 from .media_scan import import_av
 from .media_writer import h264_options
 from .source import Place, Source
+from .tasks import do_all
 
 # what of a file is decoded at a time
 CHUNK_SECONDS = 10.0
@@ -127,7 +125,14 @@ def pack(
             _Shard(source, packing, str(folder / f"{number:05d}.tar"), first)
             for number, first in enumerate(range(0, len(source), size))
         ]
-        _run(tasks, workers, progress)
+        do_all(
+            _write_shard,
+            tasks,
+            workers,
+            is_done=lambda task: task.is_done,
+            name=lambda task: task.source.name(task.first),
+            progress=progress,
+        )
         told = [json.loads(task.stats.read_text(encoding="utf-8")) for task in tasks]
     problems = dict(source.problems)
     for each in told:
@@ -174,39 +179,6 @@ class _Shard:
     def is_done(self) -> bool:
         # the tar comes last
         return Path(self.target).exists() and self.stats.exists()
-
-
-def _run(tasks: list[_Shard], workers: int, progress: Callable[[int, int], None] | None) -> None:
-    waiting = [task for task in tasks if not task.is_done]
-    done = len(tasks) - len(waiting)
-
-    def tell() -> None:
-        if progress is not None:
-            progress(done, len(tasks))
-
-    tell()
-    if workers <= 1 or len(waiting) <= 1:
-        for task in waiting:
-            _write_shard(task)
-            done += 1
-            tell()
-        return
-    pool = concurrent.futures.ProcessPoolExecutor(
-        min(workers, len(waiting)),
-        mp_context=multiprocessing.get_context("fork"),
-        initializer=signal.signal,
-        initargs=(signal.SIGINT, signal.SIG_IGN),  # the parent's alone
-    )
-    with pool:
-        try:
-            running = [pool.submit(_write_shard, task) for task in waiting]
-            for future in concurrent.futures.as_completed(running):
-                future.result()
-                done += 1
-                tell()
-        except BaseException:
-            pool.shutdown(wait=True, cancel_futures=True)
-            raise
 
 
 def _write_shard(task: _Shard) -> None:

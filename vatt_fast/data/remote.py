@@ -1,6 +1,8 @@
 """Files here and elsewhere: local ones by their path, others by an fsspec URL."""
 
+import contextlib
 import os
+from collections.abc import Iterator
 from typing import IO, Any
 
 
@@ -32,8 +34,9 @@ def open_bytes(path: str) -> IO[bytes]:
     """A file to read from any place on. Raises OSError where it cannot be opened."""
     if not is_url(path):
         return open(path, "rb")
-    system, inside = file_system(path)
-    return system.open(inside, "rb")
+    with _as_os_errors(path):
+        system, inside = file_system(path)
+        return system.open(inside, "rb")
 
 
 def size_and_time(path: str) -> tuple[int, int]:
@@ -41,13 +44,26 @@ def size_and_time(path: str) -> tuple[int, int]:
     if not is_url(path):
         status = os.stat(path)
         return status.st_size, status.st_mtime_ns
-    system, inside = file_system(path)
-    known = system.info(inside)
+    with _as_os_errors(path):
+        system, inside = file_system(path)
+        known = system.info(inside)
     changed = known.get("mtime") or known.get("created") or known.get("LastModified") or 0
     if hasattr(changed, "timestamp"):
         changed = changed.timestamp()
     seconds = float(changed) if isinstance(changed, int | float) else 0.0
     return int(known["size"]), round(seconds * 1e9)
+
+
+@contextlib.contextmanager
+def _as_os_errors(url: str) -> Iterator[None]:
+    """What the many libraries behind fsspec raise becomes OSError."""
+    try:
+        yield
+    except (OSError, ValueError):
+        raise
+    except Exception as error:
+        reason = str(error) or type(error).__name__
+        raise OSError(f"{url} cannot be opened ({reason})") from error
 
 
 def join_path(root: str, path: str) -> str:

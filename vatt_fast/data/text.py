@@ -36,6 +36,11 @@ def split_words(sentence: str) -> list[str]:
     return unicodedata.normalize("NFC", kept.lower()).split()
 
 
+def composed(text: str) -> str:
+    """``text`` with its accented letters in one form (NFC), so that equal names are equal."""
+    return text if text.isascii() else unicodedata.normalize("NFC", text)
+
+
 # punctuation, symbols, shapeless characters, halves of a surrogate pair
 _NO_LETTERS = {"Pc", "Pd", "Pe", "Pf", "Pi", "Po", "Ps", "Sc", "Sk", "Sm", "So", "Cf", "Cs"}
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)

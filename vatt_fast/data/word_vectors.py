@@ -1,8 +1,7 @@
 """Word vectors of others as a model's word table, with the vocabulary that they bring.
 
 Read are word2vec's text and binary files, GloVe's text, which has no header, and the released
-code's pair: ``word2vec.pkl`` with its word list ``howto100m_en.txt`` beside it, a word a line in
-the order of the rows.
+code's pair: ``word2vec.pkl`` with its word list ``howto100m_en.txt`` beside it.
 """
 
 import io
@@ -13,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from ..checkpoints.words import read_word_list
 from .text import PADDING, UNKNOWN, Vocabulary, split_words
 
 RELEASED_WORDS = "howto100m_en.txt"
@@ -125,7 +125,7 @@ def _released(path: Path) -> Iterator[tuple[str, np.ndarray]]:
     words_path = path.with_name(RELEASED_WORDS)
     if not words_path.is_file():
         raise ValueError(f"its word list {RELEASED_WORDS} is not beside it")
-    words = words_path.read_text(encoding="utf-8").splitlines()
+    words = read_word_list(words_path)
     values = _ArraysOnly(io.BytesIO(path.read_bytes()), encoding="latin1").load()
     table = np.asarray(values["word_embeddings"] if isinstance(values, dict) else values)
     if table.ndim != 2 or len(table) != len(words):

@@ -184,9 +184,7 @@ class Workers:
                     self._raise_dead(key.data)
             if not ready:
                 self._look_for_hanging()
-        return [
-            (ticket >> _ROW_BITS, ticket & (1 << _ROW_BITS) - 1, what) for ticket, what in found
-        ]
+        return [(*_fill_and_row(ticket), what) for ticket, what in found]
 
     def _reads(self, number: int) -> str:
         example = int(self._example[number])

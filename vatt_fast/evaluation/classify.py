@@ -31,7 +31,7 @@ from ..data.labels import LabelledSource, evaluation_split, open_labels
 from ..data.media import MediaError, MediaReader
 from ..devices import pick_device
 from ..files import check_folder, replacing, write_text
-from ..finetuning.settings import MODALITY, Record, clip_spec
+from ..finetuning.settings import MODALITY, Record, clip_spec, input_sizes, read_trained
 from ..training.step import autocast
 from ..weights import WEIGHTS
 from .scores import class_table, confusion, one_class_scores, several_classes_scores
@@ -241,7 +241,6 @@ def evaluate(
     split: str | None = None,
     fold: int = 1,
     skip_missing: bool = False,
-    hold_out: float | None = None,
     windows: int | None = None,
     crops: int | None = None,
     batch_size: int = 4,
@@ -255,9 +254,8 @@ def evaluate(
     Args:
         model: a folder that ``finetune``, ``convert`` or ``Classifier.save_pretrained`` wrote.
         data, media, fold, skip_missing: see ``data.labels.open_labels``.
-        split: None: test, else val, else the only one. Where the data name no splits, it is the
-            share of each class that training held out.
-        hold_out: that share; None: the training's.
+        split: None: test, else val, else the only one. Where the data name no splits, those that
+            the model was trained on are left out then.
         windows, crops: views of each file; None: 4 x 3 of video, 4 of sound, 1 of a picture.
         sizes: frames, height, width, frames_per_second, samples, sample_rate_hz, where they are not
             the model's.
@@ -277,10 +275,16 @@ def evaluate(
     record = Record.read(folder)
     task = record.task if record else net.settings.modality
     labelled = open_labels(data, media=media, fold=fold, skip_missing=skip_missing)
-    share = hold_out if hold_out is not None else record.hold_out if record else 0.0
-    held = share > 0 and len(labelled.splits) == 1 and split is None
-    if held:
-        labelled = labelled.held_out(share)
+    trained = 0
+    if split is None and not labelled.names_splits and (marks := read_trained(folder)):
+        others = labelled.without(marks)
+        trained = len(labelled.examples) - len(others.examples)
+        if not others.examples:
+            raise ValueError(
+                f"the model was trained on all of {data}; name other media, or measure on these "
+                "with split train"
+            )
+        labelled = others
     split = split or evaluation_split(labelled)
     source = labelled.source(split, MODALITY[task], labels)
     default = record.input if record else {}
@@ -310,11 +314,11 @@ def evaluate(
             "media": None if media is None else str(media),
             "split": split,
             "fold": fold,
-            "hold_out": share if held else None,
+            "left_out_as_trained": trained,
             "labels_sha256": source.label_digest,
             "windows": windows,
             "crops": crops,
-            "input": _input(task, spec),
+            "input": input_sizes(task, spec),
             "batch_size": batch_size,
             "precision": "bf16" if autocast(precision, next(net.parameters()).device)._enabled
             else "fp32",
@@ -327,12 +331,6 @@ def evaluate(
         result["missing"] = len(labelled.missing)
     table = class_table(predictions.logits, targets, labels)
     return Evaluation(result, table, predictions, targets, labels)
-
-
-def _input(task: str, spec: ClipSpec) -> dict[str, Any]:
-    sound = ("samples", "sample_rate_hz")
-    pictures = ("frames", "height", "width", "frames_per_second")
-    return {name: getattr(spec, name) for name in (sound if task == "audio" else pictures)}
 
 
 def write_evaluation(found: Evaluation, out: str | os.PathLike) -> list[str]:

@@ -1,4 +1,4 @@
-"""Embedding a folder into one file, a batch at a time; may be killed at any time and continued."""
+"""Embedding all clips into one file, a batch at a time; may be killed and continued."""
 
 import dataclasses
 import hashlib
@@ -15,11 +15,14 @@ import torch
 from numpy.lib import format as npy
 
 from ..data.clips import ClipSpec
-from ..data.folder import CAPTIONS, folder_captions
 from ..data.loader import evaluation_clips
+from ..data.remote import size_and_time
+from ..data.source import Source
+from ..data.sources import open_source
 from ..encoding import embed_batch
 from ..files import replacing, write_text
 from ..model import VATT
+from ..training.distributed import Ranks
 
 _PLAN = "plan.json"
 
@@ -39,50 +42,83 @@ class Embedded:
 
 def embed_folder(
     model: VATT,
-    data: str | os.PathLike,
+    data: str | os.PathLike | Source,
     out: str | os.PathLike,
     *,
     batch_size: int = 32,
     windows: int = 1,
     pooled: bool = False,
     features: bool = False,
+    ranks: Ranks | None = None,
 ) -> Embedded:
-    """Embed every clip of a folder into an .npz file, which is whole or absent.
+    """Embed every clip of a folder, or of another source, into an .npz file: whole or absent.
 
     Each batch is written beside it, into ``<out>.parts``, so memory stays that of one batch. The
     same call after a kill goes on behind the last batch, if model, files and settings are the same;
     otherwise it begins anew. In the end the parts become the file and go.
 
     Args:
+        data: what ``open_source`` takes, or a ``Source``.
         windows, pooled, features: as in ``encoding.embed_batch``.
+        ranks: processes that divide the batches; all call, with a model each. Any number of them
+            may go on with what was begun.
 
     Raises:
         ValueError: an output that cannot be written, said before the work; settings that do not
             fit; and as ``evaluation_clips``.
         OSError: the disk is full; parts stay, and the same call goes on.
     """
-    out = checked_output(out)
-    if features and windows > 1:
-        raise ValueError("features belong to one window; leave windows at 1, or features out")
-    parts = out.with_name(out.name + ".parts")
-    settings = dict(batch_size=batch_size, windows=windows, pooled=pooled, features=features)
-    plan = json.dumps({"model": model_digest(model), "data": _data(Path(data)), **settings})
-    continued = _begin(parts, plan)
-    done = len(_parts(parts))
-    batches = evaluation_clips(
-        data,
-        ClipSpec.from_config(model.config),
-        vocabulary=model.vocabulary,
-        batch_size=batch_size,
-        windows=windows,
-        first=done,
-        with_empty=True,
-    )
-    for number, (found, files, skipped) in enumerate(
-        _embedded(model, batches, windows, pooled, features), done
-    ):
-        _write_part(parts, number, found, files, skipped)
-    return dataclasses.replace(_join(parts, out), continued=continued)
+    ranks = ranks or Ranks()
+    out = Path(out)
+    with ranks.together():
+        out = checked_output(out)
+        if features and windows > 1:
+            raise ValueError("features belong to one window; leave windows at 1, or features out")
+        source = open_source(data) if isinstance(data, str | os.PathLike) else data
+        parts = out.with_name(out.name + ".parts")
+        settings = dict(batch_size=batch_size, windows=windows, pooled=pooled, features=features)
+        plan = json.dumps({"model": model_digest(model), "data": _data(source), **settings})
+    ranks.require_alike({"work": plan})
+    with ranks.together():
+        continued = ranks.first and _begin(parts, plan)
+    ranks.any()  # the folder is there
+    batches = -(-len(source) // batch_size)
+    missing = [n for n in range(batches) if not _part(parts, n).exists()]
+    # while others write already, all must see the same
+    missing = ranks.firsts(missing)
+    mine = missing[ranks.rank * len(missing) // ranks.world :]
+    mine = mine[: (ranks.rank + 1) * len(missing) // ranks.world - (len(missing) - len(mine))]
+    for first, stop in _spans(mine):
+        found = evaluation_clips(
+            source,
+            ClipSpec.from_config(model.config),
+            vocabulary=model.vocabulary,
+            batch_size=batch_size,
+            windows=windows,
+            first=first,
+            stop=None if (first, stop) == (0, batches) else stop,
+            with_empty=True,
+        )
+        for number, one in enumerate(_embedded(model, found, windows, pooled, features), first):
+            _write_part(parts, number, *one)
+    with ranks.together():  # and all are done
+        pass
+    whole = Embedded(out, 0, {}, False)
+    with ranks.together():
+        if ranks.first:
+            whole = dataclasses.replace(_join(parts, out), continued=continued)
+    return ranks.firsts(whole)
+
+
+def _spans(numbers: list[int]) -> list[tuple[int, int]]:
+    """Runs of numbers one after the other: (first, last + 1)."""
+    spans: list[tuple[int, int]] = []
+    for number in numbers:
+        if spans and spans[-1][1] == number:
+            spans[-1] = (spans[-1][0], number + 1)
+        else:
+            spans.append((number, number + 1))
+    return spans
 
 
 def checked_output(out: str | os.PathLike) -> Path:
@@ -126,19 +162,19 @@ def model_digest(model: VATT) -> str:
     return digest.hexdigest()
 
 
-def _data(folder: Path) -> str:
-    """One number for a folder's files and captions."""
-    digest = hashlib.sha256()
-    for name in sorted({*folder_captions(folder)}):
-        digest.update(os.fsencode(name))
+def _data(source: Source) -> str:
+    """One number for a source's clips and captions, and for when its files were written."""
+    digest = hashlib.sha256(" ".join(map(str, source.identity)).encode())
+    last = None
+    for index in range(len(source)):
+        path = source.place(index).path
+        if path == last:  # the clips of a shard lie together
+            continue
+        last = path
         try:
-            status = (folder / name).stat()
+            digest.update(f"{size_and_time(path)}\n".encode())
         except OSError:
             continue  # it will be skipped and listed
-        digest.update(f"{status.st_size} {status.st_mtime_ns}\n".encode())
-    captions = folder / CAPTIONS
-    if captions.exists():
-        digest.update(captions.read_bytes())
     return digest.hexdigest()
 
 
@@ -156,19 +192,20 @@ def _begin(parts: Path, plan: str) -> bool:
     return bool(_parts(parts))
 
 
+def _part(parts: Path, number: int) -> Path:
+    return parts / f"{number:08d}.npz"
+
+
 def _parts(parts: Path) -> list[Path]:
-    """The parts written, from the first one on without a gap."""
-    found: list[Path] = []
-    while (path := parts / f"{len(found):08d}.npz").exists():
-        found.append(path)
-    return found
+    """The parts written."""
+    return sorted(parts.glob("[0-9]" * 8 + ".npz"))
 
 
 def _write_part(
     parts: Path, number: int, found: dict[str, np.ndarray], files: list[str], skipped: dict
 ) -> None:
     said = json.dumps({"files": files, "skipped": skipped})
-    with replacing(parts / f"{number:08d}.npz") as part:
+    with replacing(_part(parts, number)) as part:
         np.savez(part, allow_pickle=False, said=np.array(said), **found)
 
 

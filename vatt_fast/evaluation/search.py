@@ -1,4 +1,4 @@
-"""Searching a folder by sentences or a sound, and measuring how well that works (paper 4.4)."""
+"""Searching clips by sentences or a sound, and measuring how well that works (paper 4.4)."""
 
 import dataclasses
 import os
@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 
 from ..data.clips import ClipSpec
-from ..data.folder import composed
 from ..data.loader import evaluation_clips
-from ..data.source import Source
+from ..data.source import Captions, Source
 from ..data.sources import open_source
-from ..data.text import read_json, split_words
+from ..data.text import composed, read_json, split_words
 from ..encoding import Protocol, embed_batch, embed_sentences, without_known_words
 from ..model import VATT
+from ..training.distributed import Ranks
 from .queries import Queries
 from .retrieval import metrics_of_ranks, retrieval_ranks, top_k
 
@@ -27,18 +27,14 @@ WINDOWS = 4
 
 @dataclasses.dataclass(frozen=True)
 class EmbeddedFolder:
-    """The embeddings of a folder, or of another source: arrays (N, d), nan for a missing stream.
+    """Embeddings of a source's clips: arrays (N, d), nan for a missing stream.
 
-    Args:
-        files: names of the N examples.
-        numbers: (N,) their numbers in the source; those that cannot be read are not there.
-        seconds: (N, windows) where each window begins in its file.
-        skipped: names of what could not be read, and why.
+    ``files`` are their names. ``seconds`` are each clip's windows, (N, windows) of their beginnings
+    in its file. Embeddings are of unit norm but for protocol "cosines".
     """
 
     source: Source
     files: list[str]
-    numbers: np.ndarray
     video_va: np.ndarray
     video_vt: np.ndarray
     audio_va: np.ndarray
@@ -74,25 +70,34 @@ def read_folder(
     windows: int = WINDOWS,
     batch_size: int = 32,
     protocol: Protocol = "paper",
+    ranks: Ranks | None = None,
 ) -> EmbeddedFolder:
-    """Embed the video and sound of a folder or source.
+    """Embed the video and sound of what ``open_source`` takes, or of a ``Source``.
 
     Args:
         protocol: how a file's windows become one embedding. "paper": the mean of the raw ones,
             brought to unit norm. "cosines": the mean of unit vectors, so that a dot product is the
             mean of the windows' cosines; the release reports both.
+        ranks: processes that divide the batches; all call, and get the whole.
 
     Raises:
-        ValueError: as ``evaluation_clips``.
+        ValueError: as ``evaluation_clips``; batch_size below 1.
     """
-    spec = ClipSpec.from_config(model.config)
+    ranks = ranks or Ranks()
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; a batch has at least 1 clip")
     source = open_source(data) if isinstance(data, str | os.PathLike) else data
+    span: dict[str, int] = {}
+    if ranks.world > 1:
+        batches = -(-len(source) // batch_size)
+        first, stop = (batches * (ranks.rank + i) // ranks.world for i in (0, 1))
+        span = dict(first=first, stop=stop)
+    spec = ClipSpec.from_config(model.config)
     parts: dict[str, list[np.ndarray]] = defaultdict(list)
     files: list[str] = []
     skipped: dict[str, str] = {}
-    for batch in evaluation_clips(
-        source, spec, vocabulary=None, batch_size=batch_size, windows=windows, with_empty=True
-    ):
+    options: dict[str, Any] = dict(batch_size=batch_size, windows=windows, **span)
+    for batch in evaluation_clips(source, spec, vocabulary=None, with_empty=True, **options):
         skipped |= {one.file: one.reason for one in batch.skipped}
         if not len(batch):
             continue
@@ -103,12 +108,19 @@ def read_folder(
         found["seconds"] = batch.start_seconds.numpy().reshape(-1, windows)
         for name, value in found.items():
             parts[name].append(value)
-    arrays = {name: np.concatenate(values) for name, values in parts.items()}
-    number_of = {source.name(number): number for number in range(len(source))}
+    shares = ranks.all((files, skipped, dict(parts)))
+    files = [name for share in shares for name in share[0]]
+    skipped = {name: why for share in shares for name, why in share[1].items()}
+    names = dict.fromkeys(name for share in shares for name in share[2])
+    arrays = {
+        name: np.concatenate([one for share in shares for one in share[2].get(name, ())])
+        for name in names
+    }
+    if not files:
+        raise ValueError(f"none of the {len(skipped)} files of {source.label} can be read")
     return EmbeddedFolder(
         source,
         files,
-        np.array([number_of[name] for name in files]),
         arrays["z_video_va"],
         arrays["z_video_vt"],
         arrays["z_audio_va"],
@@ -133,13 +145,15 @@ def best_clips(query: np.ndarray, embeddings: np.ndarray, files: Sequence[str], 
     """
     seen = np.flatnonzero(np.isfinite(embeddings).all(1))
     if not seen.size:
-        raise ValueError("no clip of the folder has a picture to look for")
+        raise ValueError("no clip has a picture to look for")
     best = seen[top_k(query[None], embeddings[seen], min(top, seen.size))[0]]
     return {files[i]: round(float(query @ embeddings[i]), 4) for i in best}
 
 
-def measure(model: VATT, data: str | os.PathLike, folder: EmbeddedFolder) -> dict[str, Any]:
-    """Retrieval by a folder's own sentences and sounds: see ``directions`` and ``results_of``."""
+def measure(
+    model: VATT, data: str | os.PathLike | Source, folder: EmbeddedFolder
+) -> dict[str, Any]:
+    """Retrieval by the clips' own sentences and sounds: see ``directions`` and ``results_of``."""
     return results_of(*directions(model, data, folder))
 
 
@@ -153,13 +167,16 @@ def results_of(found: dict[str, Direction], left_out: dict[str, Any]) -> dict[st
 
 
 def directions(
-    model: VATT, data: str | os.PathLike, folder: EmbeddedFolder, queries: Queries | None = None
+    model: VATT,
+    data: str | os.PathLike | Source,
+    folder: EmbeddedFolder,
+    queries: Queries | None = None,
 ) -> tuple[dict[str, Direction], dict[str, Any]]:
-    """What a folder can be asked: text to video, audio to video, and both in reverse.
+    """What clips can be asked: text to video, audio to video, and both in reverse.
 
-    The sentences are those of an annotation file, or of queries.json, one a file, or else the
-    captions that lie in a window that was embedded: of a long file the others speak of what nobody
-    looked at. A video that has several sentences may find any of them.
+    The sentences are those of an annotation file, or of queries.json in the folder ``data``, one a
+    clip by its name, or else the captions that lie in a window that was embedded: of a long file
+    the others speak of what nobody looked at. A video with several sentences may find any of them.
 
     Args:
         queries: of an annotation file, whose clips are ``folder``'s.
@@ -173,14 +190,15 @@ def directions(
     left_out: dict[str, Any] = {}
     if folder.skipped:
         left_out["unreadable files"] = sorted(folder.skipped)
+    queries_file = _queries_file(data)
     if queries is not None:
         if queries.missing:
             left_out["videos that are not there"] = sorted(queries.missing)
         place_of = {name: i for i, name in enumerate(folder.files)}
         sentences = [(place_of[n], text) for n, text in queries.sentences if n in place_of]
         _note(left_out, "sentences of unreadable files", len(queries.sentences) - len(sentences))
-    elif (Path(data) / QUERIES).is_file():
-        sentences = _given_queries(Path(data) / QUERIES, folder, left_out)
+    elif queries_file is not None:
+        sentences = _given_queries(queries_file, folder, left_out)
     else:
         sentences = _captions_in_windows(model, folder, left_out)
     with_words = [(i, sentence) for i, sentence in sentences if split_words(sentence)]
@@ -208,7 +226,8 @@ def directions(
         )
     if not found:
         raise ValueError(
-            f"{data} has neither captions nor sound to query with; give --text or --audio"
+            f"{folder.source.label} has neither captions nor sound to query with; give --text or "
+            "--audio"
         )
     return found, left_out
 
@@ -240,6 +259,14 @@ def _both_ways(
     return {f"{asking}_to_{answering}": there, f"{answering}_to_{asking}": back}
 
 
+def _queries_file(data: str | os.PathLike | Source) -> Path | None:
+    """queries.json of a folder, where it has one; with "/**" the folder is the one named."""
+    if not isinstance(data, str | os.PathLike):
+        return None
+    path = Path(os.fspath(data).removesuffix("/**")) / QUERIES
+    return path if path.is_file() else None
+
+
 def _given_queries(
     path: Path, folder: EmbeddedFolder, left_out: dict[str, Any]
 ) -> list[tuple[int, str]]:
@@ -259,18 +286,24 @@ def _given_queries(
 def _captions_in_windows(
     model: VATT, folder: EmbeddedFolder, left_out: dict[str, Any]
 ) -> list[tuple[int, str]]:
+    source = folder.source
+    number_of = {source.name(number): number for number in range(len(source))}
     seconds = ClipSpec.from_config(model.config).seconds
     inside, outside = [], 0
-    for i, number in enumerate(folder.numbers):
-        captions = folder.source.captions(int(number))
-        starts = folder.seconds[i]
-        for (start, end), text in zip(captions.times, captions.texts, strict=True):
-            if ((start < starts + seconds) & (end >= starts)).any():
+    for i, name in enumerate(folder.files):
+        captions = source.captions(number_of[name])
+        for place, text in enumerate(captions.texts):
+            if _overlaps(captions, place, folder.seconds[i], seconds):
                 inside.append((i, text))
             else:
                 outside += 1
     _note(left_out, "captions outside the windows embedded", outside)
     return inside
+
+
+def _overlaps(captions: Captions, place: int, starts: np.ndarray, seconds: float) -> bool:
+    begins, ends = captions.times[place]
+    return bool(((begins < starts + seconds) & (ends >= starts)).any())
 
 
 def _note(left_out: dict[str, Any], what: str, count: int) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import os
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,7 +23,7 @@ from ..data.labels import LabelledData, LabelledSource, open_labels
 from ..data.loader import loader
 from ..data.order import VERSION as ORDER_VERSION
 from ..evaluation.classify import predict, scores_of
-from ..files import check_folder, link, only_writer, remove_litter
+from ..files import check_folder, link, only_writer, remove_litter, write_text
 from ..positions import resample_matrix
 from ..training.checkpoint import (
     CHECKPOINT,
@@ -41,11 +42,14 @@ from .settings import (
     FROM_SCRATCH,
     MODALITY,
     RECORD,
+    TRAINED,
     FineTuneConfig,
     Record,
     clip_spec,
     describe,
+    input_sizes,
     rate_of,
+    read_trained,
     sizes,
 )
 from .step import FineTuner, Update
@@ -76,6 +80,8 @@ def finetune(
         NonFiniteError: a loss or gradient is nan or infinite; the last checkpoint stays.
         OSError: a file could not be written; the last checkpoint stays.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("finetune runs as one process, on one device; start it without torchrun")
     out = Path(run.out)
     check_folder(out)
     with contextlib.ExitStack() as stack:
@@ -84,7 +90,7 @@ def finetune(
             stack.enter_context(_own(out))
         path = out / CHECKPOINT
         standing = read_standing(path) if path.exists() else None
-        labelled = _labelled(run)
+        labelled, named = _labelled(run)
         modality = MODALITY[run.task]
         source = labelled.source("train", modality)
         held = None
@@ -127,8 +133,12 @@ def finetune(
         if not owned:
             out.mkdir(parents=True, exist_ok=True)
             stack.enter_context(_own(out))
-        record = Record(run.task, run.loss or "softmax", _input(run, spec), run.hold_out,
-                        str(run.recipe))  # fmt: skip
+        record = Record(
+            run.task, run.loss or "softmax", input_sizes(run.task, spec), str(run.recipe)
+        )
+        if not named:
+            marks = labelled.marks("train") | read_trained(out)  # of a run that is continued
+            write_text(out / TRAINED, "\n".join(sorted(marks)) + "\n")
         _train(run, trainer, dataset, source, held, spec, now, record, progress)
     if dataset.skipped:
         reasons = "\n  ".join(list(dataset.skipped.values())[:5])
@@ -145,13 +155,13 @@ def _own(out: Path):
         yield
 
 
-def _labelled(run: FineTuneConfig) -> LabelledData:
-    """The data's splits, each class with a training example."""
+def _labelled(run: FineTuneConfig) -> tuple[LabelledData, bool]:
+    """The data in splits, each class with a training example; whether the data name the splits."""
     labelled = open_labels(run.data, media=run.media, fold=run.fold, skip_missing=run.skip_missing)
     if labelled.missing:
         print(f"{len(labelled.missing)} media of {run.data} are missing and left out")
-    if run.hold_out:
-        labelled = labelled.held_out(run.hold_out)
+    named = labelled.names_splits
+    labelled = labelled.held_out(run.hold_out)
     if labelled.missing:  # whole classes may be
         without = labelled.classes_without_training()
         if without:
@@ -166,7 +176,7 @@ def _labelled(run: FineTuneConfig) -> LabelledData:
         )
     if len(labelled.classes) < 2:
         raise ValueError(f"{run.data} has one class, {labelled.classes[0]!r}; add another one")
-    return labelled
+    return labelled, named
 
 
 def _check_same_run(path: Path, was: Standing, now: dict[str, Any]) -> None:
@@ -266,16 +276,17 @@ def _dataset(
 ) -> ClipDataset:
     drop = None
     if run.drop_rate:
-        # the other modality is not read; two patches, of which one stays
-        c = config.model
-        sizes: dict[str, Any] = dict(frames=spec.frames, height=spec.height, width=spec.width)
-        sizes |= dict(samples=spec.samples)
+        c, few = config.model, int(1 / (1 - run.drop_rate)) + 1
+        read: dict[str, Any] = dict(frames=spec.frames, height=spec.height, width=spec.width)
+        read["samples"] = spec.samples
+        # the other modality is not read: so few patches that one of them is kept
         if config.modality == "video":
-            sizes |= dict(samples=_patches_left(run.drop_rate) * c.audio_patch)
+            read["samples"] = few * c.audio_patch
         else:
-            frames, rows, columns = c.video_patch
-            sizes |= dict(frames=frames, height=rows, width=columns * _patches_left(run.drop_rate))
-        drop = DropToken(dataclasses.replace(c, **sizes), run.drop_rate, run.drop_per, shards=1)
+            frames, height, width = c.video_patch
+            read |= dict(frames=frames, height=height, width=width * few)
+        model = dataclasses.replace(c, **read)
+        drop = DropToken(model, run.drop_rate, run.drop_per, shards=1)
     size = int(run.batch_size or 0)
     if len(source) < size:
         warnings.warn(
@@ -293,20 +304,6 @@ def _dataset(
         drop_token=drop,
         augment=augment or augmentation(str(run.augment), spec.height, spec.width),
     )
-
-
-def _patches_left(drop_rate: float) -> int:
-    """So many patches that one is kept at least."""
-    return int(1 / (1 - drop_rate)) + 1
-
-
-def _input(run: FineTuneConfig, spec: ClipSpec) -> dict[str, Any]:
-    names = ("samples", "sample_rate_hz")
-    if run.task != "audio":
-        return {
-            name: getattr(spec, name) for name in ("frames", "height", "width", "frames_per_second")
-        }
-    return {name: getattr(spec, name) for name in names}
 
 
 # -- the steps -------------------------------------------------------------------------------------
@@ -329,7 +326,7 @@ def _train(
     bar = tqdm(
         total=steps, initial=start, desc="finetune", unit="step", disable=None if progress else True
     )
-    timer, saved, new_best = Timer(), start, False
+    saved, new_best = start, False
 
     def save(done: int) -> None:
         nonlocal standing, saved, new_best
@@ -362,9 +359,10 @@ def _train(
         stack.callback(loaded.close)
         with kept_from_children():
             batches = iter(loaded)
+        timer = Timer(lambda: loaded.waited_seconds)
         for done in range(start + 1, steps + 1):
             try:
-                with stop.waiting(), timer.waiting():
+                with stop.waiting():
                     batch = next(batches)
             except KeyboardInterrupt:
                 if done - 1 > saved:
@@ -456,8 +454,9 @@ def _save(
     record.write(out)
     if best:
         (out / BEST).mkdir(exist_ok=True)
-        for name in (WEIGHTS, CONFIG, LABELS, RECORD):
-            link(out / name, out / BEST / name)
+        for name in (WEIGHTS, CONFIG, LABELS, RECORD, TRAINED):
+            if (out / name).exists():
+                link(out / name, out / BEST / name)
     keep_earlier(out / CHECKPOINT, keep_last)
     trainer.save(out / CHECKPOINT, standing)
 

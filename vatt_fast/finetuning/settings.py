@@ -18,6 +18,8 @@ from ..training.schedule import Schedule, learning_rate
 Task = Literal["video", "audio", "image"]
 Loss = Literal["softmax", "balanced", "sigmoid"]
 RECORD = "finetune.json"
+# marks of the examples that a run was trained on, where the data name no splits
+TRAINED = "trained.txt"
 FROM_SCRATCH = "none"
 # of the tower that a task trains
 MODALITY: dict[str, str] = {"video": "video", "audio": "audio", "image": "video"}
@@ -305,13 +307,11 @@ class Record:
 
     Args:
         input: sizes by ``VATTConfig``'s names; a model may read another size than its tables'.
-        hold_out: the share of each class that training left out.
     """
 
     task: Task
     loss: Loss
     input: dict[str, Any]
-    hold_out: float
     recipe: str
 
     def write(self, folder: Path) -> None:
@@ -329,11 +329,23 @@ class Record:
             raise ValueError(f"{path} is damaged ({error}); delete it, or write it anew") from error
 
 
-def clip_spec(task: str, input_sizes: dict[str, Any], config: VATTConfig) -> ClipSpec:
+def input_sizes(task: str, spec: ClipSpec) -> dict[str, Any]:
+    """What a task reads of a file, under the names of ``ClipSpec``."""
+    names = _SIZES[4:] if task == "audio" else _SIZES[:4]
+    return {name: getattr(spec, name) for name in names}
+
+
+def read_trained(folder: Path) -> set[str]:
+    """Marks of the examples that a run was trained on; none where its data named splits."""
+    path = folder / TRAINED
+    return set(path.read_text(encoding="utf-8").split()) if path.is_file() else set()
+
+
+def clip_spec(task: str, given: dict[str, Any], config: VATTConfig) -> ClipSpec:
     """What is read of a file: one modality, the other as small as can be."""
     other: dict[str, Any] = dict(samples=1) if MODALITY[task] == "video" else {}
     if not other:
         # windows begin on a grid of 0.04 s
         other = dict(frames=1, height=1, width=1, frames_per_second=25.0)
-    values = dataclasses.asdict(ClipSpec.from_config(config)) | input_sizes | other
+    values = dataclasses.asdict(ClipSpec.from_config(config)) | given | other
     return ClipSpec(**values | dict(words=1, texts_per_clip=1))

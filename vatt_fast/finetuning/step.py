@@ -46,6 +46,7 @@ def initial_classifier(
     with torch.random.fork_rng():
         torch.manual_seed(run.seed)
         model = Classifier(config)
+        torch.manual_seed(run.seed)  # whatever was drawn for the tower
         layer = model.classifier
         nn.init.zeros_(layer.bias)
         if run.loss == "softmax":
@@ -115,7 +116,8 @@ class FineTuner:
             targets: (B, C) of 0 and 1.
         """
         run, modality = self.run, self.modality
-        torch.manual_seed(run.seed * 1_000_003 + step)  # a continued run draws the same dropout
+        if self._model.classifier_dropout or self._model.config.dropout:
+            torch.manual_seed(run.seed * 1_000_003 + step)  # a continued run draws the same
         x, valid = getattr(batch, modality), getattr(batch, f"{modality}_valid")
         keep = getattr(batch, f"{modality}_keep")
         x, valid, targets = (self._send(each) for each in (x, valid, targets))

@@ -114,26 +114,67 @@ def say_what_changed(path: Path, was: Standing, data: Data, arithmetic: dict[str
 
 
 def save_checkpoint(
-    path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, standing: Standing
+    path: Path,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    standing: Standing,
+    trained: torch.nn.Module | None = None,
+    write: bool = True,
 ) -> None:
-    """Write a model's and its optimizer's state. Raises OSError; then the old file is intact."""
-    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+    """Write a model's and its optimizer's state. Raises OSError; then the old file is intact.
+
+    Args:
+        trained: whose parameters the optimizer has, where ``model`` is a copy of it with whole
+            weights; then all processes must call.
+        write: this process does, and not only its part in joining shards.
+    """
+    parameters = (trained or model).named_parameters()
+    names: dict[Tensor, str] = {parameter: name for name, parameter in parameters}
     moments: dict[str, dict[str, Tensor]] = {}
     for parameter, state in optimizer.state.items():
         for key, value in state.items():
-            moments.setdefault(key, {})[names[parameter]] = value
-    write_state(path, model.state_dict(), moments, standing)
+            joined = whole(value)
+            if write:
+                moments.setdefault(key, {})[names[parameter]] = joined
+    if write:
+        write_state(path, model.state_dict(), moments, standing)
 
 
 def load_checkpoint(path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Restore what ``save_checkpoint`` wrote. Raises ValueError as ``read_state`` does."""
+    """Restore what ``save_checkpoint`` wrote, in shards where ``model`` lies in shards.
+
+    Raises ValueError as ``read_state`` does.
+    """
     weights, moments = read_state(path)
-    load_weights(model, weights, source=str(path))
+    like = model.state_dict()
+    placed = {name: as_sharded(value, like.get(name)) for name, value in weights.items()}
+    load_weights(model, placed, source=str(path))
     parameters = dict(model.named_parameters())
     for key, values in moments.items():
         for name, value in values.items():
             owner = parameters[name]
-            optimizer.state[owner][key] = value.to(owner.device)  # a fused Adam's step counter too
+            value = value.to(owner.device)  # a fused Adam's step counter too
+            optimizer.state[owner][key] = as_sharded(value, owner) if value.ndim else value
+
+
+def is_sharded(value: Any) -> bool:
+    """Whether it is a DTensor; their module is not imported for that."""
+    return hasattr(value, "full_tensor")
+
+
+def whole(value: Any) -> Tensor:
+    """A tensor with all of its shards, on the CPU if it had some; all processes must call."""
+    return value.full_tensor().cpu() if is_sharded(value) else value
+
+
+def as_sharded(value: Tensor, like: Any) -> Tensor:
+    """This process's shard of a whole tensor, which all processes have, where ``like`` has one."""
+    if not is_sharded(like) or value.shape != like.shape:
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    mesh, placements = like.device_mesh, like.placements
+    return distribute_tensor(value.to(like.device), mesh, placements, src_data_rank=None)
 
 
 def write_state(

@@ -2,7 +2,7 @@
 
 import os
 
-from ..data.folder import folder_captions
+from ..data.source import Source
 from ..evaluation.search import measure, read_folder
 from ..model import VATT
 
@@ -11,20 +11,20 @@ BEST_BY = {"text_to_video": "text_to_video_r10", "audio_to_video": "audio_to_vid
 _KINDS = ("text_to_video", "audio_to_video")
 
 
-def require_held_out_clips(folder: str | os.PathLike) -> None:
-    """Raises ValueError where ``folder`` holds no media, or captions that cannot be read."""
-    folder_captions(folder)
-
-
-def evaluate(model: VATT, folder: str | os.PathLike) -> dict[str, float]:
-    """text_to_video_r1, ..., audio_to_video_median_rank: those that the folder has queries for.
+def evaluate(
+    model: VATT, data: str | os.PathLike | Source, source: Source | None = None
+) -> dict[str, float]:
+    """text_to_video_r1, ..., audio_to_video_median_rank: those that there are queries for.
 
     The model's weights and statistics stay what they are.
+
+    Args:
+        data: as ``measure``. source: what it opens as, to open it once.
 
     Raises:
         ValueError: as ``measure``.
     """
-    found = measure(model, folder, read_folder(model, folder))
+    found = measure(model, data, read_folder(model, source or data))
     return {
         f"{kind}_{name}": float(value)
         for kind in _KINDS

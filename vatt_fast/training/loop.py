@@ -2,6 +2,8 @@
 
 import contextlib
 import dataclasses
+import hashlib
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -37,7 +39,8 @@ from .checkpoint import (
     read_standing,
     say_what_changed,
 )
-from .evaluate import BEST_BY, evaluate, require_held_out_clips
+from .distributed import Ranks, agreed, check_settings, joined
+from .evaluate import BEST_BY, evaluate
 from .loggers import make_loggers
 from .metrics import METRICS, FiniteWatch, MetricsLog, NonFiniteError, Timer
 from .report import REPORT, Report
@@ -45,8 +48,9 @@ from .settings import PretrainConfig, describe, rate_of, resolved, sizes
 from .step import TorchTrainer, Trainer
 from .stopping import StopRequests, kept_from_children, obey_the_parent_alone
 
-BEST, INDEX = "best", "index"
+BEST, INDEX, EVAL_INDEX = "best", "index", "eval_index"
 _STEPS_TO_FIND_A_PAIR = 20
+_WAIT_FOR_WORKERS = (0.5, 1, 2, 4, 0)  # seconds
 
 __all__ = [
     "BEST",
@@ -83,39 +87,76 @@ def pretrain(
         ValueError: settings out of range, unreadable data, an output folder of another run, one
             that another process writes to, or one that cannot be.
         NonFiniteError: a loss or gradient is nan or infinite; the last checkpoint stays.
-        OSError: a file could not be written; the last checkpoint stays.
+        OSError: a file could not be written, or another rank is gone or silent; the last checkpoint
+            stays.
     """
+    with joined(run.device, run.patience, run.framework) as ranks:
+        check_settings(ranks, run)
+        return _pretrain(run, ranks, model_config, augment, progress and ranks.first)
+
+
+def _pretrain(
+    run: PretrainConfig,
+    ranks: Ranks,
+    model_config: VATTConfig | None,
+    augment: ClipAugment | Callable[[Key, np.ndarray], np.ndarray] | None,
+    progress: bool,
+) -> VATT:
     out = Path(run.out)
-    check_folder(out)
-    if run.eval_data is not None:
-        require_held_out_clips(run.eval_data)
-    if resolved(run.warmup_steps) >= run.steps:
+    if ranks.first and resolved(run.warmup_steps) >= run.steps:
         warnings.warn(
             f"warmup_steps {run.warmup_steps} >= steps {run.steps}: "
             f"the learning rate never reaches {run.learning_rate:g}",
-            stacklevel=2,
+            stacklevel=3,
         )
     with contextlib.ExitStack() as stack:
-        owned = out.is_dir()
-        if owned:
-            stack.enter_context(_own(out))
-        standing = read_standing(out / CHECKPOINT) if (out / CHECKPOINT).exists() else None
-        # before a framework that must not be forked
-        source = open_source(run.data, index_folder=out / INDEX, workers=run.workers)
-        config, vocabulary, weights = _beginning(run, model_config, out, standing, source)
+        owned, held_out = False, None
+        with ranks.together():
+            if ranks.first:
+                check_folder(out)
+                if out.is_dir():
+                    owned = stack.enter_context(_own(out, ranks))
+                if run.eval_data is not None:
+                    held_out = open_source(
+                        run.eval_data, index_folder=out / EVAL_INDEX, workers=run.workers
+                    )
+        for turn in (True, False):  # the first rank writes an index that the others read
+            with ranks.together():
+                if ranks.first == turn:
+                    standing = None
+                    if (out / CHECKPOINT).exists():
+                        standing = read_standing(out / CHECKPOINT)
+                    # before a framework that must not be forked
+                    source = open_source(run.data, index_folder=out / INDEX, workers=run.workers)
+                    found = _beginning(run, model_config, out, standing, source)
+            if ranks.world == 1:
+                break
+        config, vocabulary, weights = found
         augment, named = _augmentation(run, config, augment)
         settings = describe(run, config) | {"augment": named}
         if standing is not None:
             check_same_run(out / CHECKPOINT, standing, settings)
-        trainer = _trainer(run, config, vocabulary, weights)
+        data = Data(*source.identity)
+        ranks.require_alike(
+            {
+                "settings": settings,
+                "data": data._asdict(),
+                "words": hashlib.sha256("\n".join(vocabulary.words).encode()).hexdigest()[:12],
+                "checkpoint of step": None if standing is None else standing.step,
+            }
+        )
+        trainer = _trainer(run, config, vocabulary, weights, ranks)
         # a continued run keeps the draws that it began with, on whatever devices
         began = (standing.arithmetic if standing is not None else None) or {}
-        shards = began.get("devices that draw", trainer.devices)
+        shards = run.drop_draws or trainer.devices * ranks.world
+        shards = began.get("devices that draw", shards)
         dataset = ClipDataset(
             source,
             ClipSpec.from_config(config),
             vocabulary=vocabulary,
-            batch_size=run.batch_size,
+            batch_size=run.batch_size // ranks.world,
+            rank=ranks.rank,
+            world=ranks.world,
             seed=run.seed,
             shuffle_captions=run.shuffle_captions,
             cache_dir=run.cache,
@@ -123,31 +164,42 @@ def pretrain(
             augment=augment,
         )
         if len(dataset.source) < run.batch_size:
+            if ranks.world > 1:
+                error = ValueError(
+                    f"{run.data} has {len(dataset.source)} files, fewer than the batch of "
+                    f"{run.batch_size} clips on {ranks.world} ranks: take a smaller batch_size"
+                )
+                raise agreed(error, ranks)
             warnings.warn(
                 f"{run.data} has {len(dataset.source)} files, fewer than batch_size "
                 f"{run.batch_size}: a batch holds files several times, each its own negative",
-                stacklevel=2,
+                stacklevel=3,
             )
-        data = Data(*source.identity)
         arithmetic = {"precision": trainer.precision, "devices that draw": shards}
         arithmetic["order of clips"] = ORDER_VERSION
         now = Standing(0, settings, data, arithmetic)
         if standing is not None:
-            say_what_changed(out / CHECKPOINT, standing, data, arithmetic)
-            trainer.restore(out / CHECKPOINT, standing.step)
+            if ranks.first:
+                say_what_changed(out / CHECKPOINT, standing, data, arithmetic)
+            with ranks.together():
+                trainer.restore(out / CHECKPOINT, standing.step)
             now = now._replace(
                 step=standing.step,
                 best_loss=standing.best_loss,
                 best_retrieval=standing.best_retrieval,
             )
-        if not owned:
-            out.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(_own(out))
+        with ranks.together():
+            if ranks.first and not owned:
+                out.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(_own(out, ranks))
         report = Report(run, settings, config, vocabulary, source, augment)
-        _train(run, trainer, dataset, now, report, progress)
-    if dataset.skipped:
-        reasons = "\n  ".join(list(dataset.skipped.values())[:5])
-        count = len(dataset.skipped)
+        _train(run, ranks, trainer, dataset, held_out, now, report, progress)
+    skipped: dict[str, str] = {}
+    for one in ranks.all(dict(dataset.skipped)):
+        skipped |= one
+    if skipped and ranks.first:
+        reasons = "\n  ".join(list(skipped.values())[:5])
+        count = len(skipped)
         print(f"{count} media files could not be read, others stood in for them:\n  {reasons}")
     return trainer.model().eval()
 
@@ -165,27 +217,38 @@ def _augmentation(
 
 
 @contextlib.contextmanager
-def _own(out: Path) -> Iterator[None]:
-    """The run folder for this process alone, without what a killed one left there."""
-    with only_writer(out):
+def _own(out: Path, ranks: Ranks) -> Iterator[bool]:
+    """The run folder for this process alone, without what a killed one left there; True."""
+    with contextlib.ExitStack() as stack:
+        for seconds in _WAIT_FOR_WORKERS if ranks.world > 1 else (0,):
+            try:
+                stack.enter_context(only_writer(out))
+                break
+            except ValueError:
+                # workers of a rank that was killed are still at a clip
+                if seconds == _WAIT_FOR_WORKERS[-1] or ranks.world == 1:
+                    raise
+                time.sleep(seconds)
         remove_litter(out)
-        yield
+        yield True
 
 
 def _train(
     run: PretrainConfig,
+    ranks: Ranks,
     trainer: Trainer,
     dataset: ClipDataset,
+    held_out: Source | None,
     standing: Standing,
     report: Report,
     progress: bool,
 ) -> None:
     """The steps from ``standing`` on, and all that is written meanwhile."""
     out, start = Path(run.out), standing.step
-    stop, watch, losses = StopRequests(), FiniteWatch(), _Mean()
+    stop, watch, losses = StopRequests(ranks.world > 1), FiniteWatch(), _Mean()
     shown = None if progress else True  # None: on a terminal
     bar = tqdm(total=run.steps, initial=start, desc="pretrain", unit="step", disable=shown)
-    timer, saved, paired, new_best = Timer(), start, False, False
+    saved, paired, new_best = start, False, False
 
     def save(done: int) -> None:
         nonlocal standing, saved, new_best
@@ -195,46 +258,72 @@ def _train(
         standing = standing._replace(step=done, best_loss=loss if lower else standing.best_loss)
         try:
             best, new_best = lower if run.best_by == "loss" else new_best, False
-            _save(out, trainer, standing, best, run.keep_last)
+            model = trainer.model()
+            with ranks.together():
+                if ranks.first:
+                    _save(out, model, best, run.keep_last)
+            with ranks.together():
+                trainer.save(out / CHECKPOINT, model, standing)
             saved = done
-            report.write()
+            with ranks.together():
+                if ranks.first:
+                    report.write()
         except OSError as error:
             intact = f"the checkpoint of step {saved} is intact" if saved else "no checkpoint yet"
-            raise OSError(
+            told = OSError(
                 f"{error}; {intact}: make room, and the same command continues from there"
-            ) from error
+            )
+            raise (agreed(told, ranks) if hasattr(error, "agreed") else told) from error
         if progress and bar.disable:  # a log file has no bar
             print(f"step {done} of {run.steps} saved, mean loss {loss:.4g}", flush=True)
 
     with contextlib.ExitStack() as stack:
-        loggers = make_loggers(run.loggers, out, start, standing.run)
-        logger = stack.enter_context(contextlib.closing(MetricsLog(out, start, loggers)))
+        with ranks.together():
+            if ranks.first:
+                loggers = make_loggers(run.loggers, out, start, standing.run)
+                logger = stack.enter_context(contextlib.closing(MetricsLog(out, start, loggers)))
         stack.enter_context(bar)
         stack.enter_context(stop)
         loaded = _loader(run, trainer, dataset, start)
         stack.callback(loaded.close)
-        with kept_from_children():
+        with ranks.together(), kept_from_children():
             batches = iter(loaded)
+        timer = Timer(lambda: loaded.waited_seconds)
         for done in range(start + 1, run.steps + 1):
+            batch, error = None, None
             try:
-                with stop.waiting(), timer.waiting():
+                with stop.waiting():
                     batch = next(batches)
             except KeyboardInterrupt:
+                pass
+            except (ValueError, OSError) as met:
+                error = met
+            # ranks stop at one step, and fail together
+            stopping, failed, paired = ranks.any(
+                batch is None and error is None,
+                error is not None,
+                paired or (batch is not None and has_a_pair(batch)),
+            )
+            if failed:
+                ranks.fail(error)
+            if stopping:
                 if done - 1 > saved:
                     save(done - 1)
-                raise _stopped(done - 1) from None
-            paired |= has_a_pair(batch)
+                raise agreed(_stopped(done - 1), ranks)
+            assert batch is not None
             if not paired and done - start >= min(_STEPS_TO_FIND_A_PAIR, dataset.steps_per_epoch):
-                raise ValueError(
+                error = ValueError(
                     f"none of the first {(done - start) * run.batch_size} clips of {run.data} has "
                     "video with sound, or video with a caption: there is nothing to learn from"
                 )
+                raise agreed(error, ranks)
             rate = rate_of(run, done - 1)
-            loss, norm, cosines = trainer.step(batch, done - 1, rate)
+            with ranks.answering():
+                loss, norm, cosines = trainer.step(batch, done - 1, rate)
             try:
                 watch.add(done, batch.files, {"loss": loss.total, "gradient norm": norm})
                 losses.add(loss.total)
-                timer.step(len(batch))
+                timer.step(run.batch_size)
                 bar.update()
                 values: dict[str, float] = {}
                 if done % run.log_every == 0 or done == run.steps:
@@ -243,13 +332,17 @@ def _train(
                         "gradient_norm": float(norm),
                         **{name: float(value) for name, value in cosines.items()},
                         "temperature": trainer.temperature(),
-                        "skipped_files": len(dataset.skipped),
-                        **timer.take(),
+                        "skipped_files": ranks.total(len(dataset.skipped)),
+                        **timer.take(ranks.largest),
                     }
                     bar.set_postfix(_shown(values))
                 if run.eval_every is not None and (done % run.eval_every == 0 or done == run.steps):
                     watch.check()
-                    found = evaluate(trainer.model(), resolved(run.eval_data))
+                    model, found = trainer.model(), {}
+                    with ranks.together():
+                        if ranks.first:
+                            found = evaluate(model, resolved(run.eval_data), held_out)
+                    found = ranks.firsts(found)
                     values |= found
                     score = found.get(BEST_BY.get(run.best_by, ""))
                     new_best = score is not None and (
@@ -258,24 +351,18 @@ def _train(
                     if new_best:
                         standing = standing._replace(best_retrieval=score)
                     timer.reset()
-                if values:
+                if values and ranks.first:
                     logger.write(done, values)
-                if (
-                    done % run.checkpoint_every == 0
-                    or done == run.steps
-                    or stop.requested
-                    or new_best
-                ):
+                if done % run.checkpoint_every == 0 or done == run.steps or new_best:
                     save(done)
             except NonFiniteError as error:
                 intact = (
                     f"{out / CHECKPOINT} of step {saved} stays" if saved else "nothing is saved"
                 )
-                raise NonFiniteError(
+                told = NonFiniteError(
                     f"{error}; {intact}: lower the learning rate, or look at these files"
-                ) from None
-            if stop.requested and done < run.steps:
-                raise _stopped(done)
+                )
+                ranks.fail(told)
 
 
 def has_a_pair(batch: Batch) -> bool:
@@ -294,19 +381,17 @@ def _loader(run: PretrainConfig, trainer: Trainer, dataset: ClipDataset, start: 
     return loader(dataset, start, run.steps, run.workers, **options)
 
 
-def _save(out: Path, trainer: Trainer, standing: Standing, best: bool, keep_last: int) -> None:
-    """The model's files first, the checkpoint last.
+def _save(out: Path, model: VATT, best: bool, keep_last: int) -> None:
+    """The model's files, before the checkpoint.
 
     Whoever continues after a kill in between comes by here again.
     """
-    model = trainer.model()
     save_model(model, out)
     if best:
         (out / BEST).mkdir(exist_ok=True)
         for name in (WEIGHTS, CONFIG, VOCABULARY):
             link(out / name, out / BEST / name)
     keep_earlier(out / CHECKPOINT, keep_last)
-    trainer.save(out / CHECKPOINT, model, standing)
 
 
 def _shown(values: dict[str, float]) -> dict[str, str]:
@@ -347,6 +432,7 @@ def _trainer(
     config: VATTConfig,
     vocabulary: Vocabulary,
     weights: dict[str, Tensor] | None,
+    ranks: Ranks,
 ) -> Trainer:
     if run.framework == "jax":
         if not has_a_tpu():
@@ -359,8 +445,8 @@ def _trainer(
             raise ValueError(
                 f"framework 'jax' needs {error.name}: pip install 'vatt_fast[jax]'"
             ) from error
-        return JaxTrainer(run, config, vocabulary, weights)
-    return TorchTrainer(run, config, vocabulary, weights)
+        return JaxTrainer(run, config, vocabulary, weights, ranks)
+    return TorchTrainer(run, config, vocabulary, weights, ranks)
 
 
 def _beginning(

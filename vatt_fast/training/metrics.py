@@ -1,12 +1,11 @@
 """What a run tells of itself: metrics.jsonl, times, the spread of embeddings, the stop at a nan."""
 
-import contextlib
 import json
 import math
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,35 +54,41 @@ def read_metrics(path: str | os.PathLike) -> list[dict[str, float | None]]:
 
 
 class Timer:
-    """Where a run's time goes between two logged steps."""
+    """Where a run's time goes between two logged steps.
 
-    def __init__(self) -> None:
+    Args:
+        waited: seconds that its batches were waited for so far, as ``ClipLoader`` counts them.
+    """
+
+    def __init__(self, waited: Callable[[], float]) -> None:
+        self._waited = waited
         self.reset()
 
     def reset(self) -> None:
-        self._began, self._waited, self._steps, self._clips = time.perf_counter(), 0.0, 0, 0
-
-    @contextlib.contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Within, the run waits for its next batch."""
-        began = time.perf_counter()
-        try:
-            yield
-        finally:
-            self._waited += time.perf_counter() - began
+        self._began, self._before = time.perf_counter(), self._waited()
+        self._steps = self._clips = 0
 
     def step(self, clips: int) -> None:
         self._steps += 1
         self._clips += clips
 
-    def take(self) -> dict[str, float]:
-        """Clips a second, and seconds a step in all and waiting for data, since the last time."""
+    def take(
+        self, over_ranks: Callable[[dict[str, float]], dict[str, float]] = lambda x: x
+    ) -> dict[str, float]:
+        """Clips a second, and seconds a step in all and waiting for data, since the last time.
+
+        Args:
+            over_ranks: each value's largest on any rank.
+        """
         seconds = time.perf_counter() - self._began
-        found = {
-            "clips_per_second": self._clips / seconds,
-            "step_seconds": seconds / self._steps,
-            "data_wait_seconds": self._waited / self._steps,
-        }
+        slowest = over_ranks(
+            {
+                "step_seconds": seconds / self._steps,
+                "data_wait_seconds": (self._waited() - self._before) / self._steps,
+            }
+        )
+        clips = self._clips / self._steps
+        found = {"clips_per_second": clips / slowest["step_seconds"], **slowest}
         self.reset()
         return found
 

@@ -8,10 +8,11 @@ import base64
 import html
 import importlib.metadata
 import io
+import itertools
 import json
 import math
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,8 @@ import torch
 
 from ..config import VATTConfig
 from ..data.augment import Box, ClipAugment, Key, crop_frames
-from ..data.clips import ClipSpec
-from ..data.loader import evaluation_clips
+from ..data.clips import Batch, ClipSpec, spread, to_batch
+from ..data.dataset import ClipFolder
 from ..data.media import MediaError
 from ..data.source import Source
 from ..data.text import Vocabulary
@@ -31,6 +32,7 @@ from .settings import PretrainConfig
 
 REPORT = "report.html"
 _CLIPS = 6  # on the contact sheet
+_TRIED = 50  # clips, until so many are found that can be read
 _FRAMES = 4  # shown of each
 _HIGHEST = 128  # pixels of a shown frame
 _POINTS = 400  # of a curve
@@ -148,17 +150,13 @@ class Report:
             found.append(f"<h3>{title}</h3><table><tr><th>step</th>{heads}</tr>{rows}</table>")
         if found:
             return f"<p>On {html.escape(str(self.run.eval_data))}.</p>" + "".join(found)
-        return "<p>Not measured; --eval-data names a folder of held-out clips.</p>"
+        return "<p>Not measured; --eval-data names held-out clips.</p>"
 
     def _contact_sheet(self) -> str:
-        """The first clips: frames of the file, and of what a step sees."""
-        spec = ClipSpec.from_config(self.config)
+        """The first clips of each source: frames of the file, and of what a step sees."""
         try:
-            batches = evaluation_clips(
-                self.source, spec, vocabulary=self.vocabulary, batch_size=_CLIPS
-            )
-            batch = next(batches)
-        except (MediaError, StopIteration) as error:
+            batch = self._first_clips()
+        except MediaError as error:
             return f"<p>None can be shown: {html.escape(str(error))}</p>"
         figures = []
         for row, file in enumerate(batch.files):
@@ -177,9 +175,29 @@ class Report:
             )
         below = ", below it augmented" if self.augment is not None else ""
         return (
-            f"<p>The middle of the first files{below}; captions in the model's words.</p>"
+            f"<p>The middle of the first clips{below}; captions in the model's words.</p>"
             f'<div class="clips">{"".join(figures)}</div>'
         )
+
+    def _first_clips(self) -> Batch:
+        """Raises MediaError where none of the first ones can be read."""
+        clips = ClipFolder(
+            self.source, ClipSpec.from_config(self.config), vocabulary=self.vocabulary
+        )
+        arrays, names = clips.empty_batch(_CLIPS), list[str]()
+        error: MediaError | None = None
+        for example in itertools.islice(_in_turn(list(map(len, clips.parts))), _TRIED):
+            try:
+                clips.read_into(arrays, [len(names)], example, lambda count: spread(count, 1))
+            except MediaError as found:
+                error = error or found
+                continue
+            names.append(self.source.name(example))
+            if len(names) == _CLIPS:
+                break
+        if not names:
+            raise error or MediaError(f"{self.source.label} has no clips")
+        return to_batch({name: values[: len(names)] for name, values in arrays.items()}, names, ())
 
     def _augmented(self, video: torch.Tensor, row: int) -> torch.Tensor:
         assert self.augment is not None
@@ -187,6 +205,15 @@ class Report:
         box = self.augment.crop(key, height, width)
         video = video.clone() if box is None else crop_frames(video, box, height, width)
         return torch.from_numpy(self.augment.frames(key, video.contiguous().numpy()))
+
+
+def _in_turn(counts: Sequence[int]) -> Iterator[int]:
+    """The examples of several sources, the first of each, then the second of each, and so on."""
+    starts = [0, *itertools.accumulate(counts)]
+    for place in range(max(counts)):
+        yield from (
+            start + place for start, count in zip(starts, counts, strict=False) if place < count
+        )
 
 
 def _row(line: Mapping[str, Any], kind: str) -> str:

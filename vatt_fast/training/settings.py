@@ -24,6 +24,9 @@ _FREE = (
     "recompute",
     "compile",
     "micro_batch",
+    "strategy",
+    "drop_draws",  # the checkpoint holds it
+    "patience",
     "device",
     "log_every",
     "checkpoint_every",
@@ -35,7 +38,6 @@ _FREE = (
     "eval_data",
     "eval_every",
     "best_by",
-    "compile",
 )
 # settings younger than some checkpoints, whose default is not what those runs did
 _ONCE = {"augment": NOTHING}
@@ -110,6 +112,16 @@ class PretrainConfig:
     framework: Literal["torch", "jax"] = "torch"  # jax: all devices of this host share the batch
     shard_weights: bool = False  # jax: weights and Adam's state lie in shards over the devices
 
+    # torch, several processes (torchrun): ddp: each holds all weights; fsdp2: weights, gradients
+    # and Adam's state lie in shards; auto: ddp where they fill a quarter of the device at most
+    strategy: Literal["auto", "ddp", "fsdp2"] = "auto"
+
+    # draws of DropToken that the clips of a step share, so many parts of it each; None: one a
+    # device. Another number of devices keeps what the run began with
+    drop_draws: int | None = None
+
+    patience: int = 600  # seconds that a process waits for the others before it says who is silent
+
     # what the backward pass computes again instead of keeping it: blocks, of which only the inputs
     # stay; or ops (torch), all of them but attention
     recompute: Recompute = "none"
@@ -131,7 +143,7 @@ class PretrainConfig:
     # metrics.jsonl is always written
     loggers: str | None = None
 
-    eval_data: str | None = None  # folder of held-out clips on which retrieval is measured
+    eval_data: str | None = None  # held-out clips, as data, on which retrieval is measured
     eval_every: int | None = None  # steps; None: checkpoint_every, where eval_data is given
 
     # what best/ is the best by: the mean loss between two checkpoints, or R@10 on eval_data
@@ -146,11 +158,19 @@ class PretrainConfig:
         object.__setattr__(self, "augment", parts_of(self.augment, self.recipe))
         names_of(self.loggers)
         self._check_evaluation()
-        least = dict.fromkeys(("steps", "log_every", "checkpoint_every", "keep_last"), 1)
+        names = ("steps", "log_every", "checkpoint_every", "keep_last", "patience")
+        least = dict.fromkeys(names, 1)
         least |= {"batch_size": 2, "max_words": 1}  # one clip has no negative: no gradient either
         for name, value in least.items():
             if getattr(self, name) < value:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {value}")
+        if self.drop_draws is not None and (
+            self.drop_draws < 1 or self.batch_size % self.drop_draws
+        ):
+            raise ValueError(
+                f"drop_draws is {self.drop_draws}; it divides batch_size, which is "
+                f"{self.batch_size}"
+            )
         for name in ("warmup_steps", "workers", "seed"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must not be negative")
@@ -175,6 +195,8 @@ class PretrainConfig:
             raise ValueError("shard_weights belongs to framework 'jax'; leave it out")
         if self.framework == "jax" and self.compile != "off":
             raise ValueError("compile belongs to framework 'torch'; jax always compiles its step")
+        if self.framework == "jax" and self.strategy != "auto":
+            raise ValueError("strategy belongs to framework 'torch'; jax has shard_weights")
         if self.framework == "jax" and self.recompute == "ops":
             raise ValueError("recompute 'ops' belongs to framework 'torch'; jax has 'blocks'")
         if self.micro_batch is not None:
@@ -187,7 +209,7 @@ class PretrainConfig:
         if self.eval_data is None:
             asked = self.eval_every is not None and "eval_every"
             if asked := asked or (self.best_by != "loss" and f"best_by {self.best_by!r}"):
-                raise ValueError(f"{asked} needs held-out clips; name their folder: eval_data")
+                raise ValueError(f"{asked} needs held-out clips; name them: eval_data")
         elif self.eval_every is None:
             object.__setattr__(self, "eval_every", self.checkpoint_every)
         elif self.eval_every < 1:

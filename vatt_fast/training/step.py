@@ -1,13 +1,16 @@
 """One training step of the torch model, and the trainer that runs it."""
 
 import contextlib
+import inspect
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
+from .. import collectives
 from ..config import VATTConfig
 from ..data.clips import Batch
 from ..data.text import PADDING, UNKNOWN, Vocabulary
@@ -16,12 +19,19 @@ from ..kernels.dispatch import native_bf16
 from ..large_batch import backward_in_micro_batches
 from ..losses import VATTLoss, vatt_loss
 from ..model import VATT, VATTOutput
+from ..sharding import shard
 from ..weights import load_weights
-from .checkpoint import Standing, load_checkpoint, save_checkpoint
+from .checkpoint import Standing, is_sharded, load_checkpoint, save_checkpoint, whole
+from .distributed import Ranks
 from .metrics import mean_cosines
 from .settings import BETAS, PretrainConfig, resolved
 
 _KEEPS = ("video_keep", "audio_keep")
+# buffers are alike; torch 2.13 renamed the argument
+_NAMES = inspect.signature(DistributedDataParallel).parameters
+_WITHOUT_BUFFERS: dict[str, Any] = {
+    "forward_sync_buffers" if "forward_sync_buffers" in _NAMES else "broadcast_buffers": False
+}
 
 
 class Update(NamedTuple):
@@ -52,14 +62,14 @@ class Trainer(Protocol):
     def temperature(self) -> float: ...
 
     def save(self, path: Path, model: VATT, standing: Standing) -> None:
-        """Write a checkpoint of ``model()`` and the optimizer."""
+        """Write a checkpoint of ``model()`` and the optimizer; all ranks call, the first writes."""
 
     def model(self) -> VATT:
-        """As it stands."""
+        """As it stands; all ranks call."""
 
 
 class TorchTrainer:
-    """The torch model on one device."""
+    """The torch model on this rank's device, alike on all ranks or in shards over them."""
 
     devices = 1
     start_method: str | None = None
@@ -70,14 +80,28 @@ class TorchTrainer:
         config: VATTConfig,
         vocabulary: Vocabulary,
         weights: Mapping[str, Tensor] | None = None,
+        ranks: Ranks | None = None,
     ):
-        self.run, self.device = run, pick_device(run.device)
+        self.ranks = ranks = ranks or Ranks(device=run.device)
+        self.run, self.device = run, pick_device(ranks.device)
         self.pin_memory = self.device.type == "cuda"
         self.autocast = autocast(run.precision, self.device)
         self.precision = "bf16" if self.autocast._enabled else "fp32"
         model = initial_model(config, vocabulary, run.seed, weights)
         model.set_execution(recompute=run.recompute, compile=run.compile)
         self._model = model.to(self.device).train()
+        self._vocabulary = vocabulary
+        self._replicas: Any = self._model  # what is called
+        if ranks.world > 1 and _strategy(run, self._model) == "fsdp2":
+            self._replicas = shard(self._model)
+        elif ranks.world > 1:
+            self._replicas = DistributedDataParallel(
+                self._model,
+                device_ids=[self.device] if self.device.type == "cuda" else None,
+                **_WITHOUT_BUFFERS,
+                gradient_as_bucket_view=True,
+                find_unused_parameters=not has_words(config),
+            )
         trainable = [p for p in self._model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.Adam(
             trainable, lr=0.0, betas=BETAS, eps=resolved(run.adam_eps), fused=True
@@ -96,30 +120,61 @@ class TorchTrainer:
             copied = torch.cuda.current_stream(self.device).record_event()
         cosines: dict[str, Tensor] | None = {} if self._logs(step + 1) else None
         loss = train_step(
-            self._model, self.optimizer, batch, self.run, step, self.autocast, cosines
+            self._replicas, self.optimizer, batch, self.run, step, self.autocast, cosines
         )
-        va, vt = (None if part is None else part.detach() for part in (loss.va, loss.vt))
+        loss = self._of_all(loss)
         gradients = [p.grad for p in self._model.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
+        norm = whole(norm)
         if copied is not None:
             copied.synchronize()  # the loader fills its memory anew; this step is under way by now
-        return Update(VATTLoss(loss.total.detach(), va, vt), norm, cosines or {})
+        return Update(loss, norm, cosines or {})
+
+    def _of_all(self, loss: VATTLoss) -> VATTLoss:
+        """The whole batch's loss, of which ranks have W times their share each."""
+        parts = [None if x is None else x.detach() for x in (loss.total, loss.va, loss.vt)]
+        if self.ranks.world > 1:
+            there = torch.stack([part for part in parts if part is not None])
+            means = iter(collectives.total(there) / self.ranks.world)
+            parts = [None if part is None else next(means) for part in parts]
+        return VATTLoss(*parts)
 
     def _logs(self, done: int) -> bool:
         return done % self.run.log_every == 0 or done == self.run.steps
 
     def temperature(self) -> float:
-        return 1 / float(torch.as_tensor(self._model.scale()).detach())
+        return 1 / float(whole(torch.as_tensor(self._model.scale()).detach()))
 
     def save(self, path: Path, model: VATT, standing: Standing) -> None:
-        save_checkpoint(path, model, self.optimizer, standing)
+        save_checkpoint(
+            path, model, self.optimizer, standing, trained=self._model, write=self.ranks.first
+        )
 
     def model(self) -> VATT:
-        return self._model
+        tensors = self._model.state_dict()
+        if not any(is_sharded(value) for value in tensors.values()):
+            return self._model
+        with torch.device("meta"):
+            model = VATT(self._model.config)
+        model.load_state_dict({n: whole(value) for n, value in tensors.items()}, assign=True)
+        for name, parameter in self._model.named_parameters():
+            model.get_parameter(name).requires_grad_(parameter.requires_grad)
+        model.vocabulary = self._vocabulary
+        return model.to(self.device)
+
+
+def _strategy(run: PretrainConfig, model: VATT) -> str:
+    """Where weights, gradients and Adam's state fill a quarter of the device, they are split."""
+    device = next(model.parameters()).device
+    if run.strategy != "auto" or device.type != "cuda":
+        return "ddp" if run.strategy == "auto" else run.strategy
+    state = 16 * sum(p.numel() for p in model.parameters())
+    memory = torch.cuda.get_device_properties(device).total_memory
+    return "fsdp2" if state > memory / 4 else "ddp"
 
 
 def train_step(
-    model: VATT,
+    model: Any,
     optimizer: torch.optim.Optimizer,
     batch: Batch,
     run: PretrainConfig,
@@ -130,24 +185,31 @@ def train_step(
     """One update on one batch of kept patch rows: forward, loss, backward, Adam.
 
     With ``run.micro_batch`` the encoders see so many clips at once. ``cosines``, where given, is
-    filled with ``mean_cosines`` of the embeddings.
+    filled with ``mean_cosines`` of the embeddings of all processes. ``model`` is a VATT, also in
+    DistributedDataParallel or in shards.
     """
-    if model.config.dropout:
-        torch.manual_seed(run.seed * 1_000_003 + step)  # a continued run draws the same dropout
+    whole_model: VATT = getattr(model, "module", model)
+    config = whole_model.config
+    if config.dropout:  # a continued run draws the same, each rank its own
+        torch.manual_seed(run.seed * 1_000_003 + step + (collectives.rank() << 40))
     keeps = {name: _of_clips(getattr(batch, name), len(batch)) for name in _KEEPS}
     valid: dict[str, Any] = dict(
         video_valid=batch.video_valid, audio_valid=batch.audio_valid, text_valid=batch.text_valid
     )
     # first: the last step's gradients would lie beside this one's activations
     optimizer.zero_grad(set_to_none=True)
-    text = batch.text if has_words(model.config) else None
+    text = batch.text if has_words(config) else None
     inputs = dict(video=batch.video, audio=batch.audio, text=text, **keeps, **valid)
 
     def loss_of(output: VATTOutput) -> VATTLoss:
         if cosines is not None:
             with torch.no_grad():
-                cosines.update(mean_cosines(output, valid, xp=torch))
-        return vatt_loss(output, model.config, scale=model.scale(), **valid)
+                cosines.update(
+                    mean_cosines(output, valid, xp=torch, over_devices=collectives.total)
+                )
+        most = len(batch)  # every rank has as many
+        scale = whole_model.scale()
+        return vatt_loss(output, config, scale=scale, most_clips=most, **valid)
 
     if run.micro_batch is not None and run.micro_batch < len(batch):
         loss = backward_in_micro_batches(model, inputs, loss_of, run.micro_batch, autocast=autocast)
@@ -156,7 +218,7 @@ def train_step(
             loss = loss_of(model(**inputs))
         loss.total.backward()
     optimizer.step()
-    model.clamp_temperature()
+    whole_model.clamp_temperature()
     return loss
 
 

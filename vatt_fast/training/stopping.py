@@ -3,7 +3,6 @@
 import contextlib
 import os
 import signal
-import sys
 import threading
 from collections.abc import Iterator
 from multiprocessing import resource_tracker
@@ -17,10 +16,14 @@ class StopRequests:
     """Within, the signals only set ``requested``, so that a run ends between two steps.
 
     A second signal acts at once. Outside the main thread nothing is caught.
+
+    Args:
+        patient: a second signal changes nothing: a launcher passes on what came here already.
     """
 
-    def __init__(self):
+    def __init__(self, patient: bool = False):
         self.requested = False
+        self._patient = patient
         self._waiting = False
         self._before: dict[int, Any] = {}
 
@@ -36,7 +39,8 @@ class StopRequests:
 
     def _request(self, number, frame) -> None:
         self.requested = True
-        signal.signal(number, self._before[number])
+        if not self._patient:
+            signal.signal(number, self._before[number])
         if self._waiting:
             raise KeyboardInterrupt
 
@@ -71,15 +75,9 @@ def obey_the_parent_alone(worker: int) -> None:
     """For a child that was started within ``kept_from_children``: SIGTERM from its parent ends it.
 
     The loader ends workers that do not end by themselves so; the same signal from anybody else is
-    for the main process. When that leaves amid a batch, the child has nothing to say.
+    for the main process.
     """
     parent = os.getppid()
-
-    def tell(kind, error, trace) -> None:
-        if not issubclass(kind, ConnectionError):
-            sys.__excepthook__(kind, error, trace)
-
-    sys.excepthook = tell  # the thread that hands over shared memory calls it
 
     def listen() -> None:
         while signal.sigwaitinfo(SIGNALS).si_pid != parent:
