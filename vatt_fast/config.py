@@ -211,6 +211,10 @@ class VATTConfig:
         waveform = self.audio_input == "waveform"
         return self.audio_patch if waveform else math.prod(self.spectrogram_patch)
 
+    def loaded_audio(self, kept: int) -> tuple[int, ...]:
+        """Shape of a training clip's audio: ``kept`` patch rows, or for a spectrogram all of it."""
+        return (kept, self.audio_patch) if self.audio_input == "waveform" else (self.samples,)
+
     @property
     def spectrogram_hop(self) -> int:
         """Samples from one frame of a spectrogram to the next; a frame is twice as long."""

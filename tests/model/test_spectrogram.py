@@ -247,6 +247,28 @@ def test_a_run_trains_on_spectrograms(tmp_path):
     assert "z_audio_va" in trained.encode(audio=data / "0.mp4")
 
 
+@pytest.mark.parametrize(("task", "drop_rate"), [("audio", 0.5), ("video", 0.5), ("audio", 0.0)])
+def test_towers_of_a_spectrogram_model_are_fine_tuned(tmp_path, model, task, drop_rate):
+    pytest.importorskip("av")
+    from labelled_media import settings, write_labelled
+
+    from vatt_fast.evaluation.classify import evaluate
+    from vatt_fast.finetuning.loop import finetune
+
+    data = write_labelled(tmp_path / "data", each=2)
+    model.save_pretrained(tmp_path / "start")
+    options = dict(init=str(tmp_path / "start"), task=task, steps=1, drop_rate=drop_rate)
+    if task == "audio" and not drop_rate:
+        options |= dict(samples=24000, sample_rate_hz=24000)  # 46 frames where training had 76
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        tuned = finetune(settings(data, tmp_path / "out", **options), progress=False)
+    if task == "audio":
+        assert tuned.audio_tokens.position.tables[1].shape[0] == 16
+        assert tuned.audio_tokens.position.tables[0].shape[0] == (4 if drop_rate else 2)
+    assert evaluate(tmp_path / "out", data).result["top1"] in (0.0, 25.0, 50.0, 75.0, 100.0)
+
+
 @pytest.mark.parametrize("drop_per", ["batch", "clip"])
 def test_loaders_leave_waveforms_whole_for_torch_and_jax(tmp_path, drop_per):
     pytest.importorskip("av")
@@ -258,6 +280,7 @@ def test_loaders_leave_waveforms_whole_for_torch_and_jax(tmp_path, drop_per):
     from vatt_fast.data.dataset import ClipDataset
     from vatt_fast.data.media_writer import write_clip
     from vatt_fast.on_jax.training import batch_shapes, host_batch
+    from vatt_fast.plan import empty_batch
 
     for i in range(2):
         write_clip(tmp_path / f"{i}.mp4", numbered(20), noise(2.0, 16000, seed=i))
@@ -268,6 +291,7 @@ def test_loaders_leave_waveforms_whole_for_torch_and_jax(tmp_path, drop_per):
     whole = ClipDataset(tmp_path, spec, **options)[0]
     assert torch.equal(batch.audio, whole.audio) and batch.audio.shape == (2, TINY.samples)
     assert batch.video.shape == (2, 128, 768) and batch.audio_keep.shape[-1] == 32
+    assert empty_batch(TINY, 2, 0.5)["audio"].shape == batch.audio.shape
     arrays = host_batch(batch)
     wanted = batch_shapes(TINY, 2, 0.5, 1, drop_per)
     assert {n: (v.shape, v.dtype) for n, v in arrays.items()} == {

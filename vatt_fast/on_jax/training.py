@@ -175,13 +175,10 @@ def batch_shapes(
     c, P = config, config.texts_per_clip
     keeps = sample_keeps(config, drop_rate, seed=0, step=0)
     kept = {name: keeps[f"{name}_keep"].shape[0] for name in ("video", "audio")}
-    # the spectrogram's patches are chosen on the device
-    waveform = c.audio_input == "waveform"
-    audio = (kept["audio"], c.audio_patch) if waveform else (c.samples,)
     draws = batch_size if drop_per == "clip" else devices
     arrays = {
         "video": ((batch_size, kept["video"], c.video_patch_values), jnp.uint8),
-        "audio": ((batch_size, *audio), jnp.float32),
+        "audio": ((batch_size, *c.loaded_audio(kept["audio"])), jnp.float32),
         "text": ((batch_size, P, c.words), jnp.int32),
         "video_keep": ((draws, kept["video"]), jnp.int32),
         "audio_keep": ((draws, kept["audio"]), jnp.int32),
