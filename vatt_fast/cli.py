@@ -344,7 +344,8 @@ def retrieve(
             found[audio] = best_clips(vector, folder.video_va, folder.files, top)
             sections["audio_to_video"] = [_answer(audio, found[audio])]
     if html is not None:
-        about = f"{model} on {annotations or data}: {windows} windows a clip, protocol {protocol}."
+        plural = "window" if windows == 1 else "windows"
+        about = f"{model} on {annotations or data}: {windows} {plural} a clip, protocol {protocol}."
         write_page(html, folder.source, sections, found, about)
         print(f"vatt-fast: {html} shows the clips", file=sys.stderr)
     _print(found, json)
