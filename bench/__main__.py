@@ -5,6 +5,7 @@
     python -m bench steps               # whole training steps and inference, by drop rate
     python -m bench scaling             # ops by size
     python -m bench accuracy            # the demo's world pre-trained at four drop rates
+    python -m bench accuracy --tables   # the paper's tables in miniature; 2 hours on 2 cores
     python -m bench data                # clips decoded a second and a core, by codec and size
     python -m bench floors              # FLOPs, bytes and predicted times of every case
     python -m bench compile --target sm_90        # kernels through the real compilers, no device
@@ -32,7 +33,7 @@ import torch
 from vatt_fast.kernels import backends
 from vatt_fast.kernels.ops import OPS
 
-from . import calls, compile, data, floors, gpu, lines, report, steps, sweeps, tune
+from . import calls, compile, data, floors, gpu, lines, miniature, report, steps, sweeps, tune
 from .machine import DTYPES, GPUS, ROOT, TPUS
 from .peers import peers
 from .setting import AUTO, Setting, chosen_among, gate, is_measured, native_dtype
@@ -90,10 +91,11 @@ def _parser() -> argparse.ArgumentParser:
     option = add(_accuracy, "pre-train the demo's world by drop rate; 90 minutes on 2 cores")
     option("--drop-rate", type=float, nargs="+", default=list(sweeps.DROP_RATES))
     option("--seed", type=int, nargs="+", default=list(sweeps.SEEDS))
-    option("--steps", type=int, default=1000)
+    option("--tables", action="store_true", help="the paper's tables in miniature instead")
+    option("--steps", type=int, help="1000, of the tables 600, unless given")
     option("--clips", type=int, nargs=2, default=[1200, 200], help="trained on and held out")
     option("--folder", type=Path, default=Path("runs/accuracy"), help="of runs; several GB")
-    option("--out", type=Path, default=sweeps.ACCURACY, help="append the runs to this file")
+    option("--out", type=Path, help="append to this file; one in bench/results unless given")
 
     option = add(_data, "decode clips, beside bare PyAV and others; a minute a case")
     option(
@@ -248,8 +250,15 @@ def _scaling(given: argparse.Namespace) -> int:
 
 
 def _accuracy(given: argparse.Namespace) -> int:
+    clips = tuple(given.clips)
+    if given.tables:
+        out = given.out or miniature.TABLES
+        scores = miniature.measure(given.seed, given.steps or 600, clips, given.folder, out)
+        print(miniature.tables(scores))
+        return 0
+    out = given.out or sweeps.ACCURACY
     runs = sweeps.measure_accuracy(
-        given.drop_rate, given.seed, given.steps, tuple(given.clips), given.folder, given.out
+        given.drop_rate, given.seed, given.steps or 1000, clips, given.folder, out
     )
     print(sweeps.accuracy_table(runs))
     return 0

@@ -21,7 +21,7 @@ from .checkpoints.released import Released
 from .config import VATTConfig
 from .files import write_text
 from .inputs import audio_input, require_input, video_input
-from .model import Encoder, PatchTokens, run_encoder, with_weights
+from .model import Encoder, PatchTokens, audio_rows, run_encoder, with_weights
 from .weights import CONFIG, WEIGHTS, is_classifier, load_tensors, load_weights, save_tensors
 
 LABELS = "labels.txt"
@@ -70,8 +70,7 @@ class Classifier(nn.Module):
         self.labels: list[str] | None = None
         c, modality = config.model, config.modality
         tower = getattr(c, modality)
-        values = c.audio_patch
-        grid: tuple[int, ...] = (c.num_audio_patches,)
+        values, grid = c.audio_patch_values, c.audio_grid
         if modality == "video":
             values, grid = c.video_patch_values, c.video_grid
         tokens = PatchTokens(values, grid, tower.dim, pre_proj=c.agnostic, dropout=c.dropout)
@@ -93,6 +92,7 @@ class Classifier(nn.Module):
             how = video_input(self.config, clips, keep, grid)
         else:
             how = audio_input(self.config, clips, keep)
+            clips = audio_rows(self.config, clips)
         tokens = getattr(self, f"{modality}_tokens")(clips, how, keep)
         _, pooled = run_encoder(self, modality, tokens, features=False)
         return self.classifier(F.dropout(pooled, self.classifier_dropout, self.training))

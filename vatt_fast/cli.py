@@ -42,21 +42,26 @@ from .data.pack import pack as write_shards
 from .data.sources import open_source
 from .demo.run import DemoConfig, run_demo
 from .devices import pick_device
-from .encoding import embed_sentences, encode
+from .encoding import Protocol, embed_sentences, encode
 from .evaluation.classify import evaluate, write_evaluation
 from .evaluation.embed import checked_output, embed_folder
+from .evaluation.figures import PAGE, FiguresConfig, figures
+from .evaluation.page import Answer, answers_of, write_page
+from .evaluation.probing import ProbeConfig, probe
+from .evaluation.queries import read_queries
 from .evaluation.search import (
     WINDOWS,
     best_clips,
-    measure,
+    directions,
     read_folder,
     require_known_words,
+    results_of,
 )
 from .files import check_folder
 from .finetuning.loop import finetune
 from .finetuning.settings import FineTuneConfig
 from .on_jax.compile_tpu import CompileTPUConfig, compile_step, write_report
-from .paper_tables import flops_table, format_tables, parameter_table
+from .paper_tables import flops_table, format_tables, input_table, parameter_table
 from .plan import PlanConfig, markdown, plan
 from .training.distributed import joined, leave, speaks
 from .training.loop import PretrainConfig, pretrain
@@ -268,15 +273,19 @@ def retrieve(
     data: str,
     text: tuple[str, ...] = (),
     audio: str | None = None,
+    annotations: str | None = None,
+    split: str | None = None,
+    protocol: Protocol = "paper",
     top: int = 5,
     batch_size: int = 32,
     windows: int = WINDOWS,
+    html: str | None = None,
     device: str = "auto",
     json: bool = False,
 ) -> None:
     """Find clips by sentences or by a sound.
 
-    Without either, measure text-to-video and audio-to-video retrieval on the clips.
+    Without either, measure retrieval on the clips: text to video, audio to video, and back.
 
     Args:
         model: saved model or run folder.
@@ -284,34 +293,66 @@ def retrieve(
             captions, or with the folder's queries.json, {name: sentence}, where that is there.
         text: sentences to look for.
         audio: media file whose sound to look for.
+        annotations: measure by this file: MSR-VTT's JSON or its table of 1000 pairs, YouCook2's
+            JSON. The data are then its videos, named by their ids.
+        split: of the annotations: train, val or test; by default test, of YouCook2 val.
+        protocol: paper: the mean of the windows' raw embeddings, then of unit norm. cosines: the
+            mean of the windows' cosines.
         top: clips to list for each query.
         batch_size: files at a time.
-        windows: windows spread evenly over each file, whose embeddings are averaged.
+        windows: windows spread evenly over each file.
+        html: a page to write, with queries and their clips to play.
         device: torch device; auto takes a GPU where there is one.
         json: print JSON.
     """
     if top < 1:
         raise ValueError(f"top is {top}; at least 1 clip is listed")
+    if annotations is not None and (text or audio is not None):
+        raise ValueError("annotations hold the queries; leave --text and --audio out")
+    if split is not None and annotations is None:
+        raise ValueError(f"split {split!r} is one of a file of annotations; name it, or leave it")
+    if html is not None and not Path(html).absolute().parent.is_dir():
+        raise ValueError(f"{Path(html).absolute().parent} is no folder; write {html} elsewhere")
+    queries = None if annotations is None else read_queries(annotations, data, split)
+    asked = data if queries is None else queries.source
+    sizes: dict[str, Any] = dict(windows=windows, batch_size=batch_size, protocol=protocol)
     with joined(device, _A_DAY) as ranks:
         net = _trained(model, ranks.device)
         require_known_words(net, text)
         sound = None if audio is None else encode(net, audio=audio, windows=windows)
-        folder = read_folder(net, data, windows=windows, batch_size=batch_size, ranks=ranks)
+        folder = read_folder(net, asked, ranks=ranks, **sizes)
     if not speaks():
         return
     if folder.skipped:
         print(f"vatt-fast: {_skipped(folder.skipped)[2:]}", file=sys.stderr)
+    sections: dict[str, list[Answer]] = {}
     if not text and sound is None:
-        _print(measure(net, data, folder), json)
-        return
-    found = {
-        sentence: best_clips(vector, folder.video_vt, folder.files, top)
-        for sentence, vector in zip(text, embed_sentences(net, text) if text else (), strict=True)
-    }
-    if audio is not None and sound is not None:
-        vector = sound["z_audio_va"].numpy()[0]
-        found[audio] = best_clips(vector, folder.video_va, folder.files, top)
+        ways, left_out = directions(net, data, folder, queries)
+        found = results_of(ways, left_out)
+        sections = {name: answers_of(way, top) for name, way in ways.items()} if html else {}
+    else:
+        found = {
+            sentence: best_clips(vector, folder.video_vt, folder.files, top)
+            for sentence, vector in zip(
+                text, embed_sentences(net, text) if text else (), strict=True
+            )
+        }
+        if text:
+            sections["text_to_video"] = [_answer(sentence, found[sentence]) for sentence in text]
+        if audio is not None and sound is not None:
+            vector = sound["z_audio_va"].numpy()[0]
+            found[audio] = best_clips(vector, folder.video_va, folder.files, top)
+            sections["audio_to_video"] = [_answer(audio, found[audio])]
+    if html is not None:
+        plural = "window" if windows == 1 else "windows"
+        about = f"{model} on {annotations or data}: {windows} {plural} a clip, protocol {protocol}."
+        write_page(html, folder.source, sections, found, about)
+        print(f"vatt-fast: {html} shows the clips", file=sys.stderr)
     _print(found, json)
+
+
+def _answer(asked: str, hits: dict[str, float]) -> Answer:
+    return Answer(asked, tuple((name, similarity, False) for name, similarity in hits.items()))
 
 
 def run_finetune(config: FineTuneConfig) -> None:
@@ -387,6 +428,23 @@ def evaluate_classifier(
     _print({k: v for k, v in shown.items() if k not in ("settings", "skipped")}, False)
     if out is not None:
         print(f"written: {out}")
+
+
+def run_probe(config: ProbeConfig) -> None:
+    """Fit linear classifiers to a model's frozen features of labelled media, and measure them."""
+    found = probe(config)
+    if found["skipped"]:
+        print(f"vatt-fast: {_skipped(found['skipped'])[2:]}", file=sys.stderr)
+    hidden = ("settings", "skipped")
+    _print({name: value for name, value in found.items() if name not in hidden}, False)
+    print(f"written: {config.out}")
+
+
+def draw_figures(config: FiguresConfig) -> None:
+    """Draw what a model makes of clips: features by class, spaces by modality, activations."""
+    for one in figures(config):
+        print(f"{Path(config.out) / one.file}: {one.title}. {one.said}")
+    print(f"page: {Path(config.out) / PAGE}")
 
 
 def convert_checkpoint(
@@ -534,11 +592,14 @@ def _row(name: str, text: str) -> str:
 def flops(json: bool = False) -> None:
     """Print the paper's GFLOPs beside its convention and the true counts, and parameter counts.
 
+    Also those of other clip and patch sizes, and of spectrograms.
+
     Args:
         json: print JSON.
     """
     if json:
-        print(dumps({"flops": flops_table(), "parameters": parameter_table()}, indent=2))
+        tables = dict(flops=flops_table(), inputs=input_table(), parameters=parameter_table())
+        print(dumps(tables, indent=2))
     else:
         print(format_tables())
 
@@ -569,6 +630,8 @@ def main(arguments: list[str] | None = None) -> None:
         "compile-tpu": _with_config(compile_tpu, CompileTPUConfig),
         "convert": convert_checkpoint,
         "embed": embed,
+        "figures": _with_config(draw_figures, FiguresConfig),
+        "probe": _with_config(run_probe, ProbeConfig),
         "retrieve": retrieve,
         "doctor": doctor,
         "flops": flops,

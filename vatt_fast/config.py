@@ -9,9 +9,11 @@ from typing import Any, Literal, get_args
 Recipe = Literal["paper", "released"]
 Kind = Literal["modality_specific", "modality_agnostic"]
 NCEForm = Literal["paper", "released", "symmetric"]
+AudioInput = Literal["waveform", "spectrogram"]
 
 MODALITIES = ("video", "audio", "text")
 NORM_EPS = 1e-6  # of every LayerNorm and RMS norm
+MEL_RANGE_HZ = (80.0, 7600.0)  # of a spectrogram
 MAX_SCALE = 100.0  # 1 / temperature never exceeds it
 
 
@@ -62,6 +64,7 @@ _POSITIVE = (
     "width",
     "samples",
     "audio_patch",
+    "mel_bins",
     "words",
     "texts_per_clip",
     "vocab_size",
@@ -95,7 +98,10 @@ class VATTConfig:
 
     samples: int = 153600
     sample_rate_hz: int = 48000
-    audio_patch: int = 128
+    audio_input: AudioInput = "waveform"
+    audio_patch: int = 128  # samples, of a waveform
+    mel_bins: int = 80  # of a spectrogram, and the next
+    spectrogram_patch: tuple[int, int] = (16, 5)  # frames, mel bins
 
     words: int = 16
     texts_per_clip: int = 5
@@ -121,7 +127,8 @@ class VATTConfig:
     vt_weight: float = 1.0  # the paper's lambda
 
     def __post_init__(self) -> None:
-        for name, kind in (("kind", Kind), ("heads", Recipe), ("nce_form", NCEForm)):
+        words = dict(kind=Kind, heads=Recipe, nce_form=NCEForm, audio_input=AudioInput)
+        for name, kind in words.items():
             if getattr(self, name) not in get_args(kind):
                 raise ValueError(
                     f"{name} is {getattr(self, name)!r}; it is one of {', '.join(get_args(kind))}"
@@ -132,6 +139,8 @@ class VATTConfig:
                 f"video_patch is {self.video_patch}; "
                 "it takes three positive sizes (frames, rows, columns)"
             )
+        if self.audio_input == "spectrogram":
+            self._check_spectrogram()
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}; it lies in [0, 1)")
         if not self.temperature >= 0.01:
@@ -146,6 +155,24 @@ class VATTConfig:
             )
         if self.kind == "modality_specific" and self.post_proj_dim is not None:
             raise ValueError("post_proj_dim belongs to modality_agnostic models; leave it None")
+
+    def _check_spectrogram(self) -> None:
+        patch = self.spectrogram_patch
+        if len(patch) != 2 or min(patch) < 1 or self.mel_bins % patch[1]:
+            raise ValueError(
+                f"spectrogram_patch is {patch}; it takes two positive sizes (frames, mel bins), "
+                f"and the second divides mel_bins, {self.mel_bins}"
+            )
+        if self.sample_rate_hz < 2 * MEL_RANGE_HZ[1]:
+            raise ValueError(
+                f"sample_rate_hz is {self.sample_rate_hz}; a spectrogram reaches up to "
+                f"{MEL_RANGE_HZ[1]:g} Hz and takes at least {2 * MEL_RANGE_HZ[1]:g}"
+            )
+        if not self.num_audio_patches:
+            raise ValueError(
+                f"samples is {self.samples}; a spectrogram patch of {patch[0]} frames takes at "
+                f"least {(patch[0] - 1) * self.spectrogram_hop + 1}"
+            )
 
     @property
     def agnostic(self) -> bool:
@@ -164,8 +191,34 @@ class VATTConfig:
         return math.prod(self.video_grid)
 
     @property
+    def audio_grid(self) -> tuple[int, ...]:
+        """Patches of a waveform; of a spectrogram those along time and along mel bins."""
+        return self.audio_grid_of(self.samples)
+
+    def audio_grid_of(self, samples: int) -> tuple[int, ...]:
+        """``audio_grid`` of another length. A spectrogram's last frames that fill no patch go."""
+        if self.audio_input == "waveform":
+            return (-(-samples // self.audio_patch),)
+        frames = -(-samples // self.spectrogram_hop)
+        return frames // self.spectrogram_patch[0], self.mel_bins // self.spectrogram_patch[1]
+
+    @property
     def num_audio_patches(self) -> int:
-        return -(-self.samples // self.audio_patch)
+        return math.prod(self.audio_grid)
+
+    @property
+    def audio_patch_values(self) -> int:
+        waveform = self.audio_input == "waveform"
+        return self.audio_patch if waveform else math.prod(self.spectrogram_patch)
+
+    def loaded_audio(self, kept: int) -> tuple[int, ...]:
+        """Shape of a training clip's audio: ``kept`` patch rows, or for a spectrogram all of it."""
+        return (kept, self.audio_patch) if self.audio_input == "waveform" else (self.samples,)
+
+    @property
+    def spectrogram_hop(self) -> int:
+        """Samples from one frame of a spectrogram to the next; a frame is twice as long."""
+        return round(self.sample_rate_hz * 1024 / 48000)
 
     @property
     def video_patch_values(self) -> int:
@@ -211,8 +264,9 @@ class VATTConfig:
             if isinstance(values.get(modality), dict):
                 _refuse_unknown_keys(TowerConfig, values[modality])
                 values[modality] = TowerConfig(**values[modality])
-        if "video_patch" in values:
-            values["video_patch"] = tuple(values["video_patch"])
+        for name in ("video_patch", "spectrogram_patch"):
+            if name in values:
+                values[name] = tuple(values[name])
         return cls(**values)
 
 
@@ -269,6 +323,33 @@ SHORT_NAMES = {
     "lbs": "large_base_small",
     "ma": "agnostic_medium",
 }
+
+
+# Clips of which the paper prints GFLOPs (frames, rows, columns), and patches to set beside its own.
+CLIP_SIZES = ((32, 224, 224), (64, 224, 224), (32, 320, 320))
+VIDEO_PATCHES = ((4, 16, 16), (2, 16, 16), (8, 16, 16), (4, 32, 32))
+# Of the audio tower: samples of a patch of the waveform; None for a spectrogram.
+AUDIO_PATCHES = (128, 256, 512, 1024, None)
+
+
+def with_input(
+    config: VATTConfig,
+    *,
+    clip: tuple[int, int, int] | None = None,
+    video_patch: tuple[int, int, int] | None = None,
+    audio_patch: int | None = None,
+    audio_input: AudioInput | None = None,
+) -> VATTConfig:
+    """The same towers for clips (frames, rows, columns), patches or audio of another kind.
+
+    What is None stays. Raises ValueError for sizes that do not fit.
+    """
+    changes: dict[str, Any] = {}
+    if clip is not None:
+        changes |= dict(zip(("frames", "height", "width"), clip, strict=True))
+    given = dict(video_patch=video_patch, audio_patch=audio_patch, audio_input=audio_input)
+    changes |= {name: value for name, value in given.items() if value is not None}
+    return dataclasses.replace(config, **changes)
 
 
 def preset(name: str, recipe: Recipe = "paper") -> VATTConfig:

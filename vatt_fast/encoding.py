@@ -7,7 +7,7 @@ import os
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from .model import VATT
 
 EMBEDDINGS = ("z_video_va", "z_audio_va", "z_video_vt", "z_text_vt")
+# how the windows of a file become one embedding: the mean of the raw ones brought to unit norm; or
+# the mean of unit vectors, whose dot product with a unit vector is the mean of the cosines
+Protocol = Literal["paper", "cosines"]
 # clips of files or arrays in one call of the model
 BATCH_CLIPS = 32
 
@@ -111,10 +114,12 @@ def embed_batch(
     pooled: bool = False,
     features: bool = False,
     windows: int = 1,
+    protocol: Protocol = "paper",
 ) -> dict[str, np.ndarray]:
     """One batch's part of what ``embed_batches`` returns.
 
     Args:
+        protocol: "cosines" leaves embeddings the mean of the windows' unit vectors.
         features: return the features of all tokens too, (clips, tokens, dim), of text
             (clips, P, tokens, dim); of one window only.
 
@@ -140,8 +145,13 @@ def embed_batch(
                 value = value.float().cpu()
                 if name == "text_features":
                     value = value.unflatten(0, valid.shape)
+                embedding = name[0] == "z"
+                if embedding and protocol == "cosines":
+                    value = F.normalize(value, dim=-1)
                 value = _mean_of_valid(value, valid, each)
-                found[name] = (F.normalize(value, dim=-1) if name[0] == "z" else value).numpy()
+                if embedding and protocol == "paper":
+                    value = F.normalize(value, dim=-1)
+                found[name] = value.numpy()
     return found
 
 

@@ -61,7 +61,7 @@ def patches_of(config: VATTConfig, modality: str) -> tuple[int, int]:
     """Patches of a clip and values in each, for "video" or "audio"."""
     if modality == "video":
         return config.num_video_patches, config.video_patch_values
-    return config.num_audio_patches, config.audio_patch
+    return config.num_audio_patches, config.audio_patch_values
 
 
 def _tower_flops(
@@ -83,6 +83,9 @@ def _tower_flops(
         tokens = kept + 1
         projected = kept if drop_first else patches
         way_in = 2 * projected * values * d + (2 * projected * d * d if config.agnostic else 0)
+        if modality == "audio" and config.audio_input == "spectrogram":
+            hop = config.spectrogram_hop
+            way_in += 2 * -(-config.samples // hop) * (hop + 1) * config.mel_bins
 
     def block(queries: int) -> int:
         """Keys and values of all tokens; attention and the MLP of ``queries`` tokens."""

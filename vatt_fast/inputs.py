@@ -71,22 +71,33 @@ def video_input(
 def audio_input(config: VATTConfig, audio: Any, keep: Any = None) -> PatchInput:
     """Check the audio of a call: a waveform (B, S), or patch rows (B, N, k) or (B, K, k).
 
+    Where the model looks at spectrograms, what is returned belongs to the rows of a waveform's
+    spectrogram, which come before the kept ones are chosen.
+
     Raises:
         ValueError: shapes or indices that do not fit.
     """
     if audio.ndim == 2:
         _refuse_empty("audio", audio)
-        grid = (-(-audio.shape[1] // config.audio_patch),)
-        _check_keep("audio", keep, grid[0], audio.shape[0])
-        return PatchInput(grid, (config.audio_patch,), False, 1.0, 0.0)
+        grid = config.audio_grid_of(audio.shape[1])
+        if not math.prod(grid):
+            raise ValueError(
+                f"audio is {tuple(audio.shape)}; a patch of the spectrogram takes at least "
+                f"{(config.spectrogram_patch[0] - 1) * config.spectrogram_hop + 1} samples"
+            )
+        _check_keep("audio", keep, math.prod(grid), audio.shape[0])
+        patch = (config.audio_patch,) if config.audio_input == "waveform" else None
+        return PatchInput(grid, patch, False, 1.0, 0.0)
     if audio.ndim != 3:
         raise ValueError(
             f"audio is {tuple(audio.shape)}; it takes a waveform (B, S) "
-            f"or patch rows (B, N, {config.audio_patch})"
+            f"or patch rows (B, N, {config.audio_patch_values})"
         )
     only_kept = keep is not None and audio.shape[1] == keep.shape[-1]
-    grid = (config.num_audio_patches if only_kept else audio.shape[1],)
-    gathered = _check_rows("audio", audio, keep, grid, config.audio_patch)
+    bins = config.audio_grid[1:]  # a spectrogram's patches along frequency
+    times = audio.shape[1] // math.prod(bins)
+    grid = config.audio_grid if only_kept else (times, *bins)
+    gathered = _check_rows("audio", audio, keep, grid, config.audio_patch_values)
     return PatchInput(grid, None, gathered, 1.0, 0.0)
 
 

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import collectives
+from . import collectives, spectrogram
 from .checkpoints.bundle import is_checkpoint, prefix_of
 from .checkpoints.layouts import HeadDim
 from .checkpoints.released import Released, read_released
@@ -157,6 +157,27 @@ def _fill_patches(clip: Tensor, patch: tuple[int, ...], pad_value: float) -> Ten
             pads = [n for amount in (0, *reversed(short)) for n in (0, amount)]
             clip = F.pad(clip, pads, value=pad_value)
     return clip
+
+
+@_constant_when_compiled
+def _window_and_mel(hop: int, rate: float, bins: int) -> tuple[Tensor, Tensor]:
+    window, weights = spectrogram.window_and_mel(hop, rate, bins)
+    return torch.from_numpy(window), torch.from_numpy(weights)
+
+
+def audio_rows(config: VATTConfig, audio: Tensor) -> Tensor:
+    """Waveforms (B, S) of a model that looks at spectrograms -> patch rows (B, N, k).
+
+    They are fp32 at least. Any other audio comes back as it is.
+    """
+    if not spectrogram.needs_spectrogram(config, audio):
+        return audio
+    constants = _window_and_mel(config.spectrogram_hop, config.sample_rate_hz, config.mel_bins)
+    wide = torch.promote_types(audio.dtype, torch.float32)
+    with torch.autocast(audio.device.type, enabled=False):
+        window, weights = (_send(part, audio.device).to(wide) for part in constants)
+        mel = spectrogram.log_mel(audio.to(wide), window, weights, xp=torch)
+    return spectrogram.patch_rows(mel, config.spectrogram_patch, xp=torch)
 
 
 class WordTokens(nn.Module):
@@ -522,8 +543,7 @@ class VATT(nn.Module):
         c, dropout = config, config.dropout
         options: dict[str, Any] = dict(pre_proj=c.agnostic, dropout=dropout)
         self.video_tokens = PatchTokens(c.video_patch_values, c.video_grid, c.video.dim, **options)
-        audio_grid = (c.num_audio_patches,)
-        self.audio_tokens = PatchTokens(c.audio_patch, audio_grid, c.audio.dim, **options)
+        self.audio_tokens = PatchTokens(c.audio_patch_values, c.audio_grid, c.audio.dim, **options)
         self.text_tokens = WordTokens(c, c.text.dim)
         if config.agnostic:
             self.trunk = Encoder(c.video, dropout=dropout)
@@ -600,7 +620,7 @@ class VATT(nn.Module):
             )
         if audio is not None:
             how = audio_input(self.config, audio, audio_keep)
-            tokens = self.audio_tokens(audio, how, audio_keep)
+            tokens = self.audio_tokens(audio_rows(self.config, audio), how, audio_keep)
             out.audio_features, out.audio_pooled = run_encoder(
                 self, "audio", tokens, features=features
             )

@@ -25,7 +25,7 @@ def tower_parameters(config: VATTConfig, modality: str) -> dict[str, int]:
             own += word_dim + (word_dim * d if config.word_dim else 0)  # AGG, projection
     else:
         _, values = patches_of(config, modality)
-        rows = sum(config.video_grid) if modality == "video" else config.num_audio_patches
+        rows = sum(config.video_grid if modality == "video" else config.audio_grid)
         own += values * d + d + rows * d + 2 * d + d  # projection, positions with their norm, AGG
         own += d * d + d if config.agnostic else 0
     if config.agnostic:

@@ -6,6 +6,7 @@ memory, and noting what lives. Times are floors: a step cannot be faster.
 
 import dataclasses
 import functools
+import math
 import weakref
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
@@ -259,7 +260,7 @@ def empty_batch(config: VATTConfig, clips: int, drop_rate: float) -> dict[str, T
     words = torch.zeros(clips, config.texts_per_clip, config.words, dtype=torch.long)
     return {
         "video": torch.zeros(clips, video, config.video_patch_values, dtype=torch.uint8),
-        "audio": torch.zeros(clips, audio, config.audio_patch),
+        "audio": torch.zeros(clips, *config.loaded_audio(audio)),
         "text": words,
         "video_keep": torch.arange(video),
         "audio_keep": torch.arange(audio),
@@ -317,7 +318,7 @@ class _Live(TorchDispatchMode):
 
 def _batch_bytes(config: VATTConfig, clips: int, drop_rate: float) -> int:
     video = num_kept(config.num_video_patches, drop_rate) * config.video_patch_values
-    audio = num_kept(config.num_audio_patches, drop_rate) * config.audio_patch * 4
+    audio = 4 * math.prod(config.loaded_audio(num_kept(config.num_audio_patches, drop_rate)))
     return clips * (video + audio + 8 * config.texts_per_clip * config.words)
 
 

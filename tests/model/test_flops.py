@@ -1,5 +1,6 @@
 """The paper's tables by its convention, and true counts beside torch's of the real modules."""
 
+import dataclasses
 import json
 import math
 import subprocess
@@ -9,10 +10,16 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from vatt_fast.config import MODALITIES, PRESETS, preset
+from vatt_fast.config import MODALITIES, PRESETS, TowerConfig, preset, with_input
 from vatt_fast.flops import heads_flops, true_flops
 from vatt_fast.model import VATT
-from vatt_fast.paper_tables import flops_table, format_tables, parameter_table, published_rows
+from vatt_fast.paper_tables import (
+    flops_table,
+    format_tables,
+    input_table,
+    parameter_table,
+    published_rows,
+)
 from vatt_fast.parameters import model_parameters
 
 
@@ -26,6 +33,35 @@ def test_convention_meets_the_published_figure(row):
     assert row["convention_gflops"] == pytest.approx(
         row["published_gflops"], rel=1e-3 if row["table"] == 1 else 1.5e-4
     )
+
+
+def test_other_clips_and_patches_are_counted():
+    """Published where the paper has the row; true counts as torch finds them."""
+    rows = {(row["modality"], row["input"], row["patch"]): row for row in input_table()}
+    assert len(rows) == 17
+    known = {"32x224x224": 548.1, "64x224x224": 1222.1, "32x320x320": 1252.3}
+    for clip, figure in known.items():
+        row = rows["video", clip, "4x16x16"]
+        assert row["published_gflops"] == figure
+        assert row["convention_gflops"] == pytest.approx(figure, rel=1.5e-4)
+    assert [row["input"] for row in rows.values() if row["published_gflops"]] == [*known]
+    assert rows["video", "32x224x224", "2x16x16"]["tokens"] == 16 * 14 * 14 + 1
+    assert rows["video", "32x320x320", "4x32x32"]["tokens"] == 8 * 10 * 10 + 1
+    assert rows["audio", "153600 samples", "512"]["tokens"] == 301
+    assert rows["audio", "log-mel, 80 bins", "16x5"]["tokens"] == 145
+    shallow = TowerConfig(depth=2, dim=64, mlp_dim=128, num_heads=2, head_dim=32)
+    small = dataclasses.replace(preset("tiny"), video=shallow, audio=shallow)
+    for changes in (dict(clip=(8, 32, 48), video_patch=(2, 16, 8)), dict(audio_patch=512)):
+        config = with_input(small, **changes)
+        model = VATT(config).requires_grad_(False)
+        for modality, clip in (
+            ("video", torch.zeros(1, config.frames, config.height, config.width, 3)),
+            ("audio", torch.zeros(1, config.samples)),
+        ):
+            with FlopCounterMode(display=False) as counter, torch.no_grad():
+                model(**{modality: clip}, features=True, heads=False)
+            counted = true_flops(config, modalities=(modality,))[modality]
+            assert counter.get_total_flops() == counted
 
 
 def test_convention_to_the_last_digit():

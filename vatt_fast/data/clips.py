@@ -98,7 +98,7 @@ class Batch:
     start_seconds: Tensor  # (B,) float64, where each window begins in its file
     files: tuple[str, ...]
     skipped: tuple[Skipped, ...] = ()
-    # of rows, int32: (K,) for all clips, (n, K) for n equal parts of them, or (B, K) for each clip
+    # patches, int32: (K,) for all clips, (n, K) for n equal parts of them, or (B, K) for each clip
     video_keep: Tensor | None = None
     audio_keep: Tensor | None = None
 
@@ -193,12 +193,18 @@ class DropToken:
 
     @property
     def patches(self) -> dict[str, tuple[int, ...]]:
-        """Sizes of a patch, by modality."""
-        return {"video": self.config.video_patch, "audio": (self.config.audio_patch,)}
+        """Sizes of a patch, by modality, as far as patches are cut here.
+
+        Waveforms of which the model makes spectrograms stay whole: it takes the kept patches then.
+        """
+        audio = {"audio": (self.config.audio_patch,)}
+        cut_here = self.config.audio_input == "waveform"
+        return {"video": self.config.video_patch, **(audio if cut_here else {})}
 
     @property
     def patch_values(self) -> dict[str, int]:
-        return {"video": self.config.video_patch_values, "audio": self.config.audio_patch}
+        values = {"video": self.config.video_patch_values, "audio": self.config.audio_patch}
+        return {name: values[name] for name in self.patches}
 
     def draw(
         self, batch_size: int, *, seed: int, step: int, rank: int = 0, world: int = 1

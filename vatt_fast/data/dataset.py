@@ -472,6 +472,9 @@ class ClipDataset(Dataset):
 
         def write(place: int, clip: np.ndarray, modality: str) -> None:
             assert drop is not None
+            if modality not in drop.patches:
+                arrays[modality][place] = clip
+                return
             window, within = divmod(place, self.batch_size)
             draws = np.atleast_2d(arrays[f"{modality}_keep"][window])
             keep = draws[within * len(draws) // self.batch_size]

@@ -77,7 +77,7 @@ def embed_folder(
         source = open_source(data) if isinstance(data, str | os.PathLike) else data
         parts = out.with_name(out.name + ".parts")
         settings = dict(batch_size=batch_size, windows=windows, pooled=pooled, features=features)
-        plan = json.dumps({"model": _digest(model), "data": _data(source), **settings})
+        plan = json.dumps({"model": model_digest(model), "data": _data(source), **settings})
     ranks.require_alike({"work": plan})
     with ranks.together():
         continued = ranks.first and _begin(parts, plan)
@@ -151,7 +151,7 @@ def _embedded(
         yield found, list(batch.files[::windows]), skipped
 
 
-def _digest(model: VATT) -> str:
+def model_digest(model: VATT) -> str:
     """One number for a model's weights and words."""
     digest = hashlib.sha256()
     for name, value in model.state_dict().items():

@@ -1,7 +1,6 @@
-"""Linear probe: what a linear classifier learns from frozen features.
+"""Linear probe: what a logistic regression learns from arrays of frozen features.
 
-A cross-validated logistic regression: the paper's section 4.5 trains a factorised layer for 50k
-steps and, in its table 8, an SVM, so its numbers are not these.
+``linear.py`` has the paper's classifiers, and ``vatt-fast probe`` measures labelled media.
 """
 
 import warnings
@@ -11,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-_FOLDS = 5
+FOLDS = 5
+NEEDS_SKLEARN = "{} needs scikit-learn: pip install 'vatt_fast[eval]'"
 
 
 def linear_probe(
@@ -41,9 +41,7 @@ def linear_probe(
         from sklearn.pipeline import make_pipeline
         from sklearn.preprocessing import StandardScaler
     except ImportError as error:
-        raise ImportError(
-            "linear_probe needs scikit-learn: pip install 'vatt_fast[eval]'"
-        ) from error
+        raise ImportError(NEEDS_SKLEARN.format("linear_probe")) from error
     _check("train", train_features, train_labels)
     _check("test", test_features, test_labels)
     if np.shape(train_features)[1] != np.shape(test_features)[1]:
@@ -53,7 +51,7 @@ def linear_probe(
         )
     if len(set(train_labels)) < 2:
         raise ValueError("the training labels are all alike; a probe needs at least two classes")
-    folds = min(_FOLDS, max(Counter(train_labels).values()))
+    folds = min(FOLDS, max(Counter(train_labels).values()))
     if folds < 2:
         raise ValueError(
             "every training label occurs once; "

@@ -10,17 +10,18 @@ _CHUNK_ELEMENTS = 2**24
 
 
 def retrieval_metrics(
-    queries: np.ndarray, targets: np.ndarray, truth: np.ndarray
+    queries: np.ndarray, targets: np.ndarray, truth: np.ndarray | Sequence[Sequence[int]]
 ) -> dict[str, float]:
-    """How far up each query finds its one right target, by dot product (cosine for unit vectors).
+    """How far up each query finds its right target, by dot product (cosine for unit vectors).
 
     A rank counts every target that is at least as similar as the right one. Ties go against the
-    model, so that constant embeddings score 0 and not 100.
+    model, so that constant embeddings score 0 and not 100. Of several right targets the most
+    similar one counts, and the others never stand in its way.
 
     Args:
         queries: (Q, D) float.
         targets: (N, D) float.
-        truth: (Q,) integer index of each query's target.
+        truth: (Q,) integer index of each query's target, or for each query those of its targets.
 
     Returns:
         r1, r5, r10 in percent of queries, median_rank (1 is best).
@@ -28,23 +29,53 @@ def retrieval_metrics(
     Raises:
         ValueError: empty, of different widths, not finite, or truth out of range.
     """
+    return metrics_of_ranks(retrieval_ranks(queries, targets, truth))
+
+
+def retrieval_ranks(
+    queries: np.ndarray, targets: np.ndarray, truth: np.ndarray | Sequence[Sequence[int]]
+) -> np.ndarray:
+    """(Q,) ranks from 1 on; the arguments and errors of ``retrieval_metrics``."""
     queries, targets = _matrix("queries", queries), _matrix("targets", targets)
-    truth = np.asarray(truth)
     _same_width(queries, targets)
-    if truth.shape != (len(queries),) or truth.dtype.kind not in "iu":
-        raise ValueError(
-            f"truth is {truth.shape} {truth.dtype}; "
-            f"it must hold one integer for each of {len(queries)} queries"
-        )
-    if truth.min() < 0 or truth.max() >= len(targets):
-        raise ValueError(
-            f"truth spans {truth.min()} .. {truth.max()}; there are targets 0 .. {len(targets) - 1}"
-        )
-    ranks = np.concatenate(
-        [_ranks(similarity, truth[rows]) for rows, similarity in _chunks(queries, targets)]
+    right = _right_targets(truth, len(queries), len(targets))
+    return np.concatenate(
+        [_ranks(similarity, right[rows]) for rows, similarity in _chunks(queries, targets)]
     )
+
+
+def metrics_of_ranks(ranks: np.ndarray) -> dict[str, float]:
+    """Recall at 1, 5 and 10 in percent, and the median of ranks (Q,)."""
     recall = {f"r{k}": 100 * np.count_nonzero(ranks <= k) / len(ranks) for k in (1, 5, 10)}
     return recall | {"median_rank": float(np.median(ranks))}
+
+
+def _right_targets(truth: Any, queries: int, targets: int) -> np.ndarray:
+    """(Q, M) indices of right targets, filled up with -1."""
+    if isinstance(truth, np.ndarray) or all(np.ndim(one) == 0 for one in truth):
+        truth = np.asarray(truth)
+        if truth.shape != (queries,) or truth.dtype.kind not in "iu":
+            raise ValueError(
+                f"truth is {truth.shape} {truth.dtype}; "
+                f"it must hold one integer for each of {queries} queries"
+            )
+        right = truth[:, None]
+    else:
+        each = [sorted({int(one) for one in some}) for some in truth]
+        if len(each) != queries or not all(each):
+            raise ValueError(
+                f"truth holds {len(each)} lists, {each.count([])} of them empty; "
+                f"each of {queries} queries has at least one right target"
+            )
+        right = np.full((queries, max(map(len, each))), -1)
+        for row, some in zip(right, each, strict=True):
+            row[: len(some)] = some
+    named = right[:, 0]  # the least of each
+    if named.min() < 0 or right.max() >= targets:
+        raise ValueError(
+            f"truth spans {named.min()} .. {right.max()}; there are targets 0 .. {targets - 1}"
+        )
+    return right
 
 
 def _chunks(queries: np.ndarray, targets: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
@@ -55,9 +86,27 @@ def _chunks(queries: np.ndarray, targets: np.ndarray) -> Iterator[tuple[slice, n
         yield rows, queries[rows] @ targets.T
 
 
-def _ranks(similarity: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    own = similarity[np.arange(len(truth)), truth]
-    return (similarity >= own[:, None]).sum(1)
+def _ranks(similarity: np.ndarray, right: np.ndarray) -> np.ndarray:
+    own = np.take_along_axis(similarity, right, axis=1)
+    own[right < 0] = -np.inf
+    best = own.max(1, keepdims=True)
+    return (similarity >= best).sum(1) - (own >= best).sum(1) + 1
+
+
+def mean_of_units(embeddings: np.ndarray, windows: int) -> np.ndarray:
+    """The mean of each clip's windows brought to unit norm, itself not of unit norm.
+
+    Its dot product with a unit vector is the mean of the windows' cosines, which the released
+    evaluation gives as its second measure.
+
+    Args:
+        embeddings: (clips * windows, D), clip-major.
+
+    Returns:
+        (clips, D).
+    """
+    embeddings = _matrix("embeddings", embeddings)
+    return _windows_of(_unit(embeddings), windows).mean(1)
 
 
 def mean_of_windows(embeddings: np.ndarray, windows: int) -> np.ndarray:
@@ -69,14 +118,20 @@ def mean_of_windows(embeddings: np.ndarray, windows: int) -> np.ndarray:
     Returns:
         (clips, D).
     """
-    embeddings = _matrix("embeddings", embeddings)
+    return _unit(_windows_of(_matrix("embeddings", embeddings), windows).mean(1))
+
+
+def _windows_of(embeddings: np.ndarray, windows: int) -> np.ndarray:
     if windows < 1 or len(embeddings) % windows:
         raise ValueError(
             f"{len(embeddings)} embeddings are not {windows} windows of every clip; "
             "they must divide evenly"
         )
-    mean = embeddings.reshape(-1, windows, embeddings.shape[1]).mean(1)
-    return mean / np.maximum(np.linalg.norm(mean, axis=1, keepdims=True), np.finfo(mean.dtype).tiny)
+    return embeddings.reshape(-1, windows, embeddings.shape[1])
+
+
+def _unit(x: np.ndarray) -> np.ndarray:
+    return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), np.finfo(x.dtype).tiny)
 
 
 def top_k(queries: np.ndarray, targets: np.ndarray, k: int) -> np.ndarray:

@@ -14,10 +14,11 @@ from ..data.loader import evaluation_clips
 from ..data.source import Captions, Source
 from ..data.sources import open_source
 from ..data.text import composed, read_json, split_words
-from ..encoding import embed_batch, embed_sentences, without_known_words
+from ..encoding import Protocol, embed_batch, embed_sentences, without_known_words
 from ..model import VATT
 from ..training.distributed import Ranks
-from .retrieval import retrieval_metrics, top_k
+from .queries import Queries
+from .retrieval import metrics_of_ranks, retrieval_ranks, top_k
 
 QUERIES = "queries.json"
 # the protocol's: evenly spaced over a clip, their embeddings averaged, then of unit norm
@@ -26,10 +27,10 @@ WINDOWS = 4
 
 @dataclasses.dataclass(frozen=True)
 class EmbeddedFolder:
-    """Embeddings of a source's clips: arrays (N, d) of unit norm, nan for a missing stream.
+    """Embeddings of a source's clips: arrays (N, d), nan for a missing stream.
 
     ``files`` are their names. ``seconds`` are each clip's windows, (N, windows) of their beginnings
-    in its file.
+    in its file. Embeddings are of unit norm but for protocol "cosines".
     """
 
     source: Source
@@ -41,17 +42,42 @@ class EmbeddedFolder:
     skipped: dict[str, str]
 
 
+@dataclasses.dataclass(frozen=True)
+class Direction:
+    """One way to search, such as text to video: Q queries, N targets.
+
+    Args:
+        queries, targets: (Q, d) and (N, d).
+        asked, found: what each is called: sentences, or files' names.
+        right: numbers of each query's right targets.
+    """
+
+    queries: np.ndarray
+    targets: np.ndarray
+    asked: Sequence[str]
+    found: Sequence[str]
+    right: Sequence[Sequence[int]]
+
+    def ranks(self) -> np.ndarray:
+        """(Q,) from 1 on."""
+        return retrieval_ranks(self.queries, self.targets, self.right)
+
+
 def read_folder(
     model: VATT,
     data: str | os.PathLike | Source,
     *,
     windows: int = WINDOWS,
     batch_size: int = 32,
+    protocol: Protocol = "paper",
     ranks: Ranks | None = None,
 ) -> EmbeddedFolder:
     """Embed the video and sound of what ``open_source`` takes, or of a ``Source``.
 
     Args:
+        protocol: how a file's windows become one embedding. "paper": the mean of the raw ones,
+            brought to unit norm. "cosines": the mean of unit vectors, so that a dot product is the
+            mean of the windows' cosines; the release reports both.
         ranks: processes that divide the batches; all call, and get the whole.
 
     Raises:
@@ -76,7 +102,9 @@ def read_folder(
         if not len(batch):
             continue
         files += batch.files[::windows]
-        found = embed_batch(model, batch, modalities=("video", "audio"), windows=windows)
+        found = embed_batch(
+            model, batch, modalities=("video", "audio"), windows=windows, protocol=protocol
+        )
         found["seconds"] = batch.start_seconds.numpy().reshape(-1, windows)
         for name, value in found.items():
             parts[name].append(value)
@@ -125,15 +153,36 @@ def best_clips(query: np.ndarray, embeddings: np.ndarray, files: Sequence[str], 
 def measure(
     model: VATT, data: str | os.PathLike | Source, folder: EmbeddedFolder
 ) -> dict[str, Any]:
-    """Retrieval by the clips' own sentences and sounds, as far as they have them.
+    """Retrieval by the clips' own sentences and sounds: see ``directions`` and ``results_of``."""
+    return results_of(*directions(model, data, folder))
 
-    The sentences are those of queries.json in the folder ``data``, one a clip by its name, or else
-    the captions that lie in a window that was embedded: of a long file the others speak of what
-    nobody looked at.
+
+def results_of(found: dict[str, Direction], left_out: dict[str, Any]) -> dict[str, Any]:
+    """{"text_to_video": metrics and the number of queries, ...}, and what was left out, if any."""
+    results: dict[str, Any] = {
+        name: {"queries": len(direction.right), **metrics_of_ranks(direction.ranks())}
+        for name, direction in found.items()
+    }
+    return results | ({"left_out": left_out} if left_out else {})
+
+
+def directions(
+    model: VATT,
+    data: str | os.PathLike | Source,
+    folder: EmbeddedFolder,
+    queries: Queries | None = None,
+) -> tuple[dict[str, Direction], dict[str, Any]]:
+    """What clips can be asked: text to video, audio to video, and both in reverse.
+
+    The sentences are those of an annotation file, or of queries.json in the folder ``data``, one a
+    clip by its name, or else the captions that lie in a window that was embedded: of a long file
+    the others speak of what nobody looked at. A video with several sentences may find any of them.
+
+    Args:
+        queries: of an annotation file, whose clips are ``folder``'s.
 
     Returns:
-        {"text_to_video": metrics and the number of queries, "audio_to_video": ...}, and under
-        "left_out" what could not be asked, and why, where there is such.
+        "text_to_video" and so on, as far as there are queries; and what could not be asked, why.
 
     Raises:
         ValueError: nothing to ask with, or a queries.json of another kind.
@@ -142,7 +191,13 @@ def measure(
     if folder.skipped:
         left_out["unreadable files"] = sorted(folder.skipped)
     queries_file = _queries_file(data)
-    if queries_file is not None:
+    if queries is not None:
+        if queries.missing:
+            left_out["videos that are not there"] = sorted(queries.missing)
+        place_of = {name: i for i, name in enumerate(folder.files)}
+        sentences = [(place_of[n], text) for n, text in queries.sentences if n in place_of]
+        _note(left_out, "sentences of unreadable files", len(queries.sentences) - len(sentences))
+    elif queries_file is not None:
         sentences = _given_queries(queries_file, folder, left_out)
     else:
         sentences = _captions_in_windows(model, folder, left_out)
@@ -151,25 +206,57 @@ def measure(
     video = np.isfinite(folder.video_vt).all(1)
     sentences = [(i, sentence) for i, sentence in with_words if video[i]]
     _note(left_out, "sentences of files without a picture", len(with_words) - len(sentences))
-    place = np.cumsum(video) - 1  # index among the clips with video
-    results: dict[str, Any] = {}
+    found: dict[str, Direction] = {}
     if sentences:
-        queries = embed_sentences(model, [sentence for _, sentence in sentences])
-        truth = np.array([place[i] for i, _ in sentences])
-        results["text_to_video"] = {
-            "queries": len(truth),
-            **retrieval_metrics(queries, folder.video_vt[video], truth),
-        }
+        texts = [sentence for _, sentence in sentences]
+        pairs = [(query, i) for query, (i, _) in enumerate(sentences)]
+        embedded = embed_sentences(model, texts)
+        found |= _both_ways(
+            ("text", embedded, texts), ("video", folder.video_vt, folder.files), pairs, video
+        )
     both = video & np.isfinite(folder.audio_va).all(1)
     if both.any():
-        metrics = retrieval_metrics(folder.audio_va[both], folder.video_va[video], place[both])
-        results["audio_to_video"] = {"queries": int(both.sum()), **metrics}
-    if not results:
+        own = [(place, int(i)) for place, i in enumerate(np.flatnonzero(both))]
+        sounds = [folder.files[i] for _, i in own]
+        found |= _both_ways(
+            ("audio", folder.audio_va[both], sounds),
+            ("video", folder.video_va, folder.files),
+            own,
+            video,
+        )
+    if not found:
         raise ValueError(
             f"{folder.source.label} has neither captions nor sound to query with; give --text or "
             "--audio"
         )
-    return results | ({"left_out": left_out} if left_out else {})
+    return found, left_out
+
+
+def _both_ways(
+    queries: tuple[str, np.ndarray, Sequence[str]],
+    targets: tuple[str, np.ndarray, Sequence[str]],
+    pairs: Sequence[tuple[int, int]],
+    among: np.ndarray,
+) -> dict[str, Direction]:
+    """There, among the targets that are marked; and back, from those that any query belongs to."""
+    (asking, asked_by, names), (answering, answers, files) = queries, targets
+    place = np.cumsum(among) - 1  # number among the marked ones
+    right = [[int(place[target])] for _, target in pairs]
+    there = Direction(
+        asked_by, answers[among], names, [files[int(i)] for i in np.flatnonzero(among)], right
+    )
+    of_target: dict[int, list[int]] = defaultdict(list)
+    for query, target in pairs:
+        of_target[int(target)].append(query)
+    targets_asked = sorted(of_target)
+    back = Direction(
+        answers[targets_asked],
+        asked_by,
+        [files[i] for i in targets_asked],
+        names,
+        [of_target[i] for i in targets_asked],
+    )
+    return {f"{asking}_to_{answering}": there, f"{answering}_to_{asking}": back}
 
 
 def _queries_file(data: str | os.PathLike | Source) -> Path | None:

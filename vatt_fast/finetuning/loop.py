@@ -309,7 +309,7 @@ def _dataset(
         read["samples"] = spec.samples
         # the other modality is not read: so few patches that one of them is kept
         if config.modality == "video":
-            read["samples"] = few * c.audio_patch
+            read |= dict(samples=few * c.audio_patch, audio_input="waveform")
         else:
             frames, height, width = c.video_patch
             read |= dict(frames=frames, height=height, width=width * few)

@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from .. import spectrogram
 from ..config import MAX_SCALE, MODALITIES, NORM_EPS, TowerConfig, VATTConfig
 from ..inputs import PatchInput, audio_input, check_text, require_input, video_input
 from ..kernels import jax_ops
@@ -82,6 +83,24 @@ def patch_tokens(
         tokens = gelu(dense(part(p, "pre_proj"), tokens))
     tokens = tokens + (position if keep is None else position[keep]).astype(tokens.dtype)
     return _prepend(p["agg"], drop(tokens, dropout, key))
+
+
+def audio_rows(config: VATTConfig, audio) -> jax.Array:
+    """Waveforms (B, S) of a model that looks at spectrograms -> patch rows (B, N, k).
+
+    They are fp32 at least. Any other audio comes back as it is.
+    """
+    if not spectrogram.needs_spectrogram(config, audio):
+        return audio
+    audio = jnp.asarray(audio)
+    audio = audio.astype(_wide(audio.dtype))
+    constants = spectrogram.window_and_mel(
+        config.spectrogram_hop, config.sample_rate_hz, config.mel_bins
+    )
+    window, weights = (jnp.asarray(part, audio.dtype) for part in constants)
+    matmul = functools.partial(_matmul, "bfk,km->bfm")
+    mel = spectrogram.log_mel(audio, window, weights, xp=jnp, matmul=matmul)
+    return spectrogram.patch_rows(mel, config.spectrogram_patch, xp=jnp)
 
 
 def word_tokens(
@@ -402,6 +421,8 @@ class CallOptions(NamedTuple):
 
 def encode_patches(call: CallOptions, modality: str, patches, how: PatchInput, keep):
     """Clips or patch rows -> features if asked for, and pooled."""
+    if modality == "audio":
+        patches = audio_rows(call.config, patches)
     if how.patch is not None:
         # the op takes rows here; an image fills one temporal patch
         if patches.ndim == 5 and patches.shape[1] == 1:

@@ -182,7 +182,7 @@ def batch_shapes(
     draws = batch_size if drop_per == "clip" else devices
     arrays = {
         "video": ((batch_size, kept["video"], c.video_patch_values), jnp.uint8),
-        "audio": ((batch_size, kept["audio"], c.audio_patch), jnp.float32),
+        "audio": ((batch_size, *c.loaded_audio(kept["audio"])), jnp.float32),
         "text": ((batch_size, P, c.words), jnp.int32),
         "video_keep": ((draws, kept["video"]), jnp.int32),
         "audio_keep": ((draws, kept["audio"]), jnp.int32),

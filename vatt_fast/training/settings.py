@@ -6,7 +6,7 @@ import math
 import types
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from ..config import VATTConfig
+from ..config import AudioInput, VATTConfig
 from ..data.augment import NOTHING, parts_of
 from ..recompute import Recompute
 from .loggers import names_of
@@ -41,7 +41,8 @@ _FREE = (
 )
 # settings younger than some checkpoints, whose default is not what those runs did
 _ONCE = {"augment": NOTHING}
-_SIZES = ("frames", "height", "width", "samples")
+_SIZES = ("frames", "height", "width", "samples", "audio_patch")
+_INPUT = (*_SIZES, "video_patch", "audio_input")
 # by recipe: appendix of the paper; the released code's pre-training (its Keras eps lies elsewhere)
 _BY_RECIPE: dict[str, dict[str, Any]] = {
     "paper": dict(warmup_steps=10_000, schedule="quarter_cosine", adam_eps=1e-8),
@@ -93,10 +94,13 @@ class PretrainConfig:
     words: str | None = None
 
     init: str | None = None  # saved model or run folder to start from; preset, recipe, words: its
-    frames: int | None = None  # of a clip; None: the preset's; so the next three
+    frames: int | None = None  # of a clip; None: the preset's; so the next six
     height: int | None = None  # pixels
     width: int | None = None  # pixels
     samples: int | None = None  # of a waveform
+    video_patch: tuple[int, int, int] | None = None  # frames, rows, columns of a patch
+    audio_patch: int | None = None  # samples of a patch of a waveform
+    audio_input: AudioInput | None = None  # waveform, or spectrogram: its log-mel spectrogram
     seed: int = 0  # of the weights, the order of clips, windows, DropToken and dropout
     shuffle_captions: bool = False  # captions of other clips: retrieval must stay near chance
 
@@ -222,8 +226,8 @@ class PretrainConfig:
 
 
 def sizes(run: PretrainConfig) -> dict[str, Any]:
-    """The input sizes that a run asks for."""
-    return {name: getattr(run, name) for name in _SIZES if getattr(run, name) is not None}
+    """The input that a run asks for: its sizes, its patches, and what is looked at of a sound."""
+    return {name: getattr(run, name) for name in _INPUT if getattr(run, name) is not None}
 
 
 def resolved(value: T | None) -> T:
