@@ -429,7 +429,8 @@ class ColumnSource:
         root: a folder or URL that the files' paths are relative to.
         problems: what was left out, or a file that lists it.
         without_spaces: captions in scripts that put no spaces between words.
-        folder: where the columns were mapped from; processes then open them anew.
+        folder: of the index that they are mapped from.
+        reopen: opens that index; so another process gets the source.
     """
 
     def __init__(
@@ -442,8 +443,10 @@ class ColumnSource:
         identity: Identity | None = None,
         without_spaces: int = 0,
         folder: Path | None = None,
+        reopen: Callable[[Path], "ColumnSource"] | None = None,
     ) -> None:
-        self.label, self.root, self.columns, self.folder = label, root, columns, folder
+        self.label, self.root, self.columns = label, root, columns
+        self.folder, self._reopen = folder, reopen
         self.without_spaces = without_spaces
         self._problems: Mapping[str, str] | Path = problems or {}
         self._identity = identity
@@ -452,9 +455,9 @@ class ColumnSource:
         self._has: Modalities | None = None
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        if self.folder is None:
+        if self._reopen is None:
             return super().__reduce_ex__(protocol)
-        return _reopened, (self.folder,)
+        return self._reopen, (self.folder,)
 
     def __len__(self) -> int:
         return len(self.columns["in_file"])
@@ -541,12 +544,6 @@ class ColumnSource:
                 texts.update(columns["text_data"][offsets[0] : offsets[-1]].tobytes())
         captions = CONTENT + texts.hexdigest() if said else ""
         return Identity(len(self), total, names.hexdigest(), captions)
-
-
-def _reopened(folder: Path) -> Any:
-    from .index import open_index
-
-    return open_index(folder)
 
 
 class _Words:

@@ -180,6 +180,7 @@ def open_index(folder: str | os.PathLike) -> ColumnSource:
         identity=Identity(**about["identity"]),
         without_spaces=about["without_spaces"],
         folder=folder,
+        reopen=open_index,
     )
 
 
