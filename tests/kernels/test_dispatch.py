@@ -977,7 +977,7 @@ X, Y = torch.zeros(3, 8), torch.zeros(6, 8)
         ),
         (
             lambda: contrastive_lse(X[0], Y, scale=1.0),
-            r"takes x \(M, D\) and y \(N \* P, D\), none empty, got \(8,\) and \(6, 8\)",
+            r"y \(N \* P \+ extra_texts, D\), none empty, got \(8,\) and \(6, 8\)",
         ),
         (lambda: contrastive_lse(X[:, :4], Y, scale=1.0), r"got \(3, 4\) and \(6, 8\)"),
         (lambda: contrastive_lse(X[:0], Y, scale=1.0), r"none empty, got \(0, 8\)"),
@@ -1000,8 +1000,8 @@ X, Y = torch.zeros(3, 8), torch.zeros(6, 8)
         ),
         (lambda: contrastive_lse(X, Y, scale=1.0, first=-1), "x holds clips -1 .. 1"),
         (
-            lambda: contrastive_lse(X, Y, scale=torch.ones(1)),
-            r"scale has shape \(1,\); it must be a float or a scalar tensor",
+            lambda: contrastive_lse(X, Y, scale=torch.ones(2)),
+            r"scale has shape \(2,\); it must be a float or a tensor \(\) or \(1,\)",
         ),
         (
             lambda: contrastive_lse(X, Y, scale=1.0, x_valid=torch.ones(6).bool()),

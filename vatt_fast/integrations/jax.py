@@ -50,9 +50,12 @@ def dot_product_attention(
         NotImplementedError: what ours does not have.
     """
     if query.ndim == 3:
-        raised = [x[None] for x in (query, key, value)]
         results = dot_product_attention(
-            *(*raised, bias, mask),
+            query[None],
+            key[None],
+            value[None],
+            bias,
+            mask,
             scale=scale,
             is_causal=is_causal,
             query_seq_lengths=query_seq_lengths,
