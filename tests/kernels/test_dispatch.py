@@ -713,7 +713,8 @@ def test_the_public_names_are_the_functions_not_their_folders():
 
     assert isinstance(imported, types.FunctionType) and isinstance(taken, types.FunctionType)
     for name in vatt_fast.kernels.__all__:
-        assert isinstance(getattr(vatt_fast.kernels, name), types.FunctionType), name
+        kind = list if name == "SAVE_OPS" else types.FunctionType
+        assert isinstance(getattr(vatt_fast.kernels, name), kind), name
 
 
 def test_importing_is_light():
@@ -734,7 +735,7 @@ print(counter.get_total_flops())
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     ).stdout.splitlines()
     packages = set(done[0].split()) - {"torch"}
-    assert packages <= {"vatt_fast", "safetensors", "numpy"}, packages
+    assert packages <= {"vatt_fast", "safetensors", "numpy", "google_crc32c"}, packages
     assert done[1] == "[]"
     # the formulas are there although the counter was imported last
     assert int(done[2]) == 2 * 4 * 6 * 8
