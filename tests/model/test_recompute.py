@@ -17,6 +17,7 @@ from vatt_fast.model import VATT
 CLIPS = 4
 SMALL = dataclasses.replace(
     PRESETS["tiny"],
+    video=dataclasses.replace(PRESETS["tiny"].video, depth=8),
     frames=8,
     height=32,
     width=32,
@@ -91,7 +92,8 @@ def test_memory_falls_with_what_is_computed_again():
 
 def test_a_trunk_that_modalities_share_is_computed_again_under_autocast():
     """Its weights are cast once forwards, and again for each modality backwards."""
-    config = dataclasses.replace(SMALL, kind="modality_agnostic", text=SMALL.video)
+    towers: dict = dict.fromkeys(("video", "audio", "text"), SMALL.audio)
+    config = dataclasses.replace(SMALL, kind="modality_agnostic", **towers)
     with torch.autocast("cpu", torch.bfloat16):
         once, again = step(config), step(config, recompute="ops")
     assert torch.equal(once["loss"], again["loss"]) and once.keys() == again.keys()
