@@ -446,14 +446,15 @@ def test_any_backward_accepts_any_forwards_saved_tensors(op, forward_on, backwar
     dtype = DTYPES[dtype]
     for case in PARITY[op]:
         inputs = make(case, dtype, seed=5)
-        if inputs.get("exclude_own") or inputs.get("extra_texts"):
-            continue  # options of the front, which the whole op's tests hold to the rule
+        if inputs.get("exclude_own"):
+            continue  # joined of several calls in front of the backends
         yardstick, truth = expected(op, inputs, dtype)
         names = OPS[op].tensors
         tensors, options = (
             [inputs[name] for name in names],
             {key: value for key, value in inputs.items() if key not in names},
         )
+        extra = options.pop("extra_texts", 0)  # which the front alone reads
         grads_of = {
             "attention": {"bias_grad": inputs.get("bias") is not None},
             "contrastive_lse": {},
@@ -480,6 +481,8 @@ def test_any_backward_accepts_any_forwards_saved_tensors(op, forward_on, backwar
         wanted = [f"d_{name}" for name in OPS[op].differentiable]
         result = {name: grad for name, grad in zip(wanted, grads, strict=True) if grad is not None}
         assert set(wanted[:3]) <= set(result)
+        if extra:  # one number, whose terms nearly cancel here: plain torch is right by luck
+            del result["d_scale"]
         yardstick, truth = (
             {name: values[name] for name in result} for values in (yardstick, truth)
         )
