@@ -19,6 +19,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -260,16 +261,15 @@ def main() -> None:
     parser.add_argument("--examples", type=int, default=1_000_000)
     parser.add_argument("--captions", type=int, default=110)
     parser.add_argument("--shards", type=int, default=1000, help="0: single files")
-    parser.add_argument("--folder", type=Path, default=Path("/tmp/vatt_large_index"))
+    parser.add_argument("--folder", type=Path, help="for a folder that is removed again")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.measure:
         print(json.dumps(measure(given.measure)))
         return
-    given.folder.mkdir()
-    try:
+    with tempfile.TemporaryDirectory(dir=given.folder) as folder:
         began = time.perf_counter()
-        data = write(given.folder, given.examples, given.captions, given.shards)
+        data = write(Path(folder), given.examples, given.captions, given.shards)
         held = f"in {given.shards} shards" if given.shards else "in single files"
         took = f"written in {time.perf_counter() - began:.0f} s"
         print(f"{given.examples} examples of {given.captions} captions {held}, {took}", flush=True)
@@ -278,8 +278,6 @@ def main() -> None:
             done = subprocess.run(command, check=True, stdout=subprocess.PIPE)
             for name, value in json.loads(done.stdout.splitlines()[-1]).items():
                 print(f"  {name:44} {value:10.3f}")
-    finally:
-        shutil.rmtree(given.folder)
 
 
 if __name__ == "__main__":
