@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from ..data.labels import LabelledData, LabelledSource, open_labels
 from ..data.loader import loader
 from ..data.order import VERSION as ORDER_VERSION
 from ..evaluation.classify import predict, scores_of
-from ..files import check_folder, link, only_writer, remove_litter, write_text
+from ..files import check_folder, link, write_text
 from ..positions import resample_matrix
 from ..training.checkpoint import (
     CHECKPOINT,
@@ -32,11 +32,11 @@ from ..training.checkpoint import (
     read_standing,
     say_what_changed,
 )
-from ..training.distributed import Ranks, agreed, check_settings, joined
+from ..training.distributed import Ranks, agreed, check_settings, joined, own_folder
 from ..training.loggers import make_loggers
-from ..training.metrics import FiniteWatch, MetricsLog, NonFiniteError, Timer
+from ..training.metrics import FiniteWatch, Mean, MetricsLog, NonFiniteError, Timer
 from ..training.settings import told_differences
-from ..training.stopping import StopRequests, kept_from_children, obey_the_parent_alone
+from ..training.stopping import StopRequests, kept_from_children, obey_the_parent_alone, stopped
 from ..weights import CONFIG, WEIGHTS, is_classifier, read_folder
 from .settings import (
     FROM_SCRATCH,
@@ -100,7 +100,7 @@ def _finetune(
             if ranks.first:
                 check_folder(out)
                 if out.is_dir():
-                    owned = stack.enter_context(_own(out))
+                    owned = stack.enter_context(own_folder(out, ranks))
         with ranks.together():
             standing = read_standing(path) if path.exists() else None
             labelled, named = _labelled(run, ranks.first)
@@ -156,7 +156,7 @@ def _finetune(
             if ranks.first:
                 if not owned:
                     out.mkdir(parents=True, exist_ok=True)
-                    stack.enter_context(_own(out))
+                    stack.enter_context(own_folder(out, ranks))
                 if not named:
                     marks = labelled.marks("train") | read_trained(out)  # of a run continued
                     write_text(out / TRAINED, "\n".join(sorted(marks)) + "\n")
@@ -172,14 +172,6 @@ def _finetune(
             f"{len(skipped)} media files could not be read, others stood in for them:\n  {reasons}"
         )
     return trainer.model().eval()
-
-
-@contextlib.contextmanager
-def _own(out: Path) -> Iterator[bool]:
-    """The run folder for this process alone, without what a killed one left there; True."""
-    with only_writer(out):
-        remove_litter(out)
-        yield True
 
 
 def _labelled(run: FineTuneConfig, says: bool) -> tuple[LabelledData, bool]:
@@ -361,7 +353,7 @@ def _train(
     As pre-training's, with labels beside each batch.
     """
     out, start, steps = Path(run.out), standing.step, int(run.steps or 0)
-    stop, watch, losses = StopRequests(ranks.world > 1), FiniteWatch(), _Mean()
+    stop, watch, losses = StopRequests(ranks.world > 1), FiniteWatch(), Mean()
     bar = tqdm(
         total=steps, initial=start, desc="finetune", unit="step", disable=None if progress else True
     )
@@ -423,7 +415,7 @@ def _train(
             if stopping:
                 if done - 1 > saved:
                     save(done - 1)
-                raise agreed(_stopped(done - 1), ranks)
+                raise agreed(stopped(done - 1), ranks)
             assert batch is not None
             if not seen:
                 what = "picture" if trainer.modality == "video" else "sound"
@@ -497,10 +489,6 @@ def measure(
     }
 
 
-def _stopped(done: int) -> KeyboardInterrupt:
-    return KeyboardInterrupt(f"stopped after step {done}; the same command continues from there")
-
-
 def _save(
     out: Path, trainer: FineTuner, standing: Standing, record: Record, best: bool, keep_last: int
 ) -> None:
@@ -517,21 +505,6 @@ def _save(
                 link(out / name, out / BEST / name)
     keep_earlier(out / CHECKPOINT, keep_last)
     trainer.save(out / CHECKPOINT, standing)
-
-
-class _Mean:
-    """The mean of values that may still be on their way."""
-
-    def __init__(self) -> None:
-        self._values: list[Any] = []
-
-    def add(self, value: Any) -> None:
-        self._values.append(value)
-
-    def take(self) -> float:
-        """The mean of those added since the last time."""
-        values, self._values = [float(value) for value in self._values], []
-        return sum(values) / len(values)
 
 
 def _values(update: Update, rate: float, clips: int) -> dict[str, float]:

@@ -16,6 +16,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +24,10 @@ import torch.distributed as dist
 
 from .. import __version__
 from ..devices import pick_device
+from ..files import only_writer, remove_litter
 from .metrics import NonFiniteError
+
+_WAIT_FOR_WORKERS = (0.5, 1, 2, 4, 0)  # seconds
 
 _TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _REPLICA_GROUPS = ("TORCHFT_LIGHTHOUSE", "NUM_REPLICA_GROUPS", "REPLICA_GROUP_ID")
@@ -368,3 +372,20 @@ def _flat(told: Mapping[str, Any], before: str = "") -> dict[str, Any]:
         else:
             found[before + name] = value
     return found
+
+
+@contextlib.contextmanager
+def own_folder(out: Path, ranks: Ranks) -> Iterator[bool]:
+    """The run folder for this process alone, without what a killed one left there; True."""
+    with contextlib.ExitStack() as stack:
+        for seconds in _WAIT_FOR_WORKERS if ranks.world > 1 else (0,):
+            try:
+                stack.enter_context(only_writer(out))
+                break
+            except ValueError:
+                # workers of a rank that was killed are still at a clip
+                if seconds == _WAIT_FOR_WORKERS[-1] or ranks.world == 1:
+                    raise
+                time.sleep(seconds)
+        remove_litter(out)
+        yield True

@@ -3,9 +3,8 @@
 import contextlib
 import dataclasses
 import hashlib
-import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from ..data.sources import open_source, vocabulary_from
 from ..data.text import Vocabulary
 from ..data.word_vectors import read_word_vectors
 from ..devices import has_a_tpu, without_a_tpu
-from ..files import check_folder, link, only_writer, remove_litter
+from ..files import check_folder, link
 from ..losses import VATTLoss
 from ..model import VATT
 from ..positions import resample_matrix
@@ -39,18 +38,17 @@ from .checkpoint import (
     read_standing,
     say_what_changed,
 )
-from .distributed import Ranks, agreed, check_settings, joined
+from .distributed import Ranks, agreed, check_settings, joined, own_folder
 from .evaluate import BEST_BY, evaluate
 from .loggers import make_loggers
-from .metrics import METRICS, FiniteWatch, MetricsLog, NonFiniteError, Timer
+from .metrics import METRICS, FiniteWatch, Mean, MetricsLog, NonFiniteError, Timer
 from .report import REPORT, Report
 from .settings import PretrainConfig, describe, rate_of, resolved, sizes
 from .step import TorchTrainer, Trainer
-from .stopping import StopRequests, kept_from_children, obey_the_parent_alone
+from .stopping import StopRequests, kept_from_children, obey_the_parent_alone, stopped
 
 BEST, INDEX, EVAL_INDEX = "best", "index", "eval_index"
 _STEPS_TO_FIND_A_PAIR = 20
-_WAIT_FOR_WORKERS = (0.5, 1, 2, 4, 0)  # seconds
 
 __all__ = [
     "BEST",
@@ -115,7 +113,7 @@ def _pretrain(
             if ranks.first:
                 check_folder(out)
                 if out.is_dir():
-                    owned = stack.enter_context(_own(out, ranks))
+                    owned = stack.enter_context(own_folder(out, ranks))
                 if run.eval_data is not None:
                     held_out = open_source(
                         run.eval_data, index_folder=out / EVAL_INDEX, workers=run.workers
@@ -191,7 +189,7 @@ def _pretrain(
         with ranks.together():
             if ranks.first and not owned:
                 out.mkdir(parents=True, exist_ok=True)
-                stack.enter_context(_own(out, ranks))
+                stack.enter_context(own_folder(out, ranks))
         report = Report(run, settings, config, vocabulary, source, augment)
         _train(run, ranks, trainer, dataset, held_out, now, report, progress)
     skipped: dict[str, str] = {}
@@ -216,23 +214,6 @@ def _augmentation(
     return whole, name_of(whole)
 
 
-@contextlib.contextmanager
-def _own(out: Path, ranks: Ranks) -> Iterator[bool]:
-    """The run folder for this process alone, without what a killed one left there; True."""
-    with contextlib.ExitStack() as stack:
-        for seconds in _WAIT_FOR_WORKERS if ranks.world > 1 else (0,):
-            try:
-                stack.enter_context(only_writer(out))
-                break
-            except ValueError:
-                # workers of a rank that was killed are still at a clip
-                if seconds == _WAIT_FOR_WORKERS[-1] or ranks.world == 1:
-                    raise
-                time.sleep(seconds)
-        remove_litter(out)
-        yield True
-
-
 def _train(
     run: PretrainConfig,
     ranks: Ranks,
@@ -245,7 +226,7 @@ def _train(
 ) -> None:
     """The steps from ``standing`` on, and all that is written meanwhile."""
     out, start = Path(run.out), standing.step
-    stop, watch, losses = StopRequests(ranks.world > 1), FiniteWatch(), _Mean()
+    stop, watch, losses = StopRequests(ranks.world > 1), FiniteWatch(), Mean()
     shown = None if progress else True  # None: on a terminal
     bar = tqdm(total=run.steps, initial=start, desc="pretrain", unit="step", disable=shown)
     saved, paired, new_best = start, False, False
@@ -304,7 +285,7 @@ def _train(
             if stopping:
                 if done - 1 > saved:
                     save(done - 1)
-                raise agreed(_stopped(done - 1), ranks)
+                raise agreed(stopped(done - 1), ranks)
             assert batch is not None
             if not paired and done - start >= min(_STEPS_TO_FIND_A_PAIR, dataset.steps_per_epoch):
                 error = ValueError(
@@ -366,10 +347,6 @@ def has_a_pair(batch: Batch) -> bool:
     return bool((batch.video_valid & other).any())
 
 
-def _stopped(done: int) -> KeyboardInterrupt:
-    return KeyboardInterrupt(f"stopped after step {done}; the same command continues from there")
-
-
 def _loader(run: PretrainConfig, trainer: Trainer, dataset: ClipDataset, start: int) -> ClipLoader:
     options: dict[str, Any] = dict(pin_memory=trainer.pin_memory, start_method=trainer.start_method)
     options["worker_init"] = obey_the_parent_alone
@@ -406,21 +383,6 @@ def _shown(values: dict[str, float]) -> dict[str, str]:
         "gradient": f"{values['gradient_norm']:.2g}",
     }
     return shown | ({"cosine": f"{max(alike):.2f}"} if alike else {})
-
-
-class _Mean:
-    """The mean of values that may still be on their way."""
-
-    def __init__(self):
-        self._values: list[Any] = []
-
-    def add(self, value: Any) -> None:
-        self._values.append(value)
-
-    def take(self) -> float:
-        """The mean of those added since the last time."""
-        values, self._values = [float(value) for value in self._values], []
-        return sum(values) / len(values)
 
 
 def _values(loss: VATTLoss, rate: float) -> dict[str, float]:

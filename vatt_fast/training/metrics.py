@@ -142,6 +142,21 @@ class NonFiniteError(ArithmeticError):
     """A loss or gradient is nan or infinite."""
 
 
+class Mean:
+    """The mean of values that may still be on their way."""
+
+    def __init__(self) -> None:
+        self._values: list[Any] = []
+
+    def add(self, value: Any) -> None:
+        self._values.append(value)
+
+    def take(self) -> float:
+        """The mean of those added since the last time."""
+        values, self._values = [float(value) for value in self._values], []
+        return sum(values) / len(values)
+
+
 class FiniteWatch:
     """Stops a run at the first loss or gradient that is not finite.
 

@@ -85,3 +85,8 @@ def obey_the_parent_alone(worker: int) -> None:
         os._exit(1)
 
     threading.Thread(target=listen, daemon=True, name="signals").start()
+
+
+def stopped(done: int) -> KeyboardInterrupt:
+    """What a run raises that was asked to stop, and has saved that step."""
+    return KeyboardInterrupt(f"stopped after step {done}; the same command continues from there")
