@@ -22,7 +22,7 @@ from typing import Any, Self
 import numpy as np
 
 from .media_bytes import MediaError, identity, open_bytes, place_of, url_of
-from .media_scan import Packets, import_av, scan
+from .media_scan import Packets, import_av, packets_of, scan
 from .source import Place
 
 # Containers round time stamps, Matroska to whole milliseconds. A frame stamped this much late is
@@ -343,7 +343,7 @@ class MediaFile:
             if skip and len(stamps) and math.isfinite(stamps[0]):
                 following = float(stamps[0]) - self._origin_seconds
         packets: Iterator[tuple[Any, bool]]
-        packets = ((packet, False) for packet in self._container.demux(stream))
+        packets = ((packet, False) for packet in packets_of(self._container, stream))
         if shown_at is not None and self._packets is None and _marks_what_is_unreferenced(stream):
             packets = self._spared(stream, shown_at)
         context, sparing = stream.codec_context, False
@@ -403,7 +403,7 @@ class MediaFile:
             first = place(stamp)
             return first < len(times) and place(known[after]) == first
 
-        for packet in self._container.demux(stream):
+        for packet in packets_of(self._container, stream):
             waiting.append(packet)
             if packet.dts is not None:
                 in_order, latest = in_order and packet.dts >= latest, packet.dts

@@ -3,8 +3,9 @@
 For containers without an index, whose durations and seeks are guesses.
 """
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,6 +65,15 @@ def scan(
     return _scanned[identity]
 
 
+def packets_of(container: Any, *streams: Any) -> Iterator[Any]:
+    """The packets of some streams, in the order of the file.
+
+    A demuxer that is dropped halfway gives back what it holds only if it is told to end.
+    """
+    with contextlib.closing(container.demux(*streams)) as packets:
+        yield from packets
+
+
 _MOST_SCANNED = 64
 _scanned: dict[str, dict[int, Packets]] = {}
 
@@ -72,7 +82,7 @@ def _scan(connect: Callable[[], Any], check: Callable[[], None]) -> dict[int, Pa
     with connect() as container:
         streams = [s for s in container.streams if s.type in ("video", "audio")]
         rows: dict[int, list[tuple[float, float, float, bool]]] = {s.index: [] for s in streams}
-        for packet in container.demux(streams):
+        for packet in packets_of(container, *streams):
             check()
             if not packet.size:
                 continue
