@@ -5,7 +5,8 @@ import json
 import pytest
 from tried import tried
 
-from vatt_fast.data.text import Vocabulary, load_captions, split_words
+from vatt_fast.data.captions import load_captions
+from vatt_fast.data.text import Vocabulary, split_words
 
 CAPTIONS = "captions that cannot be written back, byte-order marks"
 WORDS = "words"

@@ -25,8 +25,9 @@ from media_files import encode, numbered
 from PIL import Image
 from tried import tried
 
+from vatt_fast.data.captions import load_captions
 from vatt_fast.data.media import MediaError, MediaReader
-from vatt_fast.data.text import Vocabulary, load_captions
+from vatt_fast.data.text import Vocabulary
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "60"))
 SECONDS, MEGABYTES = 30, 600

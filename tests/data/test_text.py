@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vatt_fast.data.text import Caption, Vocabulary, load_captions, nearest_sentences, split_words
+from vatt_fast.data.captions import load_captions
+from vatt_fast.data.text import Caption, Vocabulary, nearest_sentences, split_words
 
 
 @pytest.mark.parametrize(
@@ -128,13 +129,18 @@ def test_load_captions(tmp_path):
         )
     )
     assert load_captions(path) == {"a.mp4": (Caption(0.0, 1.5, "a dog"),), "b.mp4": ()}
+    path.write_text('{"a.mp4": {"start": [0], "end": [1.5], "text": ["a <i>dog</i>\\n&amp; co"]}}')
+    assert load_captions(path) == {"a.mp4": (Caption(0.0, 1.5, "a dog & co"),)}
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         ('[{"start": 0}]', "holds a JSON list; it must be an object"),
-        ('{"a.mp4": {"start": 0}}', "'a.mp4' has a JSON object; it must have a list"),
+        (
+            '{"a.mp4": {"start": 0}}',
+            r"'a.mp4' has \['start'\]; it must have lists start, end and text",
+        ),
         ('{"a.mp4": ["hello"]}', "'a.mp4' caption 0 is a JSON string"),
         ('{"a.mp4": [{"start": 0, "end": 1}]}', "caption 0 has no 'text'"),
         (

@@ -12,9 +12,10 @@ import pytest
 
 av = pytest.importorskip("av")
 
+from vatt_fast.data.captions import load_captions  # noqa: E402
 from vatt_fast.data.media import read_clip  # noqa: E402
 from vatt_fast.data.media_writer import write_clip  # noqa: E402
-from vatt_fast.data.text import Vocabulary, load_captions, split_words  # noqa: E402
+from vatt_fast.data.text import Vocabulary, split_words  # noqa: E402
 from vatt_fast.demo import world as rendering  # noqa: E402
 from vatt_fast.demo.captions import (  # noqa: E402
     MOTION_WORDS,

@@ -13,11 +13,21 @@ import json
 import math
 import os
 import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .text import Caption, caption_of, composed, kind_of, refuse_repeats, writable
+from .text import (
+    Caption,
+    caption_of,
+    composed,
+    is_writable,
+    kind_of,
+    read_json,
+    refuse_repeats,
+    writable,
+)
 
 # Beside a media file, by its name with another suffix; the first one that is there counts.
 SIDECARS = (".srt", ".vtt", ".csv", ".tsv", ".json", ".txt")
@@ -258,6 +268,40 @@ def timed_caption(start: Any, end: Any, text: Any, where: str) -> Caption:
 # -- JSON ------------------------------------------------------------------------------------------
 
 
+def load_captions(path: str | os.PathLike) -> dict[str, tuple[Caption, ...]]:
+    """Read ``{"clip.mp4": [{"start": 0.2, "end": 1.1, "text": "..."}, ...], ...}``.
+
+    Halves of surrogate pairs, as of an emoji cut in two, become U+FFFD, with a warning.
+
+    Raises:
+        ValueError: anything else, with file, caption, value, rule and remedy.
+        FileNotFoundError: no such file.
+    """
+    path = Path(path)
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise ValueError(
+            f"{path} holds a JSON {kind_of(content)}; it must be an object of media names, each "
+            "with its list of captions"
+        )
+    captions = {
+        name: tuple(from_entries(entries, f"{path}: {name!r}")) for name, entries in content.items()
+    }
+    broken = [
+        f"{name!r} caption {place}"
+        for name, entries in content.items()
+        for place, text in enumerate(_texts_of(entries))
+        if not is_writable(text)
+    ]
+    if broken:
+        warnings.warn(
+            f"{path} has {len(broken)} texts with half of a surrogate pair, as of an emoji cut in "
+            f"two, replaced by U+FFFD: {', '.join(broken[:5])}",
+            stacklevel=2,
+        )
+    return captions
+
+
 def from_lists(value: Mapping[str, Any], where: str) -> list[Caption]:
     """HowTo100M's {"start": [...], "end": [...], "text": [...]} of one video."""
     lists = [value.get(key) for key in ("start", "end", "text")]
@@ -288,6 +332,11 @@ def from_entries(value: Any, where: str) -> list[Caption]:
             "which may be empty"
         )
     return _clean([caption_of(each, f"{where} caption {i}") for i, each in enumerate(value)])
+
+
+def _texts_of(value: Any) -> list[str]:
+    """The texts of what ``from_entries`` has taken."""
+    return value["text"] if isinstance(value, Mapping) else [entry["text"] for entry in value]
 
 
 def from_json(value: Any, where: str) -> list[Caption]:

@@ -6,9 +6,9 @@ from collections import Counter
 from collections.abc import Container, Iterable, Mapping
 from pathlib import Path, PurePosixPath
 
-from .captions import SIDECARS, from_entries, read_sidecar, stream_entries
+from .captions import SIDECARS, from_entries, load_captions, read_sidecar, stream_entries
 from .media import MEDIA_SUFFIXES
-from .text import Caption, composed, load_captions
+from .text import Caption, composed
 
 CAPTIONS = "captions.json"
 # HowTo100M's: captions by the stems of the files' names

@@ -6,13 +6,11 @@ characters without a shape; one accented letter is the same however it is compos
 padding and 1 an unknown word. Nothing marks the beginning or the end of a sentence.
 """
 
-import dataclasses
 import json
 import math
 import os
 import string
 import unicodedata
-import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -72,7 +70,7 @@ class Vocabulary:
                 raise ValueError(
                     f"{word!r} is not one word; words hold no white space and are not empty"
                 )
-            if not _is_writable(word):
+            if not is_writable(word):
                 raise ValueError(f"{word!r} holds half of a surrogate pair; no file can hold it")
 
     @classmethod
@@ -203,52 +201,6 @@ def nearest_times(times: np.ndarray, window: tuple[float, float], count: int) ->
     return np.lexsort((np.abs(times.mean(1) - centre), outside))[:count]
 
 
-def load_captions(path: str | os.PathLike) -> dict[str, tuple[Caption, ...]]:
-    """Read ``{"clip.mp4": [{"start": 0.2, "end": 1.1, "text": "..."}, ...], ...}``.
-
-    Halves of surrogate pairs, as of an emoji cut in two, become U+FFFD, with a warning.
-
-    Raises:
-        ValueError: anything else, with file, caption, value, rule and remedy.
-        FileNotFoundError: no such file.
-    """
-    path = Path(path)
-    content = read_json(path)
-    if not isinstance(content, dict):
-        raise ValueError(
-            f"{path} holds a JSON {kind_of(content)}; it must be an object of media names, each "
-            "with its list of captions"
-        )
-    captions = {}
-    for name, entries in content.items():
-        if not isinstance(entries, list):
-            raise ValueError(
-                f"{path}: {name!r} has a JSON {kind_of(entries)}; it must have a list of captions, "
-                "which may be empty"
-            )
-        captions[name] = tuple(
-            caption_of(entry, f"{path}: {name!r} caption {place}")
-            for place, entry in enumerate(entries)
-        )
-    broken = [
-        f"{name!r} caption {place}"
-        for name, entries in captions.items()
-        for place, caption in enumerate(entries)
-        if not _is_writable(caption.text)
-    ]
-    if broken:
-        warnings.warn(
-            f"{path} has {len(broken)} texts with half of a surrogate pair, as of an emoji cut in "
-            f"two, replaced by U+FFFD: {', '.join(broken[:5])}",
-            stacklevel=2,
-        )
-        captions = {
-            name: tuple(dataclasses.replace(one, text=writable(one.text)) for one in entries)
-            for name, entries in captions.items()
-        }
-    return captions
-
-
 def read_json(path: Path) -> Any:
     """A JSON file in UTF-8, 16 or 32, with or without a byte-order mark, each name once.
 
@@ -265,7 +217,7 @@ def read_json(path: Path) -> Any:
         ) from error
 
 
-def _is_writable(text: str) -> bool:
+def is_writable(text: str) -> bool:
     return text.isascii() or not any("\ud800" <= c <= "\udfff" for c in text)
 
 
