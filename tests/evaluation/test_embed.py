@@ -218,7 +218,7 @@ def test_corrupt_files(run, clips, tmp_path, capsys):
 
 @tried(ASKED, "--text of unknown words", "one line before the work")
 def test_unknown_queries(run, clips, capsys, monkeypatch):
-    monkeypatch.setattr("vatt_fast.cli.read_folder", None)
+    monkeypatch.setattr("vatt_fast.commands.evaluation.read_folder", None)
     for text in ("xyzzy plugh", "..."):
         (error,) = failing(
             capsys, "retrieve", "--model", run, "--data", clips, "--text", "a dog", text

@@ -1,0 +1,1 @@
+"""What ``vatt-fast`` does, one function a verb; their docstrings are its help."""
