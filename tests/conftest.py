@@ -11,6 +11,7 @@ import importlib.util
 import os
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,18 @@ sys.modules["bench"] = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(sys.modules["bench"])
 
 from native_fixtures import emulated_extension  # noqa: E402, F401
+from processes import kill_processes_of  # noqa: E402
+
+_QUICK_SECONDS = 0.5  # nothing that starts Python ends sooner
+
+
+@pytest.fixture(autouse=True)
+def _no_process_outlives_its_test(request):
+    """A failed test would leave its runs to train on, beside all later tests."""
+    began = time.monotonic()
+    yield
+    if sys.platform == "linux" and time.monotonic() - began > _QUICK_SECONDS:
+        kill_processes_of(request.node.nodeid)
 
 
 def pytest_collection_modifyitems(items):

@@ -1,6 +1,8 @@
-"""Several processes joined by gloo, as many devices are."""
+"""Several processes joined by gloo, as many devices are, and the end of those left over."""
 
+import contextlib
 import os
+import signal
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +25,8 @@ def in_processes(
     are DTensors; torch's caches of them keep the group, and the interpreter is left another way.
     """
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_process, (world, folder, function, arguments, dtensors), nprocs=world)
+        given = (world, folder, function, arguments, dtensors)
+        mp.spawn(_process, given, nprocs=world, daemon=True)
         return [
             torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(world)
         ]
@@ -46,3 +49,12 @@ def gloo_threads() -> list[str]:
     """Names of this process's threads that belong to a gloo process group (Linux)."""
     names = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
     return [name for name in names if "gloo" in name]
+
+
+def kill_processes_of(test: str) -> None:
+    """Kill what a test has started and not ended, however deep and in whatever session (Linux)."""
+    mark = f"PYTEST_CURRENT_TEST={test} (call)".encode()
+    for path in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has just ended, or is another user's
+            if mark in (path / "environ").read_bytes().split(b"\0"):
+                os.kill(int(path.name), signal.SIGKILL)

@@ -46,6 +46,7 @@ from .order import OTHER_CAPTIONS, VERSION, WINDOWS, Order, Shuffle, uniform
 from .source import Source
 from .sources import open_source
 from .text import Vocabulary, nearest_times
+from .torchcodec_reader import Decoder, reader_class
 
 # So many files in a row that cannot be read are no accident of single files.
 _GIVE_UP = 100
@@ -69,6 +70,7 @@ class ClipFolder:
         cache_dir: each file is decoded once, whole, at the spec's rates, and windows are then read
             from disk: ``frames_per_second * height * width * 3 + 4 * sample_rate_hz`` bytes a
             second of media, so for folders of short clips.
+        decoder: of pictures: pyav, or torchcodec where it loads.
 
     Raises:
         ValueError: the folder is missing or without media, captions are bad or of media that are
@@ -82,7 +84,11 @@ class ClipFolder:
         *,
         vocabulary: Vocabulary | None,
         cache_dir: str | os.PathLike | None = None,
+        decoder: Decoder = "pyav",
     ):
+        if cache_dir is not None and decoder != "pyav":
+            raise ValueError(f"PyAV fills a cache; leave out cache_dir, or decoder {decoder!r}")
+        self._reader = reader_class(decoder)
         self.source = open_source(data) if isinstance(data, str | os.PathLike) else data
         self.spec = spec
         self._words = None if vocabulary is None else self.source.encode(vocabulary, spec.words)
@@ -166,7 +172,7 @@ class ClipFolder:
                         for window, change in zip(windows, changes, strict=True)
                     ]
             else:
-                with MediaReader(path) as reader:
+                with self._reader(path) as reader:
                     windows = self._decoded(
                         reader, starts(reader.info.duration_seconds), index, changes
                     )
@@ -342,6 +348,7 @@ class ClipDataset(Dataset):
         windows_per_decode: a file is opened for so many consecutive steps, each with a window of
             its own, so that none of them is another one's negative ("data echoing", Choi et al.,
             2019). A loader holds so many times two batches.
+        decoder: as ``ClipFolder``.
 
     Raises:
         ValueError: an argument out of range, and as ``ClipFolder``.
@@ -362,6 +369,7 @@ class ClipDataset(Dataset):
         drop_token: DropToken | None = None,
         augment: ClipAugment | None = None,
         windows_per_decode: int = 1,
+        decoder: Decoder = "pyav",
     ):
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; a batch has at least 1 clip")
@@ -371,7 +379,9 @@ class ClipDataset(Dataset):
             raise ValueError(f"rank is {rank} of world {world}; ranks count from 0 to world - 1")
         if windows_per_decode < 1:
             raise ValueError(f"windows_per_decode is {windows_per_decode}; it must be at least 1")
-        self.clips = ClipFolder(data, spec, vocabulary=vocabulary, cache_dir=cache_dir)
+        self.clips = ClipFolder(
+            data, spec, vocabulary=vocabulary, cache_dir=cache_dir, decoder=decoder
+        )
         self.batch_size, self.seed, self.rank, self.world = batch_size, seed, rank, world
         self.drop_token, self.augment = drop_token, augment
         self.steps_together = windows_per_decode

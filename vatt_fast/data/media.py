@@ -217,7 +217,7 @@ class MediaReader(MediaFile):
             if self.info.is_image:
                 return picture_size(self.place)
             for frame, _ in self._decode_from("video", 0.0):
-                return _shown_size(frame, self._aspect(), _orientation(frame)[1])
+                return _shown_size(frame, self._aspect(), orientation(frame)[1])
         raise MediaError(f"{self.name} holds no picture; remove the file")
 
     def clip(
@@ -407,7 +407,7 @@ class MediaReader(MediaFile):
             raise MediaError(
                 f"{self.name} has pictures of {frame.width} x {frame.height}; scale them down"
             )
-        flip, turns = _orientation(frame)
+        flip, turns = orientation(frame)
         rows, columns = (width, height) if turns % 2 else (height, width)
         aspect = self._aspect()
         part = None
@@ -553,7 +553,7 @@ class MediaReader(MediaFile):
             )
 
 
-def _orientation(frame: Any) -> tuple[bool, int]:
+def orientation(frame: Any) -> tuple[bool, int]:
     """Whether a picture is mirrored, then by how many quarters it is turned counterclockwise."""
     matrix = frame.side_data.get("DISPLAYMATRIX")
     if matrix is None:

@@ -37,7 +37,7 @@ class Scaler:
 
         What lies around it takes no time. Sizes are even to half a pixel of the output.
         """
-        picture_format = "rgba" if _may_be_transparent(frame.format.name) else "rgb24"
+        picture_format = "rgba" if may_be_transparent(frame.format.name) else "rgb24"
         (left, right), (columns, first_column) = _span(part[0], part[2], frame.width, width)
         (top, bottom), (rows, first_row) = _span(part[1], part[3], frame.height, height)
         inner = slice(first_row, first_row + height), slice(first_column, first_column + width)
@@ -72,7 +72,7 @@ class Scaler:
         bytes_a_pixel = _planes(name)
         planes = frame.planes
         if bytes_a_pixel is None or planes[0].line_size < 0:
-            picture_format = "rgba" if _may_be_transparent(name) else "rgb24"
+            picture_format = "rgba" if may_be_transparent(name) else "rgb24"
             whole = self._reformat(self._convert, frame, picture_format, frame.width, frame.height)
             part = np.ascontiguousarray(whole.to_ndarray()[top:bottom, left:right])
             return av.VideoFrame.from_ndarray(part, format=picture_format)
@@ -129,6 +129,6 @@ def _planes(name: str) -> tuple[int, ...] | None:
 
 
 @functools.cache
-def _may_be_transparent(pixel_format: str) -> bool:
+def may_be_transparent(pixel_format: str) -> bool:
     described = import_av().VideoFormat(pixel_format)
     return described.has_palette or any(part.is_alpha for part in described.components)

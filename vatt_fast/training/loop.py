@@ -160,6 +160,7 @@ def _pretrain(
             cache_dir=run.cache,
             drop_token=DropToken(config, run.drop_rate, run.drop_per, shards=shards),
             augment=augment,
+            decoder=run.decoder,
         )
         if len(dataset.source) < run.batch_size:
             if ranks.world > 1:

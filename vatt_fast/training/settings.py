@@ -8,6 +8,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 from ..config import AudioInput, VATTConfig
 from ..data.augment import NOTHING, parts_of
+from ..data.torchcodec_reader import Decoder
 from ..recompute import Recompute
 from .loggers import names_of
 from .schedule import Schedule, learning_rate
@@ -108,6 +109,7 @@ class PretrainConfig:
     # these, joined by commas
     augment: str = "recipe"
 
+    decoder: Decoder = "pyav"  # of pictures; torchcodec: where it is installed and loads
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 where the device computes it
     framework: Literal["torch", "jax"] = "torch"  # jax: all devices share the batch
     shard_weights: bool = False  # jax: weights and Adam's state lie in shards over the devices
