@@ -22,7 +22,7 @@ from .config import VATTConfig
 from .files import write_text
 from .inputs import audio_input, require_input, video_input
 from .model import Encoder, PatchTokens, audio_rows, run_encoder, with_weights
-from .weights import CONFIG, WEIGHTS, is_classifier, load_tensors, load_weights, save_tensors
+from .weights import CONFIG, WEIGHTS, is_classifier, load_weights, read_saved, save_tensors
 
 LABELS = "labels.txt"
 
@@ -142,20 +142,12 @@ def read_classifier(
     Raises:
         ValueError: a file is missing or damaged.
     """
-    folder = Path(folder)
-    for name in (CONFIG, WEIGHTS):
-        if not (folder / name).is_file():
-            raise ValueError(
-                f"{folder} has no {name}; it must be a folder written by convert or finetune"
-            )
-    try:
-        config = ClassifierConfig.from_json((folder / CONFIG).read_text())
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{folder / CONFIG}: {error}") from error
+    from_json, folder = ClassifierConfig.from_json, Path(folder)
+    config, tensors = read_saved(folder, from_json, written_by="convert or finetune")
     labels = None
     if (folder / LABELS).is_file():
         labels = read_labels(folder / LABELS, config.num_classes)
-    return config, load_tensors(folder / WEIGHTS), labels
+    return config, tensors, labels
 
 
 def read_labels(path: str | os.PathLike, num_classes: int) -> list[str]:

@@ -1,6 +1,8 @@
 """Which devices this machine has, for torch and for JAX."""
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -53,3 +55,17 @@ def without_a_tpu(*, jax_on_cpu: bool = True) -> None:
         os.environ.setdefault(variable, value)
     if jax_on_cpu:
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+
+@contextlib.contextmanager
+def importing_jax() -> Iterator[None]:
+    """Around imports of what needs JAX. Raises ValueError where it is not installed."""
+    if not has_a_tpu():
+        # where libtpu is installed to compile with, JAX would look for a TPU, and say so at length
+        without_a_tpu(jax_on_cpu=False)
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"framework 'jax' needs {error.name}: pip install 'vatt_fast[jax]'"
+        ) from error

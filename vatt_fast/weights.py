@@ -5,8 +5,9 @@ Loading never unpickles.
 
 import json
 import struct
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -16,10 +17,12 @@ from torch import Tensor
 from .config import VATTConfig
 from .data.text import Vocabulary
 from .files import replacing, write_text
+from .positions import resample_matrix
 
 if TYPE_CHECKING:
     from .model import VATT
 
+Config = TypeVar("Config")
 CONFIG, WEIGHTS, VOCABULARY = "config.json", "model.safetensors", "vocabulary.txt"
 
 
@@ -35,26 +38,37 @@ def save_model(model: "VATT", folder: str | Path) -> None:
 
 def read_folder(folder: str | Path) -> tuple[VATTConfig, dict[str, Tensor], Vocabulary | None]:
     """What ``save_model`` wrote. Raises ValueError for a file that is missing or damaged."""
+    config, tensors = read_saved(folder, _vatt_config, written_by="save_pretrained or pretrain")
+    words = Path(folder) / VOCABULARY
+    return config, tensors, Vocabulary.load(words) if words.is_file() else None
+
+
+def _vatt_config(text: str) -> VATTConfig:
+    if is_classifier(text):
+        raise ValueError(
+            "it is a classifier's; load it with vatt_fast.classifier.Classifier.from_pretrained"
+        )
+    return VATTConfig.from_json(text)
+
+
+def read_saved(
+    folder: str | Path, from_json: Callable[[str], Config], written_by: str
+) -> tuple[Config, dict[str, Tensor]]:
+    """Config and tensors of a saved model. Raises ValueError for a file missing or damaged.
+
+    Args:
+        from_json: the config of a text; raises ValueError or TypeError for another one.
+        written_by: what writes such a folder, for the error.
+    """
     folder = Path(folder)
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
-            raise ValueError(
-                f"{folder} has no {name}; "
-                "it must be a folder written by save_pretrained or pretrain"
-            )
-    text = (folder / CONFIG).read_text()
-    if is_classifier(text):
-        raise ValueError(
-            f"{folder} holds a classifier; load it with vatt_fast.classifier.Classifier"
-            ".from_pretrained"
-        )
+            raise ValueError(f"{folder} has no {name}; it must be a folder written by {written_by}")
     try:
-        config = VATTConfig.from_json(text)
+        config = from_json((folder / CONFIG).read_text())
     except (ValueError, TypeError) as error:
         raise ValueError(f"{folder / CONFIG}: {error}") from error
-    tensors = load_tensors(folder / WEIGHTS)
-    words = folder / VOCABULARY
-    return config, tensors, Vocabulary.load(words) if words.is_file() else None
+    return config, load_tensors(folder / WEIGHTS)
 
 
 def is_classifier(config: str) -> bool:
@@ -86,6 +100,16 @@ def load_weights(model: torch.nn.Module, tensors: dict[str, Tensor], *, source: 
             "use the config.json it was saved with"
         )
     model.load_state_dict(tensors)
+
+
+def resampled(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """``tensors``, with position tables as long as those of ``wanted``, a state dict."""
+    found = dict(tensors)
+    for name, table in tensors.items():
+        if ".position.tables." in name and len(table) != len(wanted[name]):
+            matrix = torch.from_numpy(resample_matrix(len(table), len(wanted[name])))
+            found[name] = (matrix @ table.double()).to(table.dtype)
+    return found
 
 
 def save_tensors(

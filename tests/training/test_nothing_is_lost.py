@@ -31,6 +31,7 @@ from vatt_fast.model import create_model
 from vatt_fast.training.checkpoint import check_same_run, read_standing, read_state
 from vatt_fast.training.loop import BEST, CHECKPOINT, METRICS, PretrainConfig, pretrain
 from vatt_fast.training.metrics import NonFiniteError
+from vatt_fast.training.settings import differences
 from vatt_fast.weights import read_folder
 
 PATIENCE = 240  # seconds; machines may be busy
@@ -248,15 +249,15 @@ def test_a_rate_beyond_all_bounds_is_one_line(folder, tmp_path, capsys):
 
 LIMITED = """
 import resource, sys
-from vatt_fast.training import loop
+from vatt_fast.training import running
 from test_nothing_is_lost import run, settings
 folder, out, limit = sys.argv[1:]
-original = loop._save
-def save(out, trainer, standing, *more):
+original = running.save
+def save(job, standing, *more):
     if standing.step == 4:  # the second save: no file may grow beyond the limit
         resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), int(limit)))
-    original(out, trainer, standing, *more)
-loop._save = save
+    original(job, standing, *more)
+running.save = save
 try:
     run(settings(folder, out))
 except OSError as error:
@@ -475,7 +476,7 @@ def test_damaged_checkpoints_and_configs_are_said_to_be(folder, whole, tmp_path)
         (tmp_path / "config.json").write_bytes(bad)
         try:
             standing = read_standing(tmp_path / CHECKPOINT)
-            check_same_run(tmp_path / CHECKPOINT, standing, described)
+            check_same_run(tmp_path / CHECKPOINT, differences(standing.run, described))
             read_state(tmp_path / CHECKPOINT)
         except ValueError:
             refused += 1

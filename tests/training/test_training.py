@@ -21,6 +21,7 @@ from vatt_fast.demo.run import DemoConfig
 from vatt_fast.model import VATT, create_model
 from vatt_fast.on_jax.compile_tpu import CompileTPUConfig
 from vatt_fast.training import loop as loop_module
+from vatt_fast.training import running
 from vatt_fast.training import step as step_module
 from vatt_fast.training.loop import CHECKPOINT, METRICS, pretrain
 from vatt_fast.training.schedule import learning_rate
@@ -40,7 +41,7 @@ def run(config, **options):
 @pytest.mark.parametrize("pinned", [False, True])
 def test_batches_go_to_a_gpu_from_pinned_memory(folder, tmp_path, monkeypatch, pinned):
     """Out of pageable memory the copy waits for the end of the last step."""
-    seen, original = [], loop_module.loader
+    seen, original = [], running.loader
 
     def loader(*args, pin_memory, **options):
         seen.append(pin_memory)
@@ -56,7 +57,7 @@ def test_batches_go_to_a_gpu_from_pinned_memory(folder, tmp_path, monkeypatch, p
         seen.append(non_blocking)
         return self
 
-    monkeypatch.setattr(loop_module, "loader", loader)
+    monkeypatch.setattr(running, "loader", loader)
     monkeypatch.setattr(loop_module, "TorchTrainer", Trainer)
     monkeypatch.setattr(Batch, "to", to)
     run(settings(folder, tmp_path, steps=1, warmup_steps=0, device="cpu"))

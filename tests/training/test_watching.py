@@ -25,6 +25,7 @@ from vatt_fast.evaluation.search import measure, read_folder
 from vatt_fast.model import VATTOutput, create_model
 from vatt_fast.training import loggers as loggers_module
 from vatt_fast.training import loop as loop_module
+from vatt_fast.training import running
 from vatt_fast.training.checkpoint import read_standing
 from vatt_fast.training.loop import BEST, CHECKPOINT, METRICS, REPORT, pretrain
 from vatt_fast.training.metrics import Timer, mean_cosines, read_metrics
@@ -158,17 +159,17 @@ def test_wandb_continues_the_run_that_it_began(folder, tmp_path, monkeypatch):
     fake.init = init
     monkeypatch.setitem(sys.modules, "wandb", fake)
     config = settings(folder, tmp_path, steps=4, loggers="wandb,tensorboard")
-    stopping, calls = loop_module._save, []
+    stopping, calls = running.save, []
 
     def save_once(*args):
         stopping(*args)
         calls.append(1)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(loop_module, "_save", save_once)
+    monkeypatch.setattr(running, "save", save_once)
     with pytest.raises(KeyboardInterrupt):
         run(config)
-    monkeypatch.setattr(loop_module, "_save", stopping)
+    monkeypatch.setattr(running, "save", stopping)
     run(config)
     assert len(begun) == 2 and begun[0]["id"] == begun[1]["id"] and begun[0]["resume"] == "allow"
     assert begun[0]["config"]["batch_size"] == 4 and logged == [1, 2, 3, 4]
@@ -228,7 +229,7 @@ def test_the_best_by_retrieval_is_kept(folder, tmp_path, monkeypatch):
     run(config)
     assert torch.equal(create_model(tmp_path / BEST).text_tokens.agg, weights[40.0])
     assert not torch.equal(create_model(tmp_path).text_tokens.agg, weights[40.0])
-    assert read_standing(tmp_path / CHECKPOINT).best_retrieval == 40.0
+    assert read_standing(tmp_path / CHECKPOINT).best_score == 40.0
 
 
 def test_evaluation_needs_clips(folder, tmp_path):
@@ -342,7 +343,7 @@ def test_a_report_of_odd_names_and_values(folder, tmp_path):
 
 def test_the_report_is_written_whole_and_counts_on(folder, tmp_path, monkeypatch):
     config = settings(folder, tmp_path, steps=6, eval_data=str(folder), eval_every=6)
-    stopping, saves = loop_module._save, []
+    stopping, saves = running.save, []
 
     def save(*args):
         stopping(*args)
@@ -350,12 +351,12 @@ def test_the_report_is_written_whole_and_counts_on(folder, tmp_path, monkeypatch
         if len(saves) == 2:  # of step 4
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(loop_module, "_save", save)
+    monkeypatch.setattr(running, "save", save)
     with pytest.raises(KeyboardInterrupt):
         run(config)
     assert "Step 2 of 6" in "".join(parsed(tmp_path / REPORT).text)
     assert "Not measured" in "".join(parsed(tmp_path / REPORT).text)
-    monkeypatch.setattr(loop_module, "_save", stopping)
+    monkeypatch.setattr(running, "save", stopping)
     run(config)
     text = "".join(parsed(tmp_path / REPORT).text)
     assert "Step 6 of 6" in text and "Not measured" not in text

@@ -1,6 +1,5 @@
 """Fine-tuning: labelled media in, run folder out; may be killed at any time and continued."""
 
-import contextlib
 import dataclasses
 import warnings
 from collections.abc import Mapping
@@ -9,35 +8,23 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ..checkpoints.bundle import is_checkpoint
 from ..checkpoints.released import read_released
 from ..classifier import LABELS, Classifier, ClassifierConfig, read_classifier
 from ..config import VATTConfig, preset, video_grid
 from ..data.augment import ClipAugment, augmentation
-from ..data.clips import ClipSpec, DropToken
+from ..data.clips import Batch, ClipSpec, DropToken
 from ..data.dataset import ClipDataset
 from ..data.labels import LabelledData, LabelledSource, open_labels
-from ..data.loader import loader
 from ..data.order import VERSION as ORDER_VERSION
 from ..evaluation.classify import predict, scores_of
-from ..files import check_folder, link, write_text
-from ..positions import resample_matrix
-from ..training.checkpoint import (
-    CHECKPOINT,
-    Data,
-    Standing,
-    keep_earlier,
-    read_standing,
-    say_what_changed,
-)
-from ..training.distributed import Ranks, agreed, check_settings, joined, own_folder
-from ..training.loggers import make_loggers
-from ..training.metrics import FiniteWatch, Mean, MetricsLog, NonFiniteError, Timer
+from ..files import write_text
+from ..training.checkpoint import CHECKPOINT, Data, Standing, check_same_run, read_standing
+from ..training.distributed import Ranks, check_settings, joined
+from ..training.running import BEST, Job, Step, continued, run_folder, train, warn_of_warmup
 from ..training.settings import told_differences
-from ..training.stopping import StopRequests, kept_from_children, obey_the_parent_alone, stopped
-from ..weights import CONFIG, WEIGHTS, is_classifier, read_folder
+from ..weights import CONFIG, WEIGHTS, is_classifier, read_folder, resampled
 from .settings import (
     FROM_SCRATCH,
     MODALITY,
@@ -52,9 +39,9 @@ from .settings import (
     read_trained,
     sizes,
 )
-from .step import FineTuner, Update
+from .step import FineTuner, Trainer
 
-BEST = "best"
+__all__ = ["BEST", "finetune"]
 
 
 def finetune(
@@ -94,13 +81,7 @@ def _finetune(
 ) -> Classifier:
     out, modality = Path(run.out), MODALITY[run.task]
     path = out / CHECKPOINT
-    with contextlib.ExitStack() as stack:
-        owned = False
-        with ranks.together():
-            if ranks.first:
-                check_folder(out)
-                if out.is_dir():
-                    owned = stack.enter_context(own_folder(out, ranks))
+    with run_folder(out, ranks) as make_folder:
         with ranks.together():
             standing = read_standing(path) if path.exists() else None
             labelled, named = _labelled(run, ranks.first)
@@ -109,16 +90,12 @@ def _finetune(
             if run.eval_split is not None:
                 held = labelled.source(run.eval_split, modality)
             run = run.with_steps(len(source), standing.run if standing is not None else None)
-            if ranks.first and run.warmup_steps and run.warmup_steps >= (run.steps or 0):
-                warnings.warn(
-                    f"warmup_steps {run.warmup_steps} >= steps {run.steps}: "
-                    f"the learning rate never reaches {run.learning_rate:g}",
-                    stacklevel=3,
-                )
+            if ranks.first:
+                warn_of_warmup(run)
             config, weights, spec = _beginning(run, model_config, source.classes)
             settings = describe(run, config.model, source.classes)
             if standing is not None:
-                _check_same_run(path, standing, settings)
+                check_same_run(path, told_differences(standing.run, settings))
             dataset = _dataset(run, ranks, config, source, spec, augment)
         data = Data(*source.identity)
         labels = source.label_digest[:12]
@@ -134,8 +111,9 @@ def _finetune(
         if modality == "video" and run.drop_rate:
             read = dict(frames=spec.frames, height=spec.height, width=spec.width)
             grid = video_grid(**read, patch=config.model.video_patch)
-        trainer = FineTuner(run, config, None if standing is not None else weights, grid, ranks)
-        trainer.model().labels = list(source.classes)
+        if standing is not None:
+            weights = None
+        trainer = FineTuner(run, config, weights, grid, ranks, source.classes)
         arithmetic = {
             "precision": trainer.precision,
             "micro_batch": run.micro_batch,
@@ -143,35 +121,77 @@ def _finetune(
             "order of clips": ORDER_VERSION,
             "labels": labels,
         }
-        now = Standing(0, settings, data, arithmetic)
-        if standing is not None:
-            if ranks.first:
-                say_what_changed(path, standing, data, arithmetic)
+        now = continued(path, standing, Standing(0, settings, data, arithmetic), trainer, ranks)
+        make_folder()
+        if not named:
             with ranks.together():
-                trainer.restore(path)
-            now = now._replace(
-                step=standing.step, best_loss=standing.best_loss, best_score=standing.best_score
-            )
-        with ranks.together():
-            if ranks.first:
-                if not owned:
-                    out.mkdir(parents=True, exist_ok=True)
-                    stack.enter_context(own_folder(out, ranks))
-                if not named:
+                if ranks.first:
                     marks = labelled.marks("train") | read_trained(out)  # of a run continued
                     write_text(out / TRAINED, "\n".join(sorted(marks)) + "\n")
         record = Record(run.task, run.loss or "softmax", input_sizes(run.task, spec),
                         str(run.recipe))  # fmt: skip
-        _train(run, ranks, trainer, dataset, source, held, spec, now, record, progress)
-    skipped: dict[str, str] = {}
-    for one in ranks.all(dict(dataset.skipped)):
-        skipped |= one
-    if skipped and ranks.first:
-        reasons = "\n  ".join(list(skipped.values())[:5])
-        print(
-            f"{len(skipped)} media files could not be read, others stood in for them:\n  {reasons}"
-        )
+        job = FineTuning(run, trainer, dataset, source, held, spec, record)
+        train(job, ranks, now, progress)
     return trainer.model().eval()
+
+
+@dataclasses.dataclass
+class FineTuning(Job):
+    run: FineTuneConfig
+    trainer: Trainer
+    dataset: ClipDataset
+    source: LabelledSource
+    held: LabelledSource | None
+    spec: ClipSpec
+    record: Record
+    name = "finetune"
+    files = (WEIGHTS, CONFIG, LABELS, RECORD, TRAINED)
+
+    def teaches(self, batch: Batch) -> bool:
+        return bool(getattr(batch, f"{MODALITY[self.run.task]}_valid").any())
+
+    def unteachable(self, steps: int) -> str | None:
+        what = "sound" if self.run.task == "audio" else "picture"
+        return (
+            f"none of the first {self.run.batch_size} clips of {self.source.label} has a {what}; "
+            "take another task, or other media"
+        )
+
+    def rate(self, step: int) -> float:
+        return rate_of(self.run, step)
+
+    def step(self, batch: Batch, step: int, rate: float) -> Step:
+        loss, norm, right = self.trainer.step(batch, self.source.targets(batch.files), step, rate)
+
+        def more() -> dict[str, float]:
+            clips = int(self.run.batch_size or 0)
+            return {} if right is None else {"train_top1": 100 * float(right) / clips}
+
+        return Step(loss, norm, more)
+
+    def shown(self, values: dict[str, float]) -> dict[str, str]:
+        return {"loss": f"{values['loss']:.3f}", "rate": f"{values['learning_rate']:.2g}"}
+
+    def measure(self, model: Classifier) -> tuple[dict[str, float], float | None]:
+        """eval_top1 and others of held-out examples, one view in the middle of each."""
+        assert self.held is not None
+        found = predict(
+            model, self.held, self.spec, windows=1, crops=1, batch_size=32,
+            precision=self.run.precision, workers=max(1, self.run.workers),
+        )  # fmt: skip
+        targets = self.held.targets(found.files).numpy()
+        scores = scores_of(found.logits, targets, self.run.loss != "softmax")
+        told = {f"eval_{name}": float(v) for name, v in scores.items() if v is not None}
+        best = told.get("eval_top1", told.get("eval_mAP"))
+        told["eval_examples"] = float(len(found.files))
+        return told, best if self.run.best_by == "score" else None
+
+    def write_model(self, model: Classifier, out: Path) -> None:
+        model.save_pretrained(out)
+        self.record.write(out)
+
+    def write_report(self) -> None:
+        """None yet."""
 
 
 def _labelled(run: FineTuneConfig, says: bool) -> tuple[LabelledData, bool]:
@@ -196,16 +216,6 @@ def _labelled(run: FineTuneConfig, says: bool) -> tuple[LabelledData, bool]:
     if len(labelled.classes) < 2:
         raise ValueError(f"{run.data} has one class, {labelled.classes[0]!r}; add another one")
     return labelled, named
-
-
-def _check_same_run(path: Path, was: Standing, now: dict[str, Any]) -> None:
-    """Raise ValueError where the checkpoint belongs to a run with other settings, named."""
-    if told := told_differences(was.run, now):
-        more = f"; and {len(told) - 3} more" if len(told) > 3 else ""
-        raise ValueError(
-            f"{path} belongs to another run ({'; '.join(told[:3])}{more}); "
-            "choose another output folder, or delete this one"
-        )
 
 
 # -- beginnings ------------------------------------------------------------------------------------
@@ -235,7 +245,7 @@ def _beginning(
         rates = ("frames_per_second", "sample_rate_hz")
         config = dataclasses.replace(config, **{k: v for k, v in wanted.items() if k in rates})
     whole = ClassifierConfig(config, modality, len(classes))
-    return whole, None if tensors is None else _resampled(tensors, whole, run.init), spec
+    return whole, None if tensors is None else _tower(tensors, whole, run.init), spec
 
 
 def _saved(
@@ -270,20 +280,16 @@ def _saved(
     return config, tensors
 
 
-def _resampled(
+def _tower(
     tensors: Mapping[str, Tensor], config: ClassifierConfig, source: str
 ) -> dict[str, Tensor]:
     """The tower's own tensors, with position tables of the lengths that ``config`` has."""
     with torch.device("meta"):
-        wanted = {name: value.shape for name, value in Classifier(config).state_dict().items()}
+        wanted = Classifier(config).state_dict()
     found = {name: value for name, value in tensors.items() if name in wanted}
     if lacking := [n for n in wanted if n not in found and not n.startswith("classifier.")]:
         raise ValueError(f"{source} has no {lacking[0]}; it holds no {config.modality} tower")
-    for name, table in found.items():
-        if ".position.tables." in name and table.shape[0] != wanted[name][0]:
-            matrix = torch.from_numpy(resample_matrix(table.shape[0], wanted[name][0]))
-            found[name] = (matrix @ table.double()).to(table.dtype)
-    return found
+    return resampled(found, wanted)
 
 
 def _dataset(
@@ -331,185 +337,3 @@ def _dataset(
         drop_token=drop,
         augment=augment or augmentation(str(run.augment), spec.height, spec.width),
     )
-
-
-# -- the steps -------------------------------------------------------------------------------------
-
-
-def _train(
-    run: FineTuneConfig,
-    ranks: Ranks,
-    trainer: FineTuner,
-    dataset: ClipDataset,
-    source: LabelledSource,
-    held: LabelledSource | None,
-    spec: ClipSpec,
-    standing: Standing,
-    record: Record,
-    progress: bool,
-) -> None:
-    """The steps from ``standing`` on, and all that is written meanwhile.
-
-    As pre-training's, with labels beside each batch.
-    """
-    out, start, steps = Path(run.out), standing.step, int(run.steps or 0)
-    stop, watch, losses = StopRequests(ranks.world > 1), FiniteWatch(), Mean()
-    bar = tqdm(
-        total=steps, initial=start, desc="finetune", unit="step", disable=None if progress else True
-    )
-    saved, new_best, seen = start, False, False
-
-    def save(done: int) -> None:
-        nonlocal standing, saved, new_best
-        watch.check()
-        loss = losses.take()
-        lower = standing.best_loss is None or loss < standing.best_loss
-        standing = standing._replace(step=done, best_loss=loss if lower else standing.best_loss)
-        try:
-            best, new_best = lower if run.best_by == "loss" else new_best, False
-            with ranks.together():
-                if ranks.first:
-                    _save(out, trainer, standing, record, best, run.keep_last)
-            saved = done
-        except OSError as error:
-            intact = f"the checkpoint of step {saved} is intact" if saved else "no checkpoint yet"
-            told = OSError(
-                f"{error}; {intact}: make room, and the same command continues from there"
-            )
-            raise (agreed(told, ranks) if hasattr(error, "agreed") else told) from error
-        if progress and bar.disable:  # a log file has no bar
-            print(f"step {done} of {steps} saved, mean loss {loss:.4g}", flush=True)
-
-    with contextlib.ExitStack() as stack:
-        with ranks.together():
-            if ranks.first:
-                loggers = make_loggers(run.loggers, out, start, standing.run)
-                logger = stack.enter_context(contextlib.closing(MetricsLog(out, start, loggers)))
-        stack.enter_context(bar)
-        stack.enter_context(stop)
-        options: dict[str, Any] = dict(
-            pin_memory=trainer.pin_memory, start_method=trainer.start_method
-        )
-        options["worker_init"] = obey_the_parent_alone
-        loaded = loader(dataset, start, steps, run.workers, **options)
-        stack.callback(loaded.close)
-        with ranks.together(), kept_from_children():
-            batches = iter(loaded)
-        timer = Timer(lambda: loaded.waited_seconds)
-        for done in range(start + 1, steps + 1):
-            batch, error = None, None
-            try:
-                with stop.waiting():
-                    batch = next(batches)
-            except KeyboardInterrupt:
-                pass
-            except (ValueError, OSError) as met:
-                error = met
-            # ranks stop at one step, and fail together
-            there = batch is not None and bool(getattr(batch, f"{trainer.modality}_valid").any())
-            stopping, failed, seen = ranks.any(
-                batch is None and error is None, error is not None, seen or there
-            )
-            if failed:
-                ranks.fail(error)
-            if stopping:
-                if done - 1 > saved:
-                    save(done - 1)
-                raise agreed(stopped(done - 1), ranks)
-            assert batch is not None
-            if not seen:
-                what = "picture" if trainer.modality == "video" else "sound"
-                error = ValueError(
-                    f"none of the first {run.batch_size} clips of {source.label} has a {what}; "
-                    "take another task, or other media"
-                )
-                raise agreed(error, ranks)
-            rate = rate_of(run, done - 1)
-            with ranks.answering():
-                update = trainer.step(batch, source.targets(batch.files), done - 1, rate)
-            try:
-                found = {"loss": update.loss, "gradient norm": update.gradient_norm}
-                watch.add(done, batch.files, found)
-                losses.add(update.loss)
-                timer.step(int(run.batch_size or 0))
-                bar.update()
-                values: dict[str, float] = {}
-                if done % run.log_every == 0 or done == steps:
-                    watch.check()
-                    values = _values(update, rate, int(run.batch_size or 0)) | {
-                        "skipped_files": ranks.total(len(dataset.skipped)),
-                        **timer.take(ranks.largest),
-                    }  # fmt: skip
-                    bar.set_postfix(loss=f"{values['loss']:.3f}", rate=f"{rate:.2g}")
-                if (
-                    held is not None
-                    and run.eval_every is not None
-                    and (done % run.eval_every == 0 or done == steps)
-                ):
-                    watch.check()
-                    measured: dict[str, float] = {}
-                    with ranks.together():
-                        if ranks.first:
-                            measured = measure(run, trainer.model(), held, spec)
-                    measured = ranks.firsts(measured)
-                    values |= measured
-                    score = measured.get("eval_top1", measured.get("eval_mAP"))
-                    if score is not None and (
-                        standing.best_score is None or score > standing.best_score
-                    ):
-                        standing = standing._replace(best_score=score)
-                        new_best = run.best_by == "score"
-                    timer.reset()
-                if values and ranks.first:
-                    logger.write(done, values)
-                if done % run.checkpoint_every == 0 or done == steps or new_best:
-                    save(done)
-            except NonFiniteError as error:
-                intact = (
-                    f"{out / CHECKPOINT} of step {saved} stays" if saved else "nothing is saved"
-                )
-                told = NonFiniteError(
-                    f"{error}; {intact}: lower the learning rate, or look at these files"
-                )
-                ranks.fail(told)
-
-
-def measure(
-    run: FineTuneConfig, model: Classifier, held: LabelledSource, spec: ClipSpec
-) -> dict[str, float]:
-    """eval_top1 and others of held-out examples, one view in the middle of each."""
-    found = predict(
-        model, held, spec, windows=1, crops=1, batch_size=32, precision=run.precision,
-        workers=max(1, run.workers),
-    )  # fmt: skip
-    targets = held.targets(found.files).numpy()
-    scores = scores_of(found.logits, targets, run.loss != "softmax")
-    return {f"eval_{name}": float(value) for name, value in scores.items() if value is not None} | {
-        "eval_examples": float(len(found.files))
-    }
-
-
-def _save(
-    out: Path, trainer: FineTuner, standing: Standing, record: Record, best: bool, keep_last: int
-) -> None:
-    """The model's files first, the checkpoint last.
-
-    Whoever continues after a kill in between comes by here again.
-    """
-    trainer.model().save_pretrained(out)
-    record.write(out)
-    if best:
-        (out / BEST).mkdir(exist_ok=True)
-        for name in (WEIGHTS, CONFIG, LABELS, RECORD, TRAINED):
-            if (out / name).exists():
-                link(out / name, out / BEST / name)
-    keep_earlier(out / CHECKPOINT, keep_last)
-    trainer.save(out / CHECKPOINT, standing)
-
-
-def _values(update: Update, rate: float, clips: int) -> dict[str, float]:
-    found = {"loss": float(update.loss), "learning_rate": rate}
-    found["gradient_norm"] = float(update.gradient_norm)
-    if update.right is not None:
-        found["train_top1"] = 100 * float(update.right) / clips
-    return found

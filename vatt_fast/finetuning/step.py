@@ -1,9 +1,9 @@
 """One step of fine-tuning: clip or waveform, tower, classifier, loss, SGD."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -14,6 +14,7 @@ from ..classifier import Classifier, ClassifierConfig
 from ..data.clips import Batch
 from ..devices import pick_device
 from ..model import Block
+from ..training import running
 from ..training.checkpoint import Standing, load_checkpoint, save_checkpoint
 from ..training.distributed import Ranks
 from ..training.step import autocast
@@ -63,6 +64,20 @@ def initial_classifier(
     return model
 
 
+class Trainer(running.Trainer, Protocol):
+    """What a framework brings to ``finetune``: a classifier to start from, and what it does."""
+
+    def step(self, batch: Batch, targets: Tensor, step: int, rate: float) -> Update:
+        """One update.
+
+        Args:
+            targets: (B, C) of 0 and 1.
+        """
+
+    def model(self) -> Classifier:
+        """As it stands; all ranks call."""
+
+
 class FineTuner:
     """The torch model on this rank's device, alike on all ranks; optimizer, and state on disk."""
 
@@ -75,6 +90,7 @@ class FineTuner:
         weights: Mapping[str, Tensor] | None,
         grid: tuple[int, int, int] | None = None,
         ranks: Ranks | None = None,
+        labels: Sequence[str] | None = None,
     ):
         self.ranks = ranks = ranks or Ranks(device=run.device)
         self.run, self.device, self.grid = run, pick_device(ranks.device), grid
@@ -84,6 +100,7 @@ class FineTuner:
         self.precision = "bf16" if self.autocast._enabled else "fp32"
         model = initial_classifier(config, run, weights)
         model.classifier_dropout = run.classifier_dropout or 0.0
+        model.labels = None if labels is None else list(labels)
         for module in model.modules():
             if isinstance(module, Block):
                 module.recompute, module.compile_mode = run.recompute, run.compile
@@ -105,21 +122,16 @@ class FineTuner:
         self._model.train(not self.run.frozen)
         self._model.training = True
 
-    def restore(self, path: Path) -> None:
+    def restore(self, path: Path, step: int) -> None:
         load_checkpoint(path, self._model, self.optimizer)
 
-    def save(self, path: Path, standing: Standing) -> None:
-        save_checkpoint(path, self._model, self.optimizer, standing)
+    def save(self, path: Path, model: Classifier, standing: Standing) -> None:
+        save_checkpoint(path, model, self.optimizer, standing, write=self.ranks.first)
 
     def model(self) -> Classifier:
         return self._model
 
     def step(self, batch: Batch, targets: Tensor, step: int, rate: float) -> Update:
-        """One update.
-
-        Args:
-            targets: (B, C) of 0 and 1.
-        """
         run, modality = self.run, self.modality
         if self._model.classifier_dropout or self._model.config.dropout:
             # a continued run draws the same, each rank its own

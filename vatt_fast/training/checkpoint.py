@@ -14,7 +14,6 @@ from torch import Tensor
 from ..data.source import CONTENT
 from ..files import link
 from ..weights import load_metadata, load_tensors, load_weights, save_tensors
-from .settings import differences
 
 CHECKPOINT = "checkpoint.safetensors"
 _MODEL, _OPTIMIZER = "model/", "optimizer/"
@@ -57,15 +56,13 @@ class Standing(NamedTuple):
     # what a run may change, and must say so: precision and shares of DropToken's draws
     arithmetic: dict[str, Any] | None = None
     best_loss: float | None = None  # the lowest mean loss between two checkpoints so far
-    best_retrieval: float | None = None  # the highest R@10 on held-out clips so far
-    best_score: float | None = None  # of a fine-tuning: the highest top1 or mAP so far
+    best_score: float | None = None  # the highest on held-out media so far, where best/ is by it
 
     def metadata(self) -> dict[str, str]:
         run = self.run if self.data is None else self.run | {"data": self.data._asdict()}
         noted: dict[str, Any] = {"arithmetic": self.arithmetic, "best_loss": self.best_loss}
-        for name in ("best_retrieval", "best_score"):
-            if getattr(self, name) is not None:
-                noted[name] = getattr(self, name)
+        if self.best_score is not None:
+            noted["best_score"] = self.best_score
         return {"step": str(self.step), "run": json.dumps(run), "noted": json.dumps(noted)}
 
 
@@ -78,7 +75,10 @@ def read_standing(path: Path) -> Standing:
             raise ValueError("it describes no model")
         data = run.pop("data", None)
         data = Data(**data) if isinstance(data, dict) else None
-        return Standing(step, run, data, **json.loads(metadata.get("noted", "{}")))
+        noted = json.loads(metadata.get("noted", "{}"))
+        if "best_retrieval" in noted:  # as earlier versions called it in pre-training
+            noted["best_score"] = noted.pop("best_retrieval")
+        return Standing(step, run, data, **noted)
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, MemoryError) as error:
         raise ValueError(
             f"{path} is not a whole checkpoint; it was cut short or damaged: delete it, or put "
@@ -86,9 +86,13 @@ def read_standing(path: Path) -> Standing:
         ) from error
 
 
-def check_same_run(path: Path, was: Standing, run: dict[str, Any]) -> None:
-    """Raise ValueError where the checkpoint belongs to a run with other settings, named."""
-    if told := differences(was.run, run):
+def check_same_run(path: Path, told: list[str]) -> None:
+    """Raise ValueError where the checkpoint at ``path`` belongs to another run.
+
+    Args:
+        told: the differences of their settings.
+    """
+    if told:
         more = f"; and {len(told) - 3} more" if len(told) > 3 else ""
         raise ValueError(
             f"{path} belongs to another run ({'; '.join(told[:3])}{more}); "
@@ -109,7 +113,7 @@ def say_what_changed(path: Path, was: Standing, data: Data, arithmetic: dict[str
         warnings.warn(
             f"since {path} was written, {'; '.join(told)}: from step {was.step} on the run is not "
             "what it would have been",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 

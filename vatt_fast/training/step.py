@@ -21,6 +21,7 @@ from ..losses import VATTLoss, vatt_loss
 from ..model import VATT, VATTOutput
 from ..sharding import shard
 from ..weights import load_weights
+from . import running
 from .checkpoint import Standing, is_sharded, load_checkpoint, save_checkpoint, whole
 from .distributed import Ranks
 from .metrics import mean_cosines
@@ -42,27 +43,15 @@ class Update(NamedTuple):
     cosines: dict[str, Any]  # ``mean_cosines``, at steps that are logged
 
 
-class Trainer(Protocol):
-    """What a framework brings to ``pretrain``.
-
-    A model from the run's seed, its optimizer, and their state on disk.
-    """
+class Trainer(running.Trainer, Protocol):
+    """What a framework brings to ``pretrain``: a model from the run's seed, and what it does."""
 
     devices: int  # that share this process's batch
-    precision: str  # "bf16" or "fp32", what the products are computed in
-    start_method: str | None  # of the loader's worker processes; None: Python's default
-    pin_memory: bool  # batches are wanted in page-locked memory
-
-    def restore(self, path: Path, step: int) -> None:
-        """Continue from a checkpoint of so many steps."""
 
     def step(self, batch: Batch, step: int, rate: float) -> Update:
         """One update."""
 
     def temperature(self) -> float: ...
-
-    def save(self, path: Path, model: VATT, standing: Standing) -> None:
-        """Write a checkpoint of ``model()`` and the optimizer; all ranks call, the first writes."""
 
     def model(self) -> VATT:
         """As it stands; all ranks call."""
