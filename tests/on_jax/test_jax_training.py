@@ -202,10 +202,8 @@ def test_eight_devices_equal_one():
     results = json.loads(done.stdout.splitlines()[-1])
     assert results.pop("whole") == []
     for name, found in results.items():
-        assert found["loss"] < 1e-5 and found["gradient"] < 1e-4 and found["statistics"] < 1e-4, (
-            name,
-            found,
-        )
+        assert found["loss"] < 1e-5 and found["gradient"] < 1e-4, (name, found)
+        assert name == "fine-tuning" or found["statistics"] < 1e-4, (name, found)
         assert (found["split"] > 20) == (name == "shards"), (name, found)
 
 

@@ -16,12 +16,15 @@ import numpy as np
 import torch
 from jax.sharding import NamedSharding, PartitionSpec
 
+from vatt_fast.classifier import ClassifierConfig
 from vatt_fast.config import TowerConfig, VATTConfig
 from vatt_fast.data.clips import Batch, DropToken, copy_kept_rows
 from vatt_fast.data.text import PADDING, UNKNOWN, Vocabulary
+from vatt_fast.finetuning.settings import FineTuneConfig
 from vatt_fast.model import VATT
 from vatt_fast.on_jax import training
 from vatt_fast.on_jax import weights as jax_weights
+from vatt_fast.on_jax.finetuning import JaxFineTuner
 from vatt_fast.on_jax.training import (
     AXIS,
     JaxTrainer,
@@ -154,6 +157,30 @@ def whole_on_a_device(restored: bool) -> list[str]:
     return found
 
 
+def fine_tuned(devices: int) -> dict[str, np.ndarray]:
+    """Loss, norm and velocities of two steps of fine-tuning; weights of examples are the batch's.
+
+    The whole batch shares a draw of DropToken.
+    """
+    run = FineTuneConfig(
+        data="", out="", init="none", preset="tiny", recipe="small", batch_size=CLIPS, steps=2,
+        loss="balanced", clip=0.1, framework="jax",
+    ).with_steps(CLIPS)  # fmt: skip
+    original = training.pick_devices
+    training.pick_devices = lambda name, hosts: jax.devices()[:devices]
+    try:
+        trainer = JaxFineTuner(run, ClassifierConfig(CONFIG, "video", 4), None)
+    finally:
+        training.pick_devices = original
+    batch = batch_of(CONFIG, CLIPS, DropToken(CONFIG, 0.5, "batch"))
+    targets = (torch.rand(CLIPS, 4, generator=torch.Generator().manual_seed(0)) > 0.7).float()
+    updates = [trainer.step(batch, targets, step, 0.1) for step in range(2)]
+    found = {f"loss/{i}": each.loss for i, each in enumerate(updates)}
+    found["gradient_norm"] = updates[1].gradient_norm
+    found |= {f"gradient/{name}": value for name, value in trainer.state.velocity.items()}
+    return {n: np.asarray(v) for n, v in jax.device_get(found).items()} | {"split": np.array(0)}
+
+
 def errors(found: dict, expected: dict) -> dict[str, float]:
     """Greatest difference by kind, relative to the tensor's largest value.
 
@@ -178,6 +205,7 @@ if __name__ == "__main__":
         # first: later ones leave arrays behind
         "whole": whole_on_a_device(restored=False) + whole_on_a_device(restored=True),
         "everywhere": errors(run(8, "batch"), run(1, "batch")),
+        "fine-tuning": errors(fine_tuned(8), fine_tuned(1)),
         "shards": errors(run(8, "clip", shard_weights=True, recompute=True), run(1, "clip")),
     }
     print(json.dumps(results))

@@ -18,6 +18,7 @@ from ..data.clips import Batch, ClipSpec, DropToken
 from ..data.dataset import ClipDataset
 from ..data.labels import LabelledData, LabelledSource, open_labels
 from ..data.order import VERSION as ORDER_VERSION
+from ..devices import importing_jax
 from ..evaluation.classify import predict, scores_of
 from ..files import write_text
 from ..training.checkpoint import CHECKPOINT, Data, Standing, check_same_run, read_standing
@@ -67,7 +68,7 @@ def finetune(
         NonFiniteError: a loss or gradient is nan or infinite; the last checkpoint stays.
         OSError: a file could not be written; the last checkpoint stays.
     """
-    with joined(run.device, run.patience) as ranks:
+    with joined(run.device, run.patience, run.framework) as ranks:
         check_settings(ranks, run)
         return _finetune(run, ranks, model_config, augment, progress and ranks.first)
 
@@ -113,7 +114,7 @@ def _finetune(
             grid = video_grid(**read, patch=config.model.video_patch)
         if standing is not None:
             weights = None
-        trainer = FineTuner(run, config, weights, grid, ranks, source.classes)
+        trainer = _trainer(run, config, weights, grid, ranks, source.classes)
         arithmetic = {
             "precision": trainer.precision,
             "micro_batch": run.micro_batch,
@@ -216,6 +217,14 @@ def _labelled(run: FineTuneConfig, says: bool) -> tuple[LabelledData, bool]:
     if len(labelled.classes) < 2:
         raise ValueError(f"{run.data} has one class, {labelled.classes[0]!r}; add another one")
     return labelled, named
+
+
+def _trainer(run: FineTuneConfig, *more: Any) -> Trainer:
+    if run.framework == "jax":
+        with importing_jax():
+            from ..on_jax.finetuning import JaxFineTuner
+        return JaxFineTuner(run, *more)
+    return FineTuner(run, *more)
 
 
 # -- beginnings ------------------------------------------------------------------------------------

@@ -3,6 +3,8 @@
 Shapes: B examples, C classes.
 """
 
+from typing import Any
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -12,26 +14,25 @@ from torch import Tensor
 _MIXUP = 200
 
 
-def balanced_weights(targets: Tensor) -> Tensor:
+def balanced_weights(targets: Any, xp: Any = torch) -> Any:
     """(B,) weights w_b = sum_c (y_bc / n_c) / sum_c y_bc, where n_c = sum_b y_bc.
 
     A class counts as much as another one, however rare it is in the batch; terms of classes that
     are not there, and weights of examples without a class, are 0 (released audio fine-tuning).
 
     Args:
-        targets: (B, C) in [0, 1], mixed up or not.
+        targets: (B, C) in [0, 1], mixed up or not, of torch or jax.numpy (``xp``).
     """
     of_class, of_example = targets.sum(0), targets.sum(1)
-    shares = torch.where(of_class > 0, targets / of_class, 0.0).sum(1)
-    return torch.where(of_example > 0, shares / of_example, 0.0)
+    shares = xp.where(of_class > 0, targets / of_class, 0.0).sum(1)
+    return xp.where(of_example > 0, shares / of_example, 0.0)
 
 
-def weights_of(loss: str, targets: Tensor, valid: Tensor) -> Tensor:
+def weights_of(loss: str, targets: Any, valid: Any, xp: Any = torch) -> Any:
     """(B,) what each example's term counts in the batch's loss; 0 where it is not valid."""
-    count = valid.sum().clamp(min=1)
-    weights = valid / count
+    weights = valid / xp.clip(valid.sum(), 1)
     if loss == "balanced":
-        weights = weights * balanced_weights(targets * valid[:, None])
+        weights = weights * balanced_weights(targets * valid[:, None], xp)
     return weights
 
 

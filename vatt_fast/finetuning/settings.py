@@ -14,6 +14,7 @@ from ..inputs import DropPer
 from ..recompute import Compile, Recompute
 from ..training.loggers import names_of
 from ..training.schedule import Schedule, learning_rate
+from ..training.settings import require_jax_can
 
 Task = Literal["video", "audio", "image"]
 Loss = Literal["softmax", "balanced", "sigmoid"]
@@ -83,7 +84,7 @@ class FineTuneConfig:
     data: str
 
     # run folder: config.json, model.safetensors, labels.txt, finetune.json,
-    # checkpoint.safetensors, metrics.jsonl, TensorBoard events
+    # checkpoint.safetensors, metrics.jsonl, report.html, TensorBoard events
     out: str
 
     # saved model, run folder, classifier or released checkpoint to start from; none: from scratch,
@@ -133,10 +134,10 @@ class FineTuneConfig:
     augment: str | None = None  # crop, flip, colour, noise, joined by commas; none
 
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 where the device computes it
-    framework: Literal["torch", "jax"] = "torch"  # jax cannot fine-tune yet
-    recompute: Recompute = "none"  # what the backward pass computes again: blocks, or ops
-    compile: Compile = "off"  # run torch.compile on each encoder block
-    micro_batch: int | None = None  # clips that go through the tower at once; None: all
+    framework: Literal["torch", "jax"] = "torch"  # jax: all devices share the batch
+    recompute: Recompute = "none"  # what the backward pass computes again: blocks, or ops (torch)
+    compile: Compile = "off"  # torch: run torch.compile on each encoder block
+    micro_batch: int | None = None  # torch: clips that go through the tower at once; None: all
     device: str = "auto"  # cpu, cuda, cuda:1, ...; auto: a GPU where there is one
     patience: int = 600  # seconds that a rank waits for the others, where torchrun starts several
     workers: int = 2  # processes that read clips; 0: none
@@ -180,10 +181,7 @@ class FineTuneConfig:
         self._set("augment", parts_of(_given(self.augment), "paper"))
         names_of(self.loggers)
         if self.framework == "jax":
-            raise ValueError(
-                "framework 'jax' cannot fine-tune yet; take torch: what it trains loads in JAX by "
-                "vatt_fast.on_jax.classifier"
-            )
+            require_jax_can(self)
         if (self.init == FROM_SCRATCH) != (self.preset is not None):
             raise ValueError(
                 "init none starts from a random model of a preset; name it with preset"

@@ -9,11 +9,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import torch
 
 from ..classifier import Classifier, ClassifierConfig
 from ..inputs import audio_input, require_input, video_input
-from .model import CallOptions, dense, encode_patches, part
-from .weights import Arrays, rearrange
+from .model import CallOptions, dense, drop, encode_patches, part
+from .weights import Arrays, as_tensors, rearrange, restore
 
 
 def load(folder: str | Path) -> tuple[ClassifierConfig, Arrays]:
@@ -31,8 +32,17 @@ def forward(
     keep: Any = None,
     grid: tuple[int, int, int] | None = None,
     dtype: Any = None,
+    keys: tuple[Any, Any] = (None, None),
+    classifier_dropout: float = 0.0,
+    recompute: bool = False,
 ) -> jax.Array:
-    """Logits (B, classes) of clips or waveforms, see ``Classifier.forward``; no dropout."""
+    """Logits (B, classes) of clips or waveforms, see ``Classifier.forward``.
+
+    Args:
+        dtype: of the tower's arithmetic; the weights' if None.
+        keys: random keys of dropout, within the tower and before the classifier; None for none.
+        recompute: keep only the blocks' inputs for the backward pass.
+    """
     require_input(clips, None, None)
     modality = config.modality
     if modality == "video":
@@ -40,8 +50,15 @@ def forward(
     else:
         how = audio_input(config.model, clips, keep)
     dtype = params[f"{modality}_tokens.agg"].dtype if dtype is None else jnp.dtype(dtype)
-    call = CallOptions(
-        params, config.model, dtype, False, {modality: None}, lambda name, p: p, False
-    )
+    of_tower = {modality: keys[0]}
+    call = CallOptions(params, config.model, dtype, False, of_tower, lambda name, p: p, recompute)
     _, pooled = encode_patches(call, modality, clips, how, keep)
-    return dense(part(params, "classifier"), pooled)
+    return dense(part(params, "classifier"), drop(pooled, classifier_dropout, keys[1]))
+
+
+def to_torch(config: ClassifierConfig, params: Arrays) -> Classifier:
+    """The torch model with these weights, copied, in evaluation mode on the CPU."""
+    with torch.device("meta"):
+        model = Classifier(config)
+    model.load_state_dict(restore(as_tensors(params), config.model), assign=True)
+    return model.eval()

@@ -329,17 +329,22 @@ def _whole_shapes(config: VATTConfig) -> dict[str, tuple[int, ...]]:
 
 
 def host_batch(batch: Batch, devices: int = 1) -> dict[str, np.ndarray]:
-    """A batch of kept patch rows as the step takes it, without a copy of the rows.
-
-    Each device's draw of DropToken is a row, or each clip's where a device has several.
-    """
+    """A batch of kept patch rows as the step takes it, without a copy of the rows."""
     names = ("video", "audio", "text", "video_valid", "audio_valid", "text_valid")
     arrays = {name: getattr(batch, name).numpy() for name in names}
     for name in ("video_keep", "audio_keep"):
-        keep = np.atleast_2d(getattr(batch, name).numpy())  # (n, K) of n parts
-        parts = devices if devices % len(keep) == 0 else len(batch)
-        arrays[name] = np.repeat(keep, max(1, parts // len(keep)), 0)
+        arrays[name] = host_keep(getattr(batch, name), len(batch), devices)
     return arrays
+
+
+def host_keep(keep: torch.Tensor, clips: int, devices: int) -> np.ndarray:
+    """DropToken's kept indices (K,), or (n, K) of n parts of a batch, with a row for each device.
+
+    Or for each clip, where a device has several draws.
+    """
+    rows = np.atleast_2d(keep.numpy())
+    parts = devices if devices % len(rows) == 0 else clips
+    return np.repeat(rows, max(1, parts // len(rows)), 0)
 
 
 def on_mesh(arrays: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
@@ -377,15 +382,46 @@ def join_hosts(ranks: Ranks) -> None:
         ) from error
 
 
-class JaxTrainer:
-    """The JAX model on all devices of this host, or of all hosts that share a run.
+class OnMesh:
+    """What trainers in JAX have: all devices of this host, or of all hosts that share a run.
 
     Attributes:
         devices: of this host.
+
+    Raises:
+        ValueError: no such devices, or a batch that they cannot share.
     """
 
     start_method: str | None = "spawn"  # JAX's threads do not survive a fork
     pin_memory = False
+
+    def __init__(self, run: Any, ranks: Ranks | None):
+        self.run, self.ranks = run, ranks or Ranks()
+        join_hosts(self.ranks)
+        devices = pick_devices(run.device, self.ranks.world)
+        self.platform, self.devices = devices[0].platform, len(devices) // self.ranks.world
+        if run.batch_size % len(devices):
+            raise ValueError(
+                f"batch_size is {run.batch_size}; the {len(devices)} devices share it evenly: "
+                "take a multiple"
+            )
+        self.mesh = make_mesh(devices)
+        bf16 = run.precision == "bf16" or (run.precision == "auto" and self.platform != "cpu")
+        self.precision, self.dtype = ("bf16", jnp.bfloat16) if bf16 else ("fp32", jnp.float32)
+
+    def key(self, step: int) -> jax.Array:
+        """Of a step's dropout; a continued run draws the same."""
+        return jax.random.fold_in(jax.random.key(self.run.seed), step)
+
+    def whole(self, tree: Any) -> Any:
+        """Arrays that this host can read: joined, where they lie in shards over hosts."""
+        if self.ranks.world == 1:
+            return tree
+        return multihost_utils.process_allgather(tree, tiled=True)
+
+
+class JaxTrainer(OnMesh):
+    """The JAX model that ``pretrain`` trains."""
 
     def __init__(
         self,
@@ -395,21 +431,10 @@ class JaxTrainer:
         weights: Mapping[str, torch.Tensor] | None = None,
         ranks: Ranks | None = None,
     ):
-        self.ranks = ranks or Ranks()
-        join_hosts(self.ranks)
-        devices = pick_devices(run.device, self.ranks.world)
-        self.platform, self.devices = devices[0].platform, len(devices) // self.ranks.world
-        if run.batch_size % len(devices):
-            raise ValueError(
-                f"batch_size is {run.batch_size}; the {len(devices)} devices share it evenly: "
-                "take a multiple"
-            )
-        self.run, self.config, self.vocabulary = run, config, vocabulary
-        self.mesh = make_mesh(devices)
-        bf16 = run.precision == "bf16" or (run.precision == "auto" and devices[0].platform != "cpu")
-        self.precision = "bf16" if bf16 else "fp32"
+        super().__init__(run, ranks)
+        self.config, self.vocabulary = config, vocabulary
         self.options = StepOptions(
-            jnp.bfloat16 if bf16 else jnp.float32,
+            self.dtype,
             resolved(run.adam_eps),
             run.shard_weights,
             run.recompute == "blocks",
@@ -451,25 +476,17 @@ class JaxTrainer:
     def step(self, batch: Batch, step: int, rate: float) -> Update:
         arrays = on_mesh(host_batch(batch, self.devices), self.mesh)
         per: DropPer = "batch" if len(arrays["video_keep"]) == self.mesh.size else "clip"
-        # a continued run draws the same dropout
-        key = jax.random.fold_in(jax.random.key(self.run.seed), step)
         with lowering_for(self.platform):  # which need not be JAX's default
-            self.state, update = self._steps[per](self.state, arrays, rate, key)
+            self.state, update = self._steps[per](self.state, arrays, rate, self.key(step))
         jax.block_until_ready(arrays)  # copied, so the loader may fill its memory anew
         return update
-
-    def _whole(self, tree: Any) -> Any:
-        """Arrays that this host can read: joined, where they lie in shards over hosts."""
-        if self.ranks.world == 1:
-            return tree
-        return multihost_utils.process_allgather(tree, tiled=True)
 
     def temperature(self) -> float:
         return 1 / float(jax_model.scale(self.state.params, self.config))
 
     def save(self, path: Path, model: VATT, standing: Standing) -> None:
         adam = self.state.optimizer
-        moments = {"exp_avg": self._whole(adam.mu), "exp_avg_sq": self._whole(adam.nu)}
+        moments = {"exp_avg": self.whole(adam.mu), "exp_avg_sq": self.whole(adam.nu)}
         if not self.ranks.first:
             return
         tensors = {
@@ -481,7 +498,7 @@ class JaxTrainer:
         write_state(path, model.state_dict(), tensors, standing)
 
     def model(self) -> VATT:
-        params = self._whole(self.state.params)
+        params = self.whole(self.state.params)
         return jax_weights.to_torch(self.config, params, self.state.statistics, self.vocabulary)
 
 

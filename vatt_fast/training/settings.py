@@ -195,17 +195,12 @@ class PretrainConfig:
             )
         if self.framework == "torch" and self.shard_weights:
             raise ValueError("shard_weights belongs to framework 'jax'; leave it out")
-        if self.framework == "jax" and self.compile != "off":
-            raise ValueError("compile belongs to framework 'torch'; jax always compiles its step")
-        if self.framework == "jax" and self.strategy != "auto":
-            raise ValueError("strategy belongs to framework 'torch'; jax has shard_weights")
-        if self.framework == "jax" and self.recompute == "ops":
-            raise ValueError("recompute 'ops' belongs to framework 'torch'; jax has 'blocks'")
-        if self.micro_batch is not None:
-            if self.framework == "jax":
-                raise ValueError("micro_batch belongs to framework 'torch'; leave it out")
-            if self.micro_batch < 1:
-                raise ValueError(f"micro_batch is {self.micro_batch}; it must be at least 1")
+        if self.framework == "jax":
+            require_jax_can(self)
+            if self.strategy != "auto":
+                raise ValueError("strategy belongs to framework 'torch'; jax has shard_weights")
+        if self.micro_batch is not None and self.micro_batch < 1:
+            raise ValueError(f"micro_batch is {self.micro_batch}; it must be at least 1")
 
     def _check_evaluation(self) -> None:
         if self.eval_data is None:
@@ -225,6 +220,16 @@ class PretrainConfig:
             value = getattr(self, name)
             if words and value not in words[0] and not (value is None and len(parts) > 1):
                 raise ValueError(f"{name} is {value!r}; it is one of {', '.join(words[0])}")
+
+
+def require_jax_can(run: Any) -> None:
+    """Raise ValueError where a pre-training or fine-tuning in JAX asks for what torch alone has."""
+    if run.compile != "off":
+        raise ValueError("compile belongs to framework 'torch'; jax always compiles its step")
+    if run.recompute == "ops":
+        raise ValueError("recompute 'ops' belongs to framework 'torch'; jax has 'blocks'")
+    if run.micro_batch is not None:
+        raise ValueError("micro_batch belongs to framework 'torch'; leave it out")
 
 
 def sizes(run: PretrainConfig) -> dict[str, Any]:
