@@ -92,6 +92,11 @@ def _parser() -> argparse.ArgumentParser:
     option("--drop-rate", type=float, nargs="+", default=list(sweeps.DROP_RATES))
     option("--seed", type=int, nargs="+", default=list(sweeps.SEEDS))
     option("--tables", action="store_true", help="the paper's tables in miniature instead")
+    every = miniature.cells(0)
+    for name in ("model", "task", "method"):  # of the tables; all unless given
+        known = list(dict.fromkeys(getattr(cell, name) for cell in every))
+        help_text = f"of the tables, these alone: {', '.join(known)}"
+        option(f"--{name}", nargs="+", choices=known, metavar="NAME", help=help_text)
     option("--steps", type=int, help="1000, of the tables 600, unless given")
     option("--clips", type=int, nargs=2, default=[1200, 200], help="trained on and held out")
     option("--folder", type=Path, default=Path("runs/accuracy"), help="of runs; several GB")
@@ -253,7 +258,14 @@ def _accuracy(given: argparse.Namespace) -> int:
     clips = tuple(given.clips)
     if given.tables:
         out = given.out or miniature.TABLES
-        scores = miniature.measure(given.seed, given.steps or 600, clips, given.folder, out)
+        scores = miniature.measure(
+            given.seed, given.steps or 600, clips, given.folder, out,
+            wanted=lambda cell: all(
+                asked is None or own in asked
+                for asked, own in ((given.model, cell.model), (given.task, cell.task),
+                                   (given.method, cell.method))
+            ),
+        )  # fmt: skip
         print(miniature.tables(scores))
         return 0
     out = given.out or sweeps.ACCURACY

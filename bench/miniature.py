@@ -99,14 +99,19 @@ def measure(
     folder: Path,
     out: Path,
     score: "Callable[[Cell, Runs], float] | None" = None,
+    wanted: Callable[[Cell], bool] = lambda cell: True,
 ) -> list[Score]:
-    """Append the scores that the file does not hold, and return all of these steps and clips."""
+    """Append the scores that the file does not hold, and return all of these steps and clips.
+
+    Args:
+        wanted: whether a cell is measured now.
+    """
     if out.exists():  # without half a line of a killed run
         whole = out.read_text().rpartition("\n")
         out.write_text(whole[0] + whole[1])
     for seed in seeds:
         runs = Runs(folder, seed, steps, clips)
-        for cell in cells(seed):
+        for cell in filter(wanted, cells(seed)):
             known = {(one.cell, one.steps, one.clips) for one in read(out)}
             if (cell, steps, clips[0]) in known:
                 continue

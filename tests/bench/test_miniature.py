@@ -126,11 +126,18 @@ def test_a_models_cells_are_measured(runs, monkeypatch):
 
 def test_the_command(monkeypatch, tmp_path, capsys):
     asked = []
-    monkeypatch.setattr(miniature, "measure", lambda *given: asked.append(given) or [])
-    out = tmp_path / "lines.jsonl"
-    assert not main(
-        ["accuracy", "--tables", "--seed", "3", "--clips", "40", "4", "--out", str(out)]
+    monkeypatch.setattr(
+        miniature, "measure", lambda *given, wanted: asked.append((*given, wanted)) or []
     )
-    ((seeds, steps, clips, _, where),) = asked
+    out = tmp_path / "lines.jsonl"
+    command = ["accuracy", "--tables", "--seed", "3", "--clips", "40", "4", "--out", str(out)]
+    assert not main([*command, "--model", "specific", "--task", "motion",
+                     "--method", "from scratch", "fine-tuned"])  # fmt: skip
+    assert not main(command)
+    (seeds, steps, clips, _, where, wanted), (*_, every) = asked
     assert (seeds, steps, clips, where) == ([3], 600, (40, 4), out)
+    assert set(filter(wanted, cells(3))) == {
+        Cell("specific", "motion", how, 3) for how in ("from scratch", "fine-tuned")
+    }
+    assert all(map(every, cells(3)))
     assert "No scores exist yet." in capsys.readouterr().out
