@@ -3,12 +3,14 @@
 import csv
 import dataclasses
 import json
+import shutil
 import sys
 
 import numpy as np
 import pytest
 import torch
 from labelled_media import CLASSES, write_labelled
+from processes import in_processes
 from training_runs import MODEL
 
 from vatt_fast.classifier import Classifier, ClassifierConfig
@@ -27,6 +29,7 @@ from vatt_fast.evaluation.classify import (
 )
 from vatt_fast.evaluation.scores import one_class_scores
 from vatt_fast.finetuning.settings import clip_spec
+from vatt_fast.training.distributed import Ranks
 
 VIDEO = dict(frames=4, height=16, width=16, frames_per_second=10.0)
 AUDIO = dict(samples=1280, sample_rate_hz=8000)
@@ -220,11 +223,34 @@ def test_models_that_do_not_fit_are_refused(folder, saved, change, match, capsys
     assert match in error
 
 
-def test_several_processes_are_refused(folder, saved, monkeypatch):
-    for name, value in dict(RANK=0, WORLD_SIZE=2, MASTER_ADDR="localhost", MASTER_PORT=1).items():
-        monkeypatch.setenv(name, str(value))
-    with pytest.raises(ValueError, match="evaluate runs as one process"):
-        evaluate(saved, folder)
+def divided(rank, world, model, other, folder):
+    """What a rank found with the other one, what alone, and what it says of another model."""
+    ranks, options = (
+        Ranks(rank, world),
+        dict(batch_size=2, windows=1, crops=1, device="cpu", workers=1),
+    )
+    both = [evaluate(model, folder, **options, **more) for more in (dict(ranks=ranks), {})]
+    try:
+        evaluate(other if rank else model, folder, ranks=ranks, **options)
+    except ValueError as error:
+        return [(one.result, one.table, one.predictions, one.targets) for one in both], str(error)
+
+
+def test_ranks_divide_the_files_and_are_one(folder, saved, tmp_path):
+    """To the last bit, with a file that cannot be read."""
+    data = tmp_path / "data"
+    shutil.copytree(folder, data)
+    (data / "test" / "red" / "broken.mp4").write_bytes(b"no video")
+    other = classifier()
+    other.labels = list(CLASSES)
+    other.classifier.bias.data += 1
+    other.save_pretrained(tmp_path / "other")
+    for (shared, alone), told in in_processes(2, divided, saved, tmp_path / "other", data):
+        assert shared[:2] == alone[:2] and shared[2].files == alone[2].files
+        assert np.array_equal(shared[2].logits, alone[2].logits)
+        assert np.array_equal(shared[3], alone[3])
+        assert shared[0]["examples"] == 4 and list(shared[0]["skipped"]) == ["test/red/broken.mp4"]
+        assert "rank 1" in told and "has model_sha256" in told
 
 
 def test_crops_of_sound_are_refused(folder, tmp_path):

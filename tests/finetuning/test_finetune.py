@@ -13,6 +13,7 @@ import pytest
 import torch
 from labelled_media import CLASSES, settings, write_labelled
 from released_keys import arrays, random_model, released_keys, with_bookkeeping
+from run_pages import parsed
 from safetensors.torch import load_file
 from test_step import AGNOSTIC
 from tf_bundle_writer import write_bundle
@@ -28,6 +29,7 @@ from vatt_fast.finetuning.settings import RECORD, Record, clip_spec
 from vatt_fast.model import VATT
 from vatt_fast.training.checkpoint import CHECKPOINT, read_standing
 from vatt_fast.training.metrics import NonFiniteError
+from vatt_fast.training.run_page import REPORT
 
 
 @pytest.fixture(scope="module")
@@ -173,6 +175,21 @@ def test_a_saved_classifier_evaluates_to_the_last_bit(folder, tmp_path):
     before = (tmp_path / CHECKPOINT).read_bytes()
     run(settings(folder, tmp_path, eval_split="test", best_by="score"))  # nothing is left to do
     assert (tmp_path / CHECKPOINT).read_bytes() == before
+
+
+def test_the_report_holds_curves_scores_and_what_is_confused(whole):
+    pytest.importorskip("matplotlib", reason="draws the confusion")
+    page = parsed(whole / REPORT)
+    text = " ".join(page.text)
+    for part in ("Step 6 of 6", "recipe small", "top-1 (%)", "Split test", "blue, red", "mixup",
+                 torch.__version__):  # fmt: skip
+        assert part in text, part
+    # loss, right in training, held-out, gradient, rate, clips a second, seconds
+    assert page.tags.count("svg") == 7
+    (image,) = page.images
+    assert image["alt"] == "confusion matrix" and image["src"].startswith("data:image/png;base64,")
+    rows = [line for line in metrics(whole) if "eval_top1" in line]
+    assert page.tags.count("tr") >= len(rows) == 3
 
 
 def test_two_classes_are_learned(folder, tmp_path):

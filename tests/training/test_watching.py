@@ -8,14 +8,13 @@ import subprocess
 import sys
 import types
 import warnings
-from html.parser import HTMLParser
-from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 import torch
 from matplotlib.image import imread
+from run_pages import parsed
 from training_runs import MODEL, metrics, settings, write_media
 
 from vatt_fast.cli import main
@@ -29,7 +28,7 @@ from vatt_fast.training import running
 from vatt_fast.training.checkpoint import read_standing
 from vatt_fast.training.loop import BEST, CHECKPOINT, METRICS, REPORT, pretrain
 from vatt_fast.training.metrics import Timer, mean_cosines, read_metrics
-from vatt_fast.training.report import _ticks
+from vatt_fast.training.run_page import ticks_over
 from vatt_fast.training.settings import PretrainConfig, differences
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
@@ -245,51 +244,6 @@ def test_evaluation_needs_clips(folder, tmp_path):
 
 # -- report.html -----------------------------------------------------------------------------------
 
-VOID = {"meta", "img", "br", "line", "polyline", "circle"}
-
-
-class Strict(HTMLParser):
-    """Well-formed, and nothing from elsewhere."""
-
-    def __init__(self):
-        super().__init__()
-        self.open, self.tags, self.images, self.text = [], [], [], []
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append(tag)
-        given = dict(attributes)
-        assert len(given) == len(attributes), f"{tag} has an attribute twice"
-        for name, value in attributes:
-            assert not name.startswith("on"), (tag, name)
-            if name in ("src", "href", "action", "data", "srcset"):
-                assert value.startswith("data:"), (tag, value)
-        if tag == "img":
-            assert given["alt"]
-            self.images.append(given)
-        assert tag not in ("script", "link", "iframe", "object")
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attributes):
-        assert tag in VOID
-        self.handle_starttag(tag, attributes)
-
-    def handle_endtag(self, tag):
-        assert self.open and self.open.pop() == tag, tag
-
-    def handle_data(self, data):
-        self.text.append(data)
-
-
-def parsed(page: Path) -> Strict:
-    found = Strict()
-    text = page.read_text(encoding="utf-8")
-    found.feed(text)
-    found.close()
-    assert not found.open and text.startswith("<!DOCTYPE html>")
-    assert "http:" not in text and "https:" not in text and "url(" not in text
-    return found
-
 
 def test_the_report_holds_curves_retrieval_clips_settings_and_versions(watched):
     page = parsed(watched / REPORT)
@@ -367,7 +321,7 @@ def test_the_report_is_written_whole_and_counts_on(folder, tmp_path, monkeypatch
     ("low", "high"), [(0, 1), (0, 7.3), (-0.2, 0.9), (5e-5, 1e-4), (3, 3), (0, 0), (0, 12345)]
 )
 def test_ticks_are_round_and_span_the_values(low, high):
-    ticks = _ticks(low, high)
+    ticks = ticks_over(low, high)
     assert ticks[0] <= low + 1e-9 and ticks[-1] >= high * (1 - 1e-9) and 2 <= len(ticks) <= 7
     assert all(float(f"{tick:.3g}") == pytest.approx(tick) for tick in ticks)
 

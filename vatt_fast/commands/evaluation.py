@@ -192,6 +192,8 @@ def evaluate_classifier(
 ) -> None:
     """Measure a fine-tuned classifier: top-1 and top-5, or mAP, AUC and d', and each class.
 
+    Under torchrun the files are divided among its processes.
+
     Args:
         model: folder that finetune wrote, or convert --labels of a fine-tuned checkpoint.
         data: labelled media, as finetune's --data.
@@ -214,11 +216,14 @@ def evaluate_classifier(
     sizes: dict[str, Any] = dict(frames=frames, height=height, width=width)
     sizes |= dict(frames_per_second=frames_per_second, samples=samples)
     sizes |= dict(sample_rate_hz=sample_rate_hz)
-    found = evaluate(
-        model, data, media=media, split=split, fold=fold, skip_missing=skip_missing,
-        windows=windows, crops=crops, batch_size=batch_size,
-        precision=precision, workers=workers, device=device, **sizes,
-    )  # fmt: skip
+    with joined(device, _A_DAY) as ranks:
+        found = evaluate(
+            model, data, media=media, split=split, fold=fold, skip_missing=skip_missing,
+            windows=windows, crops=crops, batch_size=batch_size, precision=precision,
+            workers=workers, device=ranks.device, ranks=ranks, **sizes,
+        )  # fmt: skip
+    if not speaks():
+        return
     if found.predictions.skipped:
         print(f"vatt-fast: {unreadable(found.predictions.skipped)[2:]}", file=sys.stderr)
     if out is not None:

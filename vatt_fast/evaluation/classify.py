@@ -32,7 +32,7 @@ from ..data.media import MediaError, MediaReader
 from ..devices import pick_device
 from ..files import check_folder, replacing, write_text
 from ..finetuning.settings import MODALITY, Record, clip_spec, input_sizes, read_trained
-from ..training.distributed import is_launched
+from ..training.distributed import Ranks
 from ..training.step import autocast
 from ..weights import WEIGHTS
 from .scores import class_table, confusion, one_class_scores, several_classes_scores
@@ -138,12 +138,15 @@ def predict(
     batch_size: int = 4,
     precision: str = "fp32",
     workers: int = 2,
+    ranks: Ranks | None = None,
 ) -> Predictions:
     """The mean logits of each example's views, in the source's order. The model stays as it is.
 
     Args:
         batch_size: examples whose views go through the model together.
         workers: threads that read ahead; the results do not depend on them.
+        ranks: processes that divide the batches; all call, and get the whole. A batch is the same
+            whoever computes it, and so are its logits.
 
     Raises:
         ValueError: no view, or no batch. MediaError: no example can be read.
@@ -151,6 +154,10 @@ def predict(
     for name, value in (("windows", windows), ("crops", crops), ("batch_size", batch_size)):
         if value < 1:
             raise ValueError(f"{name} is {value}; it must be at least 1")
+    ranks = ranks or Ranks()
+    batches = -(-len(source) // batch_size)
+    ends = (batches * (ranks.rank + i) // ranks.world for i in (0, 1))
+    own = range(len(source))[slice(*(batch_size * end for end in ends))]
     device = model.classifier.weight.device
     cast = autocast(precision, device)
     files: list[str] = []
@@ -166,7 +173,7 @@ def predict(
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        reads = zip(range(len(source)), ahead(read, range(len(source)), workers), strict=True)
+        reads = zip(own, ahead(read, own, workers), strict=True)
         while part := list(itertools.islice(reads, batch_size)):
             views = []
             for index, got in part:
@@ -183,10 +190,14 @@ def predict(
     finally:
         for module, mode in modes.items():
             module.training = mode
-    if not found:
+    shares = ranks.all((files, [one.numpy() for one in found], skipped))
+    files = [name for share in shares for name in share[0]]
+    means = [one for share in shares for one in share[1]]
+    skipped = {name: why for share in shares for name, why in share[2].items()}
+    if not means:
         reason = next(iter(skipped.values()), "there are none")
         raise MediaError(f"no example of {source.label} can be read; the first one: {reason}")
-    return Predictions(files, torch.stack(found).numpy(), skipped)
+    return Predictions(files, np.stack(means), skipped)
 
 
 def ahead(read: Callable[[T], R], items: Iterable[T], workers: int) -> Iterator[R]:
@@ -248,6 +259,7 @@ def evaluate(
     precision: str = "fp32",
     device: str = "auto",
     workers: int = 2,
+    ranks: Ranks | None = None,
     **sizes: int | float | None,
 ) -> Evaluation:
     """Measure a saved classifier on labelled media.
@@ -258,6 +270,7 @@ def evaluate(
         split: None: test, else val, else the only one. Where the data name no splits, those that
             the model was trained on are left out then.
         windows, crops: views of each file; None: 4 x 3 of video, 4 of sound, 1 of a picture.
+        ranks: processes that divide the files; all call, and get the whole.
         sizes: frames, height, width, frames_per_second, samples, sample_rate_hz, where they are not
             the model's.
 
@@ -265,8 +278,7 @@ def evaluate(
         ValueError: a model without classes' names, classes it does not know, and as
             ``open_labels``. MediaError: nothing can be read.
     """
-    if is_launched() and int(os.environ["WORLD_SIZE"]) > 1:
-        raise ValueError("evaluate runs as one process; start it without torchrun")
+    ranks = ranks or Ranks()
     folder = Path(model)
     net = Classifier.from_pretrained(folder)
     labels = net.labels
@@ -299,9 +311,11 @@ def evaluate(
     if crops > 1 and task == "audio":
         raise ValueError(f"crops is {crops}, and sound has none; leave it out")
     net = net.to(pick_device(device))
+    digest = hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()
+    ranks.require_alike({"model_sha256": digest, "labels_sha256": source.label_digest})
     predictions = predict(
         net, source, spec, windows=windows, crops=crops, batch_size=batch_size,
-        precision=precision, workers=workers,
+        precision=precision, workers=workers, ranks=ranks,
     )  # fmt: skip
     targets = source.targets(predictions.files).numpy()
     several = task == "audio" or bool(record and record.loss != "softmax")
@@ -312,7 +326,7 @@ def evaluate(
         "classes": len(labels),
         "settings": {
             "model": str(folder),
-            "model_sha256": hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest(),
+            "model_sha256": digest,
             "task": task,
             "data": str(data),
             "media": None if media is None else str(media),
@@ -363,9 +377,12 @@ def write_evaluation(found: Evaluation, out: str | os.PathLike) -> list[str]:
         ]
         write_text(out / MATRIX, _csv(rows))
         try:
-            draw_confusion(matrix, found.labels, out / PICTURE)
+            figure = confusion_figure(matrix, found.labels)
         except ImportError as error:
-            left_out.append(str(error))
+            left_out.append(f"{PICTURE}: {error}")
+        else:
+            with replacing(out / PICTURE) as part:
+                figure.savefig(part, dpi=120)
     write_text(out / RESULT, json.dumps(found.result, indent=2) + "\n")
     return left_out
 
@@ -378,8 +395,8 @@ def _csv(rows: Sequence[dict[str, Any]]) -> str:
     return text.getvalue()
 
 
-def draw_confusion(matrix: np.ndarray, labels: Sequence[str], path: Path) -> None:
-    """A picture of a confusion matrix (C, C): each row's shares in shades of one colour.
+def confusion_figure(matrix: np.ndarray, labels: Sequence[str]) -> Any:
+    """matplotlib's Figure of a confusion matrix (C, C): rows' shares in shades of one colour.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -388,7 +405,7 @@ def draw_confusion(matrix: np.ndarray, labels: Sequence[str], path: Path) -> Non
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError(f"{path.name} needs matplotlib: pip install 'vatt_fast[eval]'") from error
+        raise ImportError("a picture needs matplotlib: pip install 'vatt_fast[eval]'") from error
     count = len(matrix)
     totals = matrix.sum(1, keepdims=True)
     shares = np.divide(matrix, totals, out=np.zeros(matrix.shape), where=totals > 0)
@@ -408,5 +425,4 @@ def draw_confusion(matrix: np.ndarray, labels: Sequence[str], path: Path) -> Non
             axes.text(
                 column, row, matrix[row, column], ha="center", va="center", color=colour, size=8
             )
-    with replacing(path) as part:
-        figure.savefig(part, dpi=120)
+    return figure

@@ -20,12 +20,14 @@ from ..data.labels import LabelledData, LabelledSource, open_labels
 from ..data.order import VERSION as ORDER_VERSION
 from ..devices import importing_jax
 from ..evaluation.classify import predict, scores_of
+from ..evaluation.scores import confusion
 from ..files import write_text
 from ..training.checkpoint import CHECKPOINT, Data, Standing, check_same_run, read_standing
 from ..training.distributed import Ranks, check_settings, joined
 from ..training.running import BEST, Job, Step, continued, run_folder, train, warn_of_warmup
 from ..training.settings import told_differences
 from ..weights import CONFIG, WEIGHTS, is_classifier, read_folder, resampled
+from .report import Report
 from .settings import (
     FROM_SCRATCH,
     MODALITY,
@@ -129,9 +131,10 @@ def _finetune(
                 if ranks.first:
                     marks = labelled.marks("train") | read_trained(out)  # of a run continued
                     write_text(out / TRAINED, "\n".join(sorted(marks)) + "\n")
+        report = Report(run, settings, config.model, source.classes)
         record = Record(run.task, run.loss or "softmax", input_sizes(run.task, spec),
                         str(run.recipe))  # fmt: skip
-        job = FineTuning(run, trainer, dataset, source, held, spec, record)
+        job = FineTuning(run, trainer, dataset, source, held, spec, record, report)
         train(job, ranks, now, progress)
     return trainer.model().eval()
 
@@ -145,6 +148,7 @@ class FineTuning(Job):
     held: LabelledSource | None
     spec: ClipSpec
     record: Record
+    report: Report
     name = "finetune"
     files = (WEIGHTS, CONFIG, LABELS, RECORD, TRAINED)
 
@@ -173,15 +177,17 @@ class FineTuning(Job):
     def shown(self, values: dict[str, float]) -> dict[str, str]:
         return {"loss": f"{values['loss']:.3f}", "rate": f"{values['learning_rate']:.2g}"}
 
-    def measure(self, model: Classifier) -> tuple[dict[str, float], float | None]:
+    def measure(self, model: Classifier, ranks: Ranks) -> tuple[dict[str, float], float | None]:
         """eval_top1 and others of held-out examples, one view in the middle of each."""
         assert self.held is not None
         found = predict(
             model, self.held, self.spec, windows=1, crops=1, batch_size=32,
-            precision=self.run.precision, workers=max(1, self.run.workers),
+            precision=self.run.precision, workers=max(1, self.run.workers), ranks=ranks,
         )  # fmt: skip
         targets = self.held.targets(found.files).numpy()
         scores = scores_of(found.logits, targets, self.run.loss != "softmax")
+        if (targets.sum(1) == 1).all():
+            self.report.confusion = confusion(found.logits, targets.argmax(1))
         told = {f"eval_{name}": float(v) for name, v in scores.items() if v is not None}
         best = told.get("eval_top1", told.get("eval_mAP"))
         told["eval_examples"] = float(len(found.files))
@@ -192,7 +198,7 @@ class FineTuning(Job):
         self.record.write(out)
 
     def write_report(self) -> None:
-        """None yet."""
+        self.report.write()
 
 
 def _labelled(run: FineTuneConfig, says: bool) -> tuple[LabelledData, bool]:

@@ -203,8 +203,12 @@ class Pretraining(Job):
         }
         return shown | ({"cosine": f"{max(alike):.2f}"} if alike else {})
 
-    def measure(self, model: VATT) -> tuple[dict[str, float], float | None]:
-        found = evaluate(model, resolved(self.run.eval_data), self.held_out)
+    def measure(self, model: VATT, ranks: Ranks) -> tuple[dict[str, float], float | None]:
+        found: dict[str, float] = {}
+        with ranks.together():
+            if ranks.first:
+                found = evaluate(model, resolved(self.run.eval_data), self.held_out)
+        found = ranks.firsts(found)
         return found, found.get(BEST_BY.get(self.run.best_by, ""))
 
     def write_model(self, model: VATT, out: Path) -> None:

@@ -80,8 +80,8 @@ class Job(abc.ABC):
         """What the progress bar shows of a logged step's values."""
 
     @abc.abstractmethod
-    def measure(self, model: Any) -> tuple[dict[str, float], float | None]:
-        """Values of held-out media, and the one that best/ is the highest by; the first rank."""
+    def measure(self, model: Any, ranks: Ranks) -> tuple[dict[str, float], float | None]:
+        """Values of held-out media, and the one that best/ is the highest by; all ranks call."""
 
     @abc.abstractmethod
     def write_model(self, model: Any, out: Path) -> None:
@@ -280,12 +280,7 @@ class _Steps:
 
     def _measured(self) -> dict[str, float]:
         self.watch.check()
-        model = self.job.trainer.model()
-        found: tuple[dict[str, float], float | None] = ({}, None)
-        with self.ranks.together():
-            if self.ranks.first:
-                found = self.job.measure(model)
-        values, score = self.ranks.firsts(found)
+        values, score = self.job.measure(self.job.trainer.model(), self.ranks)
         best = self.standing.best_score
         self.new_best = score is not None and (best is None or score > best)
         if self.new_best:
