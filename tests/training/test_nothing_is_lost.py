@@ -32,7 +32,7 @@ from vatt_fast.training.checkpoint import check_same_run, read_standing, read_st
 from vatt_fast.training.loop import BEST, CHECKPOINT, METRICS, PretrainConfig, pretrain
 from vatt_fast.training.metrics import NonFiniteError
 from vatt_fast.training.settings import differences
-from vatt_fast.weights import read_folder
+from vatt_fast.weights import read_folder, save_tensors
 
 PATIENCE = 240  # seconds; machines may be busy
 
@@ -514,6 +514,14 @@ def own_folder(tmp_path):
 def stop_after_four_of_six(folder, out) -> None:
     run(settings(folder, out, keep_last=2))
     os.replace(out / "checkpoint_00000004.safetensors", out / CHECKPOINT)
+
+
+def test_what_earlier_versions_called_the_best_retrieval_is_the_best_score(tmp_path):
+    noted = json.dumps({"best_loss": 2.0, "best_retrieval": 40.0})
+    told = {"step": "2", "run": json.dumps({"model": {}}), "noted": noted}
+    save_tensors({"model/x": torch.zeros(1)}, tmp_path / CHECKPOINT, metadata=told)
+    standing = read_standing(tmp_path / CHECKPOINT)
+    assert (standing.best_loss, standing.best_score) == (2.0, 40.0)
 
 
 def test_the_same_data_by_another_name_continue(own_folder, whole, tmp_path):
