@@ -3,6 +3,7 @@
 Loading never unpickles.
 """
 
+import contextlib
 import json
 import struct
 from pathlib import Path
@@ -49,12 +50,21 @@ def read_folder(folder: str | Path) -> tuple[VATTConfig, dict[str, Tensor], Voca
             ".from_pretrained"
         )
     try:
-        config = VATTConfig.from_json(text)
+        config = VATTConfig.from_json(_own_part(text))
     except (ValueError, TypeError) as error:
         raise ValueError(f"{folder / CONFIG}: {error}") from error
     tensors = load_tensors(folder / WEIGHTS)
     words = folder / VOCABULARY
     return config, tensors, Vocabulary.load(words) if words.is_file() else None
+
+
+def _own_part(config: str) -> str:
+    """A config.json, or our part of one that ``integrations.transformers_model`` wrote."""
+    with contextlib.suppress(ValueError):  # no JSON is told by who reads it
+        values = json.loads(config)
+        if isinstance(values, dict) and values.get("model_type") == "vatt" and "vatt" in values:
+            return json.dumps(values["vatt"])
+    return config
 
 
 def is_classifier(config: str) -> bool:
