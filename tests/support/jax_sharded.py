@@ -12,6 +12,7 @@ import tempfile
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import torch
 from jax.sharding import NamedSharding, PartitionSpec
@@ -19,6 +20,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from vatt_fast.config import TowerConfig, VATTConfig
 from vatt_fast.data.clips import Batch, DropToken, copy_kept_rows
 from vatt_fast.data.text import PADDING, UNKNOWN, Vocabulary
+from vatt_fast.integrations.jax import contrastive_loss
 from vatt_fast.model import VATT
 from vatt_fast.on_jax import training
 from vatt_fast.on_jax import weights as jax_weights
@@ -154,6 +156,19 @@ def whole_on_a_device(restored: bool) -> list[str]:
     return found
 
 
+def loss_of_a_batch(devices: int) -> dict[str, np.ndarray]:
+    """``integrations.jax.contrastive_loss`` and its gradients, of both kinds of scale."""
+    draw = np.random.default_rng(0)
+    x, y = (jnp.asarray(draw.standard_normal(size), jnp.float32) for size in ((16, 8), (16, 3, 8)))
+    valid = jnp.asarray(draw.random(16) > 0.3), jnp.asarray(draw.random((16, 3)) > 0.3)
+    mesh = make_mesh(jax.devices()[:devices])
+    loss = contrastive_loss(mesh, AXIS, form="paper")
+    value, gradients = jax.jit(jax.value_and_grad(loss, (0, 1, 2)))(x, y, jnp.float32(9), *valid)
+    fixed = contrastive_loss(mesh, AXIS)(x, y[:, 0], 9.0)
+    found = {f"gradient/{n}": np.asarray(g) for n, g in zip("xys", gradients, strict=True)}
+    return {"loss/learned": np.asarray(value), "loss/fixed": np.asarray(fixed)} | found
+
+
 def errors(found: dict, expected: dict) -> dict[str, float]:
     """Greatest difference by kind, relative to the tensor's largest value.
 
@@ -170,7 +185,7 @@ def errors(found: dict, expected: dict) -> dict[str, float]:
             worst.get(kind, 0.0),
             float(abs(found[name] - value).max() / max(abs(value).max(), floor)),
         )
-    return worst | {"split": int(found["split"])}
+    return worst | {"split": int(found.get("split", 0))}
 
 
 if __name__ == "__main__":
@@ -180,4 +195,5 @@ if __name__ == "__main__":
         "everywhere": errors(run(8, "batch"), run(1, "batch")),
         "shards": errors(run(8, "clip", shard_weights=True, recompute=True), run(1, "clip")),
     }
+    results["contrastive_loss"] = errors(loss_of_a_batch(8), loss_of_a_batch(1))
     print(json.dumps(results))
