@@ -117,9 +117,9 @@ def _backward_of(backend: str, torchs: Callable[..., Any]) -> Callable[..., Any]
         # the same question as in the forward, and so the same answer
         taken = _taken(backend, query, key, value, dropout_p, is_causal, scale)
         if taken is None:
-            given = (grad_out, query, key, value, out, logsumexp, cum_seq_q, cum_seq_k)
-            given += (max_q, max_k, dropout_p, is_causal, philox_seed, philox_offset)
-            return torchs(keys, *given, scale=scale)
+            tensors = (grad_out, query, key, value, out, logsumexp, cum_seq_q, cum_seq_k)
+            others = (max_q, max_k, dropout_p, is_causal, philox_seed, philox_offset)
+            return torchs(keys, *tensors, *others, scale=scale)
         q, k, v, *options = taken
         d_out, out = (x.transpose(1, 2).contiguous() for x in (grad_out, out))
         gradients = torch.ops.vatt_fast.attention_backward(
