@@ -6,13 +6,16 @@ VENV ?= .venv
 ACTIVE ?= $(shell python3 -c "from importlib.metadata import version; \
 	release = tuple(map(int, version('torch').split('.')[:2])); \
 	print('yes' if release >= (2, 9) else '')" 2>/dev/null)
-EXTRAS := data,train,eval,gpu,jax,tpu,test
+EXTRAS := data,train,eval,gpu,jax,tpu,integrations,test
+# they ask for torchvision, which does not load beside a CPU torch; what is tested of them needs none
+APART := timm open_clip_torch ftfy wcwidth lightly lightly-utils
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.py')
 
 ifeq ($(ACTIVE),yes)
 PYTHON := python3
 INSTALL := $(PYTHON) -m pip install --quiet
 INSTALLED := $(shell python3 -c "import sys; print(sys.prefix)")/.vatt_fast_installed
+APART :=
 else
 PYTHON := $(VENV)/bin/python
 INSTALL := $(PYTHON) -m pip install --quiet --constraint constraints.txt
@@ -33,6 +36,7 @@ endif
 
 $(INSTALLED): pyproject.toml setup.py constraints.txt $(SOURCES)
 	$(INSTALL) --editable ".[$(EXTRAS)]"
+	$(if $(APART),$(INSTALL) --no-deps $(APART))
 	touch $@
 
 demo: setup

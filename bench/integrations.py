@@ -1,6 +1,7 @@
 """Our ops inside other libraries, held against the libraries' own paths; and peak memory of losses.
 
     python -m bench.integrations                 the errors, as a Markdown table
+    python -m bench.integrations --speed 15      beside them time, of as many interleaved rounds
     python -m bench.integrations --memory 8192   peak memory of the losses at this batch
 
 Models are small and of random weights. An error is ||ours - theirs|| / ||theirs||, of the output
@@ -14,7 +15,9 @@ import importlib
 import importlib.util
 import multiprocessing
 import resource
+import statistics
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -36,12 +39,19 @@ class Result(NamedTuple):
     gradient: Tensor
 
 
+Step = Callable[[], Result]  # a forward and backward; again and again
+
+
 class Case(NamedTuple):
     """A library's path and ours, on the same weights and inputs."""
 
     library: str
     name: str
-    run: Callable[[torch.dtype, bool], Result]  # (dtype, ours)
+    prepare: Callable[[torch.dtype, bool], Step]  # (dtype, ours)
+    prepare_real: Callable[[torch.dtype, bool], Step]  # the same of a real size
+
+    def run(self, dtype: torch.dtype, ours: bool) -> Result:
+        return self.prepare(dtype, ours)()
 
 
 def relative(ours: Tensor, theirs: Tensor) -> float:
@@ -61,6 +71,20 @@ def rounding(case: Case) -> tuple[float, float]:
     return relative(half.value, full.value), relative(half.gradient, full.gradient)
 
 
+def time_ratio(case: Case, rounds: int) -> float:
+    """Of ours against theirs, fp32: the median ratio of rounds, each of both in turn."""
+    steps = [case.prepare_real(torch.float32, ours) for ours in (True, False)]
+    ratios = []
+    for number in range(rounds + 1):
+        seconds = [0.0, 0.0]
+        for place in (0, 1) if number % 2 else (1, 0):
+            start = time.perf_counter()
+            steps[place]()
+            seconds[place] = time.perf_counter() - start
+        ratios.append(seconds[0] / seconds[1])
+    return statistics.median(ratios[1:])  # the first round warms up
+
+
 def missing(library: str) -> str | None:
     """Why the library cannot be used here, or None."""
     stand_in()
@@ -73,6 +97,8 @@ def missing(library: str) -> str | None:
 
 
 def _differentiated(output: Tensor, leaves: list[Tensor]) -> Result:
+    for x in leaves:
+        x.grad = None
     # weighed at random: the sum of squares of what a layer norm gives is constant
     generator = torch.Generator().manual_seed(_SEED)
     (output.float() * torch.randn(output.shape, generator=generator)).sum().backward()
@@ -86,119 +112,116 @@ _SIZES: dict[str, Any] = dict(
     hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96
 )
 _VISION = dict(**_SIZES, image_size=32, patch_size=8)
-_TEXT = dict(
-    **_SIZES,
-    vocab_size=99,
-    max_position_embeddings=12,
-    bos_token_id=0,
-    eos_token_id=2,
-    pad_token_id=1,
+_REAL: dict[str, Any] = dict(
+    hidden_size=384, num_hidden_layers=2, num_attention_heads=6, intermediate_size=1536
 )
 
 
-def _images(count: int = 2) -> dict[str, Tensor]:
-    return dict(pixel_values=torch.randn(count, 3, 32, 32))
+class _Model(NamedTuple):
+    model: str
+    config: str
+    arguments: dict[str, Any]
+    inputs: Callable[[], dict[str, Tensor]]
+    output: str = "last_hidden_state"
 
 
-def _words(padded: bool) -> dict[str, Tensor]:
-    ids = torch.randint(3, 99, (3, 12))
+def _images(size: int, count: int) -> dict[str, Tensor]:
+    return dict(pixel_values=torch.randn(count, 3, size, size))
+
+
+def _words(length: int, padded: bool) -> dict[str, Tensor]:
+    ids = torch.randint(3, 99, (3, length))
     if not padded:
         return dict(input_ids=ids)
-    return dict(
-        input_ids=ids, attention_mask=(torch.arange(12) < torch.tensor([[12], [8], [3]])) + 0
-    )
+    lengths = torch.tensor([[length], [2 * length // 3], [length // 4]])
+    return dict(input_ids=ids, attention_mask=(torch.arange(length) < lengths) + 0)
 
 
-def _sound(padded: bool) -> dict[str, Tensor]:
-    given = dict(input_values=torch.randn(2, 2000))
+def _sound(samples: int, padded: bool) -> dict[str, Tensor]:
+    given = dict(input_values=torch.randn(2, samples))
     if padded:
-        given["attention_mask"] = (torch.arange(2000) < torch.tensor([[2000], [1200]])) + 0
+        lengths = torch.tensor([[samples], [3 * samples // 5]])
+        given["attention_mask"] = (torch.arange(samples) < lengths) + 0
     return given
 
 
-# name -> (model, configuration, its arguments, inputs, output)
-_MODELS: dict[str, tuple[str, str, dict[str, Any], Callable[[], dict[str, Tensor]], str]] = {
-    "ViT": ("ViTModel", "ViTConfig", _VISION, _images, "last_hidden_state"),
-    "VideoMAE": (
-        "VideoMAEModel",
-        "VideoMAEConfig",
-        dict(**_VISION, num_frames=4),
-        lambda: dict(pixel_values=torch.randn(2, 4, 3, 32, 32)),
-        "last_hidden_state",
-    ),
-    "CLIP text, causal": (
-        *("CLIPTextModel", "CLIPTextConfig", _TEXT),
-        functools.partial(_words, False),
-        "last_hidden_state",
-    ),
-    "CLIP text, causal, padded": (
-        *("CLIPTextModel", "CLIPTextConfig", _TEXT),
-        functools.partial(_words, True),
-        "last_hidden_state",
-    ),
-    "CLIP": (
-        "CLIPModel",
-        "CLIPConfig",
-        dict(text_config=_TEXT, vision_config=_VISION, projection_dim=32),
-        lambda: _words(True) | _images(3),
-        "logits_per_image",
-    ),
-    "SigLIP, padded": (
-        "SiglipModel",
-        "SiglipConfig",
-        dict(text_config=_TEXT, vision_config=_VISION),
-        lambda: _words(True) | _images(3),
-        "logits_per_image",
-    ),
-    "AST": (
-        "ASTModel",
-        "ASTConfig",
-        dict(
-            **_SIZES,
-            num_mel_bins=32,
-            max_length=64,
-            patch_size=8,
-            frequency_stride=8,
-            time_stride=8,
+def _models(sizes: dict[str, Any], image: int, words: int, samples: int) -> dict[str, _Model]:
+    vision: dict[str, Any] = dict(**sizes, image_size=image, patch_size=8)
+    text: dict[str, Any] = dict(
+        **sizes,
+        vocab_size=99,
+        max_position_embeddings=words,
+        bos_token_id=0,
+        eos_token_id=2,
+        pad_token_id=1,
+    )
+    both: dict[str, Any] = dict(text_config=text, vision_config=vision)
+    mel: dict[str, Any] = dict(
+        **sizes,
+        num_mel_bins=image,
+        max_length=2 * image,
+        patch_size=8,
+        frequency_stride=8,
+        time_stride=8,
+    )
+    wave: dict[str, Any] = dict(
+        **sizes,
+        conv_dim=(32,) * 4,
+        conv_stride=(5, 2, 2, 2),
+        conv_kernel=(10, 3, 3, 3),
+        num_feat_extract_layers=4,
+        num_conv_pos_embeddings=16,
+        num_conv_pos_embedding_groups=4,
+        apply_spec_augment=False,
+    )
+
+    def pictures_and_words() -> dict[str, Tensor]:
+        return _words(words, True) | _images(image, 3)
+
+    def frames() -> dict[str, Tensor]:
+        return dict(pixel_values=torch.randn(2, 4, 3, image, image))
+
+    def mels() -> dict[str, Tensor]:
+        return dict(input_values=torch.randn(2, 2 * image, image))
+
+    captions = ("CLIPTextModel", "CLIPTextConfig", text)
+    logits = "logits_per_image"
+    found = {
+        "ViT": _Model("ViTModel", "ViTConfig", vision, functools.partial(_images, image, 2)),
+        "VideoMAE": _Model("VideoMAEModel", "VideoMAEConfig", vision | dict(num_frames=4), frames),
+        "CLIP text, causal": _Model(*captions, functools.partial(_words, words, False)),
+        "CLIP text, causal, padded": _Model(*captions, functools.partial(_words, words, True)),
+        "CLIP": _Model(
+            "CLIPModel", "CLIPConfig", both | dict(projection_dim=32), pictures_and_words, logits
         ),
-        lambda: dict(input_values=torch.randn(2, 64, 32)),
-        "last_hidden_state",
-    ),
-    **{
-        f"Wav2Vec2{', padded' * padded}": (
-            "Wav2Vec2Model",
-            "Wav2Vec2Config",
-            dict(
-                **_SIZES,
-                conv_dim=(32,) * 4,
-                conv_stride=(5, 2, 2, 2),
-                conv_kernel=(10, 3, 3, 3),
-                num_feat_extract_layers=4,
-                num_conv_pos_embeddings=16,
-                num_conv_pos_embedding_groups=4,
-                apply_spec_augment=False,
-            ),
-            functools.partial(_sound, padded),
-            "last_hidden_state",
-        )
-        for padded in (False, True)
-    },
-}
+        "SigLIP, padded": _Model("SiglipModel", "SiglipConfig", both, pictures_and_words, logits),
+        "AST": _Model("ASTModel", "ASTConfig", mel, mels),
+    }
+    for padded in (False, True):
+        inputs = functools.partial(_sound, samples, padded)
+        name = f"Wav2Vec2{', padded' * padded}"
+        found[name] = _Model("Wav2Vec2Model", "Wav2Vec2Config", wave, inputs)
+    return found
 
 
-def _transformers(name: str, dtype: torch.dtype, ours: bool) -> Result:
+_MODELS = _models(_SIZES, image=32, words=12, samples=2000)
+_REAL_MODELS = _models(_REAL, image=112, words=77, samples=16000)
+
+
+def _transformers(models: dict[str, _Model], name: str, dtype: torch.dtype, ours: bool) -> Step:
     import transformers
 
     from vatt_fast.integrations import transformers as integration
 
     integration.register()
-    model, config, arguments, inputs, output = _MODELS[name]
+    each = models[name]
     torch.manual_seed(_SEED)
-    built = getattr(transformers, model)(getattr(transformers, config)(**arguments))
+    built = getattr(transformers, each.model)(getattr(transformers, each.config)(**each.arguments))
     built.set_attn_implementation("vatt_fast" if ours else "sdpa")
     built = built.to(dtype).eval()  # no dropout; gradients all the same
-    given = {each: x.to(dtype) if x.is_floating_point() else x for each, x in inputs().items()}
-    return _differentiated(getattr(built(**given), output), list(built.parameters()))
+    given = {k: x.to(dtype) if x.is_floating_point() else x for k, x in each.inputs().items()}
+    leaves = list(built.parameters())
+    return lambda: _differentiated(getattr(built(**given), each.output), leaves)
 
 
 # -- losses ------------------------------------------------------------------------------------
@@ -208,14 +231,19 @@ def _unit(rows: int, dim: int, dtype: torch.dtype) -> Tensor:
     return F.normalize(torch.randn(rows, dim), dim=1).to(dtype).requires_grad_()
 
 
-def _loss_of(loss: Callable[..., Tensor], leaves: list[Tensor]) -> Result:
-    value = loss(*leaves)
-    value.backward()
-    gradients = [x.grad.float().flatten() for x in leaves if x.grad is not None]
-    return Result(value.detach(), torch.cat(gradients))
+def _loss_of(loss: Callable[..., Tensor], leaves: list[Tensor]) -> Step:
+    def step() -> Result:
+        for x in leaves:
+            x.grad = None
+        value = loss(*leaves)
+        value.backward()
+        gradients = [x.grad.float().flatten() for x in leaves if x.grad is not None]
+        return Result(value.detach(), torch.cat(gradients))
+
+    return step
 
 
-def _open_clip(bias: bool, dtype: torch.dtype, ours: bool, rows: int = 97, dim: int = 32) -> Result:
+def _open_clip(bias: bool, dtype: torch.dtype, ours: bool, rows: int = 97, dim: int = 32) -> Step:
     import open_clip
 
     from vatt_fast.integrations import open_clip as integration
@@ -231,7 +259,7 @@ def _open_clip(bias: bool, dtype: torch.dtype, ours: bool, rows: int = 97, dim: 
 
 def _lightly(
     temperature: float, bank: int, dtype: torch.dtype, ours: bool, rows: int = 300, dim: int = 32
-) -> Result:
+) -> Step:
     from lightly.loss import ntx_ent_loss
 
     from vatt_fast.integrations import lightly as integration
@@ -256,7 +284,7 @@ def _ranking(
     ours: bool,
     rows: int = 97,
     dim: int = 32,
-) -> Result:
+) -> Step:
     from sentence_transformers.sentence_transformer import losses
 
     from vatt_fast.integrations import sentence_transformers as integration
@@ -286,47 +314,65 @@ _RANKING: dict[str, tuple[dict[str, Any], int]] = {
 # -- timm --------------------------------------------------------------------------------------
 
 
-def _timm(name: str, arguments: dict[str, Any], dtype: torch.dtype, ours: bool) -> Result:
+def _timm(
+    arguments: dict[str, Any], dtype: torch.dtype, ours: bool, size: int = 32, dim: int = 64
+) -> Step:
     import timm
 
     from vatt_fast.integrations import timm as integration
 
     integration.register()
     torch.manual_seed(_SEED)
-    given = dict(img_size=32, patch_size=8, embed_dim=64, depth=2, num_heads=4, num_classes=10)
+    given: dict[str, Any] = dict(img_size=size, embed_dim=dim, num_heads=dim // 64 or 4)
+    given |= dict(patch_size=8, depth=2, num_classes=10)
     layer = {"attn_layer": "vatt_fast"} if ours else {}
-    model = timm.create_model(name, **given, **arguments, **layer).to(dtype).eval()
-    output = model(torch.randn(2, 3, 32, 32, dtype=dtype))
-    return _differentiated(output, list(model.parameters()))
+    model = timm.create_model("vit_base_patch16_224", **given, **arguments, **layer)
+    model = model.to(dtype).eval()
+    images, leaves = torch.randn(2, 3, size, size, dtype=dtype), list(model.parameters())
+    return lambda: _differentiated(model(images), leaves)
 
 
-def _case(library: str, name: str, function: Callable[..., Result], *arguments: Any) -> Case:
-    return Case(library, name, functools.partial(function, *arguments))
+def _case(library: str, name: str, prepare: Callable[..., Step], **real: Any) -> Case:
+    return Case(library, name, prepare, functools.partial(prepare, **real))
 
 
+_REAL_LOSS: dict[str, Any] = dict(rows=1024, dim=256)
+_partial = functools.partial
 CASES: tuple[Case, ...] = (
-    *(_case("transformers", name, _transformers, name) for name in _MODELS),
-    _case("open_clip", "ClipLoss", _open_clip, False),
-    _case("open_clip", "ClipLoss, logit_bias", _open_clip, True),
     *(
-        _case("sentence_transformers", f"{kind}, {name}", _ranking, options, columns, cached)
+        Case(
+            *("transformers", name),
+            _partial(_transformers, _MODELS, name),
+            _partial(_transformers, _REAL_MODELS, name),
+        )
+        for name in _MODELS
+    ),
+    _case("open_clip", "ClipLoss", _partial(_open_clip, False), **_REAL_LOSS),
+    _case("open_clip", "ClipLoss, logit_bias", _partial(_open_clip, True), **_REAL_LOSS),
+    *(
+        _case(
+            *("sentence_transformers", f"{kind}, {name}"),
+            _partial(_ranking, options, columns, cached),
+            **_REAL_LOSS,
+        )
         for cached, kind in ((False, "MNRL"), (True, "CachedMNRL"))
         for name, (options, columns) in _RANKING.items()
     ),
-    _case("lightly", "NTXentLoss", _lightly, 0.5, 0),
-    _case("lightly", "NTXentLoss, temperature 0.07", _lightly, 0.07, 0),
-    _case("lightly", "NTXentLoss, memory bank", _lightly, 0.1, 128),
-    _case("timm", "ViT", _timm, "vit_base_patch16_224", {}),
-    _case("timm", "ViT, norms of q and k", _timm, "vit_base_patch16_224", dict(qk_norm=True)),
+    _case("lightly", "NTXentLoss", _partial(_lightly, 0.5, 0), **_REAL_LOSS),
+    _case("lightly", "NTXentLoss, temperature 0.07", _partial(_lightly, 0.07, 0), **_REAL_LOSS),
+    _case("lightly", "NTXentLoss, memory bank", _partial(_lightly, 0.1, 128), **_REAL_LOSS),
+    _case("timm", "ViT", _partial(_timm, {}), size=112, dim=384),
+    _case("timm", "ViT, norms of q and k", _partial(_timm, dict(qk_norm=True)), size=112, dim=384),
 )
 
 
-def table() -> str:
-    """Of all cases, as Markdown."""
+def table(rounds: int = 0) -> str:
+    """Of all cases, as Markdown; with rounds of timing a column of time."""
+    timed = rounds > 0
     lines = [
         "| library | case | fp32 output | fp32 gradients | bf16 output | bf16 gradients"
-        " | bf16 itself |",
-        "|---|---|---|---|---|---|---|",
+        " | bf16 itself |" + " time, ours / theirs |" * timed,
+        "|---|---|---|---|---|---|---|" + "---|" * timed,
     ]
     without = {library: missing(library) for library in dict.fromkeys(c.library for c in CASES)}
     for case in CASES:
@@ -335,13 +381,15 @@ def table() -> str:
         found = (*errors(case, torch.float32), *errors(case, torch.bfloat16))
         cells = [*(f"{error:.1e}" for error in found)]
         cells.append(" / ".join(f"{error:.1e}" for error in rounding(case)))
+        if timed:
+            cells.append(f"{time_ratio(case, rounds):.2f}")
         lines.append(f"| {case.library} | {case.name} | {' | '.join(cells)} |")
     return "\n".join([*lines, *(f"\n{reason}" for reason in without.values() if reason)])
 
 
 # -- memory ------------------------------------------------------------------------------------
 
-_LOSSES: dict[str, tuple[str, Callable[..., Result]]] = {
+_LOSSES: dict[str, tuple[str, Callable[..., Step]]] = {
     "ClipLoss": ("open_clip", functools.partial(_open_clip, False)),
     "MNRL, pairs": ("sentence_transformers", functools.partial(_ranking, {}, 2, False)),
     "CachedMNRL, pairs": ("sentence_transformers", functools.partial(_ranking, {}, 2, True)),
@@ -356,9 +404,9 @@ def _peak(path: list[str], name: str, ours: bool, rows: int, send: Any) -> None:
     library, function = _LOSSES[name]
     missing(library)  # imports it as the parent did
     warnings.simplefilter("ignore")
-    function(torch.float32, ours, rows=64, dim=_DIM)
+    function(torch.float32, ours, rows=64, dim=_DIM)()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    function(torch.float32, ours, rows=rows, dim=_DIM)
+    function(torch.float32, ours, rows=rows, dim=_DIM)()
     send.send((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 
 
@@ -389,12 +437,13 @@ def memory(rows: int, skip_theirs: bool) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--memory", type=int, metavar="BATCH", help="peak memory of the losses")
+    parser.add_argument("--speed", type=int, default=0, metavar="ROUNDS", help="a column of time")
     parser.add_argument("--ours", action="store_true", help="with --memory: leave theirs out")
     parser.add_argument("--packages", type=Path, help="a folder of packages, tried first")
     asked = parser.parse_args()
     if asked.packages:
         sys.path.insert(0, str(asked.packages))
-    print(memory(asked.memory, asked.ours) if asked.memory else table())
+    print(memory(asked.memory, asked.ours) if asked.memory else table(asked.speed))
     return 0
 
 

@@ -32,6 +32,7 @@ def main(arguments: list[str] | None = None) -> None:
         "plan": _with_config(training.show_plan, training.PlanConfig),
         "compile-tpu": _with_config(training.compile_tpu, training.CompileTPUConfig),
         "convert": weights.convert_checkpoint,
+        "export": weights.export_model,
         "embed": evaluation.embed,
         "figures": _with_config(evaluation.draw_figures, evaluation.FiguresConfig),
         "probe": _with_config(evaluation.run_probe, evaluation.ProbeConfig),

@@ -3,6 +3,7 @@
 Loading never unpickles.
 """
 
+import contextlib
 import json
 import struct
 from collections.abc import Callable, Mapping
@@ -48,7 +49,7 @@ def _vatt_config(text: str) -> VATTConfig:
         raise ValueError(
             "it is a classifier's; load it with vatt_fast.classifier.Classifier.from_pretrained"
         )
-    return VATTConfig.from_json(text)
+    return VATTConfig.from_json(_own_part(text))
 
 
 def read_saved(
@@ -69,6 +70,15 @@ def read_saved(
     except (ValueError, TypeError) as error:
         raise ValueError(f"{folder / CONFIG}: {error}") from error
     return config, load_tensors(folder / WEIGHTS)
+
+
+def _own_part(config: str) -> str:
+    """A config.json, or our part of one that ``integrations.transformers_model`` wrote."""
+    with contextlib.suppress(ValueError):  # no JSON is told by who reads it
+        values = json.loads(config)
+        if isinstance(values, dict) and values.get("model_type") == "vatt" and "vatt" in values:
+            return json.dumps(values["vatt"])
+    return config
 
 
 def is_classifier(config: str) -> bool:

@@ -1,6 +1,7 @@
 """The examples of other libraries train as those libraries do themselves."""
 
 import importlib.util
+import os
 import re
 import subprocess
 import sys
@@ -54,3 +55,17 @@ def test_trains_as_the_library_does(example, library, tmp_path):
     assert losses.shape == (3, 2)
     np.testing.assert_allclose(losses[:, 0], losses[:, 1], rtol=1e-3)
     assert len(set(losses[:, 0])) == 3
+
+
+def test_vatt_trains_under_trainer_and_loads_again(tmp_path):
+    for library in ("transformers", "accelerate"):
+        if importlib.util.find_spec(library) is None:
+            pytest.skip(f"{library} is not installed")
+    command = [sys.executable, str(ROOT / "examples" / "transformers_vatt.py"), "--steps", "3"]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert done.returncode == 0, done.stderr
+    losses = re.findall(r"step +\d  loss (\S+)", done.stdout)
+    assert len(losses) == 3 and np.isfinite(np.array(losses, float)).all()
+    moved = re.search(r"same words True, greatest difference (\S+)", done.stdout)
+    assert moved and float(moved[1]) < 1e-5, done.stdout

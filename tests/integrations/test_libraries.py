@@ -309,7 +309,7 @@ def test_invalid_pairs_are_as_if_they_were_not_there(name):
             assert not z.grad[~VALID].any()
 
 
-def test_open_clips_factory_and_its_keys():
+def test_open_clips_factory_and_its_keys(said):
     need("open_clip")
     import argparse
 
@@ -327,8 +327,11 @@ def test_open_clips_factory_and_its_keys():
     expected = open_clip.ClipLoss()(**given, output_dict=True)
     torch.testing.assert_close(loss(**given, output_dict=True), expected)
     args.siglip, args.loss_dist_impl = True, None
-    with pytest.warns(integrations_warning(), match="ClipLoss alone"):
+    with pytest.warns(integrations_warning(), match="SigLipLoss sums softplus over all pairs"):
         assert type(ours.create_loss(args)) is open_clip.loss.SigLipLoss
+    args.siglip, args.horovod = False, True
+    with pytest.warns(integrations_warning(), match="ClipLoss alone"):
+        assert type(ours.create_loss(args)) is open_clip.ClipLoss
     with pytest.raises(ValueError, match="gather_with_grad"):
         ours.ClipLoss(local_loss=True, world_size=2)
 

@@ -1,6 +1,8 @@
 """What the model does beside exactness: subsets, masks, DropToken, sizes, saving, errors."""
 
+import copy
 import dataclasses
+import pickle
 
 import numpy as np
 import pytest
@@ -360,6 +362,21 @@ def test_compiles_with_dynamic_shapes(kind, name):
     with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=True):
         for clip in clips:
             same(compiled(**{name: clip}), model(**{name: clip}))
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save", "functional_call"])
+def test_copies_compute_the_same(model, inputs, how, tmp_path):
+    expected = model(**inputs).z_video_va
+    if how == "functional_call":
+        state = {name: x.clone() for name, x in model.state_dict().items()}
+        found = torch.func.functional_call(model, state, (), inputs).z_video_va
+    elif how == "torch.save":
+        torch.save(model, tmp_path / "model.pt")
+        found = torch.load(tmp_path / "model.pt", weights_only=False)(**inputs).z_video_va
+    else:
+        copied = {"deepcopy": copy.deepcopy, "pickle": lambda m: pickle.loads(pickle.dumps(m))}
+        found = copied[how](model)(**inputs).z_video_va
+    torch.testing.assert_close(found, expected)
 
 
 def test_saving_and_loading(model, inputs, tmp_path):

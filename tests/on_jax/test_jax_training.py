@@ -201,6 +201,8 @@ def test_eight_devices_equal_one():
     assert done.returncode == 0, done.stderr[-3000:]
     results = json.loads(done.stdout.splitlines()[-1])
     assert results.pop("whole") == []
+    of_helper = results.pop("contrastive_loss")
+    assert of_helper["loss"] < 1e-6 and of_helper["gradient"] < 1e-5, of_helper
     for name, found in results.items():
         assert found["loss"] < 1e-5 and found["gradient"] < 1e-4, (name, found)
         assert name == "fine-tuning" or found["statistics"] < 1e-4, (name, found)

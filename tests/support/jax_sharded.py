@@ -12,6 +12,7 @@ import tempfile
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import torch
 from jax.sharding import NamedSharding, PartitionSpec
@@ -21,6 +22,7 @@ from vatt_fast.config import TowerConfig, VATTConfig
 from vatt_fast.data.clips import Batch, DropToken, copy_kept_rows
 from vatt_fast.data.text import PADDING, UNKNOWN, Vocabulary
 from vatt_fast.finetuning.settings import FineTuneConfig
+from vatt_fast.integrations.jax import contrastive_loss
 from vatt_fast.model import VATT
 from vatt_fast.on_jax import training
 from vatt_fast.on_jax import weights as jax_weights
@@ -181,6 +183,19 @@ def fine_tuned(devices: int) -> dict[str, np.ndarray]:
     return {n: np.asarray(v) for n, v in jax.device_get(found).items()} | {"split": np.array(0)}
 
 
+def loss_of_a_batch(devices: int) -> dict[str, np.ndarray]:
+    """``integrations.jax.contrastive_loss`` and its gradients, of both kinds of scale."""
+    draw = np.random.default_rng(0)
+    x, y = (jnp.asarray(draw.standard_normal(size), jnp.float32) for size in ((16, 8), (16, 3, 8)))
+    valid = jnp.asarray(draw.random(16) > 0.3), jnp.asarray(draw.random((16, 3)) > 0.3)
+    mesh = make_mesh(jax.devices()[:devices])
+    loss = contrastive_loss(mesh, AXIS, form="paper")
+    value, gradients = jax.jit(jax.value_and_grad(loss, (0, 1, 2)))(x, y, jnp.float32(9), *valid)
+    fixed = contrastive_loss(mesh, AXIS)(x, y[:, 0], 9.0)
+    found = {f"gradient/{n}": np.asarray(g) for n, g in zip("xys", gradients, strict=True)}
+    return {"loss/learned": np.asarray(value), "loss/fixed": np.asarray(fixed)} | found
+
+
 def errors(found: dict, expected: dict) -> dict[str, float]:
     """Greatest difference by kind, relative to the tensor's largest value.
 
@@ -197,7 +212,7 @@ def errors(found: dict, expected: dict) -> dict[str, float]:
             worst.get(kind, 0.0),
             float(abs(found[name] - value).max() / max(abs(value).max(), floor)),
         )
-    return worst | {"split": int(found["split"])}
+    return worst | {"split": int(found.get("split", 0))}
 
 
 if __name__ == "__main__":
@@ -208,4 +223,5 @@ if __name__ == "__main__":
         "fine-tuning": errors(fine_tuned(8), fine_tuned(1)),
         "shards": errors(run(8, "clip", shard_weights=True, recompute=True), run(1, "clip")),
     }
+    results["contrastive_loss"] = errors(loss_of_a_batch(8), loss_of_a_batch(1))
     print(json.dumps(results))

@@ -1,8 +1,10 @@
 """The verbs that bring weights from one format into another."""
 
 import sys
+from typing import Literal
 
 from ..checkpoints.convert import convert
+from ..integrations.export import export
 from .printing import print_report
 
 
@@ -34,6 +36,24 @@ def convert_checkpoint(
             for line in found.pop(name, ()):
                 print(f"vatt-fast: {line}", file=sys.stderr)
     print_report(found | {"written": out}, json)
+
+
+def export_model(
+    model: str,
+    out: str,
+    format: Literal["onnx", "pt2"] = "onnx",
+    modalities: tuple[str, ...] = (),
+) -> None:
+    """Write each tower as a file that runs without this package, for batches of any size.
+
+    Args:
+        model: saved model, run folder, classifier's folder, preset, or released checkpoint.
+        out: folder for video.onnx and so on, with vocabulary.txt or labels.txt.
+        format: onnx, for ONNX Runtime and others; pt2, for torch.export.load.
+        modalities: of video, audio and text; by default all that the model has.
+    """
+    for path in export(model, out, format=format, modalities=modalities):
+        print(f"written, and equal to the model: {path}")
 
 
 def _head_dim(text: str) -> int | dict[str, int]:

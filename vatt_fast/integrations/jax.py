@@ -1,22 +1,29 @@
-"""``jax.nn.dot_product_attention`` and Flax's ``attention_fn`` on our attention.
+"""Our attention as JAX, Flax and tokamax call theirs, and the contrastive loss over a mesh.
 
     from vatt_fast.integrations.jax import dot_product_attention, flax_attention_fn
 
     out = dot_product_attention(q, k, v, is_causal=True)                  # as jax.nn's
     nnx.MultiHeadAttention(..., attention_fn=flax_attention_fn)           # and Linen's
+    tokamax.dot_product_attention(q, k, v, implementation=(tokamax_implementation, "xla"))
+    loss = contrastive_loss(mesh, "batch")                                # loss(x, y, scale)
 
 A mask must be one of keys, a bias the same for every clip. Anything else raises
 NotImplementedError in one sentence: JAX traces once, and nobody would see a warning.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
+from ..config import NCEForm
 from ..kernels import jax_ops
+from ..on_jax.losses import contrastive_terms, global_mean
 
-# B batch, T queries, S keys, H heads
+# B batch, T queries, S keys, H heads; N clips, D dimensions
 
 
 def dot_product_attention(
@@ -106,6 +113,102 @@ def flax_attention_fn(
     if dropout_rate and not deterministic:
         raise NotImplementedError(f"there is no dropout of probabilities ({dropout_rate})")
     return dot_product_attention(query, key, value, bias, mask, is_causal=is_causal)
+
+
+def tokamax_implementation(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    *,
+    bias: jax.Array | None = None,
+    mask: Any = None,
+    logits_scale: Any = None,
+    precision: Any = None,
+    logits_soft_cap: float | None = None,
+    q_sharding: Any = None,
+) -> jax.Array:
+    """What ``implementation=`` of ``tokamax.dot_product_attention`` takes beside its own names.
+
+    Raises:
+        NotImplementedError: what ours does not have; tokamax goes on to its next implementation.
+    """
+    if query.ndim != 4 or not all(isinstance(x, jax.Array) for x in (query, key, value)):
+        raise NotImplementedError(f"queries are (B, T, H, head_dim) arrays, not {query.shape}")
+    if key.shape != value.shape:
+        raise NotImplementedError(f"values {value.shape} are not of the keys' shape {key.shape}")
+    if logits_soft_cap is not None or q_sharding is not None:
+        raise NotImplementedError("there is no soft cap and no sharding; use shard_map")
+    if precision not in (None, jax.lax.Precision.DEFAULT):
+        raise NotImplementedError(f"precision is {precision}; ours is that of the inputs")
+    options: dict[str, Any] = {}
+    if mask is not None:
+        if not (mask.q_start is mask.q_end is mask.k_start is None):
+            raise NotImplementedError("there are no windows and no lengths of queries")
+        if mask.k_end is not None:
+            if any(size != 1 for size in mask.k_end.shape[1:]):
+                raise NotImplementedError(f"lengths are those of clips, not {mask.k_end.shape}")
+            lengths = jnp.broadcast_to(mask.k_end.reshape(-1), query.shape[:1])
+            options["key_value_seq_lengths"] = lengths
+        options |= dict(mask=mask.bool_mask, is_causal=mask.is_causal)
+    # its own default is a class
+    scale = None if isinstance(logits_scale, type) else logits_scale
+    return dot_product_attention(query, key, value, bias, scale=scale, **options)
+
+
+def contrastive_loss(
+    mesh: Mesh, axis: str, *, form: NCEForm = "symmetric"
+) -> Callable[..., jax.Array]:
+    """CLIP's loss, or VATT's, of a batch that lies on the devices of a mesh axis.
+
+    Each device computes its rows only, and columns are joined; no device holds the matrix. The
+    function takes whole arrays, inside ``jit`` or not, and has their gradients. On a mesh of
+    explicit axes the arrays lie along ``axis`` already, as ``jax.reshard`` puts them.
+
+    Args:
+        mesh: of devices.
+        axis: which of its axes shares the batch.
+        form: "symmetric", two softmax cross-entropies (summed, which is twice CLIP's mean); or
+            VATT's "paper" and "released". See ``vatt_fast.losses.nce_terms``.
+
+    Returns:
+        ``loss(x, y, scale, x_valid=None, y_valid=None)``: x (N, D), y (N, D) or (N, P, D) are
+        brought to unit length; scale is a float, or an array () of at most 100; x_valid (N,) and
+        y_valid (N,) or (N, P) bool. The mean over valid pairs, 0 without any.
+
+    Raises:
+        ValueError: an unknown axis; when called, N that the axis does not divide.
+    """
+    if axis not in mesh.shape:
+        raise ValueError(f"axis is {axis!r}; the mesh has {', '.join(map(repr, mesh.shape))}")
+
+    def loss(
+        x: jax.Array,
+        y: jax.Array,
+        scale: jax.Array | float,
+        x_valid: jax.Array | None = None,
+        y_valid: jax.Array | None = None,
+    ) -> jax.Array:
+        if x.shape[0] % mesh.shape[axis]:
+            raise ValueError(f"{x.shape[0]} clips do not divide into {mesh.shape[axis]} devices")
+        # what is None, and a float, which bounds the scores, are no arrays of the mesh
+        given = dict(x=x, y=y, x_valid=x_valid, y_valid=y_valid)
+        along = {name: value for name, value in given.items() if value is not None}
+        everywhere = {} if isinstance(scale, float) else {"scale": scale}
+
+        def share(along, everywhere):
+            options = {"scale": scale, **along, **everywhere}
+            terms = contrastive_terms(
+                options.pop("x"), options.pop("y"), form=form, axis=axis, **options
+            )
+            return global_mean(*terms, axis)[None]
+
+        # check_vma off: kernels do not say how their outputs vary over the mesh
+        shares = jax.shard_map(
+            share, mesh=mesh, in_specs=(P(axis), P()), out_specs=P(axis), check_vma=False
+        )
+        return shares(along, everywhere).sum()
+
+    return loss
 
 
 def _keys(mask: jax.Array | None, batch: int, keys: int) -> jax.Array | None:

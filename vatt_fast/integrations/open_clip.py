@@ -106,7 +106,11 @@ def create_loss(args: Any) -> nn.Module:
     where they ask for another (distillation, CoCa, SigLIP) or for what ours refuses."""
     import open_clip
 
-    other = "coca" in args.model.lower() or args.distill or args.siglip
+    if args.siglip:
+        why = "SigLipLoss sums softplus over all pairs, which no log-sum-exp of a row gives"
+        say("create_loss", "open_clip's own SigLipLoss", why)
+        return open_clip.create_loss(args)
+    other = "coca" in args.model.lower() or args.distill
     mixed = args.world_size > 1 and args.local_loss and not args.gather_with_grad
     if other or mixed or args.horovod:
         why = "ours takes the place of ClipLoss alone, without Horovod or a local loss that has no"
