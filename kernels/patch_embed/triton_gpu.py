@@ -779,7 +779,9 @@ def _row_stride(position) -> int:
 
 def _choose(kernel: str, rows: _Rows, dtype, dim: int, k: int) -> Tiles:
     shape = (rows.B * rows.K, dim, k, rows.patches.element_size())
-    return _planned(f"patch_embed_{kernel}", arch(), dtype, *shape, rows.flags["PADDED"])
+    return _planned(
+        f"patch_embed_{kernel}", arch(), dtype, *shape, rows.flags["PADDED"], rows.gather
+    )
 
 
 @tiles.memoised
@@ -792,8 +794,10 @@ def _planned(
     k: int,
     raw: int,
     padded: bool,
+    gather: bool,
 ) -> Tiles:
-    heuristic = triton_tiles.HEURISTICS[kernel](arch, dtype.itemsize, rows, dim, k, raw, padded)
+    shape = (rows, dim, k, raw, padded, gather)
+    heuristic = triton_tiles.HEURISTICS[kernel](arch, dtype.itemsize, *shape)
     return tiles.choose(kernel, arch, dtype, heuristic, rows=rows, dim=dim, values=k, raw=raw)
 
 
