@@ -88,6 +88,7 @@ def forward_tiles(
     raw: int,
     padded: bool = False,
     gather: bool = False,
+    position: bool = True,
 ) -> Tiles:
     """Fused wherever Triton's product comes near cuBLAS's.
 
@@ -113,8 +114,9 @@ def forward_tiles(
     else:
         throughputs = {(128, 128): 0.9, (64, 128): 0.7, (64, 64): 0.45}
         height, width = _cheapest(throughputs, device, rows, dim)
-        # operands that live in registers spill at 64
-        values = 64 if device in ("sm_90", "sm_100") else 32
+        # operands that live in registers spill at 64, and without positions sm_90's products would
+        # wait for one another (C7515, triton 3.7.1)
+        values = 64 if device == "sm_100" or (device == "sm_90" and position) else 32
         stages = _stages(device, height * values * raw + width * values * 2, 4)
         # with four warps the smaller tile spills on sm_120 (triton 3.7.1)
         many = 64 * 128 if device == "sm_120" else 128 * 128
@@ -139,6 +141,7 @@ def weight_tiles(
     raw: int,
     padded: bool = False,
     gather: bool = False,
+    position: bool = True,
 ) -> Tiles:
     """Packed at large k and dim.
 
@@ -183,6 +186,7 @@ def add_tiles(
     raw: int,
     padded: bool = False,
     gather: bool = False,
+    position: bool = True,
 ) -> Tiles:
     return dict(BLOCK_ROWS=8, BLOCK_DIM=min(triton.next_power_of_2(dim), 512), num_warps=4)
 

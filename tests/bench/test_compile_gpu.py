@@ -25,7 +25,10 @@ PARTS = {
     "contrastive_lse_variants": (("vt_bbs_no_bound_masks",), ("sm_90",)),
     "contrastive_lse_tf32": (("va_tiny",), ("sm_90",)),
     "patch_embed": (("video_mbs_drop50", "audio_bbs_drop50"), ("sm_90", "sm_120")),
-    "patch_embed_variants": (("audio_bbs_drop50_shifted", "video_mbs_drop50_clip"), ("sm_90",)),
+    "patch_embed_variants": (
+        ("audio_bbs_drop50_shifted", "video_mbs_drop50_clip", "video_mbs_drop0_only_projected"),
+        ("sm_90",),
+    ),
 }
 
 
