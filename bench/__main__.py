@@ -122,15 +122,15 @@ def _parser() -> argparse.ArgumentParser:
     option = add(_compile, "compile kernels for devices that are not here")
     option("--target", nargs="+", choices=[*GPUS, *TPUS], default=list(GPUS))
     option("--op", nargs="+", choices=ops, default=ops)
-    option("--dtype", nargs="+", choices=[*DTYPES])
+    option("--dtype", nargs="+", choices=[*DTYPES, "tf32"])
     option("--case", nargs="+", help="names, primary, model, GPU: variants; primary and these")
     option("--alone", action="store_true", help="TPU: attention without its projections")
-    option("--resume", action="store_true", help="TPU: leave out what the file holds")
+    option("--resume", action="store_true", help="leave out what the file holds")
     option("--schedule", action="store_true", help="TPU: bundles, cycles and spills by kernel")
     named = ["flash", "splash", "xla", "triton"]
     option("--peers", nargs="+", default=[], choices=named, help="too; GPU: triton, TPU: others")
     option("--out", type=Path, help="append the rows to this file, as JSON lines")
-    option("--read", type=Path, help="only print the table of the rows in this file")
+    option("--read", nargs="+", type=Path, help="only print the table of the rows in these files")
 
     option = add(_gpu, "what a quarter of an hour on a GPU is for")
     option("--out", type=Path, required=True, help="folder; continued where it exists")

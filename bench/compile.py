@@ -42,17 +42,20 @@ def compile_targets(
 
     Args:
         cases: None: every primary one and, for GPUs, their variants.
-        dtypes: None: bf16 and fp32; for GPUs attention in bf16 alone, whose fp32 takes hours.
+        dtypes: None: bf16 and fp32; for GPUs attention in bf16 alone, whose fp32 takes hours. GPUs
+            know tf32 too: fp32 whose products are rounded.
         alone: of TPUs: attention without its projections.
         schedule: of TPUs: count bundles, spills and cycles of every kernel; takes three times as
             long.
-        resume: of TPUs: leave out what ``out`` holds.
+        resume: leave out what ``out`` holds; of GPUs after compiling it.
         peers: others' kernels after ours, in rows of their own. For TPUs flash, splash and xla,
             of attention; for GPUs triton, the plain kernels.
     """
     tpu = targets[0] in TPUS
     if peers and tpu and (set(ops) != {"attention"} or "triton" in peers):
         raise ValueError("TPUs' peers are flash, splash and xla, of attention: --op attention")
+    if tpu and "tf32" in (dtypes or ()):
+        raise ValueError("tf32 is of GPUs: TPUs know bf16 and fp32")
     if peers and not tpu and set(peers) != {"triton"}:
         raise ValueError("GPUs' peers are plain Triton kernels: --peers triton")
     if schedule:  # read when libtpu is loaded
@@ -60,15 +63,14 @@ def compile_targets(
             f"--xla_jf_dump_to={tempfile.mkdtemp()} --xla_jf_dump_llo_text=true"
         )
     module = _module(tpu)
+    known = _rows(out, module) if resume and out and out.exists() else []
     options: list[dict[str, Any]] = [dict(peers=bool(peers))]
     if tpu:
-        known = _rows(out, module) if resume and out and out.exists() else []
         options = [dict(alone=alone), *(dict(peer=peer) for peer in peers)]
     rows: list[Any] = []
     failed: list[str] = []
-    for op, case in _chosen(ops, cases, module):
-        usual = ("bf16", "fp32") if tpu else module.variant(op, case).dtypes
-        for dtype, target, option in itertools.product(dtypes or usual, targets, options):
+    for op, case, dtype in _chosen(ops, cases, dtypes, module):
+        for target, option in itertools.product(targets, options):
             what = (op, case, dtype, target)
             if tpu and any(module.is_of(row, *what, **option) for row in known):
                 continue
@@ -78,7 +80,7 @@ def compile_targets(
                 failed.append(f"{' '.join(what)}: {first_line(_cause(error))}")
                 print(error, file=sys.stderr, flush=True)
                 continue
-            made = module.distinct(compiled, rows)
+            made = module.distinct(compiled, known + rows)
             rows += made
             told = "; ".join(fault for row in made for fault in row.faults) or "no fault"
             if schedule:
@@ -100,8 +102,8 @@ def compile_targets(
 
 
 def _chosen(
-    ops: Iterable[str], names: Sequence[str] | None, module: Any
-) -> Iterator[tuple[str, str]]:
+    ops: Iterable[str], names: Sequence[str] | None, dtypes: Sequence[str] | None, module: Any
+) -> Iterator[tuple[str, str, str]]:
     found = False
     for op in ops:
         primary = [case.name for case in CASES[op].values() if tag(case) == "primary"]
@@ -111,7 +113,9 @@ def _chosen(
         for name in names or ("primary", "variants"):
             for each in known.get(name, [name] if name in {*CASES[op], *variants} else []):
                 found = True
-                yield op, each
+                for dtype in dtypes or module.usual_dtypes(op, each):
+                    if name != "model" or module.reached(op, each, dtype):
+                        yield op, each, dtype
     if not found:
         raise ValueError("no such case; see kernels/cases.py")
 
@@ -139,10 +143,11 @@ def _module(tpu: bool) -> Any:
     return compile_gpu
 
 
-def read(path: Path) -> str:
-    """The table of the rows in a file."""
-    module = _module('"topology"' in path.read_text().partition("\n")[0])
-    return _table(module.distinct(_rows(path, module), []), module)
+def read(paths: Sequence[Path]) -> str:
+    """The table of the rows in files, all of GPUs or all of TPUs."""
+    module = _module('"topology"' in paths[0].read_text().partition("\n")[0])
+    rows = [row for path in paths for row in _rows(path, module)]
+    return _table(module.distinct(rows, []), module)
 
 
 def _rows(path: Path, module: Any) -> list[Any]:
@@ -153,13 +158,14 @@ def _rows(path: Path, module: Any) -> list[Any]:
 def _table(rows: Iterable[Any], module: Any) -> str:
     """A row a group: its key, then what the module's ``cells`` makes of the group.
 
-    Of GPUs then a row a main loop.
+    Of GPUs an overview comes first, and last a row a main loop.
     """
     rows = list(rows)
     groups: dict[tuple, list[Any]] = {}
     for row in rows:
         groups.setdefault(module.key(row), []).append(row)
     told = [(*name, *module.cells(group)) for name, group in groups.items()]
-    table = markdown_table(module.HEADINGS.split(", "), told)
-    schedule = getattr(module, "schedule", None)
-    return f"{table}\n\n{schedule(rows)}\n" if schedule else table
+    tables = [markdown_table(module.HEADINGS.split(", "), told)]
+    if hasattr(module, "schedule"):
+        tables = [module.overview(rows), *tables, f"{module.schedule(rows)}\n"]
+    return "\n\n".join(tables)

@@ -5,10 +5,11 @@ would have needed: so exactly the specialisations of real use are seen. A row is
 target: registers, stack, spills, shared memory, matrix instructions and, for CUDA, counts of its
 main loop (``sass.py``). They say what the code is, not what time it takes.
 
-A fault is shared memory beyond the target's limit and, in bf16 and fp16: a spill in a forward or in
-a main loop, a matmul without the target's matrix instruction, products that ptxas lets wait for one
-another, no copy in flight where three or more stages were asked for, a main loop that loads most
-bytes by less than 16 at a time, fewer warps a multiprocessor than planned.
+A fault is shared memory beyond the target's limit, a spill in a main loop and, but for fp32 without
+tf32, which no matrix unit multiplies: a spill in a forward, a matmul without the target's matrix
+instruction, products that ptxas lets wait for one another, no copy in flight where three or more
+stages were asked for, a main loop that loads most bytes by less than 16 at a time, fewer warps a
+multiprocessor than planned.
 """
 
 import contextlib
@@ -25,6 +26,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from vatt_fast.kernels import settings
+from vatt_fast.kernels.backends import PREFERENCE
 from vatt_fast.kernels.cases import CASES, Case, make
 from vatt_fast.kernels.tiles import Tiles
 
@@ -34,6 +36,8 @@ from .machine import DTYPES
 from .timer import first_line
 
 KIB = 1024
+# tf32: fp32 whose products torch may round, as set_float32_matmul_precision("high") has it
+COMPILED = DTYPES | {"tf32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -168,6 +172,23 @@ def variant(op: str, case: str) -> Variant:
     return known.get(case) or Variant(CASES[op][case], dtypes=usual)
 
 
+def usual_dtypes(op: str, case: str) -> tuple[str, ...]:
+    return variant(op, case).dtypes
+
+
+def reached(op: str, case: str, dtype: str) -> bool:
+    """Whether dispatch gives a training step's call to Triton, forward or backward, on CUDA."""
+    inputs = meta_inputs(op, case, dtype)
+    if op == "attention":
+        inputs = inputs | dict(bias_grad=inputs["bias"] is not None)
+    rows = [row for row in PREFERENCE["torch", "cuda"] if row.op == op]
+    for mode in ("fwd", "bwd"):
+        preferred = next(row for row in rows if row.when is None or row.when(mode, **inputs))
+        if preferred.backend == "triton_gpu":
+            return True
+    return False
+
+
 # -- compiling in the place of launching ------------------------------------------------------
 
 
@@ -209,10 +230,22 @@ def compiling_for(target: str) -> Iterator[list]:
         triton.runtime.driver.set_active(before)
 
 
+@contextlib.contextmanager
+def _rounding(dtype: str) -> Iterator[None]:
+    """Within, torch rounds the operands of fp32 products if, and only if, ``dtype`` is tf32."""
+    products = torch.backends.cuda.matmul
+    before = products.fp32_precision
+    products.fp32_precision = "tf32" if dtype == "tf32" else "ieee"
+    try:
+        yield
+    finally:
+        products.fp32_precision = before
+
+
 @functools.lru_cache(maxsize=4)
 def meta_inputs(op: str, case: str, dtype: str) -> dict[str, Any]:
     chosen = variant(op, case)
-    inputs = make(chosen.case, DTYPES[dtype], "meta")
+    inputs = make(chosen.case, COMPILED[dtype], "meta")
     if chosen.fp32_parameters:
         inputs |= {
             name: inputs[name].float()
@@ -278,12 +311,12 @@ def compile_case(
     """
     rows = []
     inputs = meta_inputs(op, case, dtype)
-    every = launches(op, inputs, DTYPES[dtype], d_lse=variant(op, case).d_lse)
+    every = launches(op, inputs, COMPILED[dtype], d_lse=variant(op, case).d_lse)
     calls = [(mode, call) for mode, call in every if mode in modes]
     if peers and peer_kernels.can_run(op, inputs):
         calls.append(("peer", functools.partial(peer_kernels.FORWARD[op], **inputs)))
     for mode, call in calls:
-        with compiling_for(target) as compiled:
+        with compiling_for(target) as compiled, _rounding(dtype):
             call()
         for function, arguments, kernel in compiled:
             rows.append(_row(op, case, dtype, mode, target, function, arguments, kernel))
@@ -341,6 +374,8 @@ def _faults(row: Row, kernel) -> list[str]:
     if row.shared_bytes > target.shared_bytes:
         limit = target.shared_bytes
         faults.append(f"{row.shared_bytes} bytes of shared memory, the limit is {limit}")
+    if row.loop and row.loop["looped"] and row.loop["spills"]:
+        faults.append(f"{row.loop['spills']} spills in the loop")
     if row.dtype == "fp32":
         return faults
     if row.spills and row.mode == "fwd":
@@ -360,8 +395,6 @@ def _loop_faults(row: Row, metadata) -> list[str]:
         faults.append(f"its products wait for one another ({row.serialised})")
     if loop is None:
         return faults
-    if loop["looped"] and loop["spills"]:
-        faults.append(f"{loop['spills']} spills in the loop")
     if loop["copies_ahead"] == 0 and metadata.num_stages > 2:
         faults.append(f"no copy in flight in spite of {metadata.num_stages} stages")
     if row.case not in CASES[row.op]:
@@ -401,13 +434,43 @@ def _read_hip(kernel) -> dict[str, Any]:
 
 
 def distinct(rows: list[Row], known: list[Row]) -> list[Row]:
-    """Those that are not ``known``: cases that meet the same specialisation are one row."""
+    """Those that are not ``known``: cases and dtypes that meet the same code are one row."""
 
     def what(row: Row) -> str:
-        return str(replace(row, case=""))
+        return str(replace(row, case="", dtype=""))
 
     seen = {what(row) for row in known}
     return [row for key, row in {what(row): row for row in rows}.items() if key not in seen]
+
+
+def overview(rows: list[Row]) -> str:
+    """Markdown: how many kernels every target got, then those that spill or have a fault."""
+    targets = [each for each in TARGETS if any(row.target == each for row in rows)]
+    counted: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        counted.setdefault((row.op, row.dtype), []).append(row)
+    lines = [
+        (*name, *(_number_of([row for row in group if row.target == each]) for each in targets))
+        for name, group in counted.items()
+    ]
+    tables = [markdown_table(["op", "dtype", *targets], lines)]
+    if wrong := [row for row in rows if row.spills or row.faults]:
+        tables.append(markdown_table(WRONG.split(", "), map(_what_is_wrong, wrong)))
+    return "\n\n".join(tables)
+
+
+def _number_of(group: list[Row]) -> str:
+    spilling = sum(row.spills > 0 for row in group)
+    return f"{len(group)}, {spilling} spill" if spilling else str(len(group))
+
+
+WRONG = "kernel, case, dtype, target, registers, spills, of them in the loop, faults"
+
+
+def _what_is_wrong(row: Row) -> tuple:
+    in_loop = row.loop["spills"] if row.loop and row.loop["looped"] else ""
+    of_kernel = (f"{row.op}.{row.kernel}", row.case, row.dtype, row.target)
+    return *of_kernel, row.registers, row.spills, in_loop, "; ".join(row.faults)
 
 
 HEADINGS = "kernel, mode, dtype, target, specialisations, registers, stack B, spills, shared KiB, "

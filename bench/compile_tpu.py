@@ -90,6 +90,15 @@ class Row:
 # -- what is compiled -------------------------------------------------------------------------
 
 
+def usual_dtypes(op: str, case: str) -> tuple[str, ...]:
+    return "bf16", "fp32"
+
+
+def reached(op: str, case: str, dtype: str) -> bool:
+    """Whether ``model`` takes the case in: all are worth a look, whatever dispatch prefers."""
+    return True
+
+
 def program(
     op: str, case: str, dtype: str, alone: bool = False
 ) -> tuple[Callable, dict[str, Any], dict[str, Any]]:

@@ -7,11 +7,12 @@ model, nothing that NVIDIA documents).
 """
 
 import functools
+import inspect
 import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ import triton
 from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
 
 MATRIX = ("UTCHMMA", "HGMMA", "HMMA")
+_FUSED = ("FFMA", "FFMA2")  # products of fp32 that no matrix unit computes
 _LOADS = ("LDG", "LDGSTS")
 _SHARED = ("LDS", "STS", "LDSM", "STSM")
 # ptxas: the matrix products of a kernel wait for one another (C7519 says of none that it does)
@@ -47,12 +49,13 @@ LIMITS = {
 class Loop:
     """The innermost loop with most matrix products, once through; of one warp where not said.
 
-    Where the products are unrolled it is the whole kernel, and ``looped`` is 0.
+    Where the products are unrolled it is the whole kernel, and ``looped`` is 0. Of fp32 products
+    without a matrix unit, fused multiply-adds count instead.
     """
 
     looped: int
     instructions: int
-    products: int  # matrix instructions
+    products: int  # matrix instructions, or fused multiply-adds
     waits: int  # for wgmma
     barriers: int  # of the program's warps
     copies_ahead: int | None  # cp.async groups in flight when it waits for one; None: no cp.async
@@ -90,7 +93,7 @@ def read(kernel: Any) -> Code:
         ptx.write_text(kernel.asm["ptx"])
         usage, text = (_run(_cuobjdump(), option, cubin) for option in ("-res-usage", "-sass"))
         name = f"--gpu-name={sm_arch_from_capability(arch)}"
-        log = _run(get_ptxas(arch).path, "-v", name, ptx, "-o", Path(folder, "again"))
+        log = _run(_ptxas(arch).path, "-v", name, ptx, "-o", Path(folder, "again"))
     used = {name: int(number) for name, number in re.findall(r"\b(REG|STACK):(\d+)", usage)}
     code = _instructions(text)
     kinds = Counter(_name(each) for _, each in code)
@@ -102,13 +105,18 @@ def read(kernel: Any) -> Code:
         matrix=" ".join(sorted(set(MATRIX) & set(kinds))),
         serialised=" ".join(sorted(set(_SERIALISED.findall(log)))),
         programs=_programs(LIMITS[arch], used["REG"], kernel.metadata.shared, warps),
-        loop=_main_loop(code, warps),
+        loop=_main_loop(code, warps, _product_names(kinds, kernel.asm["ttir"])),
     )
 
 
 def versions(arch: int) -> str:
     """Of the compilers: counts of other ones need not be the same."""
-    return f"triton {triton.__version__}, ptxas {get_ptxas(arch).version}"
+    return f"triton {triton.__version__}, ptxas {_ptxas(arch).version}"
+
+
+def _ptxas(arch: int) -> Any:
+    """Triton's assembler for an architecture: before 3.6 it had one for all."""
+    return get_ptxas(*[arch] * len(inspect.signature(get_ptxas).parameters))
 
 
 def _cuobjdump() -> str:
@@ -162,26 +170,37 @@ def _loops(code: Sequence[Instruction]) -> Iterator[Sequence[Instruction]]:
             yield [each for each in code if first <= each[0] <= last]
 
 
-def _main_loop(code: Sequence[Instruction], warps: int) -> dict[str, Any] | None:
+def _product_names(kinds: Collection[str], ttir: str) -> tuple[str, ...]:
+    """What a kernel's products are made of; nothing where Triton's own code has none."""
+    matrix = tuple(each for each in MATRIX if each in kinds)
+    return matrix or (_FUSED if "tt.dot" in ttir else ())
+
+
+def _main_loop(
+    code: Sequence[Instruction], warps: int, names: Sequence[str] = MATRIX
+) -> dict[str, Any] | None:
     def work(part: Sequence[Instruction]) -> tuple[int, int, int]:
-        sizes = [_product(each) for _, each in part if _name(each) in MATRIX]
+        sizes = [_product(each) for _, each in part if _name(each) in names]
         return sum(n * k for n, k, _ in sizes), len(sizes), -part[0][0]
 
-    if not any(_name(each) in MATRIX for _, each in code):
+    if not any(_name(each) in names for _, each in code):
         return None
     body = max(_loops(code), key=work, default=code)
     looped = work(body)[1] > 0 and body is not code
-    return asdict(_count([each for _, each in (body if looped else code)], looped, warps))
+    counted = [each for _, each in (body if looped else code)]
+    return asdict(_count(counted, looped, warps, names))
 
 
-def _count(body: Sequence[str], looped: bool, warps: int) -> Loop:
+def _count(body: Sequence[str], looped: bool, warps: int, names: Sequence[str]) -> Loop:
     kinds = Counter(map(_name, body))
     loads = [_width(each) for each in body if _name(each) in _LOADS]
-    pending = [int(each.split()[-1], 16) for each in body if each.startswith("DEPBAR.LE SB")]
+    # not to its end: older disassemblers let notes on scheduling follow
+    waits = (re.match(r"DEPBAR\.LE SB\d+, (0x[0-9a-f]+)", each) for each in body)
+    pending = [int(each[1], 16) for each in waits if each]
     return Loop(
         looped=int(looped),
         instructions=len(body),
-        products=sum(kinds[each] for each in MATRIX),
+        products=sum(kinds[each] for each in names),
         waits=sum(each.startswith("WARPGROUP.DEPBAR") for each in body),
         barriers=sum(each.startswith("BAR.SYNC") for each in body),
         copies_ahead=max(pending, default=0) if kinds["LDGSTS"] else None,

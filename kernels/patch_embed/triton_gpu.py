@@ -346,7 +346,8 @@ def forward(
     )
     bias, agg = (None if x is None else x.contiguous() for x in (bias, agg))
     factor = shift / scale + rows.centre
-    choice = triton_tiles.ForwardChoice.of(_choose("forward", rows, dtype, dim, k))
+    placed = position is not None
+    choice = triton_tiles.ForwardChoice.of(_choose("forward", rows, dtype, dim, k, placed))
     if choice.packed:
         return _forward_packed(rows, weight, bias, position, agg, scale, factor, dtype)
 
@@ -777,9 +778,10 @@ def _row_stride(position) -> int:
     return 0 if position is None else position.stride(0)
 
 
-def _choose(kernel: str, rows: _Rows, dtype, dim: int, k: int) -> Tiles:
+def _choose(kernel: str, rows: _Rows, dtype, dim: int, k: int, position: bool = True) -> Tiles:
     shape = (rows.B * rows.K, dim, k, rows.patches.element_size())
-    return _planned(f"patch_embed_{kernel}", arch(), dtype, *shape, rows.flags["PADDED"])
+    flags = (rows.flags["PADDED"], rows.gather, position)
+    return _planned(f"patch_embed_{kernel}", arch(), dtype, *shape, *flags)
 
 
 @tiles.memoised
@@ -792,8 +794,11 @@ def _planned(
     k: int,
     raw: int,
     padded: bool,
+    gather: bool,
+    position: bool,
 ) -> Tiles:
-    heuristic = triton_tiles.HEURISTICS[kernel](arch, dtype.itemsize, rows, dim, k, raw, padded)
+    shape = (rows, dim, k, raw, padded, gather, position)
+    heuristic = triton_tiles.HEURISTICS[kernel](arch, dtype.itemsize, *shape)
     return tiles.choose(kernel, arch, dtype, heuristic, rows=rows, dim=dim, values=k, raw=raw)
 
 

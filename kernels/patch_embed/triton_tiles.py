@@ -80,7 +80,15 @@ def _cheapest(
 
 
 def forward_tiles(
-    device: str, itemsize: int, rows: int, dim: int, k: int, raw: int, padded: bool = False
+    device: str,
+    itemsize: int,
+    rows: int,
+    dim: int,
+    k: int,
+    raw: int,
+    padded: bool = False,
+    gather: bool = False,
+    position: bool = True,
 ) -> Tiles:
     """Fused wherever Triton's product comes near cuBLAS's.
 
@@ -100,13 +108,15 @@ def forward_tiles(
         height, width, values, warps, stages = 64, 64, 32, 4, 2
     elif k <= 256:  # bound by memory
         height, width, values, warps, stages = 64, 64 if dim <= 64 else 128, 32, 4, 3
-        if padded or k % values:  # masks take the registers of half a tile
+        # masks take the registers of half a tile; on sm_120 it spills without (triton 3.5.1)
+        if padded or k % values or device == "sm_120":
             warps = 8
     else:
         throughputs = {(128, 128): 0.9, (64, 128): 0.7, (64, 64): 0.45}
         height, width = _cheapest(throughputs, device, rows, dim)
-        # operands that live in registers spill at 64
-        values = 64 if device in ("sm_90", "sm_100") else 32
+        # operands that live in registers spill at 64, and without positions sm_90's products would
+        # wait for one another (C7515, triton 3.7.1)
+        values = 64 if device == "sm_100" or (device == "sm_90" and position) else 32
         stages = _stages(device, height * values * raw + width * values * 2, 4)
         # with four warps the smaller tile spills on sm_120 (triton 3.7.1)
         many = 64 * 128 if device == "sm_120" else 128 * 128
@@ -123,24 +133,37 @@ def forward_tiles(
 
 
 def weight_tiles(
-    device: str, itemsize: int, rows: int, dim: int, k: int, raw: int, padded: bool = False
+    device: str,
+    itemsize: int,
+    rows: int,
+    dim: int,
+    k: int,
+    raw: int,
+    padded: bool = False,
+    gather: bool = False,
+    position: bool = True,
 ) -> Tiles:
     """Packed at large k and dim.
 
     There the converted rows pass through shared memory at every step, and no product overlaps
     that. Otherwise chunks fill the device: each costs a write and a read of (dim, k) in fp32.
+    Steps are so short, and stages so many, that copies are in flight beside a product and as many
+    programs fit as with two stages. A gather takes two stages more: the indices are on their way
+    before the rows.
     """
     device = family(device)
     large = device != "gfx942" and k >= 1024 and dim >= 512
-    if (itemsize == 4 and dim * k >= 2**16) or large:
+    # tf32's transposed operand would be loaded 4 bytes at a time
+    if (itemsize == 4 and dim * k >= 2**14) or large:
         return dict(PACKED=1)
     if itemsize == 4:
         side, height, warps, stages = 64, 32, 4, 2
     elif dim <= 64 or k <= 64 or device == "gfx942":
         side, height, warps, stages = 64, 32 if device == "gfx942" else 64, 4, 2
     else:
-        side, height, warps = 128, 64, 8
-        stages = _stages(device, 64 * 128 * (raw + 2) + 32 * 1024, 3)
+        # uint8 and products from shared memory: a step of 64 has fewer instructions a row
+        height = 64 if raw == 1 and device in ("sm_90", "sm_100") else 32
+        side, warps, stages = 128, 8, 5 if gather else 3
     programs = triton.cdiv(dim, side) * triton.cdiv(k, side)
     most = min(_MULTIPROCESSORS[device] // programs, triton.cdiv(rows, 4 * height), 32)
     return dict(
@@ -155,7 +178,15 @@ def weight_tiles(
 
 
 def add_tiles(
-    device: str, itemsize: int, rows: int, dim: int, k: int, raw: int, padded: bool = False
+    device: str,
+    itemsize: int,
+    rows: int,
+    dim: int,
+    k: int,
+    raw: int,
+    padded: bool = False,
+    gather: bool = False,
+    position: bool = True,
 ) -> Tiles:
     return dict(BLOCK_ROWS=8, BLOCK_DIM=min(triton.next_power_of_2(dim), 512), num_warps=4)
 
@@ -219,8 +250,11 @@ TUNING: dict[str, list[Tiles]] = {
     "patch_embed_weight": [
         dict(PACKED=1),
         *(
-            dict(PACKED=0, CHUNKS=chunks) | _product(64, dim, values, warps, 3)
-            for dim, values, warps in ((128, 128, 8), (128, 128, 4), (64, 128, 4), (128, 64, 4))
+            dict(PACKED=0, CHUNKS=chunks) | _product(rows, dim, values, warps, stages)
+            for rows, dim, values, warps, stages in (
+                *((64, 128, 128, 8, 3), (64, 128, 128, 8, 5), (32, 128, 128, 8, 5)),
+                *((64, 128, 128, 4, 3), (64, 64, 128, 4, 3), (64, 128, 64, 4, 3)),
+            )
             for chunks in (1, 2, 4, 8, 16)
         ),
     ],

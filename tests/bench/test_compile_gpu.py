@@ -12,6 +12,7 @@ import pytest
 pytest.importorskip("triton", reason="compiling kernels needs triton, which is not installed")
 ROOT = Path(__file__).resolve().parents[2]
 COUNTS = ROOT / "bench" / "results" / "compile_gpu_sm_90.jsonl"
+OTHERS = COUNTS.with_name("compile_gpu.jsonl")
 
 # op, cases, targets: each kernel once for Hopper, the heaviest ones for the tightest targets too,
 # and of the variants those whose kernels differ most from the primary cases'
@@ -22,16 +23,21 @@ PARTS = {
     "drop_token": (("video_mbs_drop50_per_clip",), ("sm_90",)),
     "contrastive_lse": (("vt_bbs",), ("sm_90", "sm_89")),
     "contrastive_lse_variants": (("vt_bbs_no_bound_masks",), ("sm_90",)),
+    "contrastive_lse_tf32": (("va_tiny",), ("sm_90",)),
     "patch_embed": (("video_mbs_drop50", "audio_bbs_drop50"), ("sm_90", "sm_120")),
-    "patch_embed_variants": (("audio_bbs_drop50_shifted", "video_mbs_drop50_clip"), ("sm_90",)),
+    "patch_embed_variants": (
+        ("audio_bbs_drop50_shifted", "video_mbs_drop50_clip", "video_mbs_drop0_only_projected"),
+        ("sm_90",),
+    ),
 }
 
 
 @pytest.mark.parametrize("part", PARTS)
 def test_kernels_compile_within_the_rules(part, tmp_path):
     cases, targets = PARTS[part]
-    op = part.removesuffix("_elsewhere").removesuffix("_variants")
-    rows = compile_part(tmp_path / "rows.jsonl", op, cases, targets)
+    op = part.removesuffix("_elsewhere").removesuffix("_variants").removesuffix("_tf32")
+    dtype = "tf32" if part.endswith("_tf32") else "bf16"
+    rows = compile_part(tmp_path / "rows.jsonl", op, cases, targets, dtype)
     assert {row["target"] for row in rows} == set(targets)
     assert {row["mode"] for row in rows} == {"fwd", "bwd"}
     for row in rows:
@@ -43,10 +49,10 @@ def test_kernels_compile_within_the_rules(part, tmp_path):
         assert not moved(rows, committed())
 
 
-def compile_part(out, op, cases, targets):
+def compile_part(out, op, cases, targets, dtype):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "bench", "compile", "--op", op]
-    command += ["--case", *cases, "--target", *targets, "--dtype", "bf16"]
+    command += ["--case", *cases, "--target", *targets, "--dtype", dtype]
     command += ["--out", str(out)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -79,9 +85,10 @@ def committed():
 def moved(rows, known):
     """Rows that are none of the committed ones, made by the same compilers for sm_90."""
     versions = {row["versions"] for row in known}
-    known = [row | {"case": ""} for row in known]  # cases that meet one specialisation are one row
+    # cases and dtypes that meet the same code are one row
+    known = [row | {"case": "", "dtype": ""} for row in known]
     ours = (row for row in rows if row["target"] == "sm_90" and row["versions"] in versions)
-    return [row for row in ours if row | {"case": ""} not in known]
+    return [row for row in ours if row | {"case": "", "dtype": ""} not in known]
 
 
 def test_a_count_that_moves_is_told():
@@ -93,19 +100,54 @@ def test_a_count_that_moves_is_told():
     assert not moved([more | {"versions": "of another compiler"}], known)
 
 
-# a gather through an index takes more stages than three (docs/notes/gpu.md)
-KNOWN_FAULTS = {"_weight_kernel video_tiny_drop25": ["no copy in flight in spite of 3 stages"]}
+# four warps are too few for the text backward's fp32 products (docs/notes/gpu.md)
+KNOWN_FAULTS = {"_backward_kernel text_bbs fp32", "_backward_kernel text_bbs tf32"}
 
 
-def test_committed_counts_are_of_the_primary_cases_and_have_no_fault():
+def test_committed_counts_are_of_what_a_step_meets_and_have_no_fault():
+    from bench.compile import in_a_step
     from vatt_fast.kernels.cases import CASES, tag
 
-    known = committed()
-    assert {row["op"] for row in known} == set(CASES)
-    for row in known:
-        assert tag(CASES[row["op"]][row["case"]]) == "primary" and row["dtype"] == "bf16"
-        at = f"{row['kernel']} {row['case']}"
-        assert row["faults"] == KNOWN_FAULTS.get(at, []), at
+    everywhere = [json.loads(line) for line in OTHERS.read_text().splitlines()]
+    for known in (committed(), everywhere):
+        assert {(row["op"], row["dtype"]) for row in known} >= {
+            *((op, "bf16") for op in CASES),
+            *((op, "fp32") for op in CASES),
+            *((op, dtype) for op in CASES if op != "drop_token" for dtype in ("fp16", "tf32")),
+        }
+        for row in known:
+            case = CASES[row["op"]][row["case"]]
+            assert tag(case) == "primary" if row["dtype"] == "bf16" else in_a_step(case)
+            at = f"{row['kernel']} {row['case']} {row['dtype']}"
+            assert not row["faults"] or at in KNOWN_FAULTS, (at, row["faults"])
+    assert {row["target"] for row in everywhere} == {"sm_80", "sm_89", "sm_100", "sm_120", "gfx942"}
+    assert {row["target"] for row in committed()} == {"sm_90"}
+
+
+def test_the_page_tells_what_the_rows_say():
+    from bench import compile
+
+    page = (COUNTS.parent / "compile_gpu.md").read_text()
+    told = compile.read([OTHERS, COUNTS])
+    for table in told.split("\n\n")[:2]:
+        assert table in page
+
+
+def test_model_takes_what_a_training_step_reaches():
+    """fp32 attention is torch's; but a trainable bias has a gradient in Triton alone."""
+    told = script("""
+from bench import compile, compile_gpu
+compile.in_a_step = lambda case: case.name in ("video_tiny_drop50", "text_tiny")
+named = "video_tiny_drop0"
+for op, name in (("attention", named), ("attention", "model"), ("drop_token", "model")):
+    chosen = compile._chosen([op], [name], ["bf16", "tf32"], compile_gpu)
+    print(", ".join(f"{case} {dtype}" for _, case, dtype in chosen))
+""").splitlines()
+    assert told == [
+        "video_tiny_drop0 bf16, video_tiny_drop0 tf32",
+        "video_tiny_drop50 bf16, text_tiny bf16, text_tiny tf32",
+        "video_tiny_drop50 bf16, video_tiny_drop50 tf32",
+    ]
 
 
 # -- rules ------------------------------------------------------------------------------------
@@ -133,6 +175,7 @@ def loop(**changes):
         (dict(serialised="C7515", dtype="fp32"), 64, None),
         (dict(loop=loop()), 64, None),
         (dict(loop=loop(spills=2), mode="bwd"), 64, "2 spills in the loop"),
+        (dict(loop=loop(spills=2), mode="bwd", dtype="fp32"), 64, "2 spills in the loop"),
         (dict(loop=loop(spills=2, looped=0), mode="bwd"), 64, None),
         (dict(loop=loop(copies_ahead=0)), 64, "no copy in flight in spite of 3 stages"),
         (dict(loop=loop(copies_ahead=None)), 64, None),  # nothing is copied
@@ -163,7 +206,7 @@ LISTING = """
         /*0000*/                   LDG.E R2, desc[UR4][R2.64] ;        /* 0x0000 */
         /*0010*/                   MUFU.EX2 R3, R3 ;
         /*0020*/                   LDGSTS.E.BYPASS.128 [R5], desc[UR4][R6.64] ;
-        /*0030*/                   DEPBAR.LE SB0, 0x2 ;
+        /*0030*/                   DEPBAR.LE SB0, 0x2 ?WAIT4_END_GROUP ;
         /*0040*/                   BAR.SYNC.DEFER_BLOCKING 0x0 ;
         /*0050*/                   HGMMA.64x64x16.F32.BF16 R24, gdesc[UR8], RZ, !UPT ;
         /*0060*/                   HGMMA.64x64x16.F32.BF16 R24, R12, gdesc[UR8], R24, gsb0 ;
@@ -202,6 +245,8 @@ def test_the_innermost_loop_with_most_products_is_counted():
         shared_clocks=(2 * (64 * 16 * 2 * 3) + 16 * 256 + 4 * 256) // 128,
         tensor_clocks=2 * 64 // 2 * 2,
     )
+    fused = sass._main_loop([*code, (0x100, "FFMA R1, R2, R3, R1")], 8, ("FFMA",))
+    assert fused["products"] == 1 and not fused["looped"]
     unrolled = [each for each in code if "BRA" not in each[1]]
     assert sass._main_loop(unrolled, warps=8)["looped"] == 0
     assert sass._main_loop(unrolled, warps=8)["products"] == 3
