@@ -12,14 +12,21 @@ from safetensors.torch import load_file
 from torchrun import environment, free_port
 from training_runs import metrics, write_media
 
+from vatt_fast.on_jax.hosts import announce_hosts
+from vatt_fast.training.settings import PretrainConfig
+
 pytest.importorskip("jax", reason="the JAX model needs jax")
 pytest.importorskip("optax", reason="training in JAX needs optax")
 
 RUN = """
 import functools, json, os, sys, warnings
-world, folder, out, many = int(os.environ["WORLD_SIZE"]), *sys.argv[1:]
+folder, out, many = sys.argv[1:]
 warnings.filterwarnings("ignore", message="warmup_steps")
 import torch.distributed as dist
+from vatt_fast.on_jax.hosts import announce_hosts
+from vatt_fast.training.settings import PretrainConfig
+announce_hosts(PretrainConfig(data=folder, out=out, framework="jax"))
+world = int(os.environ.get("WORLD_SIZE", "1"))
 if world > 1:
     dist.init_process_group("gloo")
 from test_jax_training import MODEL
@@ -57,20 +64,33 @@ os._exit(0)
 
 
 def hosts(world: int, devices: int, folder: Path, out: Path, shards: list[int]) -> None:
-    here = Path(__file__).parent
+    """Run it as SLURM starts it."""
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
-    where = dict(WORLD_SIZE=str(world), MASTER_ADDR="localhost", MASTER_PORT=str(free_port()))
-    where |= dict(XLA_FLAGS=flags, JAX_PLATFORMS="cpu")
-    where |= dict(PYTHONPATH=os.pathsep.join([str(here), str(here.parent / "support")]))
-    command = [sys.executable, "-c", RUN, str(folder), str(out), json.dumps(shards)]
-    processes = [
-        subprocess.Popen(
-            command, env=environment(RANK=str(rank), **where), stderr=subprocess.PIPE, text=True
-        )
-        for rank in range(world)
+    where = dict(SLURM_JOB_ID="7", SLURM_STEP_NODELIST="localhost", SLURM_NTASKS=str(world))
+    where |= dict(JAX_COORDINATOR_PORT=str(free_port()), XLA_FLAGS=flags)
+    arguments = [RUN, str(folder), str(out), json.dumps(shards)]
+    started = [
+        start(arguments, SLURM_PROCID=str(i), SLURM_LOCALID=str(i), **where) for i in range(world)
     ]
-    told = [each.communicate(timeout=600)[1] for each in processes]
-    assert [each.returncode for each in processes] == [0] * world, "\n".join(told)
+    finish(started)
+
+
+def start(arguments: list[str], **variables: str) -> subprocess.Popen:
+    here = Path(__file__).parent
+    paths = os.pathsep.join([str(here), str(here.parent / "support")])
+    return subprocess.Popen(
+        [sys.executable, "-c", *arguments],
+        env=environment(JAX_PLATFORMS="cpu", PYTHONPATH=paths, **variables),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(processes: list[subprocess.Popen]) -> list[str]:
+    told = [each.communicate(timeout=600) for each in processes]
+    assert [each.returncode for each in processes] == [0] * len(processes), told
+    return [out for out, _ in told]
 
 
 def test_two_hosts_are_one(tmp_path):
@@ -90,3 +110,69 @@ def test_two_hosts_are_one(tmp_path):
             for name in ("loss", "loss_va", "gradient_norm", "cosine_video_va"):
                 assert b[name] == pytest.approx(a[name], rel=1e-3, abs=1e-5)
         assert not (two / "bad").exists()
+
+
+JOIN = """
+import dataclasses, os, sys
+from vatt_fast.on_jax.hosts import announce_hosts
+from vatt_fast.on_jax.training import join_hosts
+from vatt_fast.training.distributed import joined, speaks
+from vatt_fast.training.settings import PretrainConfig
+where = dict(coordinator=sys.argv[1], processes=2, process=int(sys.argv[2]))
+run = PretrainConfig(data="d", out="o", framework="jax", **where)
+announce_hosts(run)
+with joined("auto", 60, "jax") as ranks:
+    join_hosts(ranks)
+    import jax
+    print(ranks.all((ranks.rank, jax.process_index(), jax.device_count(), speaks())))
+announce_hosts(run)
+try:
+    announce_hosts(dataclasses.replace(run, process=1 - ranks.rank))
+except ValueError as error:
+    print(error)
+sys.stdout.flush()
+os._exit(0)
+"""
+
+
+def test_hosts_that_settings_tell_join():
+    flags = "--xla_force_host_platform_device_count=2"
+    where = f"localhost:{free_port()}"
+    told = finish([start([JOIN, where, str(i)], XLA_FLAGS=flags) for i in range(2)])
+    for number, lines in enumerate(told):
+        joined, refused = lines.splitlines()
+        assert joined == "[(0, 0, 4, True), (1, 1, 4, False)]"
+        assert refused == (
+            f"coordinator, processes and process are {where}, 2 and {1 - number}, but MASTER_ADDR, "
+            f"MASTER_PORT, WORLD_SIZE, RANK say {where}, 2 and {number}: leave one out"
+        )
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        (dict(coordinator="a:1"), "processes and process must be given too, or none of coord"),
+        (dict(processes=2, process=0), "coordinator must be given too"),
+        (dict(coordinator="a", processes=2, process=0), "coordinator is 'a'; it is host:port of"),
+        (dict(coordinator="a:0", processes=2, process=0), "coordinator is 'a:0'"),
+        (dict(coordinator="a:1", processes=2, process=2), "process is 2 of 2 processes; it counts"),
+        (dict(coordinator="a:1", processes=0, process=0), "process is 0 of 0 processes"),
+        (dict(framework="torch", process=0), "belong to framework 'jax'; torchrun joins"),
+    ],
+)
+def test_partial_or_wrong_settings_are_one_line(changes, told):
+    with pytest.raises(ValueError, match=told) as error:
+        PretrainConfig(**dict(data="d", out="o", framework="jax") | changes)
+    assert "\n" not in str(error.value)
+
+
+def test_a_cluster_that_tells_nonsense_is_one_line(monkeypatch):
+    names = ("JOB_ID", "STEP_NODELIST", "NTASKS", "PROCID", "LOCALID")
+    for name, value in zip(names, ("7", "node[001-002]", "two", "0", "0"), strict=True):
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    run = PretrainConfig(data="d", out="o", framework="jax")
+    with pytest.raises(ValueError, match=r"JAX finds a cluster, but not .*'two'.*: give coord"):
+        announce_hosts(run)
+    monkeypatch.setenv("SLURM_NTASKS", "1")  # alone
+    announce_hosts(run)
+    assert "RANK" not in os.environ

@@ -374,8 +374,10 @@ def join_hosts(ranks: Ranks) -> None:
         free.bind(("", 0))
         port = ranks.firsts(free.getsockname()[1])
     try:
-        # several ranks of one host take the devices that their environment shows them
-        jax.distributed.initialize(f"{host}:{port}", ranks.world, ranks.rank)
+        # torchrun's ranks take the devices that their environment shows them, also within SLURM
+        alone = "deactivate" if "TORCHELASTIC_RUN_ID" in os.environ else None
+        where = (f"{host}:{port}", ranks.world, ranks.rank)
+        jax.distributed.initialize(*where, cluster_detection_method=alone)
     except RuntimeError as error:
         raise ValueError(
             f"JAX's {ranks.world} processes do not join at {host}:{port}: {error}"
@@ -394,6 +396,7 @@ class OnMesh:
 
     start_method: str | None = "spawn"  # JAX's threads do not survive a fork
     pin_memory = False
+    shards: None = None
 
     def __init__(self, run: Any, ranks: Ranks | None):
         self.run, self.ranks = run, ranks or Ranks()

@@ -32,7 +32,18 @@ _WAIT_FOR_WORKERS = (0.5, 1, 2, 4, 0)  # seconds
 _TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _REPLICA_GROUPS = ("TORCHFT_LIGHTHOUSE", "NUM_REPLICA_GROUPS", "REPLICA_GROUP_ID")
 # ranks may differ in these: what a host calls its files, and how fast it reads them
-_OWN = ("data", "media", "out", "cache", "eval_data", "init", "words", "device", "workers")
+_OWN = (
+    "data",
+    "media",
+    "out",
+    "cache",
+    "eval_data",
+    "init",
+    "words",
+    "device",
+    "workers",
+    "process",
+)
 _ANSWER_SECONDS = 3.0
 
 
@@ -42,6 +53,7 @@ class Ranks:
     Attributes:
         rank, world: place, from 0, and number.
         device: what ``PretrainConfig.device`` is for this rank.
+        patience: how long one waits for the others; None: as the process group has it.
     """
 
     def __init__(
@@ -49,6 +61,7 @@ class Ranks:
     ):
         self.rank, self.world, self.device = rank, world, device
         self._store, self._wait = store, wait
+        self.patience = datetime.timedelta(seconds=wait) if wait else None
         self._places: list[str] = []  # of all ranks: host and process id
 
     @property

@@ -22,6 +22,7 @@ from ..data.text import Vocabulary
 from ..data.word_vectors import read_word_vectors
 from ..devices import importing_jax
 from ..model import VATT
+from ..on_jax.hosts import announce_hosts
 from ..weights import CONFIG, VOCABULARY, WEIGHTS, read_folder, resampled, save_model
 from .checkpoint import CHECKPOINT, Data, Standing, check_same_run, read_standing
 from .distributed import Ranks, agreed, check_settings, joined
@@ -73,6 +74,8 @@ def pretrain(
         OSError: a file could not be written, or another rank is gone or silent; the last checkpoint
             stays.
     """
+    if run.framework == "jax":
+        announce_hosts(run)
     with joined(run.device, run.patience, run.framework) as ranks:
         check_settings(ranks, run)
         return _pretrain(run, ranks, model_config, augment, progress and ranks.first)

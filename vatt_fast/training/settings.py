@@ -28,6 +28,9 @@ _FREE = (
     "strategy",
     "drop_draws",  # the checkpoint holds it
     "patience",
+    "coordinator",
+    "processes",
+    "process",
     "device",
     "log_every",
     "checkpoint_every",
@@ -114,6 +117,13 @@ class PretrainConfig:
     framework: Literal["torch", "jax"] = "torch"  # jax: all devices share the batch
     shard_weights: bool = False  # jax: weights and Adam's state lie in shards over the devices
 
+    # jax, several hosts without torchrun: host:port of process 0, how many processes, and which
+    # this is, from 0. None: as JAX finds them (SLURM, TPU pods)
+    coordinator: str | None = None
+
+    processes: int | None = None  # see coordinator
+    process: int | None = None  # see coordinator
+
     # torch, several processes (torchrun): ddp: each holds all weights; fsdp2: weights, gradients
     # and Adam's state lie in shards; auto: ddp where they fill a quarter of the device at most
     strategy: Literal["auto", "ddp", "fsdp2"] = "auto"
@@ -195,12 +205,41 @@ class PretrainConfig:
             )
         if self.framework == "torch" and self.shard_weights:
             raise ValueError("shard_weights belongs to framework 'jax'; leave it out")
+        self._check_hosts()
         if self.framework == "jax":
             require_jax_can(self)
             if self.strategy != "auto":
                 raise ValueError("strategy belongs to framework 'torch'; jax has shard_weights")
         if self.micro_batch is not None and self.micro_batch < 1:
             raise ValueError(f"micro_batch is {self.micro_batch}; it must be at least 1")
+
+    def _check_hosts(self) -> None:
+        told = {name: getattr(self, name) for name in ("coordinator", "processes", "process")}
+        missing = [name for name, value in told.items() if value is None]
+        if len(missing) == 3:
+            return
+        if self.framework == "torch":
+            raise ValueError(
+                "coordinator, processes and process belong to framework 'jax'; torchrun joins "
+                "processes of torch"
+            )
+        if missing:
+            raise ValueError(
+                f"{' and '.join(missing)} must be given too, or none of {', '.join(told)} where "
+                "JAX finds them itself (SLURM, TPU pods)"
+            )
+        host, _, port = str(self.coordinator).rpartition(":")
+        if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+            raise ValueError(
+                f"coordinator is {self.coordinator!r}; it is host:port of process 0, such as "
+                "host0:8476"
+            )
+        processes, process = resolved(self.processes), resolved(self.process)
+        if not 0 <= process < processes:
+            raise ValueError(
+                f"process is {process} of {processes} processes; it counts from 0 to "
+                f"{processes - 1}"
+            )
 
     def _check_evaluation(self) -> None:
         if self.eval_data is None:
