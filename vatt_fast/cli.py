@@ -26,6 +26,7 @@ def main(arguments: list[str] | None = None) -> None:
         "demo": _with_config(training.demo, training.DemoConfig),
         "pretrain": _with_config(training.run_pretrain, training.PretrainConfig),
         "finetune": _with_config(training.run_finetune, training.FineTuneConfig),
+        "join": weights.join,
         "evaluate": evaluation.evaluate_classifier,
         "index": data.index,
         "pack": data.pack,

@@ -66,10 +66,29 @@ def _sync(path: Path) -> None:
         os.close(number)
 
 
+def part_of(folder: Path) -> Path:
+    """A folder to write to, which ``place`` gives the name of ``folder``; litter until then."""
+    return folder.parent / f".{folder.name}{_PART}"
+
+
+def place(folder: Path) -> None:
+    """Make what was written to ``part_of(folder)``, files on disk, the folder. Raises OSError."""
+    _sync(part_of(folder))
+    part_of(folder).replace(folder)
+    _sync(folder.parent)
+
+
+def remove(folder: Path) -> None:
+    """Remove a folder: it is there as it was, or gone, whenever the process dies."""
+    folder.replace(part := part_of(folder))
+    shutil.rmtree(part)
+
+
 def remove_litter(folder: Path) -> None:
     """Remove what killed writers have left in and below a folder that nobody else writes now."""
     for part in list(folder.rglob(f".*{_PART}")):
-        shutil.rmtree(part)
+        if part.exists():  # it may have lain in another
+            shutil.rmtree(part)
     for part in folder.glob(f"*{_PART}"):  # of earlier versions
         part.unlink()
 

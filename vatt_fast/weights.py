@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 Config = TypeVar("Config")
 CONFIG, WEIGHTS, VOCABULARY = "config.json", "model.safetensors", "vocabulary.txt"
+SHARDS = "shards_"  # and a step: a run's checkpoint that is not joined yet
 
 
 def save_model(model: "VATT", folder: str | Path) -> None:
@@ -32,6 +33,11 @@ def save_model(model: "VATT", folder: str | Path) -> None:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     save_tensors(model.state_dict(), folder / WEIGHTS)
+    save_description(model, folder)
+
+
+def save_description(model: "VATT", folder: Path) -> None:
+    """Write the model's files but its weights, each whole or not at all. Raises OSError."""
     write_text(folder / CONFIG, model.config.to_json() + "\n")
     if model.vocabulary is not None:
         model.vocabulary.save(folder / VOCABULARY)
@@ -64,7 +70,10 @@ def read_saved(
     folder = Path(folder)
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
-            raise ValueError(f"{folder} has no {name}; it must be a folder written by {written_by}")
+            told = f"it must be a folder written by {written_by}"
+            if next(folder.glob(f"{SHARDS}*"), None) is not None:
+                told = f"its checkpoint lies in shards: vatt-fast join {folder} makes one file"
+            raise ValueError(f"{folder} has no {name}; {told}")
     try:
         config = from_json((folder / CONFIG).read_text())
     except (ValueError, TypeError) as error:

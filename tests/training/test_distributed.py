@@ -50,6 +50,8 @@ def run(config: PretrainConfig, stop: int | None = None, spoil: Any = None) -> l
 
     def step(trainer, batch, number, rate):
         if number == stop:
+            if trainer.shards is not None:  # or this process would go on to write
+                trainer.shards.finish()
             raise Stopped
         arrays = (batch.video, batch.audio, batch.text, batch.video_keep, batch.start_seconds)
         seen.append([number, list(batch.files), *(x.numpy().copy() for x in arrays)])

@@ -1,11 +1,37 @@
 """The verbs that bring weights from one format into another."""
 
 import sys
-from typing import Literal
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
 
 from ..checkpoints.convert import convert
+from ..files import check_folder, only_writer, remove_litter
 from ..integrations.export import export
+from ..training.checkpoint import CHECKPOINT
+from ..training.shards import join_shards
 from .printing import print_report
+
+
+def join(run: Annotated[str, tyro.conf.Positional]) -> None:
+    """Make one file of the shards of an interrupted run (strategy fsdp2), and its model's files.
+
+    A run that ends does so itself; one that is continued reads either.
+
+    Args:
+        run: run folder.
+    """
+    folder = Path(run)
+    check_folder(folder)
+    step = None
+    if folder.is_dir():
+        with only_writer(folder):
+            remove_litter(folder)
+            step = join_shards(folder)
+    if step is None:
+        raise ValueError(f"{run}: nothing lies in shards there")
+    print(f"checkpoint of step {step}: {folder / CHECKPOINT}")
 
 
 def convert_checkpoint(

@@ -22,9 +22,16 @@ from ..devices import importing_jax
 from ..evaluation.classify import predict, scores_of
 from ..evaluation.scores import confusion
 from ..files import write_text
-from ..training.checkpoint import CHECKPOINT, Data, Standing, check_same_run, read_standing
+from ..training.checkpoint import (
+    BEST,
+    CHECKPOINT,
+    Data,
+    Standing,
+    check_same_run,
+    read_standing,
+)
 from ..training.distributed import Ranks, check_settings, joined
-from ..training.running import BEST, Job, Step, continued, run_folder, train, warn_of_warmup
+from ..training.running import Job, Step, continued, run_folder, train, warn_of_warmup
 from ..training.settings import told_differences
 from ..weights import CONFIG, WEIGHTS, is_classifier, read_folder, resampled
 from .report import Report

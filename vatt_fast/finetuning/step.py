@@ -82,6 +82,7 @@ class FineTuner:
     """The torch model on this rank's device, alike on all ranks; optimizer, and state on disk."""
 
     start_method: str | None = None
+    shards: None = None
 
     def __init__(
         self,
@@ -126,7 +127,8 @@ class FineTuner:
         load_checkpoint(path, self._model, self.optimizer)
 
     def save(self, path: Path, model: Classifier, standing: Standing) -> None:
-        save_checkpoint(path, model, self.optimizer, standing, write=self.ranks.first)
+        if self.ranks.first:
+            save_checkpoint(path, model, self.optimizer, standing)
 
     def model(self) -> Classifier:
         return self._model

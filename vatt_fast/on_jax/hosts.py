@@ -4,7 +4,7 @@ import os
 
 import torch.distributed as dist
 
-from ..devices import has_a_tpu, without_a_tpu
+from ..devices import importing_jax
 from ..training.distributed import is_launched
 from ..training.settings import PretrainConfig
 
@@ -48,12 +48,8 @@ def _detected() -> tuple[str | None, int | None, int | None]:
     ``jax.distributed.initialize`` asks the same, and starts JAX at once, which must not be forked
     before an index is built.
     """
-    if not has_a_tpu():
-        without_a_tpu(jax_on_cpu=False)
-    try:
+    with importing_jax():
         from jax._src.clusters import ClusterEnv
-    except ModuleNotFoundError:  # the trainer will say so
-        return None, None, None
     try:
         found = ClusterEnv.auto_detect_unset_distributed_params(
             None, None, None, None, None, _SECONDS

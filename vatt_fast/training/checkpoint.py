@@ -5,6 +5,7 @@ The file is replaced whole. Both frameworks write the same format.
 
 import json
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,10 +14,16 @@ from torch import Tensor
 
 from ..data.source import CONTENT
 from ..files import link
-from ..weights import load_metadata, load_tensors, load_weights, save_tensors
+from ..weights import (
+    load_metadata,
+    load_tensors,
+    load_weights,
+    save_tensors,
+)
 
-CHECKPOINT = "checkpoint.safetensors"
-_MODEL, _OPTIMIZER = "model/", "optimizer/"
+CHECKPOINT, BEST = "checkpoint.safetensors", "best"
+STANDING = "standing.json"  # in the folder of a checkpoint that lies in shards: see shards.py
+MODEL, OPTIMIZER = "model/", "optimizer/"
 _ORDER = "order of clips"  # where it is missing, the run began under the first rules
 
 
@@ -67,9 +74,12 @@ class Standing(NamedTuple):
 
 
 def read_standing(path: Path) -> Standing:
-    """What ``path`` says of its run; tensors are not read. Raises ValueError for a damaged file."""
+    """What a checkpoint, a file or a folder of shards, says of its run; tensors are not read.
+
+    Raises ValueError for a damaged one.
+    """
     try:
-        metadata = load_metadata(path)
+        metadata = read_noted(path)
         run, step = json.loads(metadata["run"]), int(metadata["step"])
         if not isinstance(run["model"], dict):
             raise ValueError("it describes no model")
@@ -84,6 +94,11 @@ def read_standing(path: Path) -> Standing:
             f"{path} is not a whole checkpoint; it was cut short or damaged: delete it, or put "
             "an earlier one in its place"
         ) from error
+
+
+def read_noted(path: Path) -> dict[str, Any]:
+    """``Standing.metadata`` as it lies in a checkpoint, with what shards note beside it."""
+    return json.loads((path / STANDING).read_text()) if path.is_dir() else load_metadata(path)
 
 
 def check_same_run(path: Path, told: list[str]) -> None:
@@ -122,26 +137,19 @@ def save_checkpoint(
     model: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
     standing: Standing,
-    trained: torch.nn.Module | None = None,
-    write: bool = True,
 ) -> None:
-    """Write a model's and its optimizer's state. Raises OSError; then the old file is intact.
+    """Write a model's and its optimizer's state. Raises OSError; then the old file is intact."""
+    save_tensors(named_state(model, optimizer), path, metadata=standing.metadata())
 
-    Args:
-        trained: whose parameters the optimizer has, where ``model`` is a copy of it with whole
-            weights; then all processes must call.
-        write: this process does, and not only its part in joining shards.
-    """
-    parameters = (trained or model).named_parameters()
-    names: dict[Tensor, str] = {parameter: name for name, parameter in parameters}
-    moments: dict[str, dict[str, Tensor]] = {}
+
+def named_state(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """All tensors of a checkpoint by their names in it; in shards where ``model`` is."""
+    tensors = {MODEL + name: value for name, value in model.state_dict().items()}
+    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     for parameter, state in optimizer.state.items():
         for key, value in state.items():
-            joined = whole(value)
-            if write:
-                moments.setdefault(key, {})[names[parameter]] = joined
-    if write:
-        write_state(path, model.state_dict(), moments, standing)
+            tensors[f"{OPTIMIZER}{key}/{names[parameter]}"] = value
+    return tensors
 
 
 def load_checkpoint(path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -158,7 +166,7 @@ def load_checkpoint(path: Path, model: torch.nn.Module, optimizer: torch.optim.O
         for name, value in values.items():
             owner = parameters[name]
             value = value.to(owner.device)  # a fused Adam's step counter too
-            optimizer.state[owner][key] = as_sharded(value, owner) if value.ndim else value
+            optimizer.state[owner][key] = value if key == "step" else as_sharded(value, owner)
 
 
 def is_sharded(value: Any) -> bool:
@@ -193,29 +201,39 @@ def write_state(
         weights: the torch model's state dict.
         moments: Adam's step, exp_avg and exp_avg_sq, each by the weight's name.
     """
-    tensors = {_MODEL + name: value for name, value in weights.items()}
+    tensors = {MODEL + name: value for name, value in weights.items()}
     for key, values in moments.items():
-        tensors |= {f"{_OPTIMIZER}{key}/{name}": value for name, value in values.items()}
+        tensors |= {f"{OPTIMIZER}{key}/{name}": value for name, value in values.items()}
     save_tensors(tensors, path, metadata=standing.metadata())
 
 
 def read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
     """Weights and moments, as ``write_state`` took them. Raises ValueError: the file is damaged."""
     tensors = load_tensors(path)
-    weights = {
-        name.removeprefix(_MODEL): value
-        for name, value in tensors.items()
-        if name.startswith(_MODEL)
-    }
     moments: dict[str, dict[str, Tensor]] = {}
     for name, value in tensors.items():
-        if name.startswith(_OPTIMIZER):
-            key, _, weight = name.removeprefix(_OPTIMIZER).partition("/")
+        if name.startswith(OPTIMIZER):
+            key, _, weight = name.removeprefix(OPTIMIZER).partition("/")
             moments.setdefault(key, {})[weight] = value
-    return weights, moments
+    return model_weights(tensors), moments
+
+
+def model_weights(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Those of a checkpoint's tensors that are the model's state dict."""
+    return {
+        name.removeprefix(MODEL): value for name, value in tensors.items() if name.startswith(MODEL)
+    }
 
 
 # -- earlier and best ones -------------------------------------------------------------------------
+
+
+def link_best(out: Path, files: Sequence[str]) -> None:
+    """Make the model in a run folder, of these files, the best one so far."""
+    (out / BEST).mkdir(exist_ok=True)
+    for name in files:
+        if (out / name).exists():
+            link(out / name, out / BEST / name)
 
 
 def keep_earlier(path: Path, keep_last: int) -> None:

@@ -24,13 +24,14 @@ from ..devices import importing_jax
 from ..model import VATT
 from ..on_jax.hosts import announce_hosts
 from ..weights import CONFIG, VOCABULARY, WEIGHTS, read_folder, resampled, save_model
-from .checkpoint import CHECKPOINT, Data, Standing, check_same_run, read_standing
+from .checkpoint import BEST, CHECKPOINT, Data, Standing, check_same_run, read_standing
 from .distributed import Ranks, agreed, check_settings, joined
 from .evaluate import BEST_BY, evaluate
 from .metrics import METRICS
 from .report import REPORT, Report
-from .running import BEST, Job, Step, continued, run_folder, train, warn_of_warmup
+from .running import Job, Step, continued, run_folder, train, warn_of_warmup
 from .settings import PretrainConfig, describe, differences, rate_of, resolved, sizes
+from .shards import newest
 from .step import TorchTrainer, Trainer
 
 INDEX, EVAL_INDEX = "index", "eval_index"
@@ -89,7 +90,6 @@ def _pretrain(
     progress: bool,
 ) -> VATT:
     out = Path(run.out)
-    path = out / CHECKPOINT
     if ranks.first:
         warn_of_warmup(run)
     with run_folder(out, ranks) as make_folder:
@@ -102,6 +102,7 @@ def _pretrain(
         for turn in (True, False):  # the first rank writes an index that the others read
             with ranks.together():
                 if ranks.first == turn:
+                    path = newest(out)
                     standing = read_standing(path) if path.exists() else None
                     # before a framework that must not be forked
                     source = open_source(run.data, index_folder=out / INDEX, workers=run.workers)
@@ -155,7 +156,8 @@ def _pretrain(
             )
         arithmetic = {"precision": trainer.precision, "devices that draw": shards}
         arithmetic["order of clips"] = ORDER_VERSION
-        now = continued(path, standing, Standing(0, settings, data, arithmetic), trainer, ranks)
+        now = Standing(0, settings, data, arithmetic)
+        now = continued(path, standing, now, trainer, ranks, run.keep_last)
         make_folder()
         report = Report(run, settings, config, vocabulary, source, augment)
         train(Pretraining(run, trainer, dataset, held_out, report), ranks, now, progress)

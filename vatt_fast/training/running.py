@@ -15,14 +15,13 @@ from tqdm import tqdm
 from ..data.clips import Batch
 from ..data.dataset import ClipDataset
 from ..data.loader import loader
-from ..files import check_folder, link
-from .checkpoint import CHECKPOINT, Standing, keep_earlier, say_what_changed
+from ..files import check_folder
+from .checkpoint import CHECKPOINT, Standing, keep_earlier, link_best, say_what_changed
 from .distributed import Ranks, agreed, own_folder
 from .loggers import make_loggers
 from .metrics import FiniteWatch, Mean, MetricsLog, NonFiniteError, Timer
+from .shards import ShardedSaves, join_shards
 from .stopping import StopRequests, kept_from_children, obey_the_parent_alone, stopped
-
-BEST = "best"
 
 
 class Trainer(Protocol):
@@ -31,6 +30,10 @@ class Trainer(Protocol):
     precision: str  # "bf16" or "fp32", what the products are computed in
     start_method: str | None  # of the loader's worker processes; None: Python's default
     pin_memory: bool  # batches are wanted in page-locked memory
+
+    @property
+    def shards(self) -> ShardedSaves | None:
+        """Writes checkpoints instead of ``save``, and reads what it wrote."""
 
     def restore(self, path: Path, step: int) -> None:
         """Continue from a checkpoint of so many steps."""
@@ -133,11 +136,17 @@ def warn_of_warmup(run: Any) -> None:
 
 
 def continued(
-    path: Path, was: Standing | None, now: Standing, trainer: Trainer, ranks: Ranks
+    path: Path,
+    was: Standing | None,
+    now: Standing,
+    trainer: Trainer,
+    ranks: Ranks,
+    keep_last: int = 1,
 ) -> Standing:
     """Where the run goes on; the trainer stands there too. All ranks call.
 
     Args:
+        path: of a file, or of shards.
         was: what the checkpoint at ``path`` says; None: there is none.
         now: a run at its beginning.
     """
@@ -146,9 +155,19 @@ def continued(
     assert now.data is not None and now.arithmetic is not None
     if ranks.first:
         say_what_changed(path, was, now.data, now.arithmetic)
+    if trainer.shards is None and path.is_dir():  # it reads the one file
+        _join(path.parent, keep_last, ranks)
+        path = path.parent / CHECKPOINT
     with ranks.together():
         trainer.restore(path, was.step)
     return now._replace(step=was.step, best_loss=was.best_loss, best_score=was.best_score)
+
+
+def _join(out: Path, keep_last: int, ranks: Ranks) -> None:
+    """One file of what lies in shards, by rank 0."""
+    with ranks.together():
+        if ranks.first:
+            join_shards(out, keep_last)
 
 
 # -- the steps -------------------------------------------------------------------------------------
@@ -163,6 +182,8 @@ def train(job: Job, ranks: Ranks, standing: Standing, progress: bool) -> None:
         ValueError, OSError: media that teach nothing, or a file that could not be written.
     """
     _Steps(job, ranks, standing, progress).run_all()
+    if job.trainer.shards is not None:
+        _join(Path(job.run.out), job.run.keep_last, ranks)
     skipped: dict[str, str] = {}
     for one in ranks.all(dict(job.dataset.skipped)):
         skipped |= one
@@ -196,6 +217,9 @@ class _Steps:
                     log = MetricsLog(self.out, self.start, loggers)
                     self.log = stack.enter_context(contextlib.closing(log))
             stack.enter_context(self.stop)
+            if (shards := job.trainer.shards) is not None:
+                shards.complete = self.start
+                stack.enter_context(shards)
             loaded = loader(
                 job.dataset,
                 self.start,
@@ -216,6 +240,8 @@ class _Steps:
         """The batch of a step. Ranks stop at one step, and fail together."""
         batch, error = None, None
         try:
+            if self.job.trainer.shards is not None:
+                self.job.trainer.shards.check()
             with self.stop.waiting():
                 batch = next(batches)
         except KeyboardInterrupt:
@@ -302,6 +328,8 @@ class _Steps:
                 if self.ranks.first:
                     self.job.write_report()
         except OSError as error:
+            if self.job.trainer.shards is not None:  # it has told what is intact
+                raise
             step = self.saved
             intact = f"the checkpoint of step {step} is intact" if step else "no checkpoint yet"
             told = OSError(
@@ -309,7 +337,8 @@ class _Steps:
             )
             raise (agreed(told, self.ranks) if hasattr(error, "agreed") else told) from error
         if self.progress and self.bar.disable:  # a log file has no bar
-            print(f"step {done} of {self.run.steps} saved, mean loss {loss:.4g}", flush=True)
+            how = "saved" if self.job.trainer.shards is None else "being saved"
+            print(f"step {done} of {self.run.steps} {how}, mean loss {loss:.4g}", flush=True)
 
 
 def save(job: Job, standing: Standing, best: bool, ranks: Ranks) -> None:
@@ -317,15 +346,15 @@ def save(job: Job, standing: Standing, best: bool, ranks: Ranks) -> None:
 
     Whoever continues after a kill in between comes by here again.
     """
+    if job.trainer.shards is not None:
+        job.trainer.shards.begin(standing, best)
+        return
     out, model = Path(job.run.out), job.trainer.model()
     with ranks.together():
         if ranks.first:
             job.write_model(model, out)
             if best:
-                (out / BEST).mkdir(exist_ok=True)
-                for name in job.files:
-                    if (out / name).exists():
-                        link(out / name, out / BEST / name)
+                link_best(out, job.files)
             keep_earlier(out / CHECKPOINT, job.run.keep_last)
     with ranks.together():
         job.trainer.save(out / CHECKPOINT, model, standing)

@@ -26,6 +26,7 @@ from .checkpoint import Standing, is_sharded, load_checkpoint, save_checkpoint, 
 from .distributed import Ranks
 from .metrics import mean_cosines
 from .settings import BETAS, PretrainConfig, resolved
+from .shards import ShardedSaves
 
 _KEEPS = ("video_keep", "audio_keep")
 # buffers are alike; torch 2.13 renamed the argument
@@ -62,6 +63,7 @@ class TorchTrainer:
 
     devices = 1
     start_method: str | None = None
+    shards: ShardedSaves | None = None
 
     def __init__(
         self,
@@ -95,9 +97,15 @@ class TorchTrainer:
         self.optimizer = torch.optim.Adam(
             trainable, lr=0.0, betas=BETAS, eps=resolved(run.adam_eps), fused=True
         )
+        if is_sharded(trainable[0]):
+            where = (Path(run.out), run.keep_last)
+            self.shards = ShardedSaves(*where, self._model, self.optimizer, ranks)
 
     def restore(self, path: Path, step: int) -> None:
-        load_checkpoint(path, self._model, self.optimizer)
+        if self.shards is not None and path.is_dir():
+            self.shards.restore(path)
+        else:
+            load_checkpoint(path, self._model, self.optimizer)
 
     def step(self, batch: Batch, step: int, rate: float) -> Update:
         for group in self.optimizer.param_groups:
@@ -137,9 +145,8 @@ class TorchTrainer:
         return 1 / float(whole(torch.as_tensor(self._model.scale()).detach()))
 
     def save(self, path: Path, model: VATT, standing: Standing) -> None:
-        save_checkpoint(
-            path, model, self.optimizer, standing, trained=self._model, write=self.ranks.first
-        )
+        if self.ranks.first:
+            save_checkpoint(path, self._model, self.optimizer, standing)
 
     def model(self) -> VATT:
         tensors = self._model.state_dict()
