@@ -6,10 +6,9 @@ import json
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
-from training_runs import MODEL
 
 from vatt_fast.cli import main
-from vatt_fast.config import MODALITIES, PRESETS, VATTConfig
+from vatt_fast.config import PRESETS, VATTConfig
 from vatt_fast.losses import vatt_loss
 from vatt_fast.model import VATT
 from vatt_fast.plan import PlanConfig, activations, empty_batch, plan, state_bytes
@@ -58,23 +57,28 @@ def test_activations_are_what_torch_allocates(config, bf16, recompute):
     assert sum(planned.values()) == pytest.approx(peak, rel=0.1)
 
 
-def test_state_is_what_jax_and_torch_take():
-    """JAX's ahead-of-time compiler counts a step's arguments: weights, Adam's state, the batch."""
-    towers = {n: dataclasses.replace(getattr(MODEL, n), depth=1) for n in MODALITIES}
-    config = dataclasses.replace(MODEL, vocab_size=500, **towers)
+def test_a_step_is_what_jax_and_torch_take():
+    """What JAX's ahead-of-time compiler counts for a CPU: the step's arguments, which are weights,
+    Adam's state and the batch; and its temporaries, which are all else."""
+    config, clips = SMALL, 8
     jax = pytest.importorskip("jax")
     from vatt_fast.on_jax import training
 
     mesh, shapes = training.make_mesh(jax.devices()[:1]), training.state_shapes(config)
-    arrays = training.batch_shapes(config, 4, 0.5, 1)
+    arrays = training.batch_shapes(config, clips, 0.5, 1)
     step = training.make_step(config, mesh, shapes, training.StepOptions())
     rate = jax.ShapeDtypeStruct((), "float32")
     lowered = step.lower(shapes, arrays, rate, jax.eval_shape(lambda: jax.random.key(0)))
-    taken = lowered.compile().memory_analysis().argument_size_in_bytes
+    taken = lowered.compile().memory_analysis()
     ours = state_bytes(config, 1)
-    planned = plan(PlanConfig(devices=(1,), batch=(4,), words=500), model_config=config)[0]
-    batch = planned["memory_gb"]["batch"] * 1e9 / 2  # two of them
-    assert ours["weights"] + ours["adam"] + batch == pytest.approx(taken, rel=0.1)
+    what = PlanConfig(devices=(1,), batch=(clips,), words=500, precision="fp32")
+    planned = plan(what, model_config=config)[0]["memory_gb"]
+    batch = planned["batch"] * 1e9 / 3  # of three
+    arguments = ours["weights"] + ours["adam"] + batch
+    assert arguments == pytest.approx(taken.argument_size_in_bytes, rel=0.1)
+    kinds = ("gradients", "activations", "backward", "loss")
+    temporaries = 1e9 * sum(planned[kind] for kind in kinds)
+    assert temporaries == pytest.approx(taken.temp_size_in_bytes, rel=0.1)
     model = VATT(config)
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad])
     for parameter in model.parameters():
