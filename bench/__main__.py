@@ -7,6 +7,7 @@
     python -m bench accuracy            # the demo's world pre-trained at four drop rates
     python -m bench accuracy --tables   # the paper's tables in miniature; 2 hours on 2 cores
     python -m bench data                # clips decoded a second and a core, by codec and size
+    python -m bench ranks               # steps of 1, 2 and 4 gloo ranks: time, bytes sent
     python -m bench floors              # FLOPs, bytes and predicted times of every case
     python -m bench compile --target sm_90        # kernels through the real compilers, no device
     python -m bench tune                # the Triton kernels' tiles, on a GPU
@@ -33,7 +34,20 @@ import torch
 from vatt_fast.kernels import backends
 from vatt_fast.kernels.ops import OPS
 
-from . import calls, compile, data, floors, gpu, lines, miniature, report, steps, sweeps, tune
+from . import (
+    calls,
+    compile,
+    data,
+    floors,
+    gpu,
+    lines,
+    miniature,
+    ranks,
+    report,
+    steps,
+    sweeps,
+    tune,
+)
 from .machine import DTYPES, GPUS, ROOT, TPUS
 from .peers import peers
 from .setting import AUTO, Setting, chosen_among, gate, is_measured, native_dtype
@@ -109,6 +123,13 @@ def _parser() -> argparse.ArgumentParser:
     option("--rounds", type=int, default=12)
     option("--out", type=Path, default=lines.RESULTS / "data.jsonl", help="append the rows")
 
+    option = add(_ranks, "steps of 1, 2 and 4 gloo ranks: time, bytes sent")
+    option("--configuration", default="tiny", **told)
+    option("--batch", type=int, default=32, help="clips of a step, on all ranks")
+    option("--rounds", type=int, default=30, help="steps that are timed")
+    option("--resume", action="store_true", help="leave out what the results hold")
+    option("--out", type=Path, default=ranks.FILE, help="append the rows")
+
     option = add(_floors, "print what every case costs at least")
     option("--op", nargs="+", choices=ops, default=ops)
     option("--dtype", choices=[*DTYPES], default="bf16")
@@ -141,7 +162,7 @@ def _parser() -> argparse.ArgumentParser:
     option = add(_report, "figures, and the marked tables of the docs")
     option("--results", type=Path, default=lines.RESULTS, help="folder of result lines")
     option("--out", type=Path, default=ROOT / "bench" / "figures", help="folder of the figures")
-    pages = [ROOT / "README.md", ROOT / "docs" / "benchmarks.md"]
+    pages = [ROOT / "README.md", *(ROOT / "docs" / f"{n}.md" for n in ("benchmarks", "devices"))]
     option("--pages", type=Path, nargs="*", default=pages, help="their marked tables are made anew")
     option("--check", action="store_true", help="write nothing; 1 where a table would change")
     return parser
@@ -281,6 +302,10 @@ def _data(given: argparse.Namespace) -> int:
         raise ValueError(f"no case {unknown[0]!r}; there are {', '.join(data.CASES)}")
     with tempfile.TemporaryDirectory() as folder:
         return data.run(given.case, given.rounds, Path(folder), given.out)
+
+
+def _ranks(given: argparse.Namespace) -> int:
+    return ranks.run(given.configuration, given.batch, given.rounds, given.out, given.resume)
 
 
 # -- without a measurement of speed, or on a GPU ----------------------------------------------

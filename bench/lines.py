@@ -92,9 +92,13 @@ def file_of(device: str, versions: dict[str, str]) -> Path:
 
 
 def files(folder: Path = RESULTS) -> list[Path]:
-    """Those with lines: not what was compiled, the runs of accuracy, nor rows of decoding."""
+    """Those with lines: not what was compiled, runs of accuracy, rows of decoding or of ranks."""
     found = sorted(folder.glob("*.jsonl"))
-    return [path for path in found if not path.name.startswith(("compile_", "accuracy", "data"))]
+    return [
+        path
+        for path in found
+        if not path.name.startswith(("compile_", "accuracy", "data", "ranks"))
+    ]
 
 
 def append(path: str | Path, lines: Iterable[Line]) -> None:

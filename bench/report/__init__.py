@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench import lines, sweeps
+from bench import lines, ranks, sweeps
 from bench.lines import Line
 
 from . import figures, tables
@@ -20,25 +20,32 @@ from .tables import Shown, grouped, scaled, title_of
 
 @dataclass(frozen=True)
 class Report:
-    """What lines say, sorted by what they measure, and runs of accuracy."""
+    """What lines say, sorted by what they measure, runs of accuracy, and steps of ranks."""
 
     ops: Sequence[Shown]
     scaling: Sequence[Shown]
     steps: Sequence[Shown]
     runs: Sequence[sweeps.Run]
+    of_ranks: Sequence[ranks.Row] = ()
 
     @classmethod
-    def of(cls, measured: Sequence[Line], runs: Sequence[sweeps.Run]) -> "Report":
+    def of(
+        cls,
+        measured: Sequence[Line],
+        runs: Sequence[sweeps.Run],
+        of_ranks: Sequence[ranks.Row] = (),
+    ) -> "Report":
         shown = tables.current(tables.of_one_ceiling(measured))
         whole = [each for each in shown if each.line.op == "step"]
         sized = [each for each in shown if scaled(each.line)]
         ops = [each for each in shown if each.line.op != "step" and not scaled(each.line)]
-        return cls(ops, sized, whole, runs)
+        return cls(ops, sized, whole, runs, of_ranks)
 
     @classmethod
     def read(cls, folder: Path) -> "Report":
         measured = [line for path in lines.files(folder) for line in lines.read(path)]
-        return cls.of(measured, sweeps.read_runs(folder / sweeps.ACCURACY.name))
+        runs = sweeps.read_runs(folder / sweeps.ACCURACY.name)
+        return cls.of(measured, runs, ranks.read(folder / ranks.FILE.name))
 
 
 # -- tables of the docs -----------------------------------------------------------------------
@@ -81,6 +88,7 @@ MARKED: dict[str, tuple[Callable[[Report], str], str]] = {
     "steps": (_steps, "python -m bench steps && make report"),
     "ops": (_ops, "python -m bench ops && make report"),
     "accuracy": (_accuracy, "python -m bench accuracy && make report"),
+    "ranks": (lambda report: ranks.tables(report.of_ranks), "python -m bench ranks && make report"),
 }
 
 
