@@ -26,6 +26,7 @@ from torchrun import environment, free_port, pid_of, pretrain_command
 from training_runs import metrics, write_media
 
 from vatt_fast.training.checkpoint import CHECKPOINT, read_standing
+from vatt_fast.training.shards import newest
 
 
 def launch(folder: Path, out: Path, given: argparse.Namespace) -> subprocess.Popen:
@@ -94,7 +95,7 @@ def main() -> None:
                 continue
             amid = saving(killed)
             os.kill(pid, signal.SIGKILL)
-            standing = killed / CHECKPOINT
+            standing = newest(killed)
             step = read_standing(standing).step if standing.exists() else 0
             kills.append(dict(rank=rank, after_step=step, amid=[n.split(".safe")[0] for n in amid]))
             while pid_of(process.pid, rank) == pid and process.poll() is None:
