@@ -315,7 +315,12 @@ _RANKING: dict[str, tuple[dict[str, Any], int]] = {
 
 
 def _timm(
-    arguments: dict[str, Any], dtype: torch.dtype, ours: bool, size: int = 32, dim: int = 64
+    arguments: dict[str, Any],
+    dtype: torch.dtype,
+    ours: bool,
+    size: int = 32,
+    dim: int = 64,
+    heads: int = 4,
 ) -> Step:
     import timm
 
@@ -323,7 +328,7 @@ def _timm(
 
     integration.register()
     torch.manual_seed(_SEED)
-    given: dict[str, Any] = dict(img_size=size, embed_dim=dim, num_heads=dim // 64 or 4)
+    given: dict[str, Any] = dict(img_size=size, embed_dim=dim, num_heads=heads)
     given |= dict(patch_size=8, depth=2, num_classes=10)
     layer = {"attn_layer": "vatt_fast"} if ours else {}
     model = timm.create_model("vit_base_patch16_224", **given, **arguments, **layer)
@@ -337,6 +342,7 @@ def _case(library: str, name: str, prepare: Callable[..., Step], **real: Any) ->
 
 
 _REAL_LOSS: dict[str, Any] = dict(rows=1024, dim=256)
+_REAL_TIMM: dict[str, Any] = dict(size=112, dim=384, heads=6)
 _partial = functools.partial
 CASES: tuple[Case, ...] = (
     *(
@@ -361,8 +367,8 @@ CASES: tuple[Case, ...] = (
     _case("lightly", "NTXentLoss", _partial(_lightly, 0.5, 0), **_REAL_LOSS),
     _case("lightly", "NTXentLoss, temperature 0.07", _partial(_lightly, 0.07, 0), **_REAL_LOSS),
     _case("lightly", "NTXentLoss, memory bank", _partial(_lightly, 0.1, 128), **_REAL_LOSS),
-    _case("timm", "ViT", _partial(_timm, {}), size=112, dim=384),
-    _case("timm", "ViT, norms of q and k", _partial(_timm, dict(qk_norm=True)), size=112, dim=384),
+    _case("timm", "ViT", _partial(_timm, {}), **_REAL_TIMM),
+    _case("timm", "ViT, norms of q and k", _partial(_timm, dict(qk_norm=True)), **_REAL_TIMM),
 )
 
 

@@ -74,9 +74,8 @@ def test_the_command_writes_a_classifier_and_its_labels(tmp_path, capsys):
     net = Classifier(ClassifierConfig(CONFIG, "audio", 3)).eval()
     net.labels = ["a", "b", "c"]
     net.save_pretrained(tmp_path / "classifier")
-    main(
-        ["export", str(tmp_path / "classifier"), "--out", str(tmp_path / "out"), "--format", "pt2"]
-    )
+    folders = ["--model", str(tmp_path / "classifier"), "--out", str(tmp_path / "out")]
+    main(["export", *folders, "--format", "pt2"])
     assert "equal to the model" in capsys.readouterr().out
     assert (tmp_path / "out" / "labels.txt").read_text().split() == net.labels
     clips = torch.rand(4, CONFIG.samples) - 0.5
