@@ -39,14 +39,11 @@ def _locate(length, H, BLOCK: tl.constexpr, REVERSED: tl.constexpr = False):
     """(b, h, first row) of this program. Neighbours share a head, so its other side stays in L2."""
     programs = tl.cdiv(length, BLOCK)
     head = tl.program_id(0) // programs
+    b, h = tl.cast(head // H, tl.int64), tl.cast(head % H, tl.int64)
     tile = tl.program_id(0) % programs
     if REVERSED:  # the longest walks begin first
         tile = programs - 1 - tile
-    return (
-        tl.cast(head // H, tl.int64),
-        tl.cast(head % H, tl.int64),
-        tl.cast(tile * BLOCK, tl.int64),
-    )
+    return b, h, tl.cast(tile * BLOCK, tl.int64)
 
 
 # -- forward -----------------------------------------------------------------------------------

@@ -230,7 +230,6 @@ ATTENTION = {
         ("pairs", torch.float32),
         ("one_query", torch.bfloat16),
         ("bias_and_mask", torch.float32),
-        ("causal", torch.float32),
         ("causal", torch.bfloat16),
         ("causal_bias_and_mask", torch.float32),
     ],
