@@ -113,6 +113,7 @@ class Variant(NamedTuple):
     dtypes: tuple[str, ...] = ("bf16",)
 
 
+_CAUSAL = dict(causal=True, num_keys=(785, 300))
 _MASKS = dict(x_invalid=(3,), y_invalid=(0, 7))
 _CLIP = dict(clip=(32, 224, 224, 3), patch=(4, 16, 16))
 _FP32, _FP16 = dict(fp32_parameters=True), dict(dtypes=("fp16",))
@@ -121,6 +122,8 @@ _ADDED: tuple[tuple[str, str, str, dict[str, Any]], ...] = (
     ("attention", "video_mbs_drop50", "bias", dict(bias=True)),
     ("attention", "video_mbs_drop50", "mask", dict(num_keys=(785, 300))),
     ("attention", "video_mbs_drop50", "bias_mask", dict(bias=True, num_keys=(785, 300))),
+    ("attention", "video_mbs_drop50", "causal", dict(causal=True)),
+    ("attention", "video_mbs_drop50", "causal_bias_mask", _CAUSAL | dict(bias=True)),
     ("attention", "video_mbs_drop50", "d_lse", dict(d_lse=True)),
     ("attention", "text_bbs", "d_lse", dict(d_lse=True)),
     *(

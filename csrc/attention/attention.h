@@ -17,6 +17,7 @@ struct Heads {
 struct AttentionShape {
   int64_t batch, queries, keys, heads, head_dim;  // head_dim up to 128
   float scale;
+  bool causal;  // a query attends its own position's key and earlier ones; T = S
   int threads;
 };
 

@@ -26,6 +26,7 @@ constexpr int64_t QUERY_CHUNK = 1024;  // queries whose panels and sums stay in 
 // are the right factor of d_q, which is transposed too.
 struct Backward {
   Geometry geometry;
+  bool causal;
   int64_t keys, queries;
   float factor, scale;
   uint64_t* visible;
@@ -53,7 +54,7 @@ struct Backward {
 Backward backward_memory(const AttentionShape& shape, Arena& arena) {
   Backward bwd = {};
   bwd.geometry = geometry_of(shape.head_dim);
-  bwd.keys = shape.keys, bwd.queries = shape.queries;
+  bwd.causal = shape.causal, bwd.keys = shape.keys, bwd.queries = shape.queries;
   bwd.scale = shape.scale, bwd.factor = shape.scale * LOG2_E;
   const int64_t width = bwd.geometry.width;
   const int64_t chunk = minimum(QUERY_CHUNK, units_of(shape.queries) * UNIT);
@@ -180,6 +181,13 @@ void finish_queries(const AttentionBackward& args, const Backward& bwd, int64_t 
 
 // -- products -------------------------------------------------------------------------------------
 
+inline int64_t queries_of(const Backward& bwd, int64_t chunk) {
+  return minimum(QUERY_CHUNK, bwd.queries - chunk);
+}
+
+// The first query that meets a step of 64 keys.
+inline int64_t first_query(const Backward& bwd, int64_t step) { return bwd.causal ? step : 0; }
+
 // Where 32 keys by 32 queries lie, and what holds their probabilities.
 struct Place {
   int64_t i;       // of a step's two 32s of keys
@@ -217,7 +225,8 @@ inline Unit unit_of(const Backward& bwd, int64_t chunk, int64_t step, const Plac
           .probabilities = bwd.probabilities + square,
           .d_scores = bwd.d_scores + square,
           .pairs = bwd.d_scores_pairs + (at.slot * BLOCK + at.column) / 16 * TILE,
-          .visible = uint32_t(bwd.visible[s / 64] >> s % 64),
+          .visible = bwd.causal && s > t ? 0 : uint32_t(bwd.visible[s / 64] >> s % 64),
+          .diagonal = bwd.causal && s == t,
           .factor = bwd.factor,
           .bias = bwd.bias ? bwd.bias + bias : nullptr,
           .d_bias = bwd.d_bias ? bwd.d_bias + bias : nullptr,
@@ -234,7 +243,7 @@ inline void add_key_sums(const Backward& bwd, int64_t chunk, int64_t step, const
                          float* d_k, float* d_v, int64_t overwritten, WaitingSums& waiting) {
   const Geometry& geometry = bwd.geometry;
   const int64_t left = 32 * at.slot * BLOCK, block = at.query - at.column;
-  const int64_t queries = minimum(BLOCK, bwd.queries - chunk - block);
+  const int64_t queries = minimum(BLOCK, queries_of(bwd, chunk) - block);
   for (int64_t group = 0; group < geometry.depth; group++) {  // of 32 dims
     const int64_t right = block * geometry.width + 2 * group * TILE;
     const int64_t sums = 32 * at.i * geometry.width + 32 * group;
@@ -248,7 +257,7 @@ inline void add_key_sums(const Backward& bwd, int64_t chunk, int64_t step, const
                        .depth = units_of(queries),
                        .sums = d_v + sums,
                        .stride = geometry.width,
-                       .fresh = chunk + block == 0,
+                       .fresh = chunk + block == first_query(bwd, step),
                        .rows = bwd.keys - step - 32 * at.i,
                        .last_pairs = last_pairs_of(queries)};
     waiting.add(product, overwritten);
@@ -292,7 +301,7 @@ inline void add_query_sums(const Backward& bwd, int64_t step, const Place& at, i
 // So one buffer of probabilities is enough: each half is read while the other is written. What a
 // unit writes over is multiplied before (waiting.h), which at ragged ends is sooner than this.
 void differentiate_keys(const Backward& bwd, int64_t chunk, int64_t step, float* d_k, float* d_v) {
-  const int64_t queries = minimum(QUERY_CHUNK, bwd.queries - chunk);
+  const int64_t queries = queries_of(bwd, chunk);
   const int64_t key_units = units_of(minimum(STEP, bwd.keys - step));
   const int64_t share = 3 * bwd.geometry.depth;  // slices of d_k, d_v and d_q for each unit
   WaitingSums waiting;
@@ -305,12 +314,13 @@ void differentiate_keys(const Backward& bwd, int64_t chunk, int64_t step, float*
                                    bwd.d_probabilities[buffer]);
     return 2;
   };
-  multiply(beside, list_scores({}, 0), pending);
+  const int64_t first = clamp(first_query(bwd, step) - chunk, 0, queries);
+  multiply(beside, list_scores({.query = first}, 0), pending);
   store(pending);
 
   int64_t unit = 0;
   Place at = {};
-  for (int64_t block = 0; block < queries; block += BLOCK) {
+  for (int64_t block = first; block < queries; block += BLOCK) {
     const int64_t query_units = units_of(minimum(BLOCK, queries - block));
     for (at.i = 0; at.i < key_units; at.i++, at.slot ^= 1) {
       for (int64_t j = 0; j < query_units; j++, unit++) {
@@ -325,10 +335,7 @@ void differentiate_keys(const Backward& bwd, int64_t chunk, int64_t step, float*
         int count = next.query < queries ? list_scores(next, (unit + 1) % 2) : 0;
         const int sums = waiting.take(unit, share, beside + count);
         const Unit those = unit_of(bwd, chunk, step, at, unit % 2);
-        if (those.bias)
-          differentiate<true>(those, beside, count + sums, pending);
-        else
-          differentiate<false>(those, beside, count + sums, pending);
+        differentiate(those, beside, count + sums, pending);
         if (sums == 0) store(pending);  // the next unit reads the scores
         // the next block's unit at this place, whose queries may be fewer
         const int64_t next_units = units_of(clamp(queries - block - BLOCK, 0, BLOCK));
@@ -355,7 +362,7 @@ void differentiate_head(const AttentionBackward& args, Backward& bwd, int64_t b,
     const bool last = end == bwd.queries;
     for (int64_t query = chunk; query < end; query += 64)
       begin_queries(args, bwd, b, h, query, query - chunk);
-    for (int64_t step = 0; step < bwd.keys; step += STEP) {
+    for (int64_t step = 0; step < bwd.keys && first_query(bwd, step) < end; step += STEP) {
       const int64_t kept = bwd.queries > QUERY_CHUNK ? step * bwd.geometry.width : 0;
       begin_keys(args, bwd, b, h, step);
       differentiate_keys(bwd, chunk, step, bwd.d_k + kept, bwd.d_v + kept);

@@ -18,6 +18,7 @@ struct Unit {
   uint16_t *probabilities, *d_scores;     // (32, 32) of row stride BLOCK
   uint16_t* pairs;                        // two tiles
   uint32_t visible;
+  bool diagonal;  // queries come no earlier than the key of their number
   float factor;
   const float* bias;  // of the first key and query
   float* d_bias;
@@ -27,7 +28,7 @@ struct Unit {
 
 // One call: 32 keys by 32 queries of probabilities and gradients of scores, in bf16, and on AMX the
 // slices of products, as evenly as they come between each two keys and the next.
-template <bool has_bias>
+template <bool has_bias, bool diagonal>
 __attribute__((noinline)) void differentiate(const Unit& given, const Product* products, int count,
                                              Pending& pending) {
   const Unit unit = given;
@@ -47,10 +48,11 @@ __attribute__((noinline)) void differentiate(const Unit& given, const Product* p
 #pragma GCC unroll 2
     for (int of_pair = 0; of_pair < 2; of_pair++) {
       const int64_t j = row + of_pair;
-      const __mmask16 visible = unit.visible >> j & 1 ? 0xffff : 0;
+      const __mmask16 all = unit.visible >> j & 1 ? 0xffff : 0;
       __m512 probability[2], d_score[2];
 #pragma GCC unroll 2
       for (int i = 0; i < 2; i++) {
+        const __mmask16 visible = diagonal ? all & ~first_of_16(j - 16 * i) : all;
         const __m512 score = _mm512_load_ps(unit.scores + j * UNIT + 16 * i);
         __m512 x = _mm512_fmsub_ps(score, factor, log_sums[i]);
         if (has_bias) {
@@ -79,6 +81,15 @@ __attribute__((noinline)) void differentiate(const Unit& given, const Product* p
   }
   slices.leave(0);
   pending = slices.pending();
+}
+
+inline void differentiate(const Unit& unit, const Product* products, int count, Pending& pending) {
+  if (unit.diagonal)
+    (unit.bias ? differentiate<true, true> : differentiate<false, true>)(unit, products, count,
+                                                                         pending);
+  else
+    (unit.bias ? differentiate<true, false> : differentiate<false, false>)(unit, products, count,
+                                                                           pending);
 }
 
 }  // namespace

@@ -25,11 +25,13 @@ struct Block {
   float negative_peak[UNIT];
   bool bounded;   // then these are whole numbers and no power leaves the range of fp32
   int64_t first;  // query
+  int64_t keys;   // from the first on, that any of its queries may attend
 };
 
 struct Forward {
   Geometry geometry;
   float factor;  // of the products, for powers of two
+  bool causal;
   int64_t keys, queries;
   float key_length;  // of the longest key
   uint16_t *key_columns, *value_pairs, *key_rows;
@@ -76,21 +78,29 @@ inline Product value_product(const Forward& fwd, const uint16_t* probabilities, 
                       .right_column = TILE,
                       .right_next = tiles * TILE,
                       .streamed = true},
-          .depth = units_in(fwd.keys, key, SPAN),
+          .depth = units_in(block.keys, key, SPAN),
           .sums = block.sums + 32 * group,
           .stride = fwd.geometry.width,
           .fresh = key == 0,
           .rows = fwd.queries - block.first,
-          .last_pairs = last_pairs_of(minimum(fwd.keys - key, SPAN))};
+          .last_pairs = last_pairs_of(minimum(block.keys - key, SPAN))};
 }
 
+inline int64_t steps_of(const Block& block) { return steps_of(block.keys); }
+
 // -- a block's beginning and end -----------------------------------------------------------------
+
+// Keys from the first on that a query may attend.
+inline int64_t keys_of(const Forward& fwd, int64_t query) {
+  return fwd.causal ? minimum(fwd.keys, query + 1) : fwd.keys;
+}
 
 // The largest visible bias of a query in units of log 2; -inf where there is none.
 float bias_peak(const Forward& fwd, int64_t t) {
   __m512 peak = _mm512_set1_ps(-INFINITY);
-  for (int64_t n = 0; n < fwd.keys; n += 16) {
-    const __mmask16 visible = __mmask16(fwd.visible[n / 64] >> n % 64);
+  const int64_t keys = keys_of(fwd, t);
+  for (int64_t n = 0; n < keys; n += 16) {
+    const __mmask16 visible = __mmask16(fwd.visible[n / 64] >> n % 64) & first_of_16(keys - n);
     const __m512 bias = _mm512_maskz_loadu_ps(visible, fwd.bias + t * fwd.keys + n);
     peak = _mm512_mask_max_ps(peak, visible, peak, bias);
   }
@@ -103,8 +113,9 @@ void raise_peaks(const Forward& fwd, const Block& block, int64_t step, const flo
                  __m512* peak) {
   const int64_t rows = minimum(UNIT, fwd.queries - block.first);
   for (int64_t r = 0; r < rows; r++)
-    for (int i = 0; i < 2 * units_in(fwd.keys, step * STEP, STEP); i++) {
-      const __mmask16 visible = __mmask16(fwd.visible[step] >> 16 * i);
+    for (int i = 0; i < 2 * units_in(block.keys, step * STEP, STEP); i++) {
+      const int64_t keys = keys_of(fwd, block.first + r) - step * STEP - 16 * i;
+      const __mmask16 visible = __mmask16(fwd.visible[step] >> 16 * i) & first_of_16(keys);
       const __m512 score = _mm512_load_ps(scores + r * STEP + 16 * i);
       __m512 x = _mm512_mul_ps(score, _mm512_set1_ps(fwd.factor));
       if (fwd.bias) {
@@ -125,8 +136,8 @@ void find_peaks(const Forward& fwd, const float* of_one_step, float* scores, Blo
   __m512 peak[UNIT];
   for (int r = 0; r < UNIT; r++) peak[r] = _mm512_set1_ps(-INFINITY);
   if (of_one_step) raise_peaks(fwd, block, 0, of_one_step, peak);
-  for (int64_t step = 0; !of_one_step && step < steps_of(fwd.keys); step++) {
-    for (int64_t unit = 0; unit < units_in(fwd.keys, step * STEP, STEP); unit++)
+  for (int64_t step = 0; !of_one_step && step < steps_of(block); step++) {
+    for (int64_t unit = 0; unit < units_in(block.keys, step * STEP, STEP); unit++)
       multiply(score_product(fwd, block, step, unit, scores));
     raise_peaks(fwd, block, step, scores, peak);
   }
@@ -141,10 +152,10 @@ void begin_block(const Forward& fwd, const Heads& q, const uint16_t* from, int64
                  float* scores, Block& block) {
   const Geometry& geometry = fwd.geometry;
   const int64_t rows = minimum(UNIT, fwd.queries - first);
-  block.first = first;
+  block.first = first, block.keys = keys_of(fwd, first + UNIT - 1);
   pack_rows(geometry, from + first * q.row, q.row, rows, UNIT, nullptr, block.rows);
   memset(block.totals, 0, UNIT * 64);
-  block.bounded = steps_of(fwd.keys) > 1;
+  block.bounded = steps_of(block) > 1;
   if (!block.bounded) return;
   alignas(64) float bounds[UNIT];
   for (int half = 0; half < UNIT; half += 16) {
@@ -201,7 +212,7 @@ void finish_block(const Forward& fwd, const Block& block, uint16_t* out, int64_t
 Forward forward_memory(const AttentionShape& shape, Arena& arena) {
   Forward fwd = {};
   fwd.geometry = geometry_of(shape.head_dim);
-  fwd.keys = shape.keys, fwd.queries = shape.queries;
+  fwd.causal = shape.causal, fwd.keys = shape.keys, fwd.queries = shape.queries;
   const int64_t width = fwd.geometry.width, padded = units_of(shape.keys) * UNIT;
   fwd.key_columns = arena.take<uint16_t>(padded * width);
   fwd.value_pairs = arena.take<uint16_t>(padded * width);
@@ -241,24 +252,34 @@ void pack_keys_and_values(const AttentionForward& args, int64_t b, int64_t h, Fo
 // sequence, so that the overlap does not end with a block.
 struct Item {
   int64_t step;
-  Block& block;
+  Block* block;
   float* scores;
-  uint16_t* probabilities;  // of its span
+  uint16_t* probabilities;             // of its span
+  int64_t number, span, block_number;  // in the sequence
+
+  bool last() const { return step + 1 == steps_of(*block); }
 };
 
-inline Item item_at(Forward& fwd, int64_t n) {
-  const int64_t steps = steps_of(fwd.keys), spans = ceil_div(steps, 2);
-  const int64_t block = n / steps, step = n % steps;
+inline Item item_at(Forward& fwd, int64_t number, int64_t span, int64_t block, int64_t step) {
   return {.step = step,
-          .block = fwd.blocks[block % 3],
-          .scores = fwd.scores[n % 2],
-          .probabilities = fwd.probabilities[(block * spans + step / 2) % 2]};
+          .block = &fwd.blocks[block % 3],
+          .scores = fwd.scores[number % 2],
+          .probabilities = fwd.probabilities[span % 2],
+          .number = number,
+          .span = span,
+          .block_number = block};
+}
+
+inline Item after(Forward& fwd, const Item& item) {
+  if (item.last()) return item_at(fwd, item.number + 1, item.span + 1, item.block_number + 1, 0);
+  const int64_t span = item.span + item.step % 2;
+  return item_at(fwd, item.number + 1, span, item.block_number, item.step + 1);
 }
 
 inline int list_scores(const Forward& fwd, const Item& item, Product* list) {
   int count = 0;
-  for (int64_t unit = 0; unit < units_in(fwd.keys, item.step * STEP, STEP); unit++)
-    list[count++] = score_product(fwd, item.block, item.step, unit, item.scores);
+  for (int64_t unit = 0; unit < units_in(item.block->keys, item.step * STEP, STEP); unit++)
+    list[count++] = score_product(fwd, *item.block, item.step, unit, item.scores);
   return count;
 }
 
@@ -267,14 +288,15 @@ inline int list_values(const Forward& fwd, const Item& item, int64_t first, int6
                        Product* list) {
   int count = 0;
   for (int64_t group = first; group < end; group++)
-    list[count++] = value_product(fwd, item.probabilities, item.block, item.step / 2 * SPAN, group);
+    list[count++] =
+        value_product(fwd, item.probabilities, *item.block, item.step / 2 * SPAN, group);
   return count;
 }
 
 // An item's softmax, and products that run beside it.
 inline void exponentiate(const Forward& fwd, const Item& item, const Product* beside, int count,
                          Pending& pending) {
-  const Block& block = item.block;
+  const Block& block = *item.block;
   const int64_t key = item.step * STEP;
   const Softmax softmax = {.scores = item.scores,
                            .probabilities = item.probabilities + key % SPAN,
@@ -282,11 +304,12 @@ inline void exponentiate(const Forward& fwd, const Item& item, const Product* be
                            .negative_peak = block.negative_peak,
                            .rows = minimum(UNIT, fwd.queries - block.first),
                            .visible = fwd.visible[item.step],
+                           .diagonal = fwd.causal && item.last(),
                            .factor = fwd.factor,
                            .bias = fwd.bias ? fwd.bias + block.first * fwd.keys + key : nullptr,
                            .bias_stride = fwd.keys};
   const Scores kind = fwd.bias ? Scores::biased : block.bounded ? Scores::bounded : Scores::any;
-  if (units_in(fwd.keys, key, STEP) == 2)
+  if (units_in(block.keys, key, STEP) == 2)
     exponentiate<4>(kind, softmax, beside, count, pending);
   else
     exponentiate<2>(kind, softmax, beside, count, pending);
@@ -314,46 +337,48 @@ void attend(const AttentionForward& args, Forward& fwd, int64_t b, int64_t h, in
   float* lse = args.lse + (b * shape.heads + h) * shape.queries;
   fwd.bias = args.bias ? args.bias + h * shape.queries * shape.keys : nullptr;
   fwd.factor = shape.scale * LOG2_E;
-  const int64_t steps = steps_of(fwd.keys), items = (end_block - first_block) * steps;
   const int64_t groups = fwd.geometry.depth;  // of 32 dims
   Product beside[most];
   Pending pending;
-  const auto begin = [&](int64_t n) {
-    const Item item = item_at(fwd, n);
-    begin_block(fwd, args.q, queries, (first_block + n / steps) * UNIT, item.scores, item.block);
+  const auto begin = [&](const Item& item) {
+    const int64_t first = (first_block + item.block_number) * UNIT;
+    begin_block(fwd, args.q, queries, first, item.scores, *item.block);
   };
   const auto finish = [&](const Item& item) {
-    finish_block(fwd, item.block, out, shape.heads * shape.head_dim, lse);
+    finish_block(fwd, *item.block, out, shape.heads * shape.head_dim, lse);
   };
 
-  begin(0);
-  multiply(beside, list_scores(fwd, item_at(fwd, 0), beside), pending);
+  Item item = item_at(fwd, 0, 0, 0, 0), last = item;  // `last`: of the span before this one
+  begin(item);
+  multiply(beside, list_scores(fwd, item, beside), pending);
   store(pending);
 
-  for (int64_t n = 0; n < items; n++) {
-    const Item item = item_at(fwd, n);
+  for (bool more = true; more;) {
+    const Item next = after(fwd, item);
+    more = next.block_number < end_block - first_block;
     int count = 0;
-    if (n + 1 < items) {
-      const Item next = item_at(fwd, n + 1);
+    if (more) {
       if (next.step == 0) {
         store(pending);
-        begin(n + 1);
+        begin(next);
       }
       count = list_scores(fwd, next, beside);
     }
-    const bool second = item.step % 2 == 1, alone = !second && item.step == steps - 1;
-    const int64_t last = n - 1 - second, half = ceil_div(groups, 2);  // the item; groups
+    const bool second = item.step % 2 == 1, alone = !second && item.last();
+    const int64_t half = ceil_div(groups, 2);
     const int64_t first_group = second ? half : 0, end_group = second || alone ? groups : half;
     const int values =
-        last < 0 ? 0 : list_values(fwd, item_at(fwd, last), first_group, end_group, beside + count);
-    if (steps == 1) find_peaks(fwd, item.scores, nullptr, item.block);
+        item.span == 0 ? 0 : list_values(fwd, last, first_group, end_group, beside + count);
+    if (steps_of(*item.block) == 1) find_peaks(fwd, item.scores, nullptr, *item.block);
     exponentiate(fwd, item, beside, count + values, pending);
-    const bool finished = values > 0 && end_group == groups && last % steps == steps - 1;
+    const bool finished = values > 0 && end_group == groups && last.last();
     if (values == 0 || finished) store(pending);  // the next softmax reads the scores
-    if (finished) finish(item_at(fwd, last));
+    if (finished) finish(last);
+    if (next.span != item.span) last = item;
+    if (more) item = next;
   }
 
-  const Item last = item_at(fwd, items - 1);
+  last = item;
   multiply(beside, list_values(fwd, last, 0, groups, beside), pending);
   store(pending);
   finish(last);
@@ -387,7 +412,7 @@ void attention_forward(const AttentionForward& args) {
     begin_products();
 #pragma omp for schedule(dynamic, 1)
     for (int64_t task = 0; task < heads * parts; task++) {
-      const int64_t head = task / parts, part = task % parts;
+      const int64_t head = task / parts, part = parts - 1 - task % parts;  // causal: longest first
       const int64_t b = head / shape.heads, h = head % shape.heads;
       pack_keys_and_values(args, b, h, fwd);
       attend(args, fwd, b, h, blocks * part / parts, blocks * (part + 1) / parts);

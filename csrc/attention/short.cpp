@@ -52,32 +52,51 @@ static inline void block(Left left, const float* b, int64_t width, int64_t depth
     for (int l = 0; l < L; l++) store(c + r * width + l * WIDTH, sums[r][l]);
 }
 
+// What of a product is made. A causal one leaves out blocks of keys after their queries: of scores
+// (keys by queries) a row's columns before its own, of depth what is after a row (keys, of a query)
+// or before it (queries, of a key). Whole blocks are made: what is left out within one must be 0.
+enum class Part { all, later_columns, earlier_depth, later_depth };
+
+template <int R, int L>
+static inline void block_at(int64_t row, Part part, Left left, const float* b, int64_t width,
+                            int64_t depth, float* c) {
+  left.data += row * left.row, c += row * width;
+  if (part == Part::earlier_depth) depth = minimum(depth, row + R);
+  if (part == Part::later_depth) left.data += row * left.column, b += row * width, depth -= row;
+  block<R, L>(left, b, width, depth, c);
+}
+
 template <int L>
-static void strip(Left left, const float* b, int64_t width, int64_t rows, int64_t depth, float* c) {
-  for (; rows >= ROWS; rows -= ROWS, left.data += ROWS * left.row, c += ROWS * width)
-    block<ROWS, L>(left, b, width, depth, c);
-  switch (rows) {
+static void strip(Part part, Left left, const float* b, int64_t width, int64_t rows, int64_t depth,
+                  float* c) {
+  int64_t row = 0;
+  for (; row + ROWS <= rows; row += ROWS) block_at<ROWS, L>(row, part, left, b, width, depth, c);
+  switch (rows - row) {
     case 5:
-      return block<5, L>(left, b, width, depth, c);
+      return block_at<5, L>(row, part, left, b, width, depth, c);
     case 4:
-      return block<4, L>(left, b, width, depth, c);
+      return block_at<4, L>(row, part, left, b, width, depth, c);
     case 3:
-      return block<3, L>(left, b, width, depth, c);
+      return block_at<3, L>(row, part, left, b, width, depth, c);
     case 2:
-      return block<2, L>(left, b, width, depth, c);
+      return block_at<2, L>(row, part, left, b, width, depth, c);
     case 1:
-      return block<1, L>(left, b, width, depth, c);
+      return block_at<1, L>(row, part, left, b, width, depth, c);
   }
 }
 
 // c (rows, b.width) = left (rows, depth) @ b (depth, b.width)
-static void multiply(Left left, Packed b, int64_t rows, int64_t depth, float* c) {
+static void multiply(Part part, Left left, Packed b, int64_t rows, int64_t depth, float* c) {
   int64_t n = 0;
+  const auto rows_to = [&](int64_t column) {
+    return part == Part::later_columns ? minimum(rows, column) : rows;
+  };
   for (; n + LANES * WIDTH <= b.width; n += LANES * WIDTH)
-    strip<LANES>(left, b.data + n, b.width, rows, depth, c + n);
+    strip<LANES>(part, left, b.data + n, b.width, rows_to(n + LANES * WIDTH), depth, c + n);
   for (; n + 2 * WIDTH <= b.width; n += 2 * WIDTH)
-    strip<2>(left, b.data + n, b.width, rows, depth, c + n);
-  for (; n < b.width; n += WIDTH) strip<1>(left, b.data + n, b.width, rows, depth, c + n);
+    strip<2>(part, left, b.data + n, b.width, rows_to(n + 2 * WIDTH), depth, c + n);
+  for (; n < b.width; n += WIDTH)
+    strip<1>(part, left, b.data + n, b.width, rows_to(n + WIDTH), depth, c + n);
 }
 
 // -- packing -------------------------------------------------------------------------------------
@@ -174,28 +193,53 @@ static inline Floats score(const ShortAttention& args, int64_t h, int64_t s, int
   return args.bias ? x + load(args.bias + (h * args.keys + s) * args.bias_row + t) : x;
 }
 
+// Keys that any of WIDTH queries, from the t-th on, attends.
+template <bool causal>
+static inline int64_t keys_of(const ShortAttention& args, int64_t t) {
+  return causal ? minimum(args.keys, t + WIDTH) : args.keys;
+}
+
+// Which of WIDTH queries, from the t-th on, come no earlier than a key.
+static inline Ints reach(int64_t t, int64_t s) {
+  Ints lanes;
+  for (int i = 0; i < WIDTH; i++) lanes[i] = i;
+  return lanes >= int32_t(s - t);
+}
+
+// Zeros to keys after WIDTH queries, as many as products still read (Part).
+template <bool causal>
+static inline void zero_later(const ShortAttention& args, int64_t t, float* scores) {
+  const int64_t first = keys_of<causal>(args, t);
+  for (int64_t s = first; s < minimum(args.keys, first + ROWS); s++)
+    store(scores + s * padded(args.queries) + t, Floats{});
+}
+
 // Products become exp(scores - peak); `peaks` and `totals` are those of each query. A query without
 // a key has the peak -inf and the total 0.
+template <bool causal>
 static void exponentials(const ShortAttention& args, int64_t b, int64_t h, float* products,
                          float* peaks, float* totals) {
   const int64_t width = padded(args.queries);
   for (int64_t t = 0; t < width; t += WIDTH) {
+    const int64_t keys = keys_of<causal>(args, t);
     Floats top = all(-INFINITY), total = {};
-    for (int64_t s = 0; s < args.keys; s++)
+    for (int64_t s = 0; s < keys; s++)
       if (!hidden(args, b, s)) {
-        const Floats x = score(args, h, s, t, products);
+        Floats x = score(args, h, s, t, products);
+        if (causal && s > t) x = reach(t, s) ? x : all(-INFINITY);
         store(products + s * width + t, x);
         top = larger(top, x);
       }
     store(peaks + t, top);
     top = top == -INFINITY ? Floats{} : top;
-    for (int64_t s = 0; s < args.keys; s++) {
+    for (int64_t s = 0; s < keys; s++) {
       float* at = products + s * width + t;
       const Floats e = hidden(args, b, s) ? Floats{} : exp_of(load(at) - top);
       store(at, e);
       total += e;
     }
     store(totals + t, total);
+    zero_later<causal>(args, t, products);
   }
 }
 
@@ -211,12 +255,13 @@ static void forward_head(const ShortAttention& args, int64_t b, int64_t h, float
         *totals = memory.take(width);
   const Packed queries =
       pack_transposed(head_of(args.q, b, h), args.q.row, T, D, memory.take(D * width));
-  multiply({head_of(args.k, b, h), args.k.row, 1}, queries, S, D, weights);
-  exponentials(args, b, h, weights, peaks, totals);
+  multiply(args.causal ? Part::later_columns : Part::all, {head_of(args.k, b, h), args.k.row, 1},
+           queries, S, D, weights);
+  (args.causal ? exponentials<true> : exponentials<false>)(args, b, h, weights, peaks, totals);
   const Packed values =
       pack_keys(args, b, head_of(args.v, b, h), args.v.row, memory.take(S * padded(D)));
   float* mixed = memory.take(T * padded(D));
-  multiply({weights, 1, width}, values, T, S, mixed);
+  multiply(args.causal ? Part::earlier_depth : Part::all, {weights, 1, width}, values, T, S, mixed);
   for (int64_t t = 0; t < T; t++) {
     lse[(b * H + h) * T + t] = peaks[t] + logf(totals[t]);
     float* row = out + ((b * T + t) * H + h) * D;
@@ -229,16 +274,19 @@ static void forward_head(const ShortAttention& args, int64_t b, int64_t h, float
 
 // Products q k^T and d_out v^T become probabilities and the gradients of the scores, which are
 // added to d_bias. The probabilities are made to sum to 1 once more: lse was rounded.
+template <bool causal>
 static void differentiate(const ShortAttention& args, int64_t b, int64_t h, const float* lse,
                           const float* d_lse, float* p, float* d_scores, float* d_bias) {
   const int64_t width = padded(args.queries);
   for (int64_t t = 0; t < width; t += WIDTH) {
     const Floats log_sum = load(lse + t);
     const Ints has_keys = log_sum < INFINITY;
+    const int64_t keys = keys_of<causal>(args, t);
     Floats total = {}, delta = {};
-    for (int64_t s = 0; s < args.keys; s++) {
+    for (int64_t s = 0; s < keys; s++) {
       const bool nothing = hidden(args, b, s);
-      const Floats e = nothing ? Floats{} : exp_of(score(args, h, s, t, p) - log_sum);
+      Floats e = nothing ? Floats{} : exp_of(score(args, h, s, t, p) - log_sum);
+      if (causal && s > t) e = where(reach(t, s), e);
       if (nothing) store(d_scores + s * width + t, e);
       store(p + s * width + t, e);
       total += e;
@@ -246,13 +294,15 @@ static void differentiate(const ShortAttention& args, int64_t b, int64_t h, cons
     }
     const Floats factor = total > 0.0f ? 1.0f / total : Floats{};
     delta = delta * factor - load(d_lse + t);
-    for (int64_t s = 0; s < args.keys; s++) {
+    for (int64_t s = 0; s < keys; s++) {
       float *e = p + s * width + t, *d = d_scores + s * width + t;
       store(e, load(e) * factor);
       store(d, where(has_keys, load(e) * (load(d) - delta)));  // of a hidden key: 0
       if (d_bias)
         store(d_bias + s * args.bias_row + t, load(d_bias + s * args.bias_row + t) + load(d));
     }
+    zero_later<causal>(args, t, p);
+    zero_later<causal>(args, t, d_scores);
   }
 }
 
@@ -282,18 +332,24 @@ static void backward_head(const ShortAttention& args, const ShortGradients& grad
     lse[t] = empty ? INFINITY : grads.lse[at];
     d_lse[t] = empty || !grads.d_lse ? 0 : grads.d_lse[at];
   }
-  multiply({k, args.k.row, 1}, pack_transposed(q, args.q.row, T, D, transposed), S, D, p);
-  multiply({head_of(args.v, b, h), args.v.row, 1},
+  const Part of_scores = args.causal ? Part::later_columns : Part::all,
+             of_queries = args.causal ? Part::earlier_depth : Part::all,
+             of_keys = args.causal ? Part::later_depth : Part::all;
+  multiply(of_scores, {k, args.k.row, 1}, pack_transposed(q, args.q.row, T, D, transposed), S, D,
+           p);
+  multiply(of_scores, {head_of(args.v, b, h), args.v.row, 1},
            pack_transposed(d_out, grads.d_out.row, T, D, transposed), S, D, d_scores);
-  differentiate(args, b, h, lse, d_lse, p, d_scores, d_bias);
+  (args.causal ? differentiate<true> : differentiate<false>)(args, b, h, lse, d_lse, p, d_scores,
+                                                             d_bias);
   const Packed packed_d_out = pack(d_out, grads.d_out.row, T, D, packed);
   for (int64_t t = 0; t < T; t++)
     if (lse[t] == INFINITY) zero(packed + t * packed_d_out.width, 1, packed_d_out.width, 0);
-  multiply({p, width, 1}, packed_d_out, S, T, result);
+  multiply(of_keys, {p, width, 1}, packed_d_out, S, T, result);
   unpack_rows(result, S, D, 1, d_v, H * D);
-  multiply({d_scores, width, 1}, pack(q, args.q.row, T, D, packed), S, T, result);
+  multiply(of_keys, {d_scores, width, 1}, pack(q, args.q.row, T, D, packed), S, T, result);
   unpack_rows(result, S, D, args.scale, d_k, H * D);
-  multiply({d_scores, 1, width}, pack_keys(args, b, k, args.k.row, packed), T, S, result);
+  multiply(of_queries, {d_scores, 1, width}, pack_keys(args, b, k, args.k.row, packed), T, S,
+           result);
   unpack_rows(result, T, D, args.scale, d_q, H * D);
 }
 

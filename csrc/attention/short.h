@@ -17,6 +17,7 @@ struct FloatHeads {
 struct ShortAttention {
   int64_t batch, queries, keys, heads, head_dim;
   float scale;
+  bool causal;  // a query attends its own position's key and earlier ones; T = S
   int threads;
   FloatHeads q, k, v;
   const uint8_t* key_mask;  // (B, S) contiguous bool, or null

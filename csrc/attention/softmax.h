@@ -23,6 +23,7 @@ struct Softmax {
   const float* negative_peak;  // (32,)
   int64_t rows;                // that exist
   uint64_t visible;
+  bool diagonal;  // row r attends the first r + 1 of its last 32 keys alone
   float factor;
   const float* bias;  // of the first row and key
   int64_t bias_stride;
@@ -33,7 +34,7 @@ struct Softmax {
 //
 //   rows    0  1  2  3 | 4  5  6  7 | ...
 //   tiles   slice 0    | slice 1    | ...    slices without rows go before them
-template <Scores kind, int vectors>
+template <Scores kind, int vectors, bool diagonal>
 __attribute__((noinline)) void exponentiate(const Softmax& given, const Product* products,
                                             int count, Pending& pending) {
   const Softmax softmax = given;  // a copy: the compiler knows that nothing else writes it
@@ -45,6 +46,10 @@ __attribute__((noinline)) void exponentiate(const Softmax& given, const Product*
   slices.leave(groups);
 
   const auto take_row = [&](int64_t row) __attribute__((always_inline)) {
+    if (diagonal) {
+      const __mmask32 keys = uint32_t(softmax.visible >> 16 * (vectors - 2)) & first_of_32(row + 1);
+      visible[vectors - 2] = __mmask16(keys), visible[vectors - 1] = __mmask16(keys >> 16);
+    }
     const __m512 negative_peak =
         _mm512_set1_ps(softmax.negative_peak[row] + (kind == Scores::bounded ? FIXED_POINT : 0));
     __m512 power[vectors];
@@ -81,6 +86,15 @@ __attribute__((noinline)) void exponentiate(const Softmax& given, const Product*
     take_row(row + 3), slices.multiply<3>();
   }
   pending = slices.pending();
+}
+
+template <Scores kind, int vectors>
+inline void exponentiate(const Softmax& softmax, const Product* products, int count,
+                         Pending& pending) {
+  if (softmax.diagonal)
+    exponentiate<kind, vectors, true>(softmax, products, count, pending);
+  else
+    exponentiate<kind, vectors, false>(softmax, products, count, pending);
 }
 
 template <int vectors>

@@ -39,7 +39,7 @@ Heads heads(const Strided& x) {
   return {.data = at<const uint16_t>(data), .batch = batch, .row = row, .head = head};
 }
 
-AttentionShape shape_of(const Shape& shape, float scale, int threads) {
+AttentionShape shape_of(const Shape& shape, float scale, bool causal, int threads) {
   const auto [B, T, S, H, D] = shape;
   return {.batch = B,
           .queries = T,
@@ -47,18 +47,19 @@ AttentionShape shape_of(const Shape& shape, float scale, int threads) {
           .heads = H,
           .head_dim = D,
           .scale = scale,
+          .causal = causal,
           .threads = threads};
 }
 
 int64_t scratch(const Shape& shape, int threads, bool backward) {
-  const AttentionShape sizes = shape_of(shape, 0, threads);
+  const AttentionShape sizes = shape_of(shape, 0, false, threads);
   return backward ? best(backwards).scratch(sizes) : best(forwards).scratch(sizes);
 }
 
-void forward(const Shape& shape, float scale, int threads, const Strided& q, const Strided& k,
-             const Strided& v, Address key_mask, Address bias, Address out, Address lse,
-             Address scratch) {
-  best(forwards).run({.shape = shape_of(shape, scale, threads),
+void forward(const Shape& shape, float scale, bool causal, int threads, const Strided& q,
+             const Strided& k, const Strided& v, Address key_mask, Address bias, Address out,
+             Address lse, Address scratch) {
+  best(forwards).run({.shape = shape_of(shape, scale, causal, threads),
                       .q = heads(q),
                       .k = heads(k),
                       .v = heads(v),
@@ -69,11 +70,11 @@ void forward(const Shape& shape, float scale, int threads, const Strided& q, con
                       .scratch = at<uint8_t>(scratch)});
 }
 
-void backward(const Shape& shape, float scale, int threads, const Strided& q, const Strided& k,
-              const Strided& v, const Strided& out, const Strided& d_out, Address key_mask,
-              Address bias, Address lse, Address d_lse, Address d_q, Address d_k, Address d_v,
-              Address d_bias, Address scratch) {
-  best(backwards).run({.shape = shape_of(shape, scale, threads),
+void backward(const Shape& shape, float scale, bool causal, int threads, const Strided& q,
+              const Strided& k, const Strided& v, const Strided& out, const Strided& d_out,
+              Address key_mask, Address bias, Address lse, Address d_lse, Address d_q, Address d_k,
+              Address d_v, Address d_bias, Address scratch) {
+  best(backwards).run({.shape = shape_of(shape, scale, causal, threads),
                        .q = heads(q),
                        .k = heads(k),
                        .v = heads(v),
@@ -92,11 +93,11 @@ void backward(const Shape& shape, float scale, int threads, const Strided& q, co
 
 const Bindings bindings([](py::module_& m) {
   m.def("attention_scratch", &scratch, py::kw_only(), "shape"_a, "threads"_a, "backward"_a);
-  m.def("attention_forward", &forward, Released(), py::kw_only(), "shape"_a, "scale"_a, "threads"_a,
-        "q"_a, "k"_a, "v"_a, "key_mask"_a, "bias"_a, "out"_a, "lse"_a, "scratch"_a);
+  m.def("attention_forward", &forward, Released(), py::kw_only(), "shape"_a, "scale"_a, "causal"_a,
+        "threads"_a, "q"_a, "k"_a, "v"_a, "key_mask"_a, "bias"_a, "out"_a, "lse"_a, "scratch"_a);
   m.def("attention_backward", &backward, Released(), py::kw_only(), "shape"_a, "scale"_a,
-        "threads"_a, "q"_a, "k"_a, "v"_a, "out"_a, "d_out"_a, "key_mask"_a, "bias"_a, "lse"_a,
-        "d_lse"_a, "d_q"_a, "d_k"_a, "d_v"_a, "d_bias"_a, "scratch"_a);
+        "causal"_a, "threads"_a, "q"_a, "k"_a, "v"_a, "out"_a, "d_out"_a, "key_mask"_a, "bias"_a,
+        "lse"_a, "d_lse"_a, "d_q"_a, "d_k"_a, "d_v"_a, "d_bias"_a, "scratch"_a);
 });
 
 }  // namespace

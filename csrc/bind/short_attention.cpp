@@ -30,9 +30,9 @@ FloatHeads heads(const Strided& x) {
   return {.data = at<const float>(data), .batch = batch, .row = row, .head = head};
 }
 
-ShortAttention arguments(const Shape& shape, float scale, int threads, const Strided& q,
-                         const Strided& k, const Strided& v, Address key_mask, Address bias,
-                         int64_t bias_row, Address scratch) {
+ShortAttention arguments(const Shape& shape, float scale, bool causal, int threads,
+                         const Strided& q, const Strided& k, const Strided& v, Address key_mask,
+                         Address bias, int64_t bias_row, Address scratch) {
   const auto [B, T, S, H, D] = shape;
   return {.batch = B,
           .queries = T,
@@ -40,6 +40,7 @@ ShortAttention arguments(const Shape& shape, float scale, int threads, const Str
           .heads = H,
           .head_dim = D,
           .scale = scale,
+          .causal = causal,
           .threads = threads,
           .q = heads(q),
           .k = heads(k),
@@ -55,20 +56,20 @@ int64_t floats(const Shape& shape) {
   return best(versions).floats(T, S, D);
 }
 
-void forward(const Shape& shape, float scale, int threads, const Strided& q, const Strided& k,
-             const Strided& v, Address key_mask, Address bias, int64_t bias_row, Address scratch,
-             Address out, Address lse) {
+void forward(const Shape& shape, float scale, bool causal, int threads, const Strided& q,
+             const Strided& k, const Strided& v, Address key_mask, Address bias, int64_t bias_row,
+             Address scratch, Address out, Address lse) {
   best(versions).forward(
-      arguments(shape, scale, threads, q, k, v, key_mask, bias, bias_row, scratch), at<float>(out),
-      at<float>(lse));
+      arguments(shape, scale, causal, threads, q, k, v, key_mask, bias, bias_row, scratch),
+      at<float>(out), at<float>(lse));
 }
 
-void backward(const Shape& shape, float scale, int threads, const Strided& q, const Strided& k,
-              const Strided& v, Address key_mask, Address bias, int64_t bias_row, Address scratch,
-              const Strided& d_out, Address lse, Address d_lse, Address d_q, Address d_k,
-              Address d_v, Address d_bias, int64_t groups) {
+void backward(const Shape& shape, float scale, bool causal, int threads, const Strided& q,
+              const Strided& k, const Strided& v, Address key_mask, Address bias, int64_t bias_row,
+              Address scratch, const Strided& d_out, Address lse, Address d_lse, Address d_q,
+              Address d_k, Address d_v, Address d_bias, int64_t groups) {
   best(versions).backward(
-      arguments(shape, scale, threads, q, k, v, key_mask, bias, bias_row, scratch),
+      arguments(shape, scale, causal, threads, q, k, v, key_mask, bias, bias_row, scratch),
       {.d_out = heads(d_out),
        .lse = at<const float>(lse),
        .d_lse = at<const float>(d_lse),
@@ -82,11 +83,12 @@ void backward(const Shape& shape, float scale, int threads, const Strided& q, co
 const Bindings bindings([](py::module_& m) {
   m.def("short_attention_floats", &floats, py::kw_only(), "shape"_a);
   m.def("short_attention_forward", &forward, Released(), py::kw_only(), "shape"_a, "scale"_a,
-        "threads"_a, "q"_a, "k"_a, "v"_a, "key_mask"_a, "bias"_a, "bias_row"_a, "scratch"_a,
-        "out"_a, "lse"_a);
+        "causal"_a, "threads"_a, "q"_a, "k"_a, "v"_a, "key_mask"_a, "bias"_a, "bias_row"_a,
+        "scratch"_a, "out"_a, "lse"_a);
   m.def("short_attention_backward", &backward, Released(), py::kw_only(), "shape"_a, "scale"_a,
-        "threads"_a, "q"_a, "k"_a, "v"_a, "key_mask"_a, "bias"_a, "bias_row"_a, "scratch"_a,
-        "d_out"_a, "lse"_a, "d_lse"_a, "d_q"_a, "d_k"_a, "d_v"_a, "d_bias"_a, "groups"_a);
+        "causal"_a, "threads"_a, "q"_a, "k"_a, "v"_a, "key_mask"_a, "bias"_a, "bias_row"_a,
+        "scratch"_a, "d_out"_a, "lse"_a, "d_lse"_a, "d_q"_a, "d_k"_a, "d_v"_a, "d_bias"_a,
+        "groups"_a);
 });
 
 }  // namespace

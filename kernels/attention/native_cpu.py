@@ -17,7 +17,8 @@ _MAX_HEAD_DIM = 128
 
 def forward(q, k, v, *, scale, bias=None, key_mask=None, causal=False, deterministic=False):
     if q.dtype == torch.float32:
-        return native_short.forward(q, k, v, scale=scale, bias=bias, key_mask=key_mask)
+        options = dict(scale=scale, bias=bias, key_mask=key_mask, causal=causal)
+        return native_short.forward(q, k, v, **options)
     B, T, H, _ = q.shape
     shape, threads, _memory, scratch = _prepare(q, k, backward=False)
     key_mask = None if key_mask is None else key_mask.contiguous()
@@ -27,6 +28,7 @@ def forward(q, k, v, *, scale, bias=None, key_mask=None, causal=False, determini
     native.extension.attention_forward(
         shape=shape,
         scale=scale,
+        causal=causal,
         threads=threads,
         q=strided(q),
         k=strided(k),
@@ -67,6 +69,7 @@ def backward(
             scale=scale,
             bias=bias,
             key_mask=key_mask,
+            causal=causal,
             bias_grad=bias_grad,
         )
     _, T, H, _ = q.shape
@@ -82,6 +85,7 @@ def backward(
     native.extension.attention_backward(
         shape=shape,
         scale=scale,
+        causal=causal,
         threads=threads,
         q=strided(q),
         k=strided(k),
@@ -124,8 +128,6 @@ def unsupported(
     deterministic=False,
     bias_grad=False,
 ) -> str | None:
-    if causal:
-        return "it has no causal kernel; give a bias of 0 and -inf"
     if q.device.type != "cpu":
         return f"tensors are on {q.device.type}; these kernels run on cpu"
     if native.extension is None:

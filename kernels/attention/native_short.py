@@ -17,17 +17,17 @@ _GROUPS = 16
 _LANES = 16
 
 
-def forward(q, k, v, *, scale, bias, key_mask):
+def forward(q, k, v, *, scale, bias, key_mask, causal):
     B, T, H, _ = q.shape
-    arguments, _kept = _arguments(q, k, v, scale, bias, key_mask)
+    arguments, _kept = _arguments(q, k, v, scale, bias, key_mask, causal)
     out, lse = contiguous_like(q), torch.empty((B, H, T), dtype=q.dtype)
     native.extension.short_attention_forward(**arguments, out=address(out), lse=address(lse))
     return out, lse
 
 
-def backward(d_out, d_lse, q, k, v, lse, *, scale, bias, key_mask, bias_grad):
+def backward(d_out, d_lse, q, k, v, lse, *, scale, bias, key_mask, causal, bias_grad):
     B, T, H, _ = q.shape
-    arguments, _kept = _arguments(q, k, v, scale, bias, key_mask)
+    arguments, _kept = _arguments(q, k, v, scale, bias, key_mask, causal)
     d_out = d_out if d_out.stride(-1) == 1 else d_out.contiguous()
     lse, d_lse = lse.contiguous(), None if d_lse is None else d_lse.contiguous()
     groups = min(B, _GROUPS) if bias_grad else B
@@ -49,7 +49,7 @@ def backward(d_out, d_lse, q, k, v, lse, *, scale, bias, key_mask, bias_grad):
     return d_q, d_k, d_v, None if d_bias is None else d_bias.sum(0)[..., :T].transpose(1, 2)
 
 
-def _arguments(q, k, v, scale, bias, key_mask):
+def _arguments(q, k, v, scale, bias, key_mask, causal):
     """What both calls have in common, and the tensors whose addresses are in it."""
     B, T, H, D = q.shape
     shape, threads = (B, T, k.shape[1], H, D), min(torch.get_num_threads(), B * H)
@@ -62,6 +62,7 @@ def _arguments(q, k, v, scale, bias, key_mask):
     arguments = dict(
         shape=shape,
         scale=scale,
+        causal=causal,
         threads=threads,
         q=strided(q),
         k=strided(k),

@@ -4,6 +4,8 @@ The backward in one pass adds to d_q with atomics; in two passes it gives the sa
 The presets' lengths (393, 785, 1569) sit just past a tile's edge. So every walk takes one narrow
 tail, the smallest of 16, 32, 64, 128 that covers the rest, then full blocks without a mask. The
 tail comes first: behind the loop it made ptxas serialise Hopper's asynchronous products (C7515).
+With CAUSAL, T == S: a walk ends, or begins, with its tile; blocks on the diagonal take the tail's
+place, and only they are masked.
 Short sequences have a backward of their own, in triton_small.py. Tile sizes: triton_tiles.py.
 """
 
@@ -33,15 +35,15 @@ from .triton_tiles import TUNING, dot_size, walk  # noqa: F401 (TUNING: read by 
 
 
 @triton.jit
-def _locate(length, H, BLOCK: tl.constexpr):
+def _locate(length, H, BLOCK: tl.constexpr, REVERSED: tl.constexpr = False):
     """(b, h, first row) of this program. Neighbours share a head, so its other side stays in L2."""
     programs = tl.cdiv(length, BLOCK)
     head = tl.program_id(0) // programs
-    return (
-        tl.cast(head // H, tl.int64),
-        tl.cast(head % H, tl.int64),
-        tl.cast(tl.program_id(0) % programs * BLOCK, tl.int64),
-    )
+    b, h = tl.cast(head // H, tl.int64), tl.cast(head % H, tl.int64)
+    tile = tl.program_id(0) % programs
+    if REVERSED:  # the longest walks begin first
+        tile = programs - 1 - tile
+    return b, h, tl.cast(tile * BLOCK, tl.int64)
 
 
 # -- forward -----------------------------------------------------------------------------------
@@ -57,8 +59,12 @@ def _attend(
     WIDTH: tl.constexpr, RAGGED: tl.constexpr,
     HEAD_DIM: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_MASK: tl.constexpr,
     LOG_SCALE: tl.constexpr, PRECISION: tl.constexpr,
+    DIAGONAL: tl.constexpr = False, ahead=0,
 ):  # fmt: skip
-    """One step of the online softmax: WIDTH keys. RAGGED: only ``s_left`` of them exist."""
+    """One step of the online softmax: WIDTH keys. RAGGED: only ``s_left`` of them exist.
+
+    DIAGONAL: a query attends keys up to its own, the first one those up to ``ahead``.
+    """
     k += start * k_s
     v += start * v_s
     bias += start * bias_s
@@ -76,13 +82,17 @@ def _attend(
         if HAS_MASK:
             attended = tl.load(key_mask + offset(s, mask_s), mask=attended, other=0) != 0
         scores = tl.where(attended[None, :], scores, -float("inf"))
+        if DIAGONAL:
+            scores = tl.where(s[None, :] <= t[:, None] + ahead, scores, -float("inf"))
         new_max = tl.maximum(row_max, tl.max(scores, 1))
         # no key so far: -inf less -inf would give nan
         finite_max = tl.where(new_max == -float("inf"), 0.0, new_max)
         p = scaled_exp(scores - finite_max[:, None], LOG_SCALE)
         rescale = scaled_exp(row_max - finite_max, LOG_SCALE)
     else:
-        if RAGGED:
+        if DIAGONAL:  # no query has come to keys beyond the last
+            scores = tl.where(s[None, :] <= t[:, None] + ahead, scores, -float("inf"))
+        elif RAGGED:
             scores = tl.where(s[None, :] < s_left, scores, -float("inf"))
         new_max = tl.maximum(row_max, tl.max(scores, 1) * scale)
         p = scaled_exp(scores * scale - new_max[:, None], LOG_SCALE)  # one FMA
@@ -96,13 +106,13 @@ def _attend(
 def _forward_tile(
     scale, out_t,
     q, k, v, bias, key_mask, out, lse,  # pointers to the tile's first query, to the first key
-    t_left, S, q_t, k_s, v_s, bias_t, bias_s, mask_s,
+    t_left, first, S, q_t, k_s, v_s, bias_t, bias_s, mask_s,
     ROWS: tl.constexpr, RAGGED: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr,
     FULL_S: tl.constexpr, TAIL_S: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_MASK: tl.constexpr,
-    LOG_SCALE: tl.constexpr, PRECISION: tl.constexpr,
+    LOG_SCALE: tl.constexpr, PRECISION: tl.constexpr, CAUSAL: tl.constexpr,
 ):  # fmt: skip
-    """ROWS queries by all keys of their head. RAGGED: only ``t_left`` of the queries exist."""
+    """ROWS queries by the keys of their head. RAGGED: only ``t_left`` of the queries exist."""
     t, d = tl.arange(0, ROWS), tl.arange(0, BLOCK_D)
     queries = load_rows(q, q_t, t, d, t_left, HEAD_DIM, RAGGED)
     acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
@@ -110,7 +120,19 @@ def _forward_tile(
     row_max = tl.full([ROWS], -float("inf"), tl.float32)
     full = S // BLOCK_S * BLOCK_S
     tile = (queries, k, v, bias, key_mask, scale, t, t_left, d, k_s, v_s, bias_t, bias_s, mask_s)
-    if TAIL_S:
+    if CAUSAL:
+        full = first // BLOCK_S * BLOCK_S
+        for step in tl.static_range(0, ROWS, BLOCK_S):
+            start = full + step
+            acc, row_sum, row_max = _attend(
+                *(acc, row_sum, row_max),
+                *(tl.cast(start, tl.int64), S - start),
+                *tile,
+                *(BLOCK_S, True),
+                *(HEAD_DIM, HAS_BIAS, HAS_MASK, LOG_SCALE, PRECISION),
+                *(True, first - start),
+            )
+    elif TAIL_S:
         acc, row_sum, row_max = _attend(
             *(acc, row_sum, row_max),
             *(tl.cast(full, tl.int64), S - full),
@@ -150,7 +172,7 @@ def _forward_kernel(
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr,
     FULL_T: tl.constexpr, TAIL_T: tl.constexpr, FULL_S: tl.constexpr, TAIL_S: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_MASK: tl.constexpr,
-    LOG_SCALE: tl.constexpr, PRECISION: tl.constexpr,
+    LOG_SCALE: tl.constexpr, PRECISION: tl.constexpr, CAUSAL: tl.constexpr = False,
 ):  # fmt: skip
     """One program: BLOCK_T queries of one head, or the TAIL_T last ones; walks the keys.
 
@@ -158,7 +180,7 @@ def _forward_kernel(
     masked, by one code for them and the last. Keeps the running row_max, row_sum and acc. Writes
     out (B, T, H, D) and lse (B, H, T).
     """
-    b, h, first = _locate(T, H, BLOCK_T)
+    b, h, first = _locate(T, H, BLOCK_T, CAUSAL)
     q += b * q_b + h * q_h + first * q_t
     k += b * k_b + h * k_h
     v += b * v_b + h * v_h
@@ -168,7 +190,7 @@ def _forward_kernel(
     lse += (b * H + h) * T + first
     t_left = (T - first).to(tl.int32)
     pointers = (q, k, v, bias, key_mask, out, lse)
-    sizes = (t_left, S, q_t, k_s, v_s, bias_t, bias_s, mask_s)
+    sizes = (t_left, first.to(tl.int32), S, q_t, k_s, v_s, bias_t, bias_s, mask_s)
     if FULL_T:  # noqa: SIM102 (the outer one is the compiler's)
         if t_left >= BLOCK_T:
             _forward_tile(
@@ -177,7 +199,7 @@ def _forward_kernel(
                 *sizes,
                 *(BLOCK_T, False),
                 *(HEAD_DIM, BLOCK_D, BLOCK_S, FULL_S, TAIL_S),
-                *(HAS_BIAS, HAS_MASK, LOG_SCALE, PRECISION),
+                *(HAS_BIAS, HAS_MASK, LOG_SCALE, PRECISION, CAUSAL),
             )
     if TAIL_T:  # noqa: SIM102
         if t_left < BLOCK_T or TAIL_T == BLOCK_T:
@@ -187,14 +209,15 @@ def _forward_kernel(
                 *sizes,
                 *(TAIL_T, True),
                 *(HEAD_DIM, BLOCK_D, BLOCK_S, FULL_S, TAIL_S),
-                *(HAS_BIAS, HAS_MASK, LOG_SCALE, PRECISION),
+                *(HAS_BIAS, HAS_MASK, LOG_SCALE, PRECISION, CAUSAL),
             )
 
 
 def forward(q, k, v, *, scale, bias=None, key_mask=None, causal=False, deterministic=False):
     B, T, H, D = q.shape
     S = k.shape[1]
-    blocks = _choose("attention_forward", arch(), q, k, bias, triton_tiles.forward_tiles)
+    more = {"causal": 1} if causal else {}
+    blocks = _choose("attention_forward", arch(), q, k, bias, triton_tiles.forward_tiles, **more)
     rows = blocks["BLOCK_T"]
     last = triton_tiles.last_tile(T, rows)
     ends = dict(FULL_T=rows <= T and last < rows, TAIL_T=last) | walk("S", S, blocks)
@@ -202,7 +225,7 @@ def forward(q, k, v, *, scale, bias=None, key_mask=None, causal=False, determini
     lse = torch.empty((B, H, T), dtype=torch.float32, device=q.device)
     inputs = (q, k, v, *optional(q, bias, key_mask))
     strides = all_strides((q, k, v), bias, key_mask)
-    constants = _constants(q, bias, key_mask)
+    constants = _constants(q, bias, key_mask, causal)
     _forward_kernel[(triton.cdiv(T, rows) * B * H,)](
         *inputs, out, lse, scale, H, T, S, *strides, **ends, **constants, **blocks
     )
@@ -267,11 +290,13 @@ def _accumulate_dk_dv(
     WIDTH: tl.constexpr, RAGGED: tl.constexpr,
     HEAD_DIM: tl.constexpr, HAS_BIAS: tl.constexpr, ONE_PASS: tl.constexpr,
     LOG_SCALE: tl.constexpr, PRECISION: tl.constexpr,
+    DIAGONAL: tl.constexpr = False, ahead=0,
 ):  # fmt: skip
     """d_k and d_v of a tile of keys, plus what WIDTH queries add; scores are transposed.
 
     RAGGED: only ``t_left`` of the queries exist. ONE_PASS: also adds what the keys give to the
-    queries' d_q, atomically.
+    queries' d_q, atomically. DIAGONAL: a key meets the queries from its own on, the first one those
+    from ``ahead`` on.
     """
     q += start * q_t
     g += start * g_t
@@ -301,6 +326,8 @@ def _accumulate_dk_dv(
         # d_q mixes the keys. d_k and d_v do not: in them the rows of masked or missing keys may
         # hold anything, and are set to 0 at the end or not stored.
         p = tl.where(attended[:, None], p, 0.0)
+    if DIAGONAL:
+        p = tl.where(t[None, :] >= s[:, None] + ahead, p, 0.0)
     d_v = tl.dot(p.to(gradients.dtype), gradients, d_v, input_precision=PRECISION)
     d_s = (p * (d_p - row_delta[None, :])).to(queries.dtype)
     d_k = tl.dot(d_s, queries, d_k, input_precision=PRECISION)
@@ -322,6 +349,7 @@ def _backward_keys_kernel(
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr,
     FULL_T: tl.constexpr, TAIL_T: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_MASK: tl.constexpr,
     ONE_PASS: tl.constexpr, LOG_SCALE: tl.constexpr, PRECISION: tl.constexpr,
+    CAUSAL: tl.constexpr = False,
 ):  # fmt: skip
     """One program: BLOCK_S keys of one head; walks the queries; writes d_k and d_v (B, S, H, D).
 
@@ -348,7 +376,7 @@ def _backward_keys_kernel(
     values = load_rows(v, v_s, s, d, s_left, HEAD_DIM, True)
     acc_k = tl.zeros([BLOCK_S, BLOCK_D], tl.float32)
     acc_v = tl.zeros([BLOCK_S, BLOCK_D], tl.float32)
-    full = T // BLOCK_T * BLOCK_T
+    begin, full = 0, T // BLOCK_T * BLOCK_T
     tile = (keys, values, q, d_out, bias, lse2, delta, d_q, scale, scale * LOG_SCALE)
     place = (attended, s, s_left, d, q_t, g_t, bias_t, bias_s, H * HEAD_DIM)
     if TAIL_T:
@@ -360,9 +388,25 @@ def _backward_keys_kernel(
             *place,
             *(TAIL_T, True),
             *(HEAD_DIM, HAS_BIAS, ONE_PASS, LOG_SCALE, PRECISION),
+            *(CAUSAL, first.to(tl.int32) - full),
         )
+    if CAUSAL and FULL_T:
+        row = first.to(tl.int32)
+        begin = tl.cdiv(row + BLOCK_S, BLOCK_T) * BLOCK_T
+        for step in tl.static_range(0, BLOCK_S, BLOCK_T):
+            start = row // BLOCK_T * BLOCK_T + step
+            at = tl.cast(start, tl.int64)
+            acc_k, acc_v = _accumulate_dk_dv(
+                *(acc_k, acc_v),
+                *(at, full - start),  # without the tail, which is there already
+                *tile,
+                *place,
+                *(BLOCK_T, True),
+                *(HEAD_DIM, HAS_BIAS, ONE_PASS, LOG_SCALE, PRECISION),
+                *(True, row - start),
+            )
     if FULL_T:
-        for start in range(0, full, BLOCK_T):
+        for start in range(begin, full, BLOCK_T):
             at = tl.cast(start, tl.int64)
             acc_k, acc_v = _accumulate_dk_dv(
                 *(acc_k, acc_v),
@@ -403,10 +447,13 @@ def _score_gradients(
     HAS_MASK: tl.constexpr,
     LOG_SCALE: tl.constexpr,
     PRECISION: tl.constexpr,
+    DIAGONAL: tl.constexpr = False,
+    ahead=0,
 ):
     """d_scores (queries, keys) fp32 of a tile, recomputed from lse.
 
-    They are 0 where a key is masked or, with RAGGED, beyond the last.
+    They are 0 where a key is masked or, with RAGGED, beyond the last; with DIAGONAL where it is
+    after its query, the first of which attends keys up to ``ahead``.
     """
     products = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     d_p = tl.dot(g, tl.trans(v), input_precision=PRECISION)  # runs beside the exponentials
@@ -421,6 +468,8 @@ def _score_gradients(
         if HAS_MASK:
             attended = tl.load(key_mask + offset(s, mask_s), mask=attended, other=0) != 0
         p = tl.where(attended[None, :], p, 0.0)
+    if DIAGONAL:
+        p = tl.where(s[None, :] <= t[:, None] + ahead, p, 0.0)
     return p * (d_p - row_delta[:, None])
 
 
@@ -433,6 +482,7 @@ def _accumulate_dq(
     WIDTH: tl.constexpr, RAGGED: tl.constexpr,
     HEAD_DIM: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_MASK: tl.constexpr,
     LOG_SCALE: tl.constexpr, PRECISION: tl.constexpr,
+    DIAGONAL: tl.constexpr = False, ahead=0,
 ):  # fmt: skip
     """d_q of a tile of queries, plus what WIDTH keys add. RAGGED: only ``s_left`` exist."""
     k += start * k_s
@@ -445,7 +495,11 @@ def _accumulate_dq(
     tile = (q, g, keys, values, bias, key_mask, row_lse, row_delta)
     place = (t, t_left, s, s_left, bias_t, bias_s, mask_s)
     d_s = _score_gradients(
-        *tile, score_scale, *place, RAGGED, *(HAS_BIAS, HAS_MASK, LOG_SCALE, PRECISION)
+        *tile,
+        score_scale,
+        *place,
+        RAGGED,
+        *(HAS_BIAS, HAS_MASK, LOG_SCALE, PRECISION, DIAGONAL, ahead),
     )
     return tl.dot(d_s.to(keys.dtype), keys, acc, input_precision=PRECISION)
 
@@ -458,10 +512,10 @@ def _backward_queries_kernel(
     bias_h, bias_t, bias_s, mask_b, mask_s,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr,
     FULL_S: tl.constexpr, TAIL_S: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_MASK: tl.constexpr,
-    LOG_SCALE: tl.constexpr, PRECISION: tl.constexpr,
+    LOG_SCALE: tl.constexpr, PRECISION: tl.constexpr, CAUSAL: tl.constexpr = False,
 ):  # fmt: skip
     """One program: BLOCK_T queries of one head; walks the keys; writes d_q (B, T, H, D)."""
-    b, h, first = _locate(T, H, BLOCK_T)
+    b, h, first = _locate(T, H, BLOCK_T, CAUSAL)
     q += b * q_b + h * q_h + first * q_t
     d_out += b * g_b + h * g_h + first * g_t
     k += b * k_b + h * k_h
@@ -481,7 +535,22 @@ def _backward_queries_kernel(
     full = S // BLOCK_S * BLOCK_S
     tile = (queries, gradients, k, v, bias, key_mask, row_lse, row_delta, scale * LOG_SCALE)
     place = (t, t_left, d, k_s, v_s, bias_t, bias_s, mask_s)
-    if TAIL_S:
+    if CAUSAL:
+        row = first.to(tl.int32)
+        full = row // BLOCK_S * BLOCK_S
+        for step in tl.static_range(0, BLOCK_T, BLOCK_S):
+            start = full + step
+            at = tl.cast(start, tl.int64)
+            acc = _accumulate_dq(
+                acc,
+                *(at, S - start),
+                *tile,
+                *place,
+                *(BLOCK_S, True),
+                *(HEAD_DIM, HAS_BIAS, HAS_MASK, LOG_SCALE, PRECISION),
+                *(True, row - start),
+            )
+    elif TAIL_S:
         at = tl.cast(full, tl.int64)
         acc = _accumulate_dq(
             acc,
@@ -513,7 +582,7 @@ def _backward_bias_kernel(
     bias_h, bias_t, bias_s, mask_b, mask_s,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_MASK: tl.constexpr,
-    LOG_SCALE: tl.constexpr, PRECISION: tl.constexpr,
+    LOG_SCALE: tl.constexpr, PRECISION: tl.constexpr, CAUSAL: tl.constexpr = False,
 ):  # fmt: skip
     """One program: BLOCK_T queries by BLOCK_S keys of one head; walks the batch.
 
@@ -533,7 +602,11 @@ def _backward_bias_kernel(
     key_mask += first_s * mask_s
     acc = tl.zeros([BLOCK_T, BLOCK_S], tl.float32)
     place = (t, t_left, s, s_left, bias_t, bias_s, mask_s)
-    for item in range(0, B):
+    ahead = (first_t - first_s).to(tl.int32)
+    items = B
+    if CAUSAL:
+        items = tl.where(ahead + BLOCK_T > 0, B, 0)  # keys of later tiles: zeros
+    for item in range(0, items):
         b = tl.cast(item, tl.int64)
         rows = (b * H + h) * T + first_t + t
         tile = (
@@ -547,7 +620,11 @@ def _backward_bias_kernel(
             tl.load(delta + rows, mask=t < t_left, other=0.0),
         )
         acc += _score_gradients(
-            *tile, scale * LOG_SCALE, *place, True, *(HAS_BIAS, HAS_MASK, LOG_SCALE, PRECISION)
+            *tile,
+            scale * LOG_SCALE,
+            *place,
+            True,
+            *(HAS_BIAS, HAS_MASK, LOG_SCALE, PRECISION, CAUSAL, ahead),
         )
     inside = (t[:, None] < t_left) & (s[None, :] < s_left)
     tl.store(d_bias + (h * T + first_t + t[:, None]) * S + first_s + s[None, :], acc, mask=inside)
@@ -575,13 +652,15 @@ def backward(
     lse, d_lse = lse.contiguous(), None if d_lse is None else d_lse.contiguous()
     here = arch()
     if triton_small.fits(here, q, k, bias):
-        options = dict(scale=scale, bias=bias, key_mask=key_mask, bias_grad=bias_grad)
-        return triton_small.backward(here, d_out, d_lse, q, k, v, lse, **options)
+        options = dict(scale=scale, bias=bias, key_mask=key_mask, causal=causal)
+        return triton_small.backward(
+            here, d_out, d_lse, q, k, v, lse, **options, bias_grad=bias_grad
+        )
 
     lse2, delta = _statistics(d_out, d_lse, q, out, lse)
     inputs = (d_out, q, k, v, *optional(q, bias, key_mask), lse2, delta)
     strides = all_strides((d_out, q, k, v), bias, key_mask)
-    constants = _constants(q, bias, key_mask)
+    constants = _constants(q, bias, key_mask, causal)
     shape = (here, q, k, bias)
     plan = _choose("attention_backward", *shape, triton_tiles.backward_plan)
     one_pass = not deterministic and bool(plan["ONE_PASS"])
@@ -630,7 +709,7 @@ def _statistics(d_out, d_lse, q, out, lse) -> tuple[torch.Tensor, torch.Tensor]:
     return lse2, delta
 
 
-def _constants(q, bias, key_mask) -> dict[str, bool | int | float | str]:
+def _constants(q, bias, key_mask, causal) -> dict[str, bool | int | float | str]:
     return dict(
         HEAD_DIM=q.shape[-1],
         BLOCK_D=dot_size(q.shape[-1]),
@@ -638,13 +717,16 @@ def _constants(q, bias, key_mask) -> dict[str, bool | int | float | str]:
         HAS_MASK=key_mask is not None,
         LOG_SCALE=log_scale(q.dtype),
         PRECISION=dot_precision(q.dtype),
+        **({"CAUSAL": True} if causal else {}),
     )
 
 
-def _choose(kernel: str, arch: str, q, k, bias, heuristic: Callable[..., Tiles]) -> Tiles:
+def _choose(
+    kernel: str, arch: str, q, k, bias, heuristic: Callable[..., Tiles], **more: int
+) -> Tiles:
     (_, T, _, D), S, biased = q.shape, k.shape[1], bias is not None
-    shape = dict(queries=T, keys=S, head_dim=D, bias=int(biased))
-    given = heuristic(arch, q.dtype, T, S, D, biased)
+    shape = dict(queries=T, keys=S, head_dim=D, bias=int(biased)) | more
+    given = heuristic(arch, q.dtype, T, S, D, biased, **more)
     return tiles.choose(kernel, arch, q.dtype, given, **shape)
 
 
@@ -660,8 +742,6 @@ def unsupported(
     deterministic=False,
     bias_grad=False,
 ) -> str | None:
-    if causal:
-        return "it has no causal kernel; give a bias of 0 and -inf"
     if reason := unsupported_operands(q, k, v, bias):
         return reason
     if any(x.stride(-1) != 1 for x in (q, k, v)):

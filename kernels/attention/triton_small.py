@@ -40,6 +40,7 @@ def _backward_kernel(
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_MASK: tl.constexpr, HAS_D_LSE: tl.constexpr,
     BIAS_GRAD: tl.constexpr, LOG_SCALE: tl.constexpr, PRECISION: tl.constexpr,
+    CAUSAL: tl.constexpr = False,
 ):  # fmt: skip
     """One program: one head of ``items`` batch items, with all their queries and keys.
 
@@ -68,6 +69,8 @@ def _backward_kernel(
         row_lse = tl.where(keyless, float("inf"), row_lse * LOG_SCALE)
 
         attended = inside
+        if CAUSAL:
+            attended = attended & (s[None, :] <= t[:, None])
         if HAS_MASK:
             mask = tl.load(key_mask + b * mask_b + offset(s, mask_s), mask=s < S, other=0) != 0
             attended = attended & mask[None, :]
@@ -101,7 +104,7 @@ def _backward_kernel(
         tl.store(d_bias_strips + at, d_bias, mask=inside)
 
 
-def backward(arch, d_out, d_lse, q, k, v, lse, *, scale, bias, key_mask, bias_grad):
+def backward(arch, d_out, d_lse, q, k, v, lse, *, scale, bias, key_mask, causal, bias_grad):
     B, T, H, D = q.shape
     S = k.shape[1]
     blocks = tiles.choose(
@@ -134,6 +137,7 @@ def backward(arch, d_out, d_lse, q, k, v, lse, *, scale, bias, key_mask, bias_gr
         BIAS_GRAD=bias_grad,
         LOG_SCALE=log_scale(q.dtype),
         PRECISION=dot_precision(q.dtype),
+        **({"CAUSAL": True} if causal else {}),
     )
     sizes = (items, B, H, T, S)
     strides = all_strides((d_out, q, k, v), bias, key_mask)

@@ -67,8 +67,12 @@ def _covering(length: int, largest: int) -> int:
 
 
 @functools.cache
-def forward_tiles(arch: str, dtype: torch.dtype, T: int, S: int, D: int, bias: bool) -> Tiles:
+def forward_tiles(
+    arch: str, dtype: torch.dtype, T: int, S: int, D: int, bias: bool, causal: int = 0
+) -> Tiles:
     """128 queries where there are many: 64 would read each key twice as often, and wait for L2.
+
+    Causal ones would meet two blocks of keys on the diagonal, with registers for one program only.
 
     64 keys need few registers. So several programs share a multiprocessor, and the exponentials
     of one overlap with the products of another.
@@ -83,7 +87,7 @@ def forward_tiles(arch: str, dtype: torch.dtype, T: int, S: int, D: int, bias: b
         large = arch == "sm_80" or reads_shared(arch)
         stages = 4 if large else 2 if arch.startswith("gfx") else 3
         return dict(BLOCK_T=_covering(T, 32), BLOCK_S=columns, num_warps=warps, num_stages=stages)
-    many = T >= 256 and not wide and not arch.startswith("gfx")
+    many = T >= 256 and not (wide or causal or arch.startswith("gfx"))
     rows, warps = (128, 8) if many else (64, 4)
     # two stages copy nothing ahead where products read from shared memory
     ahead = S >= 256 and columns * dot_size(D) <= 64 * 64 and reads_shared(arch)

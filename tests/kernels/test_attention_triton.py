@@ -132,6 +132,28 @@ def test_full_and_last_query_tiles_share_one_masked_code(dtype, device):
         judged("attention", "triton_gpu", case, device, DTYPES[dtype])
 
 
+@pytest.mark.parametrize(
+    ("rows", "columns", "one_pass"), [(32, 16, 0), (16, 32, 1), (64, 64, 1)], ids=str
+)
+@pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias_mask"])
+def test_causal_walks_meet_the_diagonal_in_any_tiles(rows, columns, one_pass, bias):
+    """Several blocks of keys to a tile of queries, several tiles to a block, a tail beyond both."""
+    keys = (75, 40) if bias else None
+    case = AttentionCase("", 2, 75, 75, 1, 16, bias=bias, num_keys=keys, causal=True)
+    tiles = dict(BLOCK_T=rows, BLOCK_S=columns, num_warps=4, num_stages=1)
+    kernels = ("forward", "backward_keys", "backward_queries", "backward_bias")
+    forced = {f"attention_{name}": tiles for name in kernels}
+    with force_tiles(**forced, attention_backward={"ONE_PASS": one_pass}):
+        judged("attention", "triton_gpu", case, "cpu", torch.float32)
+
+
+def test_causal_queries_are_taken_64_at_a_time():
+    """128 of them would meet two blocks on the diagonal, with registers for one program."""
+    shape = ("sm_90", HALF, 785, 785, 64, False)
+    assert triton_tiles.forward_tiles(*shape)["BLOCK_T"] == 128
+    assert triton_tiles.forward_tiles(*shape, causal=1)["BLOCK_T"] == 64
+
+
 ROW = 2**27  # elements between two rows: 16 rows on, an offset of 32 bits is negative
 
 

@@ -32,7 +32,6 @@ BATTERY = [
     for op in OPS
     for backend in JAX_BACKENDS[op]
     for case in PARITY[op]
-    if not (backend == "pallas_tpu" and getattr(case, "causal", False))  # refused: test_options.py
 ]
 
 

@@ -210,6 +210,15 @@ ATTENTION = {
         AttentionCase("", 4, 13, 11, 2, 8, bias=True, num_keys=(11, 4, 0, 1)),
         dict(batch=2, heads=1, unroll=1, rows=13, query_chunk=8, key_chunk=8),
     ),
+    # a second block of one chunk of 16 and one of 6, after two chunks of keys and half a one
+    "causal": (
+        AttentionCase("", 2, 54, 54, 2, 16, causal=True),
+        dict(batch=1, heads=1, unroll=1, rows=32, query_chunk=16, key_chunk=32),
+    ),
+    "causal_bias_and_mask": (
+        AttentionCase("", 2, 21, 21, 2, 8, bias=True, num_keys=(21, 4), causal=True),
+        dict(batch=2, heads=2, unroll=2, rows=21, query_chunk=8, key_chunk=16),
+    ),
 }
 
 
@@ -221,6 +230,8 @@ ATTENTION = {
         ("pairs", torch.float32),
         ("one_query", torch.bfloat16),
         ("bias_and_mask", torch.float32),
+        ("causal", torch.bfloat16),
+        ("causal_bias_and_mask", torch.float32),
     ],
     ids=str,
 )

@@ -26,6 +26,10 @@ CASES = [
     # the backward's blocks of 128 queries: sums of one are added up while the next goes on
     AttentionCase("blocks", 1, 385, 64, 1, 128),
     AttentionCase("blocks_of_few_keys", 1, 385, 97, 1, 64),
+    AttentionCase("causal", 2, 150, 150, 2, 64, num_keys=(150, 70), causal=True),
+    AttentionCase("causal_bias", 1, 97, 97, 2, 40, bias=True, causal=True),
+    AttentionCase("causal_sharp", 1, 161, 161, 1, 64, scale=2.0, causal=True),
+    AttentionCase("causal_chunks", 1, 1090, 1090, 1, 16, causal=True),
     AttentionCase("one_query", 2, 1, 37, 2, 64),
     AttentionCase("one_key", 2, 40, 1, 2, 64),
 ]
@@ -84,6 +88,10 @@ def test_every_short_length(level, queries):
     checks.assert_every_length(torch.bfloat16, queries, longest=70, head_dim=16, bound=0.02)
 
 
+def test_every_short_causal_length(level):
+    checks.assert_every_causal_length(torch.bfloat16, longest=70, head_dim=16, bound=0.02)
+
+
 @every_case
 def test_any_strides_give_the_same_bits(level, case):
     checks.assert_strides_do_not_matter(*draw(case))
@@ -103,6 +111,10 @@ def test_a_head_cut_into_several_tasks_has_the_same_bits(level):
 @pytest.mark.parametrize("value", [math.nan, math.inf, 1e30])
 def test_what_is_not_attended_may_be_anything(level, value):
     checks.assert_hidden_values_do_not_matter(*draw(CASES[2]), value)
+
+
+def test_tiles_after_a_causal_query_are_not_read(level):
+    checks.assert_later_tiles_are_not_read(torch.bfloat16, BOUND)
 
 
 def test_large_scores(level):

@@ -33,6 +33,8 @@ CASES = [
     AttentionCase("bias", 3, 21, 35, 2, 16, bias=True, num_keys=(35, 1, 0)),
     AttentionCase("odd", 2, 19, 13, 3, 21, bias=True),
     AttentionCase("many_biases", 16, 40, 45, 3, 8, bias=True),
+    AttentionCase("causal", 2, 77, 77, 2, 64, num_keys=(77, 30), causal=True),
+    AttentionCase("causal_bias", 3, 35, 35, 2, 21, bias=True, num_keys=(35, 0), causal=True),
     AttentionCase("one_query", 2, 1, 37, 2, 64),
     AttentionCase("one_key", 2, 40, 1, 2, 64),
 ]
@@ -72,6 +74,14 @@ def test_against_fp64(case):
 )
 def test_every_short_length(queries):
     checks.assert_every_length(torch.float32, queries, longest=40, head_dim=20, bound=2 * BOUND)
+
+
+def test_every_short_causal_length():
+    checks.assert_every_causal_length(torch.float32, longest=70, head_dim=20, bound=2 * BOUND)
+
+
+def test_tiles_after_a_causal_query_are_not_read():
+    checks.assert_later_tiles_are_not_read(torch.float32, BOUND)
 
 
 @every_case

@@ -58,6 +58,15 @@ def assert_every_length(dtype, queries, longest, head_dim, bound):
             )
 
 
+def assert_every_causal_length(dtype, longest, head_dim, bound):
+    """All sequences of 1 to ``longest`` tokens."""
+    case = AttentionCase("", 1, longest, longest, 1, head_dim, causal=True)
+    (*tensors, d_lse), options = draw(case, dtype)
+    for T in range(1, longest + 1):
+        few = [x[:, :T] for x in tensors]
+        assert_close_to_fp64((*few, d_lse[..., :T]), options, bound)
+
+
 def assert_strides_do_not_matter(tensors, options):
     """Slices of a packed qkv, of heads before tokens, and rows apart in memory that holds nan."""
     expected = run(native_cpu, *(x.contiguous() for x in tensors), options)
@@ -106,6 +115,16 @@ def assert_hidden_values_do_not_matter(tensors, options, value):
         d_lse.masked_fill(empty[:, None, None], value),
     )
     assert_bits((q, *loud, *d_loud), options, expected)
+
+
+def assert_later_tiles_are_not_read(dtype, bound):
+    """Causal queries give what they give alone, though whole tiles of nan follow them."""
+    (q, k, v, _, _), options = draw(AttentionCase("", 2, 160, 160, 2, 32, causal=True), dtype)
+    later = torch.arange(160)[:, None, None] >= 96
+    out, lse = native_cpu.forward(*(x.masked_fill(later, math.nan) for x in (q, k, v)), **options)
+    alone = reference.forward(*(x[:, :96].double() for x in (q, k, v)), **options)
+    for got, exact in zip((out[:, :96], lse[..., :96]), alone, strict=True):
+        assert (got - exact).norm() <= bound * exact.norm()
 
 
 def assert_nothing_is_touched_beyond(tensors, options, monkeypatch, at_end):
