@@ -377,7 +377,10 @@ def join_hosts(ranks: Ranks) -> None:
         # torchrun's ranks take the devices that their environment shows them, also within SLURM
         alone = "deactivate" if "TORCHELASTIC_RUN_ID" in os.environ else None
         where = (f"{host}:{port}", ranks.world, ranks.rank)
-        jax.distributed.initialize(*where, cluster_detection_method=alone)
+        how: dict[str, Any] = dict(cluster_detection_method=alone)
+        if ranks.patience is not None:  # JAX's own is 100 s, which a busy host may be silent for
+            how["heartbeat_timeout_seconds"] = int(ranks.patience.total_seconds())
+        jax.distributed.initialize(*where, **how)
     except RuntimeError as error:
         raise ValueError(
             f"JAX's {ranks.world} processes do not join at {host}:{port}: {error}"
