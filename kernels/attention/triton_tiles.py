@@ -149,10 +149,11 @@ def backward_bias_tiles(arch: str, dtype: torch.dtype, T: int, S: int, D: int, b
     return dict(BLOCK_T=rows, BLOCK_S=columns, num_warps=4, num_stages=1)
 
 
-def backward_small_tiles(T: int, S: int, D: int) -> Tiles:
+def backward_small_tiles(dtype: torch.dtype, T: int, S: int, D: int) -> Tiles:
     """The tile itself is given: all queries by all keys. Eight warps where four would spill."""
     scores = dot_size(T) * dot_size(S)
-    warps = 8 if scores * dot_size(D) >= 32 * 32 * 128 else 4 if scores > 16 * 16 else 2
+    large = scores * dot_size(D) * dtype.itemsize >= 32 * 32 * 64 * 4
+    warps = 8 if large else 4 if scores > 16 * 16 else 2
     return dict(num_warps=warps, num_stages=1)
 
 

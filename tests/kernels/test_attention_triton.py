@@ -85,11 +85,17 @@ def test_one_program_takes_the_scores_that_its_registers_hold(arch, queries, key
 
 
 @pytest.mark.parametrize(
-    ("queries", "keys", "head_dim", "warps"),
-    [(5, 5, 64, 2), (17, 17, 64, 4), (17, 17, 128, 8), (64, 64, 64, 8)],
+    ("dtype", "queries", "keys", "head_dim", "warps"),
+    [
+        (torch.bfloat16, 5, 5, 64, 2),
+        (torch.bfloat16, 17, 17, 64, 4),
+        (torch.float32, 17, 17, 64, 8),
+        (torch.bfloat16, 17, 17, 128, 8),
+        (torch.bfloat16, 64, 64, 64, 8),
+    ],
 )
-def test_one_programs_warps_grow_with_its_tiles(queries, keys, head_dim, warps):
-    assert triton_tiles.backward_small_tiles(queries, keys, head_dim)["num_warps"] == warps
+def test_one_programs_warps_grow_with_its_tiles(dtype, queries, keys, head_dim, warps):
+    assert triton_tiles.backward_small_tiles(dtype, queries, keys, head_dim)["num_warps"] == warps
 
 
 @pytest.mark.parametrize(
