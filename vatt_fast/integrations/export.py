@@ -119,7 +119,7 @@ def export(
     training = net.training
     net.eval()
     try:
-        files = [_write(Tower(net, name), folder / f"{name}.{format}") for name in wanted]
+        files = [_write(Tower(net, name).eval(), folder / f"{name}.{format}") for name in wanted]
     finally:
         net.train(training)
     if isinstance(net, VATT) and net.vocabulary is not None and "text" in wanted:
