@@ -1,6 +1,7 @@
 """Several processes joined by gloo, as many devices are, and the end of those left over."""
 
 import contextlib
+import multiprocessing
 import os
 import signal
 import tempfile
@@ -36,6 +37,8 @@ def _process(
     rank: int, world: int, folder: str, function: Callable, arguments: tuple, dtensors: bool
 ) -> None:
     torch.set_num_threads(1)
+    # ends with its parent, and may have a loader's workers nevertheless
+    multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
     where = dict(init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
     with process_group("gloo", **where):
         torch.save(function(rank, world, *arguments), Path(folder) / f"{rank}.pt")

@@ -24,7 +24,7 @@ import torch.distributed as dist
 from training_runs import MODEL, metrics, settings
 
 from vatt_fast.config import MODALITIES, TowerConfig
-from vatt_fast.training import loop
+from vatt_fast.training import loop, running
 from vatt_fast.training.checkpoint import CHECKPOINT, read_standing
 from vatt_fast.training.shards import folders, join_shards
 from vatt_fast.training.step import TorchTrainer
@@ -88,7 +88,7 @@ def at_fsync(count: int, act: Callable[[], None], joining: bool = False) -> None
 
     Only what is written beside the steps is counted, or what is written when shards are joined.
     """
-    fsync, join = os.fsync, loop.join_shards
+    fsync, join = os.fsync, running.join_shards
     calls, joins = [], []
 
     def counted(number: int) -> None:
@@ -103,7 +103,7 @@ def at_fsync(count: int, act: Callable[[], None], joining: bool = False) -> None
         joins.append(True)
         join(*arguments)
 
-    os.fsync, loop.join_shards = counted, noted
+    os.fsync, running.join_shards = counted, noted
 
 
 def same(a: Path, b: Path) -> bool:
@@ -228,7 +228,7 @@ def best() -> dict:
 
     def work(rank: int) -> None:
         means = iter([2.0, 1.0, 3.0])
-        loop.Mean.take = lambda self: next(means)
+        running.Mean.take = lambda self: next(means)
         pretrain(out, keep_last=1)
 
     on_ranks(work)
