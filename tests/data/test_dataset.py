@@ -203,7 +203,7 @@ def test_cache_gives_the_same_clips_and_decodes_once(make, tmp_path, monkeypatch
         assert same(one, other, [name for name in TENSORS if name != "audio"])
         torch.testing.assert_close(one.audio, other.audio, rtol=0, atol=1e-6)
     assert len(list((tmp_path / "cache").iterdir())) == COUNT
-    monkeypatch.setattr(dataset_module, "MediaReader", None)
+    monkeypatch.setattr(dataset_module, "reader_class", lambda decoder: None)
     monkeypatch.setattr(cache_module, "MediaReader", None)
     assert same(make(cache_dir=tmp_path / "cache")[5], cached[5])
 

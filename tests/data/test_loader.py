@@ -26,7 +26,7 @@ from vatt_fast.data import workers as workers_module
 from vatt_fast.data.clips import Batch, ClipSpec, DropToken
 from vatt_fast.data.dataset import ClipDataset, ClipFolder
 from vatt_fast.data.loader import evaluation_clips, loader
-from vatt_fast.data.media import MediaError
+from vatt_fast.data.media import MediaError, MediaReader
 from vatt_fast.data.media_writer import write_clip
 from vatt_fast.data.source import MixedSource
 from vatt_fast.data.sources import open_source
@@ -207,13 +207,13 @@ def test_sources_without_sound_or_words_stand_beside_others(folder, tmp_path, mo
         write_clip(silent / f"{number}.mp4", grey, None)
     (silent / "2.mp4").write_bytes(b"no")
     asked = []
-    original = dataset_module.MediaReader.clips
+    original = MediaReader.clips
 
     def clips(self, starts, only=None, **options):
         asked.append((os.path.basename(self.name), only))
         return original(self, starts, only=only, **options)
 
-    monkeypatch.setattr(dataset_module.MediaReader, "clips", clips)
+    monkeypatch.setattr(MediaReader, "clips", clips)
     mixed = MixedSource([(open_source(folder), 0.5), (open_source(silent), 0.5)])
     silent_has = mixed.sources[1].has
     for step in range(4):
@@ -228,13 +228,12 @@ def test_sources_without_sound_or_words_stand_beside_others(folder, tmp_path, mo
 
 def test_several_windows_of_one_decode_come_in_steps_of_their_own(folder, monkeypatch):
     opened = []
-    original = dataset_module.MediaReader
 
     def reader(path):
         opened.append(path)
-        return original(path)
+        return MediaReader(path)
 
-    monkeypatch.setattr(dataset_module, "MediaReader", reader)
+    monkeypatch.setattr(dataset_module, "reader_class", lambda decoder: reader)
     source = open_source(folder)
     batches = [batch.clone() for batch in loader(dataset(source, windows_per_decode=3), 0, 12)]
     assert len(opened) == 12 // 3 * 4
