@@ -1,5 +1,6 @@
 """What the tests stand on."""
 
+import os
 import subprocess
 import sys
 import time
@@ -34,3 +35,14 @@ def test_processes_end_with_their_test(request):
     while runs():
         assert time.monotonic() < until
         time.sleep(0.01)
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getscheduler"), reason="no scheduling policies here")
+def test_encoders_leave_the_scheduling_alone(tmp_path):
+    av = pytest.importorskip("av")
+    if "libsvtav1" not in av.codecs_available:
+        pytest.skip("this PyAV has no SVT-AV1")
+    from media_files import encode
+
+    encode(tmp_path / "clip.mp4", video="libsvtav1", seconds=0.5, video_options={"preset": "12"})
+    assert os.sched_getscheduler(0) == os.SCHED_OTHER

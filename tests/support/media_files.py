@@ -3,6 +3,8 @@
 Shapes: T frames, S samples.
 """
 
+import contextlib
+import os
 from fractions import Fraction
 
 import numpy as np
@@ -67,7 +69,7 @@ def encode(
     """
     import av
 
-    with av.open(str(path), "w", format=muxer, options=container or {}) as out:
+    with _usual_scheduling(), av.open(str(path), "w", format=muxer, options=container or {}) as out:
         writers = []
         if video:
             stream = out.add_stream(video, rate=fps)
@@ -90,6 +92,20 @@ def encode(
             times[place], ready = packets[place]
             for packet in ready:
                 out.mux(packet)
+
+
+@contextlib.contextmanager
+def _usual_scheduling():
+    """Undo what SVT-AV1 does as root: it gives the thread that calls it real-time priority.
+
+    All that this process starts later would inherit it, and starve every other one.
+    """
+    policy = os.sched_getscheduler(0) if hasattr(os, "sched_getscheduler") else None
+    try:
+        yield
+    finally:
+        if policy is not None and os.sched_getscheduler(0) != policy:
+            os.sched_setscheduler(0, policy, os.sched_param(0))
 
 
 def _pictures(av, stream, pictures, fps):
