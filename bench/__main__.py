@@ -8,6 +8,9 @@
     python -m bench accuracy --tables   # the paper's tables in miniature; 2 hours on 2 cores
     python -m bench data                # clips decoded a second and a core, by codec and size
     python -m bench ranks               # steps of 1, 2 and 4 gloo ranks: time, bytes sent
+    python -m bench integrations        # our ops inside other libraries, and their memory
+    python -m bench peer-losses --packages DIR    # others' losses on several processes
+    python -m bench large-index         # a run on a million files: its start, its memory
     python -m bench floors              # FLOPs, bytes and predicted times of every case
     python -m bench compile --target sm_90        # kernels through the real compilers, no device
     python -m bench tune                # the Triton kernels' tiles, on a GPU
@@ -40,8 +43,11 @@ from . import (
     data,
     floors,
     gpu,
+    integrations,
+    large_index,
     lines,
     miniature,
+    peer_losses,
     ranks,
     report,
     steps,
@@ -71,7 +77,9 @@ def _parser() -> argparse.ArgumentParser:
     ops, both = list(OPS), ["fwd", "fwd+bwd"]
 
     def add(run: Any, help: str) -> Any:
-        made = commands.add_parser(run.__name__.strip("_"), help=help, description=help)
+        made = commands.add_parser(
+            run.__name__.strip("_").replace("_", "-"), help=help, description=help
+        )
         made.set_defaults(run=run, parser=made)
         return made.add_argument
 
@@ -129,6 +137,21 @@ def _parser() -> argparse.ArgumentParser:
     option("--rounds", type=int, default=30, help="steps that are timed")
     option("--resume", action="store_true", help="leave out what the results hold")
     option("--out", type=Path, default=ranks.FILE, help="append the rows")
+
+    option = add(_integrations, "our ops inside other libraries, against their own paths")
+    option("--speed", type=int, default=0, metavar="ROUNDS", help="a column of time")
+    option("--memory", type=int, metavar="BATCH", help="instead: peak memory of the losses")
+    option("--ours", action="store_true", help="with --memory: leave theirs out")
+    option("--packages", type=Path, help="a folder of packages, tried first")
+
+    option = add(_peer_losses, "other packages' losses on several processes, against one")
+    option("--packages", required=True, help="folder that they are installed in")
+
+    option = add(_large_index, "start on an index of HowTo100M's size: time and memory")
+    option("--examples", type=int, default=1_000_000)
+    option("--captions", type=int, default=110, help="of an example")
+    option("--shards", type=int, default=1000, help="0: single files")
+    option("--folder", type=Path, help="for a folder that is removed again")
 
     option = add(_floors, "print what every case costs at least")
     option("--op", nargs="+", choices=ops, default=ops)
@@ -306,6 +329,18 @@ def _data(given: argparse.Namespace) -> int:
 
 def _ranks(given: argparse.Namespace) -> int:
     return ranks.run(given.configuration, given.batch, given.rounds, given.out, given.resume)
+
+
+def _integrations(given: argparse.Namespace) -> int:
+    return integrations.run(given.memory, given.speed, given.ours, given.packages)
+
+
+def _peer_losses(given: argparse.Namespace) -> int:
+    return peer_losses.run(given.packages)
+
+
+def _large_index(given: argparse.Namespace) -> int:
+    return large_index.run(given.examples, given.captions, given.shards, given.folder)
 
 
 # -- without a measurement of speed, or on a GPU ----------------------------------------------

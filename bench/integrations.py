@@ -1,15 +1,14 @@
 """Our ops inside other libraries, held against the libraries' own paths; and peak memory of losses.
 
-    python -m bench.integrations                 the errors, as a Markdown table
-    python -m bench.integrations --speed 15      beside them time, of as many interleaved rounds
-    python -m bench.integrations --memory 8192   peak memory of the losses at this batch
+    python -m bench integrations                 the errors, as a Markdown table
+    python -m bench integrations --speed 15      beside them time, of as many interleaved rounds
+    python -m bench integrations --memory 8192   peak memory of the losses at this batch
 
 Models are small and of random weights. An error is ||ours - theirs|| / ||theirs||, of the output
 and of all gradients as one vector. What bf16 itself costs the library stands beside it: its own
 bf16 path against its fp32 path. Libraries that do not import are left out, with the reason.
 """
 
-import argparse
 import functools
 import importlib
 import importlib.util
@@ -440,18 +439,15 @@ def memory(rows: int, skip_theirs: bool) -> str:
     return "\n".join(lines)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--memory", type=int, metavar="BATCH", help="peak memory of the losses")
-    parser.add_argument("--speed", type=int, default=0, metavar="ROUNDS", help="a column of time")
-    parser.add_argument("--ours", action="store_true", help="with --memory: leave theirs out")
-    parser.add_argument("--packages", type=Path, help="a folder of packages, tried first")
-    asked = parser.parse_args()
-    if asked.packages:
-        sys.path.insert(0, str(asked.packages))
-    print(memory(asked.memory, asked.ours) if asked.memory else table(asked.speed))
+def run(batch: int | None, rounds: int, ours_alone: bool, packages: Path | None) -> int:
+    """Print the table, or with a batch the peak memory of the losses.
+
+    Args:
+        rounds: of time; 0 leaves its column out.
+        ours_alone: of the memory.
+        packages: a folder of packages, which are tried first.
+    """
+    if packages:
+        sys.path.insert(0, str(packages))
+    print(table(rounds) if batch is None else memory(batch, ours_alone))
     return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

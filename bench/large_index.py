@@ -1,7 +1,7 @@
 """How long a run on a large data set takes to start and to go on, and what memory it takes.
 
-    python -m bench.large_index --examples 1000000 --captions 110 --shards 1000
-    python -m bench.large_index --examples 1000000 --captions 110 --shards 0
+    python -m bench large-index --examples 1000000 --captions 110 --shards 1000
+    python -m bench large-index --examples 1000000 --captions 110 --shards 0
 
 It writes an index as of HowTo100M's size, of tar shards or, without them, of single files below a
 folder: times, offsets, names and words for real, texts and word numbers as files with holes. The
@@ -10,7 +10,6 @@ the index in a fresh process, as ``pretrain`` does, reads examples all over it, 
 and one that goes on. Memory is told beyond what the imports take.
 """
 
-import argparse
 import json
 import multiprocessing
 import os
@@ -26,6 +25,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from .machine import ROOT
 
 LETTERS, WORDS = 48, 9  # of a caption
 LEXICON = 300_000
@@ -256,29 +257,29 @@ def batches(source: Any, vocabulary: Any) -> dict[str, float]:
     return found
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--examples", type=int, default=1_000_000)
-    parser.add_argument("--captions", type=int, default=110)
-    parser.add_argument("--shards", type=int, default=1000, help="0: single files")
-    parser.add_argument("--folder", type=Path, help="for a folder that is removed again")
-    parser.add_argument("--measure", help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.measure:
-        print(json.dumps(measure(given.measure)))
-        return
-    with tempfile.TemporaryDirectory(dir=given.folder) as folder:
+_ALONE = """
+import json, sys
+from bench.large_index import measure
+print(json.dumps(measure(sys.argv[1])))
+"""
+
+
+def run(examples: int, captions: int, shards: int, place: Path | None) -> int:
+    """Write an index, measure it in a fresh process, twice, and print what was found.
+
+    Args:
+        shards: 0: single files.
+        place: where a folder is made, which is removed again; None: the system's own.
+    """
+    with tempfile.TemporaryDirectory(dir=place) as folder:
         began = time.perf_counter()
-        data = write(Path(folder), given.examples, given.captions, given.shards)
-        held = f"in {given.shards} shards" if given.shards else "in single files"
+        data = write(Path(folder), examples, captions, shards)
+        held = f"in {shards} shards" if shards else "in single files"
         took = f"written in {time.perf_counter() - began:.0f} s"
-        print(f"{given.examples} examples of {given.captions} captions {held}, {took}", flush=True)
-        command = [sys.executable, "-m", "bench.large_index", "--measure", data]
+        print(f"{examples} examples of {captions} captions {held}, {took}", flush=True)
         for _ in range(2):  # the second time what was read is in the system's cache
-            done = subprocess.run(command, check=True, stdout=subprocess.PIPE)
+            command = [sys.executable, "-c", _ALONE, data]
+            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, cwd=ROOT)
             for name, value in json.loads(done.stdout.splitlines()[-1]).items():
                 print(f"  {name:44} {value:10.3f}")
-
-
-if __name__ == "__main__":
-    main()
+    return 0

@@ -1,6 +1,6 @@
 """Contrastive losses of other packages on several processes, against themselves on one.
 
-    python -m bench.peer_losses --packages DIR
+    python -m bench peer-losses --packages DIR
 
 A package is right where W processes return the loss and the gradients that it has itself on one
 process with the whole batch, of which the invalid pairs were taken out before. Value: the mean over
@@ -10,7 +10,6 @@ to a loss (masks) is left out of its call. DIR holds the packages, each installe
 imports. The errors, as a Markdown table, go to standard output.
 """
 
-import argparse
 import datetime
 import importlib
 import sys
@@ -174,10 +173,8 @@ def _make_importable(packages: str) -> None:
     sys.modules["torchvision.ops"] = vision
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser("python -m bench.peer_losses", description=__doc__)
-    parser.add_argument("--packages", required=True, help="folder the packages are installed in")
-    packages = parser.parse_args().packages
+def run(packages: str) -> int:
+    """Print the table of the packages in a folder."""
     _make_importable(packages)
     jobs = [(peer, name) for peer in _PEERS for name in _CASES]
     # what waits for ever takes its processes along
@@ -191,7 +188,4 @@ def main() -> None:
     print("|---" * (len(_CASES) + 1) + "|")
     for peer in _PEERS:
         print(f"| {peer} |", " | ".join(cells[peer, name] for name in _CASES), "|")
-
-
-if __name__ == "__main__":
-    main()
+    return 0

@@ -4,7 +4,6 @@ Each rank is a process with one thread, over gloo, as `vatt-fast pretrain` runs 
 one batch. On as many cores as ranks, or fewer, this tells what exchanging costs, not how it scales.
 """
 
-import argparse
 import dataclasses
 import json
 import os
@@ -204,9 +203,7 @@ def _written() -> int:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    for each, kind in (("name", str), ("batch", int), ("strategy", str), ("rounds", int)):
-        parser.add_argument(each, type=kind)
+    name, batch, strategy, rounds = sys.argv[1:]
     torch.set_num_threads(1)
-    print(json.dumps(_rank(**vars(parser.parse_args()))), flush=True)
+    print(json.dumps(_rank(name, int(batch), strategy, int(rounds))), flush=True)
     leave(0)
