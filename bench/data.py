@@ -24,6 +24,7 @@ from vatt_fast.data.cache import ClipCache
 from vatt_fast.data.clips import ClipSpec
 from vatt_fast.data.media import MediaReader
 from vatt_fast.data.source import Place
+from vatt_fast.data.torchcodec_reader import reader_class
 from vatt_fast.flops import true_flops
 
 from . import lines, machine
@@ -164,6 +165,15 @@ def readers(path: Path, folder: Path, failed: dict[str, str]) -> dict[str, Calla
         samples = iter(pipeline.repeat())
         return lambda start: decode(io.BytesIO(next(samples)["mp4"]), start, to_array)
 
+    def by_torchcodec() -> Callable[[float], Any]:
+        opened = reader_class("torchcodec")
+
+        def read(start: float) -> Any:
+            with opened(path) as reader:
+                return reader.clip(start=start, **SPEC.reader_arguments())
+
+        return read
+
     def energon() -> Callable[[float], Any]:
         decoder = importlib.import_module("megatron.energon.av").AVDecoder
 
@@ -182,10 +192,14 @@ def readers(path: Path, folder: Path, failed: dict[str, str]) -> dict[str, Calla
         "ours, augmented": augmented,
         "ours, cached": cached,
     }
-    for name, make in (("webdataset, PyAV, to arrays", webdataset), ("Energon's decoder", energon)):
+    for name, make in (
+        ("torchcodec, a file", by_torchcodec),
+        ("webdataset, PyAV, to arrays", webdataset),
+        ("Energon's decoder", energon),
+    ):
         try:
             found[name] = make()
-        except ImportError as error:
+        except (ImportError, ValueError) as error:  # ValueError: torchcodec does not load
             failed[name] = first_line(error)
     return found
 

@@ -1,7 +1,6 @@
-"""Several processes joined by gloo, as many devices are, and the end of those left over."""
+"""Processes of tests: several joined by gloo, as many devices are; their memory, and their end."""
 
 import contextlib
-import multiprocessing
 import os
 import signal
 import tempfile
@@ -27,7 +26,14 @@ def in_processes(
     """
     with tempfile.TemporaryDirectory() as folder:
         given = (world, folder, function, arguments, dtensors)
-        mp.spawn(_process, given, nprocs=world, daemon=True)
+        spawned = mp.spawn(_process, given, nprocs=world, join=False)
+        try:
+            while not spawned.join():
+                pass
+        except BaseException:  # a test that hangs is interrupted; its processes would go on
+            for process in spawned.processes:
+                process.kill()
+            raise
         return [
             torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(world)
         ]
@@ -37,8 +43,6 @@ def _process(
     rank: int, world: int, folder: str, function: Callable, arguments: tuple, dtensors: bool
 ) -> None:
     torch.set_num_threads(1)
-    # ends with its parent, and may have a loader's workers nevertheless
-    multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
     where = dict(init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
     with process_group("gloo", **where):
         torch.save(function(rank, world, *arguments), Path(folder) / f"{rank}.pt")
@@ -52,6 +56,21 @@ def gloo_threads() -> list[str]:
     """Names of this process's threads that belong to a gloo process group (Linux)."""
     names = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
     return [name for name in names if "gloo" in name]
+
+
+def memory_of_group(group: int) -> int:
+    """Bytes that the processes of a group hold together, but for files (Linux).
+
+    Programs and libraries are shared with whatever else runs on the machine.
+    """
+    total, counted = 0, ("Pss_Anon:", "Pss_Shmem:")
+    for process in Path("/proc").glob("[0-9]*"):
+        # one that has just ended, or is another user's
+        with contextlib.suppress(ProcessLookupError, FileNotFoundError, PermissionError):
+            if os.getpgid(int(process.name)) == group:
+                lines = (process / "smaps_rollup").read_text().splitlines()
+                total += sum(int(line.split()[1]) for line in lines if line.startswith(counted))
+    return total * 1024
 
 
 def kill_processes_of(test: str) -> None:

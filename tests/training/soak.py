@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 
 import numpy as np
 from media_files import encode
+from processes import memory_of_group
 from training_runs import metrics
 
 from vatt_fast.training.checkpoint import CHECKPOINT, read_standing
@@ -63,22 +64,6 @@ def write_folder(folder: Path) -> list[str]:
     return [cut.name, nonsense.name]
 
 
-def memory(group: int) -> int:
-    """Bytes that the processes of a group hold together, but for files.
-
-    Programs and libraries are shared with whatever else runs on the machine.
-    """
-    total, counted = 0, ("Pss_Anon:", "Pss_Shmem:")
-    for process in Path("/proc").iterdir():
-        try:
-            if process.name.isdigit() and os.getpgid(int(process.name)) == group:
-                lines = (process / "smaps_rollup").read_text().splitlines()
-                total += sum(int(line.split()[1]) for line in lines if line.startswith(counted))
-        except (ProcessLookupError, FileNotFoundError, PermissionError):
-            continue  # it has just ended
-    return total * 1024
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -104,7 +89,7 @@ def main() -> None:
             if now > lines:
                 lines, last = now, time.monotonic()
             still = max(still, time.monotonic() - last)
-            held.append(memory(process.pid))
+            held.append(memory_of_group(process.pid))
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGTERM)
         errors = process.communicate()[1].decode()

@@ -271,7 +271,8 @@ def timed_caption(start: Any, end: Any, text: Any, where: str) -> Caption:
 def load_captions(path: str | os.PathLike) -> dict[str, tuple[Caption, ...]]:
     """Read ``{"clip.mp4": [{"start": 0.2, "end": 1.1, "text": "..."}, ...], ...}``.
 
-    Halves of surrogate pairs, as of an emoji cut in two, become U+FFFD, with a warning.
+    A file's captions may also be HowTo100M's lists, see ``from_entries``. Halves of surrogate
+    pairs, as of an emoji cut in two, become U+FFFD, with a warning.
 
     Raises:
         ValueError: anything else, with file, caption, value, rule and remedy.
