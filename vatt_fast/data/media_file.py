@@ -512,12 +512,13 @@ def _seconds(stamp: int, base: Any) -> float:
 def _marks_what_is_unreferenced(stream: Any) -> bool:
     """Whether a stream's pictures say that no other one is made from them, and the decoder knows.
 
-    HEVC says it of its own temporal layer, so there may be only one.
+    HEVC says it of its own temporal layer, so there may be only one. In MPEG-2 and MPEG-4 Part 2
+    it is every picture of type B.
     """
     name, header = stream.codec_context.name, stream.codec_context.extradata
     if name == "hevc" and header and len(header) > 21 and header[0] == 1:  # ISO 14496-15, 8.3.3.1
         return header[21] >> 3 & 7 == 1
-    return name == "h264"
+    return name in ("h264", "mpeg2video", "mpeg4")
 
 
 def frame_seconds(frame: Any, stream: Any) -> float:
