@@ -257,7 +257,12 @@ def _open_clip(bias: bool, dtype: torch.dtype, ours: bool, rows: int = 97, dim: 
 
 
 def _lightly(
-    temperature: float, bank: int, dtype: torch.dtype, ours: bool, rows: int = 300, dim: int = 32
+    temperature: float,
+    dtype: torch.dtype,
+    ours: bool,
+    rows: int = 300,
+    dim: int = 32,
+    bank: int = 0,
 ) -> Step:
     from lightly.loss import ntx_ent_loss
 
@@ -341,6 +346,7 @@ def _case(library: str, name: str, prepare: Callable[..., Step], **real: Any) ->
 
 
 _REAL_LOSS: dict[str, Any] = dict(rows=1024, dim=256)
+_REAL_BANK: dict[str, Any] = dict(rows=256, dim=256, bank=4096)
 _REAL_TIMM: dict[str, Any] = dict(size=112, dim=384, heads=6)
 _partial = functools.partial
 CASES: tuple[Case, ...] = (
@@ -363,9 +369,10 @@ CASES: tuple[Case, ...] = (
         for cached, kind in ((False, "MNRL"), (True, "CachedMNRL"))
         for name, (options, columns) in _RANKING.items()
     ),
-    _case("lightly", "NTXentLoss", _partial(_lightly, 0.5, 0), **_REAL_LOSS),
-    _case("lightly", "NTXentLoss, temperature 0.07", _partial(_lightly, 0.07, 0), **_REAL_LOSS),
-    _case("lightly", "NTXentLoss, memory bank", _partial(_lightly, 0.1, 128), **_REAL_LOSS),
+    _case("lightly", "NTXentLoss", _partial(_lightly, 0.5), **_REAL_LOSS),
+    _case("lightly", "NTXentLoss, temperature 0.07", _partial(_lightly, 0.07), **_REAL_LOSS),
+    _case("lightly", "NTXentLoss, small memory bank", _partial(_lightly, 0.1, bank=40), **_REAL_LOSS),
+    _case("lightly", "NTXentLoss, memory bank", _partial(_lightly, 0.1, bank=512), **_REAL_BANK),
     _case("timm", "ViT", _partial(_timm, {}), **_REAL_TIMM),
     _case("timm", "ViT, norms of q and k", _partial(_timm, dict(qk_norm=True)), **_REAL_TIMM),
 )
@@ -398,7 +405,7 @@ _LOSSES: dict[str, tuple[str, Callable[..., Step]]] = {
     "ClipLoss": ("open_clip", functools.partial(_open_clip, False)),
     "MNRL, pairs": ("sentence_transformers", functools.partial(_ranking, {}, 2, False)),
     "CachedMNRL, pairs": ("sentence_transformers", functools.partial(_ranking, {}, 2, True)),
-    "NTXentLoss": ("lightly", functools.partial(_lightly, 0.5, 0)),
+    "NTXentLoss": ("lightly", functools.partial(_lightly, 0.5)),
 }
 _DIM = 256
 

@@ -38,7 +38,8 @@ class NTXentLoss(_NTXentLoss):
         if bank is not None:
             if valid is not None:
                 raise ValueError("valid does not go with a memory bank; take those pairs out")
-            return self._against_bank(out0, out1, bank.to(out0), pos, scale)
+            row = _log_sums(out0, bank.T.to(out0), scale)
+            return (torch.logaddexp(row, pos) - pos).mean()
         views = torch.cat((out0, out1))  # (2 * M, D)
         both = None if valid is None else torch.cat((valid, valid))
         everyone, counted, first = views, both, 0
@@ -59,14 +60,18 @@ class NTXentLoss(_NTXentLoss):
             row = torch.where(both, row, pos)
         return mean_of_valid(row - pos, both)
 
-    def _against_bank(self, out0, out1, bank, pos, scale) -> Tensor:
-        """Each pair's other view against the K of the bank (D, K)."""
-        M, K = out0.shape[0], bank.shape[1]
-        beside = torch.arange(M + K, device=out0.device) >= M
-        row, _, _ = contrastive_lse(
-            *(out0, torch.cat((out1.detach(), bank.T))),
-            scale=scale,
-            y_valid=beside,
-            extra_texts=K,
-        )
-        return (torch.logaddexp(row, pos) - pos).mean()
+
+def _log_sums(x: Tensor, others: Tensor, scale: float) -> Tensor:
+    """Of each x (M, D), logsumexp of its scores against K others (K, D), (M,).
+
+    The op expects each of its rows to have a column of its own: the fewer ones are its rows.
+    """
+    turned = len(others) < len(x)
+    rows, columns = (others, x) if turned else (x, others)
+    row, col, _ = contrastive_lse(
+        *(rows, torch.cat((rows.detach(), columns))),
+        scale=scale,
+        y_valid=torch.arange(len(rows) + len(columns), device=x.device) >= len(rows),
+        extra_texts=len(columns),
+    )
+    return col[len(rows) :] if turned else row
