@@ -371,7 +371,9 @@ CASES: tuple[Case, ...] = (
     ),
     _case("lightly", "NTXentLoss", _partial(_lightly, 0.5), **_REAL_LOSS),
     _case("lightly", "NTXentLoss, temperature 0.07", _partial(_lightly, 0.07), **_REAL_LOSS),
-    _case("lightly", "NTXentLoss, small memory bank", _partial(_lightly, 0.1, bank=40), **_REAL_LOSS),
+    _case(
+        "lightly", "NTXentLoss, small memory bank", _partial(_lightly, 0.1, bank=40), **_REAL_LOSS
+    ),
     _case("lightly", "NTXentLoss, memory bank", _partial(_lightly, 0.1, bank=512), **_REAL_BANK),
     _case("timm", "ViT", _partial(_timm, {}), **_REAL_TIMM),
     _case("timm", "ViT, norms of q and k", _partial(_timm, dict(qk_norm=True)), **_REAL_TIMM),
