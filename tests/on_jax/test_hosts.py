@@ -1,4 +1,4 @@
-"""Pre-training in JAX on two hosts of four devices is that on one host of eight."""
+"""Training in JAX on two hosts is that on one host of all their devices."""
 
 import json
 import os
@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from labelled_media import write_labelled
 from safetensors.torch import load_file
 from torchrun import environment, free_port
 from training_runs import metrics, write_media
 
+from vatt_fast.finetuning.settings import FineTuneConfig
 from vatt_fast.on_jax.hosts import announce_hosts
 from vatt_fast.training.settings import PretrainConfig
 
@@ -63,16 +65,32 @@ os._exit(0)
 """
 
 
-def hosts(world: int, devices: int, folder: Path, out: Path, shards: list[int]) -> None:
+FINETUNE = """
+import json, os, sys
+from labelled_media import settings
+from training_runs import MODEL
+from vatt_fast.finetuning.loop import finetune
+folder, out, cases = sys.argv[1:]
+for name, changes in json.loads(cases).items():
+    run = settings(folder, f"{out}/{name}", batch_size=8, steps=3, framework="jax", device="cpu",
+                   eval_split="test", **changes)
+    finetune(run, model_config=MODEL, progress=False)
+sys.stdout.flush()
+os._exit(0)
+"""
+
+
+def hosts(world: int, devices: int, script: str, *given: str) -> None:
     """Run it as SLURM starts it."""
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
     where = dict(SLURM_JOB_ID="7", SLURM_STEP_NODELIST="localhost", SLURM_NTASKS=str(world))
     where |= dict(JAX_COORDINATOR_PORT=str(free_port()), XLA_FLAGS=flags)
-    arguments = [RUN, str(folder), str(out), json.dumps(shards)]
-    started = [
-        start(arguments, SLURM_PROCID=str(i), SLURM_LOCALID=str(i), **where) for i in range(world)
-    ]
-    finish(started)
+    finish(
+        [
+            start([script, *given], SLURM_PROCID=str(i), SLURM_LOCALID=str(i), **where)
+            for i in range(world)
+        ]
+    )
 
 
 def start(arguments: list[str], **variables: str) -> subprocess.Popen:
@@ -97,8 +115,8 @@ def test_two_hosts_are_one(tmp_path):
     (tmp_path / "media").mkdir()
     folder = write_media(tmp_path / "media")
     one, two = tmp_path / "one", tmp_path / "two"
-    hosts(1, 8, folder, one, [0])
-    hosts(2, 4, folder, two, [0, 1])
+    hosts(1, 8, RUN, str(folder), str(one), "[0]")
+    hosts(2, 4, RUN, str(folder), str(two), "[0, 1]")
     left = load_file(one / "0" / "checkpoint.safetensors")
     for shard in ("0", "1"):
         right = load_file(two / shard / "checkpoint.safetensors")
@@ -110,6 +128,26 @@ def test_two_hosts_are_one(tmp_path):
             for name in ("loss", "loss_va", "gradient_norm", "cosine_video_va"):
                 assert b[name] == pytest.approx(a[name], rel=1e-3, abs=1e-5)
         assert not (two / "bad").exists()
+
+
+def test_fine_tuning_on_two_hosts_is_that_on_one(tmp_path):
+    """The weights of the balanced loss are of the whole batch; DropToken's draw is shared."""
+    folder = str(write_labelled(tmp_path / "media"))
+    audio = dict(task="audio", recipe="audioset", samples=1280, sample_rate_hz=8000, mixup=0.0)
+    cases = {"video": dict(drop_rate=0.5), "audio": audio | dict(warmup_steps=0)}
+    for world in (1, 2):
+        out = tmp_path / str(world)
+        hosts(world, 4 // world, FINETUNE, folder, str(out), json.dumps(cases))
+    for name in cases:
+        a, b = (load_file(tmp_path / world / name / "checkpoint.safetensors") for world in "12")
+        assert a.keys() == b.keys()
+        for key, value in a.items():
+            torch.testing.assert_close(b[key], value, rtol=1e-3, atol=1e-5, msg=key)
+        for x, y in zip(*(metrics(tmp_path / world / name) for world in "12"), strict=True):
+            told = [key for key in x if key.startswith(("loss", "gradient", "train_", "eval_"))]
+            assert {"loss", "gradient_norm"} <= set(told)
+            assert [y[key] for key in told] == pytest.approx([x[key] for key in told], rel=1e-3)
+    assert (tmp_path / "2" / "video" / "report.html").is_file()
 
 
 JOIN = """
@@ -164,6 +202,8 @@ def test_partial_or_wrong_settings_are_one_line(changes, told):
     with pytest.raises(ValueError, match=told) as error:
         PretrainConfig(**dict(data="d", out="o", framework="jax") | changes)
     assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match=told):
+        FineTuneConfig(**dict(data="d", out="o", init="i", framework="jax") | changes)
 
 
 def test_a_cluster_that_tells_nonsense_is_one_line(monkeypatch):

@@ -22,6 +22,7 @@ from ..devices import importing_jax
 from ..evaluation.classify import predict, scores_of
 from ..evaluation.scores import confusion
 from ..files import write_text
+from ..on_jax.hosts import announce_hosts
 from ..training.checkpoint import (
     BEST,
     CHECKPOINT,
@@ -77,6 +78,8 @@ def finetune(
         NonFiniteError: a loss or gradient is nan or infinite; the last checkpoint stays.
         OSError: a file could not be written; the last checkpoint stays.
     """
+    if run.framework == "jax":
+        announce_hosts(run)
     with joined(run.device, run.patience, run.framework) as ranks:
         check_settings(ranks, run)
         return _finetune(run, ranks, model_config, augment, progress and ranks.first)

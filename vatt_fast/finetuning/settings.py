@@ -14,7 +14,7 @@ from ..inputs import DropPer
 from ..recompute import Compile, Recompute
 from ..training.loggers import names_of
 from ..training.schedule import Schedule, learning_rate
-from ..training.settings import require_jax_can
+from ..training.settings import check_hosts, require_jax_can
 
 Task = Literal["video", "audio", "image"]
 Loss = Literal["softmax", "balanced", "sigmoid"]
@@ -56,7 +56,8 @@ Recipe = Literal["kinetics", "audioset", "imagenet", "small"]
 _FREE = (
     "data", "media", "out", "init", "skip_missing", "workers", "device", "patience", "recompute",
     "compile", "micro_batch", "cache", "log_every", "checkpoint_every", "keep_last", "loggers",
-    "eval_split", "eval_every", "best_by", "epochs", "framework",
+    "eval_split", "eval_every", "best_by", "epochs", "framework", "coordinator", "processes",
+    "process",
 )  # fmt: skip
 _SIZES = ("frames", "height", "width", "frames_per_second", "samples", "sample_rate_hz")
 _MODEL_SIZES = {
@@ -139,7 +140,15 @@ class FineTuneConfig:
     compile: Compile = "off"  # torch: run torch.compile on each encoder block
     micro_batch: int | None = None  # torch: clips that go through the tower at once; None: all
     device: str = "auto"  # cpu, cuda, cuda:1, ...; auto: a GPU where there is one
-    patience: int = 600  # seconds that a rank waits for the others, where torchrun starts several
+
+    # jax, several hosts without torchrun: host:port of process 0, how many processes, and which
+    # this is, from 0. None: as JAX finds them (SLURM, TPU pods)
+    coordinator: str | None = None
+
+    processes: int | None = None  # see coordinator
+    process: int | None = None  # see coordinator
+
+    patience: int = 600  # seconds that a process waits for the others before it says who is silent
     workers: int = 2  # processes that read clips; 0: none
     cache: str | None = None  # keep decoded clips here; for small data sets that fit the disk
     log_every: int = 10  # steps
@@ -180,6 +189,7 @@ class FineTuneConfig:
         self._check_numbers()
         self._set("augment", parts_of(_given(self.augment), "paper"))
         names_of(self.loggers)
+        check_hosts(self)
         if self.framework == "jax":
             require_jax_can(self)
         if (self.init == FROM_SCRATCH) != (self.preset is not None):

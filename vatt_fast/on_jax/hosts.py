@@ -1,22 +1,25 @@
 """The hosts of a JAX run that torchrun has not started: as settings tell, or as JAX finds them."""
 
 import os
+from typing import Any
 
 import torch.distributed as dist
 
 from ..devices import importing_jax
 from ..training.distributed import is_launched
-from ..training.settings import PretrainConfig
 
 _SECONDS = 300  # that the first host's name may take to be known
 
 
-def announce_hosts(run: PretrainConfig) -> None:
+def announce_hosts(run: Any) -> None:
     """Set torchrun's variables where other things tell this process its place among others.
 
     That is ``run.coordinator``, ``processes`` and ``process``; or, without them, what JAX detects:
     SLURM's, Open MPI's or Kubernetes' variables, or the metadata of a TPU pod. Nothing is set where
     torchrun did so, where there is a process group, or where a process is alone.
+
+    Args:
+        run: a PretrainConfig or FineTuneConfig.
 
     Raises:
         ValueError: settings beside torchrun's variables that say otherwise; a cluster that does not

@@ -205,41 +205,13 @@ class PretrainConfig:
             )
         if self.framework == "torch" and self.shard_weights:
             raise ValueError("shard_weights belongs to framework 'jax'; leave it out")
-        self._check_hosts()
+        check_hosts(self)
         if self.framework == "jax":
             require_jax_can(self)
             if self.strategy != "auto":
                 raise ValueError("strategy belongs to framework 'torch'; jax has shard_weights")
         if self.micro_batch is not None and self.micro_batch < 1:
             raise ValueError(f"micro_batch is {self.micro_batch}; it must be at least 1")
-
-    def _check_hosts(self) -> None:
-        told = {name: getattr(self, name) for name in ("coordinator", "processes", "process")}
-        missing = [name for name, value in told.items() if value is None]
-        if len(missing) == 3:
-            return
-        if self.framework == "torch":
-            raise ValueError(
-                "coordinator, processes and process belong to framework 'jax'; torchrun joins "
-                "processes of torch"
-            )
-        if missing:
-            raise ValueError(
-                f"{' and '.join(missing)} must be given too, or none of {', '.join(told)} where "
-                "JAX finds them itself (SLURM, TPU pods)"
-            )
-        host, _, port = str(self.coordinator).rpartition(":")
-        if not host or not port.isdecimal() or not 0 < int(port) < 65536:
-            raise ValueError(
-                f"coordinator is {self.coordinator!r}; it is host:port of process 0, such as "
-                "host0:8476"
-            )
-        processes, process = resolved(self.processes), resolved(self.process)
-        if not 0 <= process < processes:
-            raise ValueError(
-                f"process is {process} of {processes} processes; it counts from 0 to "
-                f"{processes - 1}"
-            )
 
     def _check_evaluation(self) -> None:
         if self.eval_data is None:
@@ -259,6 +231,34 @@ class PretrainConfig:
             value = getattr(self, name)
             if words and value not in words[0] and not (value is None and len(parts) > 1):
                 raise ValueError(f"{name} is {value!r}; it is one of {', '.join(words[0])}")
+
+
+def check_hosts(run: Any) -> None:
+    """Refuse a run's coordinator, processes and process where one is missing or out of range."""
+    told = {name: getattr(run, name) for name in ("coordinator", "processes", "process")}
+    missing = [name for name, value in told.items() if value is None]
+    if len(missing) == 3:
+        return
+    if run.framework == "torch":
+        raise ValueError(
+            "coordinator, processes and process belong to framework 'jax'; torchrun joins "
+            "processes of torch"
+        )
+    if missing:
+        raise ValueError(
+            f"{' and '.join(missing)} must be given too, or none of {', '.join(told)} where "
+            "JAX finds them itrun (SLURM, TPU pods)"
+        )
+    host, _, port = str(run.coordinator).rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+        raise ValueError(
+            f"coordinator is {run.coordinator!r}; it is host:port of process 0, such as host0:8476"
+        )
+    processes, process = resolved(run.processes), resolved(run.process)
+    if not 0 <= process < processes:
+        raise ValueError(
+            f"process is {process} of {processes} processes; it counts from 0 to {processes - 1}"
+        )
 
 
 def require_jax_can(run: Any) -> None:
