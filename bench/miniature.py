@@ -188,7 +188,6 @@ class Runs:
             data=str(labels), media=str(media), out=str(self.folder / name), task=kind,  # type: ignore[arg-type]
             recipe="small", seed=self.seed, precision="fp32", loggers="none", **origin,
             **several if task == "sound" else {},
-            augment="crop,colour" if kind != "audio" else "none",  # a flip turns left into right
         )  # fmt: skip
         finetune(run, model_config=MODELS[model] if scratch else None, progress=False)
         views: dict[str, Any] = (

@@ -48,7 +48,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     ),
     "small": dict(
         epochs=30, batch_size=16, learning_rate=0.02, clip=0.75, classifier_dropout=0.0,
-        **_ONE_CLASS, **_SGD,
+        **_ONE_CLASS | dict(augment=NOTHING), **_SGD,
     ),
 }  # fmt: skip
 Recipe = Literal["kinetics", "audioset", "imagenet", "small"]
