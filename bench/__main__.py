@@ -129,7 +129,7 @@ def _parser() -> argparse.ArgumentParser:
         "--case", nargs="+", default=list(data.CASES), metavar="NAME", help=", ".join(data.CASES)
     )
     option("--rounds", type=int, default=12)
-    option("--out", type=Path, default=lines.RESULTS / "data.jsonl", help="append the rows")
+    option("--out", type=Path, default=data.FILE, help="append the rows")
 
     option = add(_ranks, "steps of 1, 2 and 4 gloo ranks: time, bytes sent")
     option("--configuration", default="tiny", **told)
@@ -185,7 +185,8 @@ def _parser() -> argparse.ArgumentParser:
     option = add(_report, "figures, and the marked tables of the docs")
     option("--results", type=Path, default=lines.RESULTS, help="folder of result lines")
     option("--out", type=Path, default=ROOT / "bench" / "figures", help="folder of the figures")
-    pages = [ROOT / "README.md", *(ROOT / "docs" / f"{n}.md" for n in ("benchmarks", "devices"))]
+    marked = ("benchmarks", "data", "devices", "evaluation")
+    pages = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in marked)]
     option("--pages", type=Path, nargs="*", default=pages, help="their marked tables are made anew")
     option("--check", action="store_true", help="write nothing; 1 where a table would change")
     return parser

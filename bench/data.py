@@ -30,11 +30,12 @@ from vatt_fast.flops import true_flops
 from . import lines, machine
 from .timer import first_line, interleaved
 
+FILE = lines.RESULTS / "data.jsonl"
 SECONDS, RATE, FPS = 20, 48000, 25
 STARTS = (0.0, 3.1, 5.7, 8.8, 11.3, 14.9)
 CONFIG = preset("medium_base_small")
 SPEC = ClipSpec.from_config(CONFIG)
-BARE = "PyAV, decoded only"
+BARE, _AUGMENTED, _CACHED = "PyAV, decoded only", "ours, augmented", "ours, cached"
 H200_FLOPS = 790e12  # a second, of dense bf16, as measured
 # codec, width, height, frames from one key frame to the next: one thing changes at a time
 CASES = {
@@ -193,8 +194,8 @@ def readers(path: Path, folder: Path, failed: dict[str, str]) -> dict[str, Calla
         "PyAV, to arrays": lambda start: decode(str(path), start, to_array),
         "ours, a file": lambda start: ours(path, start),
         "ours, in a tar": lambda start: ours(place, start),
-        "ours, augmented": augmented,
-        "ours, cached": cached,
+        _AUGMENTED: augmented,
+        _CACHED: cached,
     }
     for name, make in (
         ("torchcodec, a file", by_torchcodec),
@@ -237,15 +238,53 @@ def measure(name: str, folder: Path, rounds: int, failed: dict[str, str]) -> lis
     ]  # fmt: skip
 
 
+def read(path: Path) -> list[Row]:
+    """Rows of a file, of each case and reader the last one; none where it does not exist."""
+    if not path.exists():
+        return []
+    found = [Row(**json.loads(line)) for line in path.read_text().splitlines()]
+    return list({(row.device, row.case, row.reader): row for row in found}.values())
+
+
 def table(rows: Sequence[Row]) -> str:
     """In the last column the cores that decode what a training step on an H200 takes at most."""
-    step = sum(true_flops(CONFIG, 0.5, mode="fwd+bwd", features=False).values())
     cells = [
         (row.case, row.reader, lines.number(row.clips_per_second), lines.times(row.over_bare),
-         f"{H200_FLOPS / step / row.clips_per_second:.0f}")
+         _cores(row))
         for row in rows
     ]  # fmt: skip
     return lines.markdown_table(("case", "reader", "clips/s", "over decoding", "for 1 H200"), cells)
+
+
+def tables(rows: Sequence[Row]) -> str:
+    """A table a machine, a row a case: each reader's time over that of decoding alone."""
+    made = []
+    for device in dict.fromkeys(row.device for row in rows):
+        own = [row for row in rows if row.device == device]
+        cases: dict[str, dict[str, Row]] = {}
+        for row in own:
+            cases.setdefault(row.case, {})[row.reader] = row
+        readers = [r for r in dict.fromkeys(row.reader for row in own) if r not in (BARE, _CACHED)]
+        cells = [
+            (
+                case,
+                lines.number(by[BARE].clips_per_second),
+                *(lines.times(by[r].over_bare) if r in by else "" for r in readers),
+                lines.number(by[_CACHED].clips_per_second),
+                _cores(by[_AUGMENTED]),
+            )
+            for case, by in cases.items()
+        ]
+        headings = ("video", "decoded only, clips/s", *readers, f"{_CACHED}, clips/s",
+                    "cores for 1 H200")  # fmt: skip
+        title = f"{device}, av {own[-1].versions['av']}, {own[-1].date}"
+        made.append(f"{title}:\n\n{lines.markdown_table(headings, cells)}")
+    return "\n\n".join(made) or "No lines exist yet."
+
+
+def _cores(row: Row) -> str:
+    step = sum(true_flops(CONFIG, 0.5, mode="fwd+bwd", features=False).values())
+    return f"{H200_FLOPS / step / row.clips_per_second:.0f}"
 
 
 def run(names: Sequence[str], rounds: int, folder: Path, out: Path | None) -> int:

@@ -305,6 +305,19 @@ def tables(scores: Sequence[Score]) -> str:
     return "\n\n".join(parts) or "No scores exist yet."
 
 
+def by_length(scores: Sequence[Score]) -> str:
+    """The tables of each length of pre-training and number of clips, under a line that says it."""
+    made = []
+    for steps, clips in dict.fromkeys((one.steps, one.clips) for one in scores):
+        own = [one for one in scores if (one.steps, one.clips) == (steps, clips)]
+        seeds = len({one.cell.seed for one in own})
+        made.append(
+            f"{seeds} seeds; {steps} steps of pre-training, {clips} clips, {own[-1].device}, "
+            f"{own[-1].date}. Mean and standard deviation.\n\n{tables(own)}"
+        )
+    return "\n\n".join(made) or "No scores exist yet."
+
+
 def _by_seed(value_of: dict[Cell, float], row: _Row) -> dict[int, float]:
     return {cell.seed: v for cell, v in value_of.items() if dataclasses.astuple(cell)[:3] == row}
 

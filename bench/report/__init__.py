@@ -10,8 +10,9 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from bench import lines, ranks, sweeps
+from bench import data, lines, miniature, ranks, sweeps
 from bench.lines import Line
 
 from . import figures, tables
@@ -20,32 +21,35 @@ from .tables import Shown, grouped, scaled, title_of
 
 @dataclass(frozen=True)
 class Report:
-    """What lines say, sorted by what they measure, runs of accuracy, and steps of ranks."""
+    """What lines say, sorted by what they measure, and the rows of other measurements."""
 
     ops: Sequence[Shown]
     scaling: Sequence[Shown]
     steps: Sequence[Shown]
     runs: Sequence[sweeps.Run]
     of_ranks: Sequence[ranks.Row] = ()
+    decoding: Sequence[data.Row] = ()
+    scores: Sequence[miniature.Score] = ()
 
     @classmethod
-    def of(
-        cls,
-        measured: Sequence[Line],
-        runs: Sequence[sweeps.Run],
-        of_ranks: Sequence[ranks.Row] = (),
-    ) -> "Report":
+    def of(cls, measured: Sequence[Line], runs: Sequence[sweeps.Run], **others: Any) -> "Report":
         shown = tables.current(tables.of_one_ceiling(measured))
         whole = [each for each in shown if each.line.op == "step"]
         sized = [each for each in shown if scaled(each.line)]
         ops = [each for each in shown if each.line.op != "step" and not scaled(each.line)]
-        return cls(ops, sized, whole, runs, of_ranks)
+        return cls(ops, sized, whole, runs, **others)
 
     @classmethod
     def read(cls, folder: Path) -> "Report":
         measured = [line for path in lines.files(folder) for line in lines.read(path)]
         runs = sweeps.read_runs(folder / sweeps.ACCURACY.name)
-        return cls.of(measured, runs, ranks.read(folder / ranks.FILE.name))
+        return cls.of(
+            measured,
+            runs,
+            of_ranks=ranks.read(folder / ranks.FILE.name),
+            decoding=data.read(folder / data.FILE.name),
+            scores=miniature.read(folder / miniature.TABLES.name),
+        )
 
 
 # -- tables of the docs -----------------------------------------------------------------------
@@ -89,6 +93,14 @@ MARKED: dict[str, tuple[Callable[[Report], str], str]] = {
     "ops": (_ops, "python -m bench ops && make report"),
     "accuracy": (_accuracy, "python -m bench accuracy && make report"),
     "ranks": (lambda report: ranks.tables(report.of_ranks), "python -m bench ranks && make report"),
+    "decoding": (
+        lambda report: data.tables(report.decoding),
+        "python -m bench data && make report",
+    ),
+    "miniature": (
+        lambda report: miniature.by_length(report.scores),
+        "python -m bench accuracy --tables && make report",
+    ),
 }
 
 

@@ -28,4 +28,4 @@ def test_steps_of_two_ranks_are_measured_told_and_left_out_the_next_time(
         command.main(["ranks", "--batch", "3"])
     assert "batch is 3; 2 ranks cannot share it evenly" in capsys.readouterr().err
     later = dataclasses.replace(row, ms_p50=1.0)
-    assert "| tiny | 4 | 2 | ddp | 1 |" in MARKED["ranks"][0](Report.of([], [], [later]))
+    assert "| tiny | 4 | 2 | ddp | 1 |" in MARKED["ranks"][0](Report.of([], [], of_ranks=[later]))

@@ -1,5 +1,6 @@
 """The readers of `bench data` read the same windows, and its rows become a table."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -9,6 +10,7 @@ pytest.importorskip("av")
 
 from bench import __main__ as command
 from bench import data
+from bench.report import MARKED, Report
 
 
 def test_a_case_is_measured_and_told(tmp_path, monkeypatch, capsys):
@@ -28,6 +30,14 @@ def test_a_case_is_measured_and_told(tmp_path, monkeypatch, capsys):
         )
     told = capsys.readouterr().out
     assert data.table(rows).splitlines()[0] in told
+    # measured again: the last rows are told, one line a case
+    again = [dataclasses.replace(row, over_bare=2.5) for row in rows]
+    with out.open("a") as file:
+        file.writelines(json.dumps(dataclasses.asdict(row)) + "\n" for row in again)
+    assert data.read(out) == again and data.read(tmp_path / "none") == []
+    page = MARKED["decoding"][0](Report.of([], [], decoding=data.read(out)))
+    (line,) = (line for line in page.splitlines() if line.startswith("| small"))
+    assert line.count("2.50x") == len(again) - 2  # of decoding alone and the cache, clips/s
 
 
 def test_decoding_alone_gives_the_windows_frames(tmp_path):

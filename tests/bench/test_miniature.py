@@ -13,6 +13,7 @@ pytest.importorskip("PIL")
 from bench import miniature
 from bench.__main__ import main
 from bench.miniature import Cell, Runs, Score, cells, measure, read, tables
+from bench.report import MARKED, Report
 from vatt_fast import VATT
 from vatt_fast.data.labels import open_labels
 from vatt_fast.demo.world import render_world
@@ -74,6 +75,9 @@ def test_tables_say_what_is_not_clear():
     assert "| agnostic | fine-tuned | 32.7 ± 7.1 | +5.0, +4.0, -1.0 (not clear) |" in said
     assert "R@10" not in said
     assert tables([]) == "No scores exist yet."
+    longer = [dataclasses.replace(one, steps=1000) for one in scores[:1]]
+    page = MARKED["miniature"][0](Report.of([], [], scores=[*scores, *longer]))
+    assert said in page and page.count("steps of pre-training") == 2 and tables(longer) in page
     two = tables([one for one in scores if one.cell.seed < 2])
     assert "+5.0, +4.0 (not clear)" in two  # two seeds do not tell
 
