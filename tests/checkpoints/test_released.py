@@ -324,6 +324,100 @@ def test_any_shape_is_understood_or_refused(name):
     assert refused > 300
 
 
+# -- what training keeps beside the weights --------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("optimizers", "settings"),
+    [
+        ({"optimizer": "momentum"}, ("decay", "iter", "learning_rate", "momentum")),
+        ({"opt": "m v"}, ("beta_1", "beta_2", "iter", "learning_rate")),
+        ({"_optimizer": "m v vhat"}, ("beta_1", "learning_rate")),
+        ({"base_optimizer": "rms"}, ("rho",)),
+        ({"trainer/sgd": "momentum"}, ("iter",)),
+        ({"ema": "average", "ema/_optimizer": "momentum"}, ("iter", "average_decay")),
+    ],
+    ids=lambda value: "-".join(value),
+)
+def test_optimizers_of_any_name_are_left_out(small, optimizers, settings):
+    """Their slots tell where they lie; what else lies there is theirs, vectors included."""
+    write, model = small
+
+    def change(tensors):
+        for key in [key for key in tensors if "optimizer" in key]:
+            del tensors[key]
+        tensors |= {
+            key.replace(VALUE, f"/.OPTIMIZER_SLOT/{at}/{slot}{VALUE}"): value
+            for key, value in tensors.items()
+            for at, slots in optimizers.items()
+            for slot in slots.split()
+            if key.endswith(f"kernel{VALUE}")
+        }
+        at = next(iter(optimizers))
+        tensors |= {f"{at}/{name}{VALUE}": torch.ones(()) for name in settings}
+        tensors[f"{at}/per_layer_rate{VALUE}"] = torch.ones(3)
+
+    found = read_released(write(change), head_dim=8)
+    assert found.left_out["optimizer settings"] == len(settings) + 1
+    assert found.left_out["optimizer slots"] > 40 and not found.mismatch
+    for key, value in model.state_dict().items():
+        assert torch.equal(found.tensors[key], value), key
+
+
+def test_slots_under_the_optimizers_own_name_are_left_out(small):
+    """Keras 2.11 and later keep them there; the rate and the step tell what it is."""
+    write, _ = small
+
+    def change(tensors):
+        for key in [key for key in tensors if "optimizer" in key]:
+            del tensors[key]
+        tensors |= {f"opt/_variables/{i}{VALUE}": torch.ones(24, 24) for i in range(9)}
+        tensors[f"opt/_learning_rate{VALUE}"] = torch.ones(())
+        tensors[f"opt/_iterations{VALUE}"] = torch.tensor(5)
+
+    assert read_released(write(change), head_dim=8).left_out["optimizer settings"] == 11
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "kind"),
+    [
+        ("learning_rate", torch.ones(()), "scalars outside the model"),
+        ("current_step", torch.tensor(7), "integers and texts"),
+        ("epoch", torch.tensor(7), "step counters"),
+        ("loss_scale/current_loss_scale", torch.ones(()), "scalars outside the model"),
+        ("metrics/0/total", torch.ones(()), "metrics"),
+        ("model/keras_api/metrics/1/true_positives", torch.ones(200), "metrics"),
+        ("model/dropout_rng/_state_var", torch.tensor([1, 2, 3]), "integers and texts"),
+        ("model/note", [b"text"], "integers and texts"),
+    ],
+)
+def test_what_else_training_keeps_is_left_out_and_counted(small, key, value, kind):
+    write, _ = small
+    before = read_released(write(), head_dim=8).left_out.get(kind, 0)
+    found = read_released(write(lambda t: t.update({f"{key}{VALUE}": value})), head_dim=8)
+    assert found.left_out[kind] == before + 1 and not found.mismatch
+
+
+@pytest.mark.parametrize(
+    ("key", "shape"),
+    [
+        ("extra/kernel", (3, 4)),
+        ("ema/model/agg_embedding", (24,)),
+        (f"{ROOT}_head_layer/temperature", ()),
+        (f"{ROOT}_base_layer/vid_backbone/_base/mask_embedding", (24,)),
+        ("model/learning_rate", ()),
+    ],
+)
+def test_a_weight_without_a_place_is_named_wherever_it_lies(small, key, shape):
+    """Also where a scalar beside the model has an optimizer's name."""
+    write, _ = small
+    extra = {f"{key}{VALUE}": torch.ones(shape)}
+    if key == "model/learning_rate":
+        key, extra = f"{ROOT}more", extra | {f"{ROOT}more{VALUE}": torch.ones(2)}
+    with pytest.raises(ValueError, match=f"no place here: {key} "):
+        read_released(write(lambda t: t.update(extra)), head_dim=8)
+
+
 # -- what does not match ---------------------------------------------------------------------------
 
 
@@ -420,6 +514,13 @@ def test_other_names_of_the_classifier_are_found(tower, tmp_path):
     tensors = fine_tuned_keys(model.config, model.state_dict())
     renamed = {key.replace("_ops/cls", "_ops/logits"): value for key, value in tensors.items()}
     write_bundle(tmp_path / "ckpt-9", arrays(renamed))
+    found = Classifier.from_released(read_released(tmp_path / "ckpt-9", head_dim=8))
+    assert torch.equal(found(clips), model(clips))
+    beside = {
+        key.replace(f"{ROOT}_ops/cls", "model/layer_with_weights-1"): value
+        for key, value in tensors.items()
+    }
+    write_bundle(tmp_path / "ckpt-9", arrays(beside))
     found = Classifier.from_released(read_released(tmp_path / "ckpt-9", head_dim=8))
     assert torch.equal(found(clips), model(clips))
     write_bundle(tmp_path / "ckpt-9", arrays(renamed | tensors))

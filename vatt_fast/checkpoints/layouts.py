@@ -41,6 +41,7 @@ from .names import (
 )
 
 _PUBLISHED = (SMALL, BASE, MEDIUM, LARGE)
+_PARTS = ("_base_layer", "_head_layer", "_base", "_ops")
 
 Shapes = dict[str, tuple[int, ...]]
 HeadDim = int | Mapping[str, int]  # of all towers, or by modality
@@ -50,14 +51,20 @@ HeadDim = int | Mapping[str, int]  # of all towers, or by modality
 class Layout:
     """A checkpoint's model: its sizes and where each weight belongs.
 
-    ``modality`` and ``num_classes`` are those of a fine-tuned tower.
+    ``root`` is what its keys begin with. ``modality`` and ``num_classes`` are those of a fine-tuned
+    tower.
     """
 
     config: VATTConfig
     weights: list[Weight]
+    root: str
     notes: tuple[str, ...] = ()
     modality: str | None = None
     num_classes: int | None = None
+
+    def holds(self, key: str) -> bool:
+        """Whether the key is of the model."""
+        return key.startswith(self.root) if self.root else key.partition("/")[0] in _PARTS
 
 
 class _Sizes:
@@ -220,7 +227,7 @@ def _specific(sizes: _Sizes, root: str, num_words: int | None) -> Layout:
         *t5_text(config, at["text"]),
         *common_space(config, heads),
     ]
-    return Layout(config, weights, tuple(sizes.notes))
+    return Layout(config, weights, root, tuple(sizes.notes))
 
 
 def _agnostic(sizes: _Sizes, root: str, num_words: int | None) -> Layout:
@@ -248,7 +255,7 @@ def _agnostic(sizes: _Sizes, root: str, num_words: int | None) -> Layout:
         *(w for m in MODALITIES for w in post_proj(config, f"{at}/post_proj/{m}", m)),
         *common_space(config, heads),
     ]
-    return Layout(config, weights, tuple(sizes.notes))
+    return Layout(config, weights, root, tuple(sizes.notes))
 
 
 def _fine_tuned(sizes: _Sizes, root: str, projection: str) -> Layout:
@@ -269,7 +276,7 @@ def _fine_tuned(sizes: _Sizes, root: str, projection: str) -> Layout:
     else:
         found |= {"sample_rate_hz": 24000, **_audio_size(sizes, places)}
     config = _config(**found)
-    classifier = _classifier_of(sizes, root)
+    classifier = _classifier_of(sizes, at)
     num_classes = sizes.of(f"{classifier}/kernel", 2)[1]
     weights = [
         *patch_tokens(config, modality, places),
@@ -277,7 +284,7 @@ def _fine_tuned(sizes: _Sizes, root: str, projection: str) -> Layout:
         *(post_proj(config, f"{at}/post_proj", modality) if agnostic else ()),
         *dense(classifier, "classifier", config.pooled_dim(modality), num_classes, bias=True),
     ]
-    return Layout(config, weights, tuple(sizes.notes), modality, num_classes)
+    return Layout(config, weights, root, tuple(sizes.notes), modality, num_classes)
 
 
 def _config(**found: Any) -> VATTConfig:
@@ -313,17 +320,15 @@ def _heads_of(sizes: _Sizes, root: str) -> str:
     return found[0].removesuffix(name) if found else f"{root}_head_layer/_bridge_heads/0"
 
 
-def _classifier_of(sizes: _Sizes, root: str) -> str:
+def _classifier_of(sizes: _Sizes, tower: str) -> str:
     """The one product outside the tower; ``_ops/cls`` in the released code."""
     found = [
-        key
-        for key in sizes.shapes
-        if key.startswith(root) and key.endswith("/kernel") and not key.startswith(f"{root}_base/")
+        key for key in sizes.shapes if key.endswith("/kernel") and not key.startswith(f"{tower}/")
     ]
     if len(found) != 1:
         some = ", ".join(sorted(found)[:3]) or "none"
         raise ValueError(
-            f"{sizes.source} is a fine-tuned tower and must have one classifier beside {root}_base:"
+            f"{sizes.source} is a fine-tuned tower and must have one classifier beside {tower}:"
             f" there is {some}"
         )
     return found[0].removesuffix("/kernel")

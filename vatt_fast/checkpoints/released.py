@@ -7,6 +7,7 @@ over.
 import math
 import os
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -14,12 +15,19 @@ from torch import Tensor
 
 from ..config import VATTConfig
 from ..data.text import Vocabulary
-from .bundle import CHECKS_TENSORS, Bundle
-from .layouts import HeadDim, Shapes, layout_of
+from .bundle import CHECKS_TENSORS, Bundle, Entry
+from .layouts import HeadDim, Layout, Shapes, layout_of
 from .names import WORD_TABLE, Weight
 from .words import read_word_list, unknown_second
 
-_SUFFIX = "/.ATTRIBUTES/VARIABLE_VALUE"
+_SUFFIX, _SLOT, _GRAPH = (
+    "/.ATTRIBUTES/VARIABLE_VALUE",
+    "/.OPTIMIZER_SLOT/",
+    "_CHECKPOINTABLE_OBJECT_GRAPH",
+)
+_STEPS = ("save_counter", "global_step", "step", "iter", "iterations", "epoch")
+# an optimizer that keeps its slots under its own name (Keras 2.11 and later) is told by these
+_OF_OPTIMIZERS = ("learning_rate", "_learning_rate", "iter", "iterations", "_iterations")
 _NAMED = 5  # keys in an error
 
 
@@ -46,8 +54,8 @@ class Mismatch:
 class Released:
     """A checkpoint under our names, fp32.
 
-    ``left_out`` counts what no model needs: optimizer slots, counters. ``mismatch`` is empty unless
-    ``partial`` was asked for; weights without a tensor are then not in ``tensors``.
+    ``left_out`` counts what no model needs: optimizer slots, counters, metrics. ``mismatch`` is
+    empty unless ``partial`` was asked for; weights without a tensor are then not in ``tensors``.
     """
 
     config: VATTConfig
@@ -83,11 +91,16 @@ def read_released(
             (the message lists them), or the heads cannot be told.
     """
     bundle = Bundle(prefix)
-    shapes, left_out = _model_shapes(bundle)
+    shapes = {
+        key.removesuffix(_SUFFIX): entry.shape
+        for key, entry in bundle.entries.items()
+        if _SLOT not in key and key != _GRAPH
+    }
     word_list = None if words is None else read_word_list(words)
     num_words = None if word_list is None else len(word_list)
     layout = layout_of(shapes, head_dim=head_dim, num_words=num_words, source=bundle.prefix)
-    mismatch = _compare(layout.weights, shapes)
+    left_out = _bookkeeping(bundle, layout)
+    mismatch = _compare(layout.weights, shapes, left_out)
     if mismatch and not partial:
         raise ValueError(_refusal(bundle.prefix, mismatch))
     tensors = _read(bundle, layout.weights, {*mismatch.missing, *mismatch.differing})
@@ -109,7 +122,7 @@ def read_released(
         vocabulary,
         layout.modality,
         layout.num_classes,
-        left_out,
+        dict(Counter(left_out.values())),
         mismatch,
         notes,
     )
@@ -118,37 +131,54 @@ def read_released(
 # -- matching --------------------------------------------------------------------------------------
 
 
-def _model_shapes(bundle: Bundle) -> tuple[Shapes, dict[str, int]]:
-    """Shapes by key without its suffix, and how many entries of which kind no model needs."""
-    shapes: Shapes = {}
-    left_out: Counter[str] = Counter()
+def _bookkeeping(bundle: Bundle, layout: Layout) -> dict[str, str]:
+    """What training keeps beside the weights: of which kind, by key without its suffix."""
+    weights = {weight.key for weight in layout.weights}
+    optimizers = _optimizers(bundle, layout.root)
+    found = {}
     for key, entry in bundle.entries.items():
-        if kind := _bookkeeping(key):
-            left_out[kind] += 1
-        else:
-            shapes[key.removesuffix(_SUFFIX)] = entry.shape
-    return shapes, dict(left_out)
+        name = key.removesuffix(_SUFFIX)
+        if name not in weights and (kind := _kind(name, entry, layout, optimizers)):
+            found[name] = kind
+    return found
 
 
-def _bookkeeping(key: str) -> str | None:
-    """What training keeps under that key; None for a weight."""
-    if key == "_CHECKPOINTABLE_OBJECT_GRAPH":
+def _optimizers(bundle: Bundle, root: str) -> set[str]:
+    """Where optimizers lie: named behind their slots, or they hold a rate and a step."""
+    found = {"optimizer"}
+    for key, entry in bundle.entries.items():
+        _, slot, behind = key.removesuffix(_SUFFIX).partition(_SLOT)
+        at, _, name = (behind or key.removesuffix(_SUFFIX)).rpartition("/")
+        if at and (slot or (entry.shape == () and name in _OF_OPTIMIZERS)):
+            found.add(at)
+    return {at for at in found if not root.startswith(f"{at}/")}
+
+
+def _kind(name: str, entry: Entry, layout: Layout, optimizers: set[str]) -> str | None:
+    """None for a weight."""
+    parts = name.split("/")
+    if name == _GRAPH:
         return "object graph"
-    if "/.OPTIMIZER_SLOT/" in key:
+    if _SLOT in name:
         return "optimizer slots"
-    parts = key.removesuffix(_SUFFIX).split("/")
-    if "optimizer" in parts:
+    if "optimizer" in parts or any(name.startswith(f"{at}/") for at in optimizers):
         return "optimizer settings"
-    if parts[-1] in ("save_counter", "global_step", "step", "iter", "iterations", "epoch"):
+    if parts[-1] in _STEPS:
         return "step counters"
+    if "metrics" in parts or "keras_api" in parts:
+        return "metrics"
+    if not entry.is_float:
+        return "integers and texts"
+    if entry.shape == () and not layout.holds(name):
+        return "scalars outside the model"
     return None
 
 
-def _compare(weights: list[Weight], shapes: Shapes) -> Mismatch:
+def _compare(weights: list[Weight], shapes: Shapes, left_out: Collection[str]) -> Mismatch:
     places = {weight.key: weight.shape for weight in weights}
     return Mismatch(
         missing=[key for key in places if key not in shapes],
-        unused=[key for key in shapes if key not in places],
+        unused=[key for key in shapes if key not in places and key not in left_out],
         differing={
             key: f"has shape {shapes[key]}, the others ask for {shape}"
             for key, shape in places.items()
