@@ -38,6 +38,7 @@ from vatt_fast.checkpoints.layouts import layout_of
 from vatt_fast.checkpoints.released import read_released
 from vatt_fast.classifier import Classifier, ClassifierConfig
 from vatt_fast.cli import main
+from vatt_fast.config import BASE, LARGE, MEDIUM
 from vatt_fast.data.text import Vocabulary
 
 PARTS = {
@@ -159,9 +160,12 @@ def shapes_of(config: VATTConfig) -> dict[str, tuple[int, ...]]:
     return {key.removesuffix(VALUE): tuple(value.shape) for key, value in tensors.items()}
 
 
-@pytest.mark.parametrize("name", ["bbs", "mbs", "lbs", "ma"])
+@pytest.mark.parametrize("name", ["bbs", "mbs", "lbs", "ma", "xbs"])
 def test_the_published_sizes_are_found_from_their_shapes(name):
-    config = preset(name, "released")
+    """And the released configs' largest tower, of which no file is published."""
+    config = preset("bbs" if name == "xbs" else name, "released")
+    if name == "xbs":
+        config = dataclasses.replace(config, video=XLARGE)
     layout = layout_of(shapes_of(config))
     assert layout.config == config and not layout.notes
     assert {w.key: w.shape for w in layout.weights} == shapes_of(config)
@@ -183,6 +187,7 @@ def test_the_published_layouts_have_the_released_number_of_parameters(name, with
     assert abs(sum(np.prod(w.shape) for w in counted) / 1e6 - millions) < 0.05
 
 
+XLARGE = TowerConfig(depth=24, dim=1536, mlp_dim=4096, num_heads=24)
 TOWER = TowerConfig(depth=2, dim=24, mlp_dim=40, num_heads=3, head_dim=8)
 VARIANTS = {
     "deeper": dict(
@@ -266,18 +271,51 @@ def test_heads_are_told_or_asked_for(small):
     assert [note for note in found.notes if "3 heads of 8, as in the text tower" in note]
     wide = read_released(prefix, head_dim={"video": 24}).config
     assert (wide.video.num_heads, wide.audio.num_heads) == (1, 3)
-    for head_dim, words in ((5, "no multiple of 5"), ({"text": 8}, "head_dim names text")):
+    for head_dim, words in ((5, "no multiple of 5; give .*--head-dim N"), ({"text": 8}, "text")):
         with pytest.raises(ValueError, match=words):
             read_released(prefix, head_dim=head_dim)
 
 
-def test_heads_of_an_agnostic_model_are_asked_for(tmp_path):
+def test_heads_that_nothing_tells_are_asked_for(small, tmp_path):
+    """A model without a text tower of its own, and one whose heads are no part of the others."""
     model = random_model(variant("agnostic"))
     tensors = released_keys(model.config, model.state_dict())
     write_bundle(tmp_path / "ckpt", arrays(tensors))
-    with pytest.raises(ValueError, match=r"cannot be told, q is 24 wide.*--head-dim"):
+    with pytest.raises(
+        ValueError, match=r"cannot be told, q is 24 wide.* --head-dim N, .*head_dim=N"
+    ):
         create_model(tmp_path / "ckpt")
     assert create_model(tmp_path / "ckpt", head_dim=8).config == model.config
+    text = TowerConfig(depth=2, dim=16, mlp_dim=20, num_heads=2, head_dim=9)
+    shapes = shapes_of(dataclasses.replace(variant("wide_spaces"), text=text))
+    with pytest.raises(ValueError, match=r"q is 24 wide, no multiple of 9; give"):
+        layout_of(shapes)
+    assert layout_of(shapes, head_dim=8).config.video == TOWER
+
+
+def test_published_widths_have_published_heads_at_any_depth():
+    """It is said, because only whole towers are published."""
+    trunk = TowerConfig(depth=3, dim=1024, mlp_dim=4096, num_heads=16)
+    config = dataclasses.replace(preset("ma", "released"), video=trunk, audio=trunk, text=trunk)
+    layout = layout_of(shapes_of(config))
+    assert layout.config == config
+    assert "16 heads of 64, as in published towers of this width" in layout.notes[0]
+    assert "--head-dim" in layout.notes[0]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_recorded_checkpoints_ask_for_what_nothing_tells_only(name):
+    """The words' tower proves 8 of tx_fac, and says that the others' are taken; ut_fac has none."""
+    prefix, head_dim = recorded(name)
+    if name == "tx_fac":
+        with pytest.warns(UserWarning, match="heads of 8, as in the text tower.*--head-dim"):
+            found = create_model(prefix)
+        assert found.config == create_model(prefix, head_dim=head_dim).config
+    else:
+        with pytest.raises(
+            ValueError, match=r"q is 32 wide.*give the size of a head: --head-dim N"
+        ):
+            create_model(prefix)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
@@ -679,20 +717,32 @@ def test_a_classifier_is_its_tower_and_a_product(tower):
     torch.testing.assert_close(model(clips), by_hand)
 
 
-@pytest.mark.parametrize("name", ["base", "medium", "large"])
-def test_published_fine_tuned_sizes_are_found(name):
-    """Position tables of 320 x 320 pixels, as the paper fine-tunes."""
-    preset_name = {"base": "bbs", "medium": "mbs", "large": "lbs"}[name]
-    config = dataclasses.replace(
-        preset(preset_name, "released"), height=320, width=320, frames_per_second=12.5
-    )
+@pytest.mark.parametrize(
+    ("tower", "modality", "agnostic"),
+    [
+        (BASE, "video", False),
+        (MEDIUM, "video", False),
+        (LARGE, "video", False),
+        (XLARGE, "video", False),
+        (MEDIUM, "video", True),
+        (BASE, "audio", False),
+        (MEDIUM, "audio", True),
+    ],
+)
+def test_published_fine_tuned_sizes_are_found(tower, modality, agnostic):
+    """Position tables of 320 x 320 pixels, as the paper fine-tunes; 64 wide heads, unasked."""
+    name = "ma" if agnostic else "bbs"
+    towers = dict.fromkeys(("video", "audio", "text") if agnostic else (modality,), tower)
+    config = dataclasses.replace(preset(name, "released"), height=320, width=320, **towers)
     with torch.device("meta"):
-        model = Classifier(ClassifierConfig(config, "video", 400))
+        model = Classifier(ClassifierConfig(config, modality, 400))
     tensors = fine_tuned_keys(config, model.state_dict())
     shapes = {key.removesuffix(VALUE): tuple(value.shape) for key, value in tensors.items()}
     layout = layout_of(shapes)
-    assert layout.config.video == config.video and layout.num_classes == 400
-    assert (layout.config.height, layout.config.frames) == (320, 32)
+    assert getattr(layout.config, modality) == tower and not layout.notes
+    assert (layout.modality, layout.num_classes) == (modality, 400)
+    if modality == "video":
+        assert (layout.config.height, layout.config.frames) == (320, 32)
     assert {w.key: w.shape for w in layout.weights} == shapes
 
 

@@ -40,7 +40,13 @@ from .names import (
     t5_text,
 )
 
-_PUBLISHED = (SMALL, BASE, MEDIUM, LARGE)
+# in the released code's configs (vit_xlarge), of no published file
+_XLARGE = TowerConfig(depth=24, dim=1536, mlp_dim=4096, num_heads=24)
+_PUBLISHED = {  # depth, dim, mlp_dim, width of q -> width of a head
+    (t.depth, t.dim, t.mlp_dim, t.num_heads * t.head_dim): t.head_dim
+    for t in (SMALL, BASE, MEDIUM, LARGE, _XLARGE)
+}
+_WIDTHS = {sizes[1:]: head_dim for sizes, head_dim in _PUBLISHED.items()}
 _PARTS = ("_base_layer", "_head_layer", "_base", "_ops")
 
 Shapes = dict[str, tuple[int, ...]]
@@ -109,33 +115,33 @@ class _Sizes:
         mlp_dim = self.of(f"{at}/layers/0/feed_forward/mlp/wi/kernel", 2)[1]
         depth = self.depth(at)
         head_dim = self.head_dims.get(modality)
-        heads = self._heads(at, (depth, dim, mlp_dim, inner), head_dim)
-        return TowerConfig(depth, dim, mlp_dim, *heads)
+        if head_dim is None:
+            head_dim = self._head_dim(at, (depth, dim, mlp_dim, inner))
+        if head_dim < 1 or inner % head_dim:
+            raise self._untold(at, inner, f"no multiple of {head_dim}")
+        return TowerConfig(depth, dim, mlp_dim, inner // head_dim, head_dim)
 
-    def _heads(
-        self, at: str, sizes: tuple[int, int, int, int], head_dim: int | None
-    ) -> tuple[int, int]:
-        """Their number and size."""
-        inner = sizes[3]
-        published = {
-            (t.depth, t.dim, t.mlp_dim, t.num_heads * t.head_dim): t.head_dim for t in _PUBLISHED
-        }
-        if head_dim is None:
-            head_dim = published.get(sizes)
-        if head_dim is None:
-            head_dim = self._text_head_dim()
-            if head_dim is not None and inner % head_dim == 0:
-                self.notes.append(
-                    f"{at}: {inner // head_dim} heads of {head_dim}, as in the text tower; the "
-                    "shapes don't tell, --head-dim sets another size"
-                )
-        if head_dim is None or head_dim < 1 or inner % head_dim:
-            rule = "no published tower" if head_dim is None else f"no multiple of {head_dim}"
-            raise ValueError(
-                f"{self.source}: the heads of {at} cannot be told, q is {inner} wide, {rule}; give "
-                "the size of a head (head_dim, --head-dim)"
+    def _head_dim(self, at: str, sizes: tuple[int, int, int, int]) -> int:
+        """The published one; else the text tower's, else that of published widths, and a note."""
+        if sizes in _PUBLISHED:
+            return _PUBLISHED[sizes]
+        inner, found, like = sizes[3], self._text_head_dim(), "in the text tower"
+        if found is None:
+            found, like = _WIDTHS.get(sizes[1:]), "in published towers of this width"
+        if found is None:
+            raise self._untold(at, inner, "of no published size, beside no text tower that tells")
+        if inner % found == 0:
+            self.notes.append(
+                f"{at}: {inner // found} heads of {found}, as {like}; the shapes don't tell, "
+                "--head-dim (head_dim) sets another size"
             )
-        return inner // head_dim, head_dim
+        return found
+
+    def _untold(self, at: str, inner: int, why: str) -> ValueError:
+        return ValueError(
+            f"{self.source}: the heads of {at} cannot be told, q is {inner} wide, {why}; give the "
+            f"size of a head: --head-dim N, in Python head_dim=N, where N divides {inner}"
+        )
 
     def _text_head_dim(self) -> int | None:
         """The table of relative positions has a column a head."""

@@ -82,8 +82,8 @@ def read_released(
         words: the text tower's word list, see ``words.read_word_list``. It becomes the vocabulary;
             the word table's rows follow its order, ``<unk>`` second.
         head_dim: size of an attention head, or {"video": size, "audio": size}: shapes of those two
-            don't tell. By default 64, as published, where the sizes are published ones; else the
-            text tower's.
+            don't tell. By default 64, as published, where the sizes are published ones; else, with
+            a note, the text tower's; else 64, with a note, where the widths are published ones.
         partial: go on where keys or shapes don't match.
 
     Raises:
