@@ -282,7 +282,7 @@ def test_heads_that_nothing_tells_are_asked_for(small, tmp_path):
     tensors = released_keys(model.config, model.state_dict())
     write_bundle(tmp_path / "ckpt", arrays(tensors))
     with pytest.raises(
-        ValueError, match=r"cannot be told, q is 24 wide.* --head-dim N, .*head_dim=N"
+        ValueError, match=r"cannot be told, q is 24 wide.*convert --head-dim N, .*head_dim=N"
     ):
         create_model(tmp_path / "ckpt")
     assert create_model(tmp_path / "ckpt", head_dim=8).config == model.config
@@ -313,7 +313,7 @@ def test_recorded_checkpoints_ask_for_what_nothing_tells_only(name):
         assert found.config == create_model(prefix, head_dim=head_dim).config
     else:
         with pytest.raises(
-            ValueError, match=r"q is 32 wide.*give the size of a head: --head-dim N"
+            ValueError, match=r"q is 32 wide.*give the size of a head: convert --head-dim N"
         ):
             create_model(prefix)
 

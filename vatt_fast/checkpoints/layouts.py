@@ -133,14 +133,14 @@ class _Sizes:
         if inner % found == 0:
             self.notes.append(
                 f"{at}: {inner // found} heads of {found}, as {like}; the shapes don't tell, "
-                "--head-dim (head_dim) sets another size"
+                "convert --head-dim (head_dim) sets another size"
             )
         return found
 
     def _untold(self, at: str, inner: int, why: str) -> ValueError:
         return ValueError(
             f"{self.source}: the heads of {at} cannot be told, q is {inner} wide, {why}; give the "
-            f"size of a head: --head-dim N, in Python head_dim=N, where N divides {inner}"
+            f"size of a head: convert --head-dim N, in Python head_dim=N, where N divides {inner}"
         )
 
     def _text_head_dim(self) -> int | None:
