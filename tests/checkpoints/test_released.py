@@ -36,6 +36,7 @@ from vatt_fast import VATT, TowerConfig, VATTConfig, create_model, preset
 from vatt_fast.checkpoints.convert import convert
 from vatt_fast.checkpoints.layouts import layout_of
 from vatt_fast.checkpoints.released import read_released
+from vatt_fast.checkpoints.words import read_word_list
 from vatt_fast.classifier import Classifier, ClassifierConfig
 from vatt_fast.cli import main
 from vatt_fast.config import BASE, LARGE, MEDIUM
@@ -594,23 +595,38 @@ def test_create_model_names_what_does_not_belong(small, tmp_path):
 WORDS = ["<pad>", "<bos>", "<eos>", "<unk>", *(f"word{i}" for i in range(16))]
 
 
-@pytest.mark.parametrize("kind", ["lines", "numbered", "json", "npy", "ours"])
-def test_word_lists_become_the_vocabulary(small, tmp_path, kind):
+@pytest.mark.filterwarnings("ignore:.*words for 20 rows")
+@pytest.mark.parametrize(
+    ("kind", "left_out"),
+    [
+        *((kind, 0) for kind in ("lines", "numbered", "json", "npy", "npy of bytes", "ours")),
+        ("lines", 1),  # no <pad>
+        ("ours", 2),  # nor <unk>
+        ("ours npy", 2),
+    ],
+)
+def test_word_lists_become_the_vocabulary(small, tmp_path, kind, left_out):
     """Whatever the list's form, a word keeps its row, and the unknown word's is second."""
     write, model = small
     path, words = tmp_path / "words.txt", list(WORDS)
-    if kind == "ours":
+    if "ours" in kind:
         words = ["<pad>", "<unk>", *WORDS[4:], "x", "y"]
-    if kind == "npy":
-        np.save(path := tmp_path / "words.npy", np.array(words))
+    given = words[left_out:]
+    if "npy" in kind:
+        np.save(path := tmp_path / "dict.npy", np.array(given, "S" if "bytes" in kind else "U"))
     elif kind == "json":
-        (path := tmp_path / "words.json").write_text(json.dumps(words))
+        (path := tmp_path / "words.json").write_text(json.dumps(given))
     elif kind == "numbered":
-        lines = [f"{number} {word}" for number, word in enumerate(words)]
+        lines = [f"{number} {word}" for number, word in enumerate(given)]
         path.write_text("\n".join(lines[::-1]) + "\n")
     else:
-        path.write_text("\n".join(words) + "\n")
-    convert(write(), tmp_path / "out", words=path, head_dim=8)
+        path.write_text("\n".join(given) + "\n")
+    notes = convert(write(), tmp_path / "out", words=path, head_dim=8).get("notes", [])
+    special = ["<pad>", "<unk>"][:left_out]
+    assert [note for note in notes if "for 20 rows" in note] == [
+        f"{path} has {20 - left_out} words for 20 rows; taken as the table's first: "
+        f"{', '.join(special)}"
+    ][: len(special)]
     found = create_model(tmp_path / "out")
     table, rows = found.text_tokens.table.weight, model.text_tokens.table.weight
     assert found.vocabulary.words[:2] == ("<pad>", "<unk>")
@@ -628,7 +644,10 @@ def test_word_lists_become_the_vocabulary(small, tmp_path, kind):
     ("text", "words"),
     [
         ("<pad>\n<unk>\na", "has 3 words, the word table 20 rows"),
-        ("\n".join(["x", *WORDS[1:]]), "first word must be <pad>"),
+        ("\n".join(["x", *WORDS[1:]]), "each of the 20 rows and begins 'x'.* must be <pad>"),
+        ("\n".join(WORDS[4:]), "16 words .without <pad> and <unk>., the word table 20 rows"),
+        ("\n".join(w for w in WORDS if w != "<unk>"), "19 words .without <unk>., .* 20 rows"),
+        ("\n".join(f"w{i}" for i in range(19)), "19 words .without <pad> and <unk>., .* 20 rows"),
         ("\n".join(w if w != "<unk>" else "u" for w in WORDS), "<unk> one of the others"),
         ("\n".join([*WORDS[:-1], "word0"]), "'word0' is twice"),
         ("\n".join([*WORDS[:-1], "two of them"]), "line 20 is 'two of them'"),
@@ -636,7 +655,7 @@ def test_word_lists_become_the_vocabulary(small, tmp_path, kind):
         ("3 a\n3 b", "two words have number 3"),
         ("", "line 1 is ''"),
     ],
-    ids=range(8),
+    ids=range(11),
 )
 def test_other_word_lists_are_refused(small, tmp_path, text, words):
     write, _ = small
@@ -647,6 +666,30 @@ def test_other_word_lists_are_refused(small, tmp_path, text, words):
     assert str(path) in str(caught.value)
     with pytest.raises(ValueError, match="is missing"):
         read_released(tmp_path / "ckpt-7", words=tmp_path / "none.txt", head_dim=8)
+
+
+@pytest.mark.parametrize(
+    ("array", "words"),
+    [
+        (np.array(["<pad>", "<unk>", 3], object), "Object arrays cannot be loaded"),
+        (np.arange(20), r"int64 of shape \(20,\), not a row of words"),
+        (np.full((4, 5), "x"), r"of shape \(4, 5\), not a row of words"),
+        (np.array([b"\xff"] * 20), "can't decode"),
+    ],
+    ids=range(4),
+)
+def test_arrays_without_words_are_refused(tmp_path, array, words):
+    for content in (b"", b"\x93NUMPY"):
+        (tmp_path / "cut.npy").write_bytes(content)
+        with pytest.raises(ValueError, match=r"cut\.npy is no word list"):
+            read_word_list(tmp_path / "cut.npy")
+    with open(tmp_path / "several.npy", "wb") as file:
+        np.savez(file, a=array, b=array)
+    with pytest.raises(ValueError, match=r"several\.npy is no word list: it holds several"):
+        read_word_list(tmp_path / "several.npy")
+    np.save(tmp_path / "dict.npy", array, allow_pickle=True)
+    with pytest.raises(ValueError, match=rf"dict\.npy is no word list: .*{words}"):
+        read_word_list(tmp_path / "dict.npy")
 
 
 # -- fine-tuned towers -----------------------------------------------------------------------------

@@ -107,7 +107,7 @@ def test_released_checkpoints_are_taken_fine_tuned_ones_too(tmp_path, capsys):
     whole = Path(__file__).parents[1] / "support" / "tiny_ckpt_tx_fac" / "ckpt-1"
     with pytest.warns(UserWarning, match="as in the text tower"):
         (path,) = ours.export(whole, tmp_path, format="pt2", modalities=["audio"])
-        expected = vf.create_model(whole)
+    expected = vf.create_model(whole, head_dim=8)
     audio = ours.Tower(expected, "audio").example(2)
     z = ours._run_pt2(path, audio)["z_audio_va"]
     assert z.shape == (2, expected.config.d_va)

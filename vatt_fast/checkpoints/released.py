@@ -112,6 +112,11 @@ def read_released(
             raise ValueError(f"{bundle.prefix} has no text tower, so it has no use for {words}")
         rows = layout.config.vocab_size
         vocabulary, order = unknown_second(word_list, rows=rows, source=str(words))
+        if more := rows - len(word_list):
+            notes.append(
+                f"{words} has {len(word_list)} words for {rows} rows; taken as the table's first: "
+                f"{', '.join(vocabulary.words[:more])}"
+            )
         if WORD_TABLE in tensors:
             tensors[WORD_TABLE] = tensors[WORD_TABLE][order]
     if not CHECKS_TENSORS:
