@@ -6,9 +6,10 @@ VENV ?= .venv
 ACTIVE ?= $(shell python3 -c "from importlib.metadata import version; \
 	release = tuple(map(int, version('torch').split('.')[:2])); \
 	print('yes' if release >= (2, 9) else '')" 2>/dev/null)
-EXTRAS := data,train,eval,gpu,jax,tpu,integrations,test
-# they ask for torchvision, which does not load beside a CPU torch; what is tested of them needs none
-APART := timm open_clip_torch ftfy wcwidth lightly lightly-utils
+EXTRAS := data,train,eval,gpu,jax,tpu,integrations,onnx,test
+# they ask for torchvision, which does not load beside a CPU torch, or (flax) for stores of
+# checkpoints; what is tested of them needs none
+APART := timm open_clip_torch ftfy wcwidth lightly lightly-utils flax msgpack treescope
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.py')
 
 ifeq ($(ACTIVE),yes)

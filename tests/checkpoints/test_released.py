@@ -36,8 +36,10 @@ from vatt_fast import VATT, TowerConfig, VATTConfig, create_model, preset
 from vatt_fast.checkpoints.convert import convert
 from vatt_fast.checkpoints.layouts import layout_of
 from vatt_fast.checkpoints.released import read_released
+from vatt_fast.checkpoints.words import read_word_list
 from vatt_fast.classifier import Classifier, ClassifierConfig
 from vatt_fast.cli import main
+from vatt_fast.config import BASE, LARGE, MEDIUM
 from vatt_fast.data.text import Vocabulary
 
 PARTS = {
@@ -159,9 +161,12 @@ def shapes_of(config: VATTConfig) -> dict[str, tuple[int, ...]]:
     return {key.removesuffix(VALUE): tuple(value.shape) for key, value in tensors.items()}
 
 
-@pytest.mark.parametrize("name", ["bbs", "mbs", "lbs", "ma"])
+@pytest.mark.parametrize("name", ["bbs", "mbs", "lbs", "ma", "xbs"])
 def test_the_published_sizes_are_found_from_their_shapes(name):
-    config = preset(name, "released")
+    """And the released configs' largest tower, of which no file is published."""
+    config = preset("bbs" if name == "xbs" else name, "released")
+    if name == "xbs":
+        config = dataclasses.replace(config, video=XLARGE)
     layout = layout_of(shapes_of(config))
     assert layout.config == config and not layout.notes
     assert {w.key: w.shape for w in layout.weights} == shapes_of(config)
@@ -183,6 +188,7 @@ def test_the_published_layouts_have_the_released_number_of_parameters(name, with
     assert abs(sum(np.prod(w.shape) for w in counted) / 1e6 - millions) < 0.05
 
 
+XLARGE = TowerConfig(depth=24, dim=1536, mlp_dim=4096, num_heads=24)
 TOWER = TowerConfig(depth=2, dim=24, mlp_dim=40, num_heads=3, head_dim=8)
 VARIANTS = {
     "deeper": dict(
@@ -266,18 +272,51 @@ def test_heads_are_told_or_asked_for(small):
     assert [note for note in found.notes if "3 heads of 8, as in the text tower" in note]
     wide = read_released(prefix, head_dim={"video": 24}).config
     assert (wide.video.num_heads, wide.audio.num_heads) == (1, 3)
-    for head_dim, words in ((5, "no multiple of 5"), ({"text": 8}, "head_dim names text")):
+    for head_dim, words in ((5, "no multiple of 5; give .*--head-dim N"), ({"text": 8}, "text")):
         with pytest.raises(ValueError, match=words):
             read_released(prefix, head_dim=head_dim)
 
 
-def test_heads_of_an_agnostic_model_are_asked_for(tmp_path):
+def test_heads_that_nothing_tells_are_asked_for(small, tmp_path):
+    """A model without a text tower of its own, and one whose heads are no part of the others."""
     model = random_model(variant("agnostic"))
     tensors = released_keys(model.config, model.state_dict())
     write_bundle(tmp_path / "ckpt", arrays(tensors))
-    with pytest.raises(ValueError, match=r"cannot be told, q is 24 wide.*--head-dim"):
+    with pytest.raises(
+        ValueError, match=r"cannot be told, q is 24 wide.*convert --head-dim N, .*head_dim=N"
+    ):
         create_model(tmp_path / "ckpt")
     assert create_model(tmp_path / "ckpt", head_dim=8).config == model.config
+    text = TowerConfig(depth=2, dim=16, mlp_dim=20, num_heads=2, head_dim=9)
+    shapes = shapes_of(dataclasses.replace(variant("wide_spaces"), text=text))
+    with pytest.raises(ValueError, match=r"q is 24 wide, no multiple of 9; give"):
+        layout_of(shapes)
+    assert layout_of(shapes, head_dim=8).config.video == TOWER
+
+
+def test_published_widths_have_published_heads_at_any_depth():
+    """It is said, because only whole towers are published."""
+    trunk = TowerConfig(depth=3, dim=1024, mlp_dim=4096, num_heads=16)
+    config = dataclasses.replace(preset("ma", "released"), video=trunk, audio=trunk, text=trunk)
+    layout = layout_of(shapes_of(config))
+    assert layout.config == config
+    assert "16 heads of 64, as in published towers of this width" in layout.notes[0]
+    assert "--head-dim" in layout.notes[0]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_recorded_checkpoints_ask_for_what_nothing_tells_only(name):
+    """The words' tower proves 8 of tx_fac, and says that the others' are taken; ut_fac has none."""
+    prefix, head_dim = recorded(name)
+    if name == "tx_fac":
+        with pytest.warns(UserWarning, match="heads of 8, as in the text tower.*--head-dim"):
+            found = create_model(prefix)
+        assert found.config == create_model(prefix, head_dim=head_dim).config
+    else:
+        with pytest.raises(
+            ValueError, match=r"q is 32 wide.*give the size of a head: convert --head-dim N"
+        ):
+            create_model(prefix)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
@@ -322,6 +361,100 @@ def test_any_shape_is_understood_or_refused(name):
                 VATT(layout.config)
         refused += not fits
     assert refused > 300
+
+
+# -- what training keeps beside the weights --------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("optimizers", "settings"),
+    [
+        ({"optimizer": "momentum"}, ("decay", "iter", "learning_rate", "momentum")),
+        ({"opt": "m v"}, ("beta_1", "beta_2", "iter", "learning_rate")),
+        ({"_optimizer": "m v vhat"}, ("beta_1", "learning_rate")),
+        ({"base_optimizer": "rms"}, ("rho",)),
+        ({"trainer/sgd": "momentum"}, ("iter",)),
+        ({"ema": "average", "ema/_optimizer": "momentum"}, ("iter", "average_decay")),
+    ],
+    ids=lambda value: "-".join(value),
+)
+def test_optimizers_of_any_name_are_left_out(small, optimizers, settings):
+    """Their slots tell where they lie; what else lies there is theirs, vectors included."""
+    write, model = small
+
+    def change(tensors):
+        for key in [key for key in tensors if "optimizer" in key]:
+            del tensors[key]
+        tensors |= {
+            key.replace(VALUE, f"/.OPTIMIZER_SLOT/{at}/{slot}{VALUE}"): value
+            for key, value in tensors.items()
+            for at, slots in optimizers.items()
+            for slot in slots.split()
+            if key.endswith(f"kernel{VALUE}")
+        }
+        at = next(iter(optimizers))
+        tensors |= {f"{at}/{name}{VALUE}": torch.ones(()) for name in settings}
+        tensors[f"{at}/per_layer_rate{VALUE}"] = torch.ones(3)
+
+    found = read_released(write(change), head_dim=8)
+    assert found.left_out["optimizer settings"] == len(settings) + 1
+    assert found.left_out["optimizer slots"] > 40 and not found.mismatch
+    for key, value in model.state_dict().items():
+        assert torch.equal(found.tensors[key], value), key
+
+
+def test_slots_under_the_optimizers_own_name_are_left_out(small):
+    """Keras 2.11 and later keep them there; the rate and the step tell what it is."""
+    write, _ = small
+
+    def change(tensors):
+        for key in [key for key in tensors if "optimizer" in key]:
+            del tensors[key]
+        tensors |= {f"opt/_variables/{i}{VALUE}": torch.ones(24, 24) for i in range(9)}
+        tensors[f"opt/_learning_rate{VALUE}"] = torch.ones(())
+        tensors[f"opt/_iterations{VALUE}"] = torch.tensor(5)
+
+    assert read_released(write(change), head_dim=8).left_out["optimizer settings"] == 11
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "kind"),
+    [
+        ("learning_rate", torch.ones(()), "scalars outside the model"),
+        ("current_step", torch.tensor(7), "integers and texts"),
+        ("epoch", torch.tensor(7), "step counters"),
+        ("loss_scale/current_loss_scale", torch.ones(()), "scalars outside the model"),
+        ("metrics/0/total", torch.ones(()), "metrics"),
+        ("model/keras_api/metrics/1/true_positives", torch.ones(200), "metrics"),
+        ("model/dropout_rng/_state_var", torch.tensor([1, 2, 3]), "integers and texts"),
+        ("model/note", [b"text"], "integers and texts"),
+    ],
+)
+def test_what_else_training_keeps_is_left_out_and_counted(small, key, value, kind):
+    write, _ = small
+    before = read_released(write(), head_dim=8).left_out.get(kind, 0)
+    found = read_released(write(lambda t: t.update({f"{key}{VALUE}": value})), head_dim=8)
+    assert found.left_out[kind] == before + 1 and not found.mismatch
+
+
+@pytest.mark.parametrize(
+    ("key", "shape"),
+    [
+        ("extra/kernel", (3, 4)),
+        ("ema/model/agg_embedding", (24,)),
+        (f"{ROOT}_head_layer/temperature", ()),
+        (f"{ROOT}_base_layer/vid_backbone/_base/mask_embedding", (24,)),
+        ("model/learning_rate", ()),
+    ],
+)
+def test_a_weight_without_a_place_is_named_wherever_it_lies(small, key, shape):
+    """Also where a scalar beside the model has an optimizer's name."""
+    write, _ = small
+    extra = {f"{key}{VALUE}": torch.ones(shape)}
+    if key == "model/learning_rate":
+        key, extra = f"{ROOT}more", extra | {f"{ROOT}more{VALUE}": torch.ones(2)}
+    with pytest.raises(ValueError, match=f"no place here: {key} "):
+        read_released(write(lambda t: t.update(extra)), head_dim=8)
 
 
 # -- what does not match ---------------------------------------------------------------------------
@@ -422,6 +555,13 @@ def test_other_names_of_the_classifier_are_found(tower, tmp_path):
     write_bundle(tmp_path / "ckpt-9", arrays(renamed))
     found = Classifier.from_released(read_released(tmp_path / "ckpt-9", head_dim=8))
     assert torch.equal(found(clips), model(clips))
+    beside = {
+        key.replace(f"{ROOT}_ops/cls", "model/layer_with_weights-1"): value
+        for key, value in tensors.items()
+    }
+    write_bundle(tmp_path / "ckpt-9", arrays(beside))
+    found = Classifier.from_released(read_released(tmp_path / "ckpt-9", head_dim=8))
+    assert torch.equal(found(clips), model(clips))
     write_bundle(tmp_path / "ckpt-9", arrays(renamed | tensors))
     with pytest.raises(ValueError, match=r"one classifier beside .*_ops/cls/kernel, .*_ops/logits"):
         read_released(tmp_path / "ckpt-9", head_dim=8)
@@ -455,23 +595,38 @@ def test_create_model_names_what_does_not_belong(small, tmp_path):
 WORDS = ["<pad>", "<bos>", "<eos>", "<unk>", *(f"word{i}" for i in range(16))]
 
 
-@pytest.mark.parametrize("kind", ["lines", "numbered", "json", "npy", "ours"])
-def test_word_lists_become_the_vocabulary(small, tmp_path, kind):
+@pytest.mark.filterwarnings("ignore:.*words for 20 rows")
+@pytest.mark.parametrize(
+    ("kind", "left_out"),
+    [
+        *((kind, 0) for kind in ("lines", "numbered", "json", "npy", "npy of bytes", "ours")),
+        ("lines", 1),  # no <pad>
+        ("ours", 2),  # nor <unk>
+        ("ours npy", 2),
+    ],
+)
+def test_word_lists_become_the_vocabulary(small, tmp_path, kind, left_out):
     """Whatever the list's form, a word keeps its row, and the unknown word's is second."""
     write, model = small
     path, words = tmp_path / "words.txt", list(WORDS)
-    if kind == "ours":
+    if "ours" in kind:
         words = ["<pad>", "<unk>", *WORDS[4:], "x", "y"]
-    if kind == "npy":
-        np.save(path := tmp_path / "words.npy", np.array(words))
+    given = words[left_out:]
+    if "npy" in kind:
+        np.save(path := tmp_path / "dict.npy", np.array(given, "S" if "bytes" in kind else "U"))
     elif kind == "json":
-        (path := tmp_path / "words.json").write_text(json.dumps(words))
+        (path := tmp_path / "words.json").write_text(json.dumps(given))
     elif kind == "numbered":
-        lines = [f"{number} {word}" for number, word in enumerate(words)]
+        lines = [f"{number} {word}" for number, word in enumerate(given)]
         path.write_text("\n".join(lines[::-1]) + "\n")
     else:
-        path.write_text("\n".join(words) + "\n")
-    convert(write(), tmp_path / "out", words=path, head_dim=8)
+        path.write_text("\n".join(given) + "\n")
+    notes = convert(write(), tmp_path / "out", words=path, head_dim=8).get("notes", [])
+    special = ["<pad>", "<unk>"][:left_out]
+    assert [note for note in notes if "for 20 rows" in note] == [
+        f"{path} has {20 - left_out} words for 20 rows; taken as the table's first: "
+        f"{', '.join(special)}"
+    ][: len(special)]
     found = create_model(tmp_path / "out")
     table, rows = found.text_tokens.table.weight, model.text_tokens.table.weight
     assert found.vocabulary.words[:2] == ("<pad>", "<unk>")
@@ -489,7 +644,10 @@ def test_word_lists_become_the_vocabulary(small, tmp_path, kind):
     ("text", "words"),
     [
         ("<pad>\n<unk>\na", "has 3 words, the word table 20 rows"),
-        ("\n".join(["x", *WORDS[1:]]), "first word must be <pad>"),
+        ("\n".join(["x", *WORDS[1:]]), "each of the 20 rows and begins 'x'.* must be <pad>"),
+        ("\n".join(WORDS[4:]), "16 words .without <pad> and <unk>., the word table 20 rows"),
+        ("\n".join(w for w in WORDS if w != "<unk>"), "19 words .without <unk>., .* 20 rows"),
+        ("\n".join(f"w{i}" for i in range(19)), "19 words .without <pad> and <unk>., .* 20 rows"),
         ("\n".join(w if w != "<unk>" else "u" for w in WORDS), "<unk> one of the others"),
         ("\n".join([*WORDS[:-1], "word0"]), "'word0' is twice"),
         ("\n".join([*WORDS[:-1], "two of them"]), "line 20 is 'two of them'"),
@@ -497,7 +655,7 @@ def test_word_lists_become_the_vocabulary(small, tmp_path, kind):
         ("3 a\n3 b", "two words have number 3"),
         ("", "line 1 is ''"),
     ],
-    ids=range(8),
+    ids=range(11),
 )
 def test_other_word_lists_are_refused(small, tmp_path, text, words):
     write, _ = small
@@ -508,6 +666,30 @@ def test_other_word_lists_are_refused(small, tmp_path, text, words):
     assert str(path) in str(caught.value)
     with pytest.raises(ValueError, match="is missing"):
         read_released(tmp_path / "ckpt-7", words=tmp_path / "none.txt", head_dim=8)
+
+
+@pytest.mark.parametrize(
+    ("array", "words"),
+    [
+        (np.array(["<pad>", "<unk>", 3], object), "Object arrays cannot be loaded"),
+        (np.arange(20), r"int64 of shape \(20,\), not a row of words"),
+        (np.full((4, 5), "x"), r"of shape \(4, 5\), not a row of words"),
+        (np.array([b"\xff"] * 20), "can't decode"),
+    ],
+    ids=range(4),
+)
+def test_arrays_without_words_are_refused(tmp_path, array, words):
+    for content in (b"", b"\x93NUMPY"):
+        (tmp_path / "cut.npy").write_bytes(content)
+        with pytest.raises(ValueError, match=r"cut\.npy is no word list"):
+            read_word_list(tmp_path / "cut.npy")
+    with open(tmp_path / "several.npy", "wb") as file:
+        np.savez(file, a=array, b=array)
+    with pytest.raises(ValueError, match=r"several\.npy is no word list: it holds several"):
+        read_word_list(tmp_path / "several.npy")
+    np.save(tmp_path / "dict.npy", array, allow_pickle=True)
+    with pytest.raises(ValueError, match=rf"dict\.npy is no word list: .*{words}"):
+        read_word_list(tmp_path / "dict.npy")
 
 
 # -- fine-tuned towers -----------------------------------------------------------------------------
@@ -578,20 +760,32 @@ def test_a_classifier_is_its_tower_and_a_product(tower):
     torch.testing.assert_close(model(clips), by_hand)
 
 
-@pytest.mark.parametrize("name", ["base", "medium", "large"])
-def test_published_fine_tuned_sizes_are_found(name):
-    """Position tables of 320 x 320 pixels, as the paper fine-tunes."""
-    preset_name = {"base": "bbs", "medium": "mbs", "large": "lbs"}[name]
-    config = dataclasses.replace(
-        preset(preset_name, "released"), height=320, width=320, frames_per_second=12.5
-    )
+@pytest.mark.parametrize(
+    ("tower", "modality", "agnostic"),
+    [
+        (BASE, "video", False),
+        (MEDIUM, "video", False),
+        (LARGE, "video", False),
+        (XLARGE, "video", False),
+        (MEDIUM, "video", True),
+        (BASE, "audio", False),
+        (MEDIUM, "audio", True),
+    ],
+)
+def test_published_fine_tuned_sizes_are_found(tower, modality, agnostic):
+    """Position tables of 320 x 320 pixels, as the paper fine-tunes; 64 wide heads, unasked."""
+    name = "ma" if agnostic else "bbs"
+    towers = dict.fromkeys(("video", "audio", "text") if agnostic else (modality,), tower)
+    config = dataclasses.replace(preset(name, "released"), height=320, width=320, **towers)
     with torch.device("meta"):
-        model = Classifier(ClassifierConfig(config, "video", 400))
+        model = Classifier(ClassifierConfig(config, modality, 400))
     tensors = fine_tuned_keys(config, model.state_dict())
     shapes = {key.removesuffix(VALUE): tuple(value.shape) for key, value in tensors.items()}
     layout = layout_of(shapes)
-    assert layout.config.video == config.video and layout.num_classes == 400
-    assert (layout.config.height, layout.config.frames) == (320, 32)
+    assert getattr(layout.config, modality) == tower and not layout.notes
+    assert (layout.modality, layout.num_classes) == (modality, 400)
+    if modality == "video":
+        assert (layout.config.height, layout.config.frames) == (320, 32)
     assert {w.key: w.shape for w in layout.weights} == shapes
 
 

@@ -2,10 +2,13 @@
 
 import dataclasses
 import importlib.util
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from released_keys import arrays, fine_tuned_keys
+from tf_bundle_writer import write_bundle
 
 import vatt_fast as vf
 from vatt_fast.classifier import Classifier, ClassifierConfig
@@ -83,6 +86,32 @@ def test_the_command_writes_a_classifier_and_its_labels(tmp_path, capsys):
     torch.testing.assert_close(found["logits"], net(clips), rtol=1e-3, atol=1e-4)
     with pytest.raises(ValueError, match="has no video; it has audio"):
         ours.export(net, tmp_path, format="pt2", modalities=["video"])
+
+
+def test_released_checkpoints_are_taken_fine_tuned_ones_too(tmp_path, capsys):
+    """Their heads are published ones; what was assumed is said."""
+    tower = vf.TowerConfig(depth=1, dim=512, mlp_dim=2048, num_heads=8)
+    config = dataclasses.replace(
+        vf.VATTConfig().with_recipe("released"), audio=tower, samples=512, audio_patch=64
+    )
+    torch.manual_seed(0)
+    net = Classifier(ClassifierConfig(config, "audio", 3)).eval()
+    prefix = tmp_path / "ckpt-9"
+    write_bundle(prefix, arrays(fine_tuned_keys(config, net.state_dict())))
+    with pytest.warns(UserWarning, match="8 heads of 64, as in published towers of this width"):
+        main(["export", "--model", str(prefix), "--out", str(tmp_path), "--format", "pt2"])
+    assert "audio.pt2" in capsys.readouterr().out
+    clips = torch.rand(4, config.samples) - 0.5
+    found = torch.export.load(tmp_path / "audio.pt2").module()(clips)
+    torch.testing.assert_close(found["logits"], net(clips), rtol=1e-3, atol=1e-4)
+    whole = Path(__file__).parents[1] / "support" / "tiny_ckpt_tx_fac" / "ckpt-1"
+    with pytest.warns(UserWarning, match="as in the text tower"):
+        (path,) = ours.export(whole, tmp_path, format="pt2", modalities=["audio"])
+    expected = vf.create_model(whole, head_dim=8)
+    audio = ours.Tower(expected, "audio").example(2)
+    z = ours._run_pt2(path, audio)["z_audio_va"]
+    assert z.shape == (2, expected.config.d_va)
+    torch.testing.assert_close(z, expected.encode(audio=audio)["z_audio_va"], rtol=1e-3, atol=1e-4)
 
 
 def test_what_cannot_be_exported_is_refused(tmp_path, monkeypatch):

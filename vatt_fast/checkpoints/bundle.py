@@ -84,6 +84,10 @@ class Entry:
             return str(_DTYPES[self.dtype]).removeprefix("torch.")
         return _OTHERS.get(self.dtype, f"number {self.dtype}")
 
+    @property
+    def is_float(self) -> bool:
+        return self.dtype in _DTYPES and _DTYPES[self.dtype].is_floating_point
+
 
 class Bundle:
     """A checkpoint, its index read and its data files memory-mapped.

@@ -52,14 +52,11 @@ def convert(
     names = None
     if labels is not None and released.num_classes is not None:
         names = read_labels(labels, released.num_classes)
-    model: VATT | Classifier
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        if released.modality is None:
-            model = VATT.from_released(released)
-        else:
-            model = Classifier.from_released(released)
-            model.labels = names
+        model = model_of(released)
+    if isinstance(model, Classifier):
+        model.labels = names
     model.save_pretrained(out)
     return {
         **_sizes(released),
@@ -68,6 +65,13 @@ def convert(
         **({"not matched": released.mismatch.lines()} if released.mismatch else {}),
         **({"notes": released.notes} if released.notes else {}),
     }
+
+
+def model_of(released: Released) -> VATT | Classifier:
+    """The whole model, or the one tower with its classifier; in evaluation mode."""
+    if released.modality is None:
+        return VATT.from_released(released)
+    return Classifier.from_released(released)
 
 
 def _sizes(released: Released) -> dict[str, Any]:

@@ -40,7 +40,14 @@ from .names import (
     t5_text,
 )
 
-_PUBLISHED = (SMALL, BASE, MEDIUM, LARGE)
+# in the released code's configs (vit_xlarge), of no published file
+_XLARGE = TowerConfig(depth=24, dim=1536, mlp_dim=4096, num_heads=24)
+_PUBLISHED = {  # depth, dim, mlp_dim, width of q -> width of a head
+    (t.depth, t.dim, t.mlp_dim, t.num_heads * t.head_dim): t.head_dim
+    for t in (SMALL, BASE, MEDIUM, LARGE, _XLARGE)
+}
+_WIDTHS = {sizes[1:]: head_dim for sizes, head_dim in _PUBLISHED.items()}
+_PARTS = ("_base_layer", "_head_layer", "_base", "_ops")
 
 Shapes = dict[str, tuple[int, ...]]
 HeadDim = int | Mapping[str, int]  # of all towers, or by modality
@@ -50,14 +57,20 @@ HeadDim = int | Mapping[str, int]  # of all towers, or by modality
 class Layout:
     """A checkpoint's model: its sizes and where each weight belongs.
 
-    ``modality`` and ``num_classes`` are those of a fine-tuned tower.
+    ``root`` is what its keys begin with. ``modality`` and ``num_classes`` are those of a fine-tuned
+    tower.
     """
 
     config: VATTConfig
     weights: list[Weight]
+    root: str
     notes: tuple[str, ...] = ()
     modality: str | None = None
     num_classes: int | None = None
+
+    def holds(self, key: str) -> bool:
+        """Whether the key is of the model."""
+        return key.startswith(self.root) if self.root else key.partition("/")[0] in _PARTS
 
 
 class _Sizes:
@@ -102,33 +115,33 @@ class _Sizes:
         mlp_dim = self.of(f"{at}/layers/0/feed_forward/mlp/wi/kernel", 2)[1]
         depth = self.depth(at)
         head_dim = self.head_dims.get(modality)
-        heads = self._heads(at, (depth, dim, mlp_dim, inner), head_dim)
-        return TowerConfig(depth, dim, mlp_dim, *heads)
+        if head_dim is None:
+            head_dim = self._head_dim(at, (depth, dim, mlp_dim, inner))
+        if head_dim < 1 or inner % head_dim:
+            raise self._untold(at, inner, f"no multiple of {head_dim}")
+        return TowerConfig(depth, dim, mlp_dim, inner // head_dim, head_dim)
 
-    def _heads(
-        self, at: str, sizes: tuple[int, int, int, int], head_dim: int | None
-    ) -> tuple[int, int]:
-        """Their number and size."""
-        inner = sizes[3]
-        published = {
-            (t.depth, t.dim, t.mlp_dim, t.num_heads * t.head_dim): t.head_dim for t in _PUBLISHED
-        }
-        if head_dim is None:
-            head_dim = published.get(sizes)
-        if head_dim is None:
-            head_dim = self._text_head_dim()
-            if head_dim is not None and inner % head_dim == 0:
-                self.notes.append(
-                    f"{at}: {inner // head_dim} heads of {head_dim}, as in the text tower; the "
-                    "shapes don't tell, --head-dim sets another size"
-                )
-        if head_dim is None or head_dim < 1 or inner % head_dim:
-            rule = "no published tower" if head_dim is None else f"no multiple of {head_dim}"
-            raise ValueError(
-                f"{self.source}: the heads of {at} cannot be told, q is {inner} wide, {rule}; give "
-                "the size of a head (head_dim, --head-dim)"
+    def _head_dim(self, at: str, sizes: tuple[int, int, int, int]) -> int:
+        """The published one; else the text tower's, else that of published widths, and a note."""
+        if sizes in _PUBLISHED:
+            return _PUBLISHED[sizes]
+        inner, found, like = sizes[3], self._text_head_dim(), "in the text tower"
+        if found is None:
+            found, like = _WIDTHS.get(sizes[1:]), "in published towers of this width"
+        if found is None:
+            raise self._untold(at, inner, "of no published size, beside no text tower that tells")
+        if inner % found == 0:
+            self.notes.append(
+                f"{at}: {inner // found} heads of {found}, as {like}; the shapes don't tell, "
+                "convert --head-dim (head_dim) sets another size"
             )
-        return inner // head_dim, head_dim
+        return found
+
+    def _untold(self, at: str, inner: int, why: str) -> ValueError:
+        return ValueError(
+            f"{self.source}: the heads of {at} cannot be told, q is {inner} wide, {why}; give the "
+            f"size of a head: convert --head-dim N, in Python head_dim=N, where N divides {inner}"
+        )
 
     def _text_head_dim(self) -> int | None:
         """The table of relative positions has a column a head."""
@@ -220,7 +233,7 @@ def _specific(sizes: _Sizes, root: str, num_words: int | None) -> Layout:
         *t5_text(config, at["text"]),
         *common_space(config, heads),
     ]
-    return Layout(config, weights, tuple(sizes.notes))
+    return Layout(config, weights, root, tuple(sizes.notes))
 
 
 def _agnostic(sizes: _Sizes, root: str, num_words: int | None) -> Layout:
@@ -248,7 +261,7 @@ def _agnostic(sizes: _Sizes, root: str, num_words: int | None) -> Layout:
         *(w for m in MODALITIES for w in post_proj(config, f"{at}/post_proj/{m}", m)),
         *common_space(config, heads),
     ]
-    return Layout(config, weights, tuple(sizes.notes))
+    return Layout(config, weights, root, tuple(sizes.notes))
 
 
 def _fine_tuned(sizes: _Sizes, root: str, projection: str) -> Layout:
@@ -269,7 +282,7 @@ def _fine_tuned(sizes: _Sizes, root: str, projection: str) -> Layout:
     else:
         found |= {"sample_rate_hz": 24000, **_audio_size(sizes, places)}
     config = _config(**found)
-    classifier = _classifier_of(sizes, root)
+    classifier = _classifier_of(sizes, at)
     num_classes = sizes.of(f"{classifier}/kernel", 2)[1]
     weights = [
         *patch_tokens(config, modality, places),
@@ -277,7 +290,7 @@ def _fine_tuned(sizes: _Sizes, root: str, projection: str) -> Layout:
         *(post_proj(config, f"{at}/post_proj", modality) if agnostic else ()),
         *dense(classifier, "classifier", config.pooled_dim(modality), num_classes, bias=True),
     ]
-    return Layout(config, weights, tuple(sizes.notes), modality, num_classes)
+    return Layout(config, weights, root, tuple(sizes.notes), modality, num_classes)
 
 
 def _config(**found: Any) -> VATTConfig:
@@ -313,17 +326,15 @@ def _heads_of(sizes: _Sizes, root: str) -> str:
     return found[0].removesuffix(name) if found else f"{root}_head_layer/_bridge_heads/0"
 
 
-def _classifier_of(sizes: _Sizes, root: str) -> str:
+def _classifier_of(sizes: _Sizes, tower: str) -> str:
     """The one product outside the tower; ``_ops/cls`` in the released code."""
     found = [
-        key
-        for key in sizes.shapes
-        if key.startswith(root) and key.endswith("/kernel") and not key.startswith(f"{root}_base/")
+        key for key in sizes.shapes if key.endswith("/kernel") and not key.startswith(f"{tower}/")
     ]
     if len(found) != 1:
         some = ", ".join(sorted(found)[:3]) or "none"
         raise ValueError(
-            f"{sizes.source} is a fine-tuned tower and must have one classifier beside {root}_base:"
+            f"{sizes.source} is a fine-tuned tower and must have one classifier beside {tower}:"
             f" there is {some}"
         )
     return found[0].removesuffix("/kernel")

@@ -7,6 +7,7 @@ over.
 import math
 import os
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -14,12 +15,19 @@ from torch import Tensor
 
 from ..config import VATTConfig
 from ..data.text import Vocabulary
-from .bundle import CHECKS_TENSORS, Bundle
-from .layouts import HeadDim, Shapes, layout_of
+from .bundle import CHECKS_TENSORS, Bundle, Entry
+from .layouts import HeadDim, Layout, Shapes, layout_of
 from .names import WORD_TABLE, Weight
 from .words import read_word_list, unknown_second
 
-_SUFFIX = "/.ATTRIBUTES/VARIABLE_VALUE"
+_SUFFIX, _SLOT, _GRAPH = (
+    "/.ATTRIBUTES/VARIABLE_VALUE",
+    "/.OPTIMIZER_SLOT/",
+    "_CHECKPOINTABLE_OBJECT_GRAPH",
+)
+_STEPS = ("save_counter", "global_step", "step", "iter", "iterations", "epoch")
+# an optimizer that keeps its slots under its own name (Keras 2.11 and later) is told by these
+_OF_OPTIMIZERS = ("learning_rate", "_learning_rate", "iter", "iterations", "_iterations")
 _NAMED = 5  # keys in an error
 
 
@@ -46,8 +54,8 @@ class Mismatch:
 class Released:
     """A checkpoint under our names, fp32.
 
-    ``left_out`` counts what no model needs: optimizer slots, counters. ``mismatch`` is empty unless
-    ``partial`` was asked for; weights without a tensor are then not in ``tensors``.
+    ``left_out`` counts what no model needs: optimizer slots, counters, metrics. ``mismatch`` is
+    empty unless ``partial`` was asked for; weights without a tensor are then not in ``tensors``.
     """
 
     config: VATTConfig
@@ -74,8 +82,8 @@ def read_released(
         words: the text tower's word list, see ``words.read_word_list``. It becomes the vocabulary;
             the word table's rows follow its order, ``<unk>`` second.
         head_dim: size of an attention head, or {"video": size, "audio": size}: shapes of those two
-            don't tell. By default 64, as published, where the sizes are published ones; else the
-            text tower's.
+            don't tell. By default 64, as published, where the sizes are published ones; else, with
+            a note, the text tower's; else 64, with a note, where the widths are published ones.
         partial: go on where keys or shapes don't match.
 
     Raises:
@@ -83,11 +91,16 @@ def read_released(
             (the message lists them), or the heads cannot be told.
     """
     bundle = Bundle(prefix)
-    shapes, left_out = _model_shapes(bundle)
+    shapes = {
+        key.removesuffix(_SUFFIX): entry.shape
+        for key, entry in bundle.entries.items()
+        if _SLOT not in key and key != _GRAPH
+    }
     word_list = None if words is None else read_word_list(words)
     num_words = None if word_list is None else len(word_list)
     layout = layout_of(shapes, head_dim=head_dim, num_words=num_words, source=bundle.prefix)
-    mismatch = _compare(layout.weights, shapes)
+    left_out = _bookkeeping(bundle, layout)
+    mismatch = _compare(layout.weights, shapes, left_out)
     if mismatch and not partial:
         raise ValueError(_refusal(bundle.prefix, mismatch))
     tensors = _read(bundle, layout.weights, {*mismatch.missing, *mismatch.differing})
@@ -99,6 +112,11 @@ def read_released(
             raise ValueError(f"{bundle.prefix} has no text tower, so it has no use for {words}")
         rows = layout.config.vocab_size
         vocabulary, order = unknown_second(word_list, rows=rows, source=str(words))
+        if more := rows - len(word_list):
+            notes.append(
+                f"{words} has {len(word_list)} words for {rows} rows; taken as the table's first: "
+                f"{', '.join(vocabulary.words[:more])}"
+            )
         if WORD_TABLE in tensors:
             tensors[WORD_TABLE] = tensors[WORD_TABLE][order]
     if not CHECKS_TENSORS:
@@ -109,7 +127,7 @@ def read_released(
         vocabulary,
         layout.modality,
         layout.num_classes,
-        left_out,
+        dict(Counter(left_out.values())),
         mismatch,
         notes,
     )
@@ -118,37 +136,54 @@ def read_released(
 # -- matching --------------------------------------------------------------------------------------
 
 
-def _model_shapes(bundle: Bundle) -> tuple[Shapes, dict[str, int]]:
-    """Shapes by key without its suffix, and how many entries of which kind no model needs."""
-    shapes: Shapes = {}
-    left_out: Counter[str] = Counter()
+def _bookkeeping(bundle: Bundle, layout: Layout) -> dict[str, str]:
+    """What training keeps beside the weights: of which kind, by key without its suffix."""
+    weights = {weight.key for weight in layout.weights}
+    optimizers = _optimizers(bundle, layout.root)
+    found = {}
     for key, entry in bundle.entries.items():
-        if kind := _bookkeeping(key):
-            left_out[kind] += 1
-        else:
-            shapes[key.removesuffix(_SUFFIX)] = entry.shape
-    return shapes, dict(left_out)
+        name = key.removesuffix(_SUFFIX)
+        if name not in weights and (kind := _kind(name, entry, layout, optimizers)):
+            found[name] = kind
+    return found
 
 
-def _bookkeeping(key: str) -> str | None:
-    """What training keeps under that key; None for a weight."""
-    if key == "_CHECKPOINTABLE_OBJECT_GRAPH":
+def _optimizers(bundle: Bundle, root: str) -> set[str]:
+    """Where optimizers lie: named behind their slots, or they hold a rate and a step."""
+    found = {"optimizer"}
+    for key, entry in bundle.entries.items():
+        _, slot, behind = key.removesuffix(_SUFFIX).partition(_SLOT)
+        at, _, name = (behind or key.removesuffix(_SUFFIX)).rpartition("/")
+        if at and (slot or (entry.shape == () and name in _OF_OPTIMIZERS)):
+            found.add(at)
+    return {at for at in found if not root.startswith(f"{at}/")}
+
+
+def _kind(name: str, entry: Entry, layout: Layout, optimizers: set[str]) -> str | None:
+    """None for a weight."""
+    parts = name.split("/")
+    if name == _GRAPH:
         return "object graph"
-    if "/.OPTIMIZER_SLOT/" in key:
+    if _SLOT in name:
         return "optimizer slots"
-    parts = key.removesuffix(_SUFFIX).split("/")
-    if "optimizer" in parts:
+    if "optimizer" in parts or any(name.startswith(f"{at}/") for at in optimizers):
         return "optimizer settings"
-    if parts[-1] in ("save_counter", "global_step", "step", "iter", "iterations", "epoch"):
+    if parts[-1] in _STEPS:
         return "step counters"
+    if "metrics" in parts or "keras_api" in parts:
+        return "metrics"
+    if not entry.is_float:
+        return "integers and texts"
+    if entry.shape == () and not layout.holds(name):
+        return "scalars outside the model"
     return None
 
 
-def _compare(weights: list[Weight], shapes: Shapes) -> Mismatch:
+def _compare(weights: list[Weight], shapes: Shapes, left_out: Collection[str]) -> Mismatch:
     places = {weight.key: weight.shape for weight in weights}
     return Mismatch(
         missing=[key for key in places if key not in shapes],
-        unused=[key for key in shapes if key not in places],
+        unused=[key for key in shapes if key not in places and key not in left_out],
         differing={
             key: f"has shape {shapes[key]}, the others ask for {shape}"
             for key, shape in places.items()

@@ -11,6 +11,7 @@ size and clips of the model's. ``vatt-fast export`` is the same.
 import contextlib
 import importlib.util
 import logging
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
@@ -21,6 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..checkpoints.bundle import is_checkpoint
+from ..checkpoints.convert import model_of
+from ..checkpoints.released import read_released
 from ..classifier import LABELS, Classifier
 from ..config import MODALITIES
 from ..files import check_folder, replacing, write_text
@@ -83,7 +86,8 @@ def export(
     """Write each tower as a file of its own, and compare what it computes with the model.
 
     Args:
-        model: a model, or a folder or name that ``create_model`` takes, or a classifier's folder.
+        model: a model, or a folder or name that ``create_model`` takes, or a classifier's folder or
+            released checkpoint. What had to be assumed of a checkpoint is a warning.
         out: folder for video.onnx, audio.onnx, text.onnx (or .pt2), with vocabulary.txt or
             labels.txt where the model has one.
         format: "pt2" for ``torch.export.load``; "onnx" for ONNX Runtime and others.
@@ -130,8 +134,13 @@ def export(
 
 
 def _load(model: str | Path) -> VATT | Classifier:
-    config = Path(model) / CONFIG
-    if not is_checkpoint(model) and config.is_file() and is_classifier(config.read_text()):
+    folder = Path(model)
+    if not folder.is_dir() and is_checkpoint(model):
+        released = read_released(model)
+        for note in released.notes:
+            warnings.warn(note, stacklevel=3)
+        return model_of(released)
+    if (folder / CONFIG).is_file() and is_classifier((folder / CONFIG).read_text()):
         return Classifier.from_pretrained(model)
     return create_model(model)
 
