@@ -13,6 +13,7 @@ from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor
+from torch._C import _functorch as functorch
 from torch._functorch.autograd_function import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 
@@ -308,7 +309,14 @@ def _schema(arguments: Mapping[str, Any], results: int) -> str:
 
 
 def _has_tangent(x: Any) -> bool:
-    return isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None
+    """Also within the wrappers of torch.func's transforms."""
+    while isinstance(x, Tensor):
+        if forward_ad.unpack_dual(x).tangent is not None:
+            return True
+        if not (functorch.is_gradtrackingtensor(x) or functorch.is_batchedtensor(x)):
+            return False
+        x = functorch.get_unwrapped(x)
+    return False
 
 
 def _without_autocast(implementation: Callable) -> Callable:
