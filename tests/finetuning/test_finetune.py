@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 import warnings
@@ -18,6 +19,7 @@ from safetensors.torch import load_file
 from test_step import AGNOSTIC
 from tf_bundle_writer import write_bundle
 from training_runs import MODEL, metrics
+from training_runs import settings as pretraining
 
 from vatt_fast.classifier import Classifier
 from vatt_fast.cli import main
@@ -28,6 +30,7 @@ from vatt_fast.finetuning.loop import BEST, finetune
 from vatt_fast.finetuning.settings import RECORD, Record, clip_spec
 from vatt_fast.model import VATT
 from vatt_fast.training.checkpoint import CHECKPOINT, read_standing
+from vatt_fast.training.loop import pretrain
 from vatt_fast.training.metrics import NonFiniteError
 from vatt_fast.training.run_page import REPORT
 
@@ -104,12 +107,15 @@ def same_runs(a, b):
     assert read_standing(a / CHECKPOINT) == read_standing(b / CHECKPOINT)
 
 
-@pytest.mark.parametrize(("count", "step"), [(3, None), (22, 2)])
-def test_a_killed_run_ends_as_an_uninterrupted_one(folder, whole, tmp_path, count, step):
-    """Killed amid the first save, and amid a later one."""
+@pytest.mark.parametrize(
+    ("count", "model", "step"), [(3, False, None), (8, True, None), (22, True, 2)]
+)
+def test_a_killed_run_ends_as_an_uninterrupted_one(folder, whole, tmp_path, count, model, step):
+    """Killed amid the first save, before and behind the model's files, and amid a later one."""
     python(KILLED, folder, tmp_path, count, ends_with=9)
     path = tmp_path / CHECKPOINT
     assert (read_standing(path).step if path.exists() else None) == step
+    assert (tmp_path / "model.safetensors").exists() == model
     run(settings(folder, tmp_path, **DRAWN | dict(workers=2)))
     same_runs(whole, tmp_path)
     assert not list(tmp_path.rglob("*.part"))
@@ -389,6 +395,21 @@ def test_a_loss_that_is_not_finite_stops_before_any_file(folder, tmp_path):
         run(config)
     for path in tmp_path.rglob("*.safetensors"):
         assert all(value.isfinite().all() for value in load_file(path).values())
+
+
+@pytest.mark.parametrize(
+    ("train", "settled"), [(run, settings), (pretrain, pretraining)], ids=["finetune", "pretrain"]
+)
+def test_a_model_that_is_no_runs_to_continue_stays(folder, pretrained, tmp_path, train, settled):
+    """A saved one, and a run's whose checkpoint is gone; the model that it starts from too."""
+    shutil.copytree(pretrained, tmp_path / "saved")
+    run(settings(folder, tmp_path / "trained", steps=1))
+    (tmp_path / "trained" / CHECKPOINT).unlink()
+    for out in (tmp_path / "saved", tmp_path / "trained"):
+        before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+        with pytest.raises(ValueError, match=r"holds a model already, .*name another"):
+            train(settled(folder, out, init=str(out)))
+        assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
 
 
 def test_two_writers_are_refused(folder, tmp_path):
