@@ -25,10 +25,10 @@ from .folder import media_below
 from .index import hold
 from .label_files import TRAIN, UNNAMED, Entry, Written, read_entries
 from .listing import Listing, Row
-from .media import MEDIA_SUFFIXES, MediaReader
+from .media import MEDIA_SUFFIXES, MediaError, MediaReader
 from .source import WHOLE_FILE, Modalities
 
-# a file this much longer than its segment is not the segment cut out
+# a whole video ends at most so much before the segment of it
 _TRIMMED_SECONDS = 1.5
 _NAMED = 3  # in an error
 _MARKED_BYTES = 4096
@@ -76,7 +76,8 @@ class LabelledData:
     def held_out(self, share: float) -> "LabelledData":
         """The same with this share of each class as split test, where nothing names a split.
 
-        Which ones depends on the files' names alone; a class keeps at least one for training.
+        Of examples with several classes it is the share of all. Which ones depends on the files'
+        names alone; a class keeps at least one for training.
 
         Raises:
             ValueError: a share out of range.
@@ -85,6 +86,11 @@ class LabelledData:
             raise ValueError(f"hold_out is {share}; it is a share of the examples, in [0, 1)")
         if self.names_splits:
             return self
+        out = self._of_all(share) if self.has_several else self._of_each_class(share)
+        examples = (replace(e, split="test" if e in out else TRAIN) for e in self.examples)
+        return replace(self, examples=tuple(examples), names_splits=True)
+
+    def _of_each_class(self, share: float) -> set[Example]:
         of_class: dict[tuple[str, ...], list[Example]] = {}
         for example in self.examples:
             of_class.setdefault(example.classes, []).append(example)
@@ -92,8 +98,16 @@ class LabelledData:
         for those in of_class.values():
             count = min(round(share * len(those)), len(those) - 1)
             out.update(sorted(those, key=_draw)[:count])
-        examples = (replace(e, split="test" if e in out else TRAIN) for e in self.examples)
-        return replace(self, examples=tuple(examples), names_splits=True)
+        return out
+
+    def _of_all(self, share: float) -> set[Example]:
+        left = Counter(name for example in self.examples for name in example.classes)
+        wanted, out = round(share * len(self.examples)), set()
+        for example in sorted(self.examples, key=_draw):
+            if len(out) < wanted and all(left[name] > 1 for name in example.classes):
+                out.add(example)
+                left.subtract(example.classes)
+        return out
 
     def marks(self, split: str) -> set[str]:
         """A short digest of the name, segment, size and middle of each example of a split."""
@@ -366,14 +380,24 @@ def _stem(path: str) -> str:
     return _stem_of_path(_name(path))
 
 
-def _are_cut_out(root: Path, whole: Sequence[_At]) -> bool:
-    """Whether files named by a video's id are its segments cut out; one of them is looked at."""
-    for entry, path, (start, end) in whole:
-        if entry.whole_names is not None and not entry.is_whole_by_name and start > 0:
-            if end == math.inf:
-                return False
+def _are_cut_out(root: Path, located: Sequence[_At]) -> bool:
+    """Whether files named by a video's id are its segments cut out.
+
+    The one whose segment begins last tells; where it cannot be read, the next.
+    """
+    by_id = [
+        at for at in located if at.entry.whole_names is not None and not at.entry.is_whole_by_name
+    ]
+    for _, path, (start, end) in sorted(by_id, key=lambda at: -at.segment[0]):
+        if start == 0:
+            return False
+        if end == math.inf:
+            continue
+        try:
             with MediaReader(root / path) as reader:
-                return reader.info.duration_seconds <= end - start + _TRIMMED_SECONDS
+                return reader.info.duration_seconds < end - _TRIMMED_SECONDS
+        except (MediaError, OSError):
+            continue  # it will be skipped and listed
     return False
 
 
