@@ -371,6 +371,25 @@ def test_a_share_of_all_is_held_out_where_they_have_several_classes(tmp_path):
     assert few.splits["train"] < 20
 
 
+def test_marks_are_of_what_is_in_a_file(tmp_path):
+    """Silence in the middle does not make two sounds one."""
+    for name, around in (("a", b"\1"), ("b", b"\2")):
+        for folder in ("dog", "cat"):
+            (tmp_path / folder).mkdir(exist_ok=True)
+        (tmp_path / "dog" / f"{name}.wav").write_bytes(around * 9 + bytes(20_000) + b"\3")
+        (tmp_path / "cat" / f"{name}.wav").write_bytes(b"\4" + bytes(20_000) + around * 9)
+    data = open_labels(tmp_path)
+    marks = data.marks("train")
+    assert len(marks) == 4 and len(data.trained_on("train", marks)) == 4
+    (tmp_path / "dog" / "a.wav").rename(tmp_path / "dog" / "moved.wav")
+    moved = open_labels(tmp_path)
+    assert moved.marks("train") == marks
+    (tmp_path / "dog" / "moved.wav").unlink()
+    assert len(moved.marks("train")) == 3
+    kept = moved.without(moved.trained_on("train", marks))
+    assert [example.path for example in kept.examples] == ["dog/moved.wav"]
+
+
 def test_a_models_classes_are_checked(tmp_path):
     data = open_labels(touch(tmp_path, "dog/a.wav", "cat/b.wav"))
     assert data.source("train", "audio", ["dog", "cat"]).targets(["dog/a.wav"]).tolist() == [[1, 0]]

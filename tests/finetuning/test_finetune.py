@@ -27,7 +27,7 @@ from vatt_fast.config import TowerConfig
 from vatt_fast.data.labels import open_labels
 from vatt_fast.evaluation.classify import evaluate, predict
 from vatt_fast.finetuning.loop import BEST, finetune
-from vatt_fast.finetuning.settings import RECORD, Record, clip_spec
+from vatt_fast.finetuning.settings import RECORD, TRAINED, Record, clip_spec
 from vatt_fast.model import VATT
 from vatt_fast.training.checkpoint import CHECKPOINT, read_standing
 from vatt_fast.training.loop import pretrain
@@ -108,7 +108,7 @@ def same_runs(a, b):
 
 
 @pytest.mark.parametrize(
-    ("count", "model", "step"), [(3, False, None), (8, True, None), (22, True, 2)]
+    ("count", "model", "step"), [(5, False, None), (10, True, None), (24, True, 2)]
 )
 def test_a_killed_run_ends_as_an_uninterrupted_one(folder, whole, tmp_path, count, model, step):
     """Killed amid the first save, before and behind the model's files, and amid a later one."""
@@ -172,7 +172,7 @@ def test_a_saved_classifier_evaluates_to_the_last_bit(folder, tmp_path):
     assert np.array_equal(both[0], both[1])
     assert np.array_equal(both[0], found.predictions.logits)
     assert {path.name for path in (tmp_path / BEST).iterdir()} == {
-        "config.json", "model.safetensors", "labels.txt", RECORD
+        "config.json", "model.safetensors", "labels.txt", RECORD, TRAINED
     }  # fmt: skip
     last = metrics(tmp_path)[-1]
     once = evaluate(tmp_path, folder, windows=1, crops=1, batch_size=32)
@@ -234,7 +234,7 @@ def test_several_classes_each(folder, tmp_path):
         run(settings(labels, tmp_path / "out", **changes))
     run(settings(labels, tmp_path / "out", loss="sigmoid", **changes))
     found = evaluate(tmp_path / "out", labels, media=folder)
-    # what training held out: a quarter of each set of classes
+    # what training held out: a quarter
     assert found.result["examples"] == 2
     assert found.result["settings"]["left_out_as_trained"] == 6
     examples = open_labels(labels, media=folder).held_out(0.25).examples
@@ -242,11 +242,12 @@ def test_several_classes_each(folder, tmp_path):
     assert len(trained) == 6
     assert not {example.path for example in trained} & set(found.predictions.files)
     assert "top1" not in found.result and metrics(tmp_path / "out")[-1]["eval_examples"] == 2
-    assert evaluate(tmp_path / "out", labels, media=folder, split="train").result["examples"] == 8
+    found = evaluate(tmp_path / "out", labels, media=folder, split="train").result
+    assert (found["examples"], found["settings"]["trained_on"]) == (8, 6)
 
 
 def test_media_that_it_was_trained_on_are_left_out(folder, tmp_path):
-    """Where nothing names splits: told by name and size, so another folder is measured whole."""
+    """Where nothing names splits: told by what is in the files, wherever they lie."""
     run(settings(folder / "train", tmp_path, steps=2, hold_out=0.25, checkpoint_every=1))
     for model in (tmp_path, tmp_path / BEST):
         found = evaluate(model, folder / "train")
@@ -254,11 +255,41 @@ def test_media_that_it_was_trained_on_are_left_out(folder, tmp_path):
         assert found.result["examples"] == 2
         told = found.result["settings"]
         assert told["left_out_as_trained"] == 6 and told["split"] is None
+    names = [str(path.relative_to(folder)) for path in (folder / "train").rglob("*.mp4")]
+    rows = [f"{name},{name.split('/')[1]}" for name in sorted(names)]
+    (tmp_path / "higher.csv").write_text("\n".join(["file,class", *rows]))
+    higher = evaluate(tmp_path, tmp_path / "higher.csv", media=folder)
+    assert [name.removeprefix("train/") for name in higher.predictions.files] == (
+        found.predictions.files
+    )
     other = evaluate(tmp_path, folder / "test")
     assert other.result["examples"] == 8  # of the same names
     run(settings(folder / "train", tmp_path / "all", steps=1, hold_out=0.0))
     with pytest.raises(ValueError, match="the model was trained on all of"):
         evaluate(tmp_path / "all", folder / "train")
+
+
+def test_training_media_are_told_where_the_data_named_splits(folder, tmp_path, capsys):
+    """By the console too; those of a split that is asked for are measured, and counted."""
+    run(settings(folder, tmp_path, steps=1))
+    with pytest.raises(ValueError, match="the model was trained on all of"):
+        evaluate(tmp_path, folder / "train")
+    both = tmp_path / "both"
+    for split in ("train", "test"):
+        for name in CLASSES:
+            (both / name).mkdir(parents=True, exist_ok=True)
+            shutil.copy(folder / split / name / "0.mp4", both / name / f"{split}.mp4")
+    command = ["evaluate", "--model", str(tmp_path), "--data", str(both), "--windows", "1"]
+    main(command)
+    told, warned = capsys.readouterr()
+    assert "examples: 2\n" in told and "left out as trained on: 2\n" in told and not warned
+    assert "split: none named\n" in told
+    main([*command, "--split", "train"])
+    told, warned = capsys.readouterr()
+    assert "examples: 4\n" in told and "split: train\n" in told
+    assert warned == "vatt-fast: the model was trained on 2 of these examples\n"
+    main([*command[:4], str(folder), *command[5:]])
+    assert "split: test\nleft out as trained on: 0\n" in capsys.readouterr().out
 
 
 def test_published_splits_are_not_cut(folder, tmp_path):

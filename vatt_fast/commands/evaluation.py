@@ -199,8 +199,8 @@ def evaluate_classifier(
         data: labelled media, as finetune's --data.
         out: folder for result.json, classes.csv, scores.npz, confusion.csv and confusion.png.
         media: folder of the media that a file of labels names.
-        split: of the data; by default test, else val. Where the data name none, what the model was
-            trained on is left out, unless this is train.
+        split: of the data; by default test, else val. Where the data name none, or train alone,
+            what the model was trained on is left out, unless this is train.
         fold: of UCF101 and HMDB51 the split, of ESC-50 the fold that is the test.
         skip_missing: leave out media that are named and not there.
         windows: spread evenly over each file; by default 4, of pictures 1. Logits are averaged.
@@ -229,10 +229,15 @@ def evaluate_classifier(
     if out is not None:
         for left_out in write_evaluation(found, out):
             print(f"vatt-fast: {left_out}", file=sys.stderr)
+    if count := found.result["settings"]["trained_on"]:
+        print(f"vatt-fast: the model was trained on {count} of these examples", file=sys.stderr)
     if json:
         print(dumps(found.result))
         return
     shown = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in found.result.items()}
+    settings = found.result["settings"]
+    shown["split"] = settings["split"] or "none named"
+    shown["left out as trained on"] = settings["left_out_as_trained"]
     print_report({k: v for k, v in shown.items() if k not in ("settings", "skipped")}, False)
     if out is not None:
         print(f"written: {out}")

@@ -127,9 +127,10 @@ def _read_folders(data: Path) -> Written:
     classes, said = _class_list(data)
     if classes is None:
         inside = [Path(each).relative_to(data) for each in folders]
-        tops = [each for each in inside if len(each.parts) == depth + 1]
-        tops = [each for each in tops if not splits or each.parts[0] in splits]
-        bare = {each.name for each in tops if _lacks_media(data / each)}
+        of_classes = [each for each in inside if len(each.parts) == depth + 1]
+        if splits:
+            of_classes = [each for each in of_classes if each.parts[0] in splits]
+        bare = {each.name for each in of_classes if _lacks_media(data / each)}
         classes = sorted(bare.union(entry.classes[0] for entry in entries))
     return Written(entries, data, classes, said, by_name=False)
 

@@ -11,6 +11,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -31,7 +32,7 @@ from .source import WHOLE_FILE, Modalities
 # a whole video ends at most so much before the segment of it
 _TRIMMED_SECONDS = 1.5
 _NAMED = 3  # in an error
-_MARKED_BYTES = 4096
+_MARKED_BYTES, _MARKING_THREADS = 4096, 8
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,8 @@ class LabelledData:
 
     def _of_all(self, share: float) -> set[Example]:
         left = Counter(name for example in self.examples for name in example.classes)
-        wanted, out = round(share * len(self.examples)), set()
+        wanted = round(share * len(self.examples))
+        out: set[Example] = set()
         for example in sorted(self.examples, key=_draw):
             if len(out) < wanted and all(left[name] > 1 for name in example.classes):
                 out.add(example)
@@ -110,20 +112,37 @@ class LabelledData:
         return out
 
     def marks(self, split: str) -> set[str]:
-        """A short digest of the name, segment, size and middle of each example of a split."""
-        return {self._mark(example) for example in self.examples if example.split == split}
+        """A short digest of the segment, the size and parts of each example of a split.
 
-    def without(self, marks: Collection[str]) -> "LabelledData":
-        """The same but for the examples with these marks."""
-        kept = (example for example in self.examples if self._mark(example) not in marks)
-        return replace(self, examples=tuple(kept))
+        Wherever the file lies. Files that cannot be read have none.
+        """
+        return {mark for mark in self._marked(split).values() if mark is not None}
 
-    def _mark(self, example: Example) -> str:
-        with open(os.path.join(self.root, example.path), "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            file.seek(size // 2)
-            middle = file.read(_MARKED_BYTES).hex()
-        return _digest(f"{example.path}\0{example.segment}\0{size}\0{middle}").hex()[:16]
+    def trained_on(self, split: str, marks: Collection[str]) -> list[Example]:
+        """The examples of a split that have one of these marks."""
+        return [example for example, mark in self._marked(split).items() if mark in marks]
+
+    def without(self, examples: Collection[Example]) -> "LabelledData":
+        """The same but for these examples."""
+        gone = set(examples)
+        return replace(self, examples=tuple(e for e in self.examples if e not in gone))
+
+    def _marked(self, split: str) -> dict[Example, str | None]:
+        chosen = [example for example in self.examples if example.split == split]
+        with ThreadPoolExecutor(_MARKING_THREADS) as pool:  # disks elsewhere answer late
+            return dict(zip(chosen, pool.map(self._mark, chosen), strict=True))
+
+    def _mark(self, example: Example) -> str | None:
+        try:
+            with open(os.path.join(self.root, example.path), "rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                parts = []
+                for place in (0, size // 2, max(0, size - _MARKED_BYTES)):
+                    file.seek(place)
+                    parts.append(file.read(_MARKED_BYTES).hex())
+        except OSError:
+            return None  # nothing can be trained on it
+        return _digest(f"{example.segment}\0{size}\0{parts}").hex()[:16]
 
     def source(
         self, split: str, modality: str, classes: Sequence[str] | None = None

@@ -27,6 +27,7 @@ from torch import Tensor
 from .. import __version__
 from ..classifier import Classifier
 from ..data.clips import ClipSpec, spread
+from ..data.label_files import TRAIN
 from ..data.labels import LabelledSource, evaluation_split, open_labels
 from ..data.media import MediaError, MediaReader
 from ..devices import pick_device
@@ -267,8 +268,8 @@ def evaluate(
     Args:
         model: a folder that ``finetune``, ``convert`` or ``Classifier.save_pretrained`` wrote.
         data, media, fold, skip_missing: see ``data.labels.open_labels``.
-        split: None: test, else val, else the only one. Where the data name no splits, those that
-            the model was trained on are left out then.
+        split: None: test, else val, else the only one. Of train, and where the data name no
+            splits, those that the model was trained on are left out then; else they are counted.
         windows, crops: views of each file; None: 4 x 3 of video, 4 of sound, 1 of a picture.
         ranks: processes that divide the files; all call, and get the whole.
         sizes: frames, height, width, frames_per_second, samples, sample_rate_hz, where they are not
@@ -290,19 +291,19 @@ def evaluate(
     record = Record.read(folder)
     task = record.task if record else net.settings.modality
     labelled = open_labels(data, media=media, fold=fold, skip_missing=skip_missing)
-    trained = 0
-    if split is None and not labelled.names_splits and (marks := read_trained(folder)):
-        others = labelled.without(marks)
-        trained = len(labelled.examples) - len(others.examples)
-        if not others.examples:
+    named = split is not None or labelled.names_splits
+    chosen = split or evaluation_split(labelled)
+    marks = read_trained(folder)
+    trained = labelled.trained_on(chosen, marks) if marks else []
+    left_out = len(trained) if split is None and chosen == TRAIN else 0
+    if left_out:
+        labelled = labelled.without(trained)
+        if not labelled.examples:
             raise ValueError(
                 f"the model was trained on all of {data}; name other media, or measure on these "
                 "with split train"
             )
-        labelled = others
-    named = split is not None or labelled.names_splits
-    split = split or evaluation_split(labelled)
-    source = labelled.source(split, MODALITY[task], labels)
+    source = labelled.source(chosen, MODALITY[task], labels)
     default = record.input if record else {}
     given = {name: value for name, value in sizes.items() if value is not None}
     spec = clip_spec(task, default | given, net.config)
@@ -330,9 +331,10 @@ def evaluate(
             "task": task,
             "data": str(data),
             "media": None if media is None else str(media),
-            "split": split if named else None,
+            "split": chosen if named else None,
             "fold": fold,
-            "left_out_as_trained": trained,
+            "left_out_as_trained": left_out,
+            "trained_on": len(trained) - left_out,
             "labels_sha256": source.label_digest,
             "windows": windows,
             "crops": crops,

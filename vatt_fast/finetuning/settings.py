@@ -19,7 +19,7 @@ from ..training.settings import check_hosts, require_jax_can
 Task = Literal["video", "audio", "image"]
 Loss = Literal["softmax", "balanced", "sigmoid"]
 RECORD = "finetune.json"
-# marks of the examples that a run was trained on, where the data name no splits
+# marks of the examples that a run was trained on
 TRAINED = "trained.txt"
 FROM_SCRATCH = "none"
 # of the tower that a task trains
@@ -345,7 +345,7 @@ def input_sizes(task: str, spec: ClipSpec) -> dict[str, Any]:
 
 
 def read_trained(folder: Path) -> set[str]:
-    """Marks of the examples that a run was trained on; none where its data named splits."""
+    """Marks of the examples that a run was trained on; none of a converted checkpoint."""
     path = folder / TRAINED
     return set(path.read_text(encoding="utf-8").split()) if path.is_file() else set()
 
