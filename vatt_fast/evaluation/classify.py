@@ -365,19 +365,19 @@ def write_evaluation(found: Evaluation, out: str | os.PathLike) -> list[str]:
     out, left_out = Path(out), []
     check_folder(out)
     out.mkdir(parents=True, exist_ok=True)
-    write_text(out / TABLE, _csv(found.table))
+    rows = [list(found.table[0]), *(list(row.values()) for row in found.table)]
+    write_text(out / TABLE, _csv(rows))
     with replacing(out / SCORES) as part:
         np.savez(
             part, allow_pickle=False, files=np.array(found.predictions.files),
             logits=found.predictions.logits, targets=found.targets,
         )  # fmt: skip
+    for name in (MATRIX, PICTURE):  # of an earlier result
+        (out / name).unlink(missing_ok=True)
     if (found.targets.sum(1) == 1).all():
         matrix = confusion(found.predictions.logits, found.targets.argmax(1))
-        rows = [
-            {"class": name, **dict(zip(found.labels, map(int, row), strict=True))}
-            for name, row in zip(found.labels, matrix, strict=True)
-        ]
-        write_text(out / MATRIX, _csv(rows))
+        counts = [[name, *row.tolist()] for name, row in zip(found.labels, matrix, strict=True)]
+        write_text(out / MATRIX, _csv([["class", *found.labels], *counts]))
         try:
             figure = confusion_figure(matrix, found.labels)
         except ImportError as error:
@@ -389,11 +389,9 @@ def write_evaluation(found: Evaluation, out: str | os.PathLike) -> list[str]:
     return left_out
 
 
-def _csv(rows: Sequence[dict[str, Any]]) -> str:
+def _csv(rows: Iterable[Sequence[Any]]) -> str:
     text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(rows[0])
-    writer.writerows(row.values() for row in rows)
+    csv.writer(text, lineterminator="\n").writerows(rows)
     return text.getvalue()
 
 
