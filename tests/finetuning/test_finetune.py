@@ -49,10 +49,10 @@ def pretrained(tmp_path_factory):
     return out
 
 
-def run(config, **options):
+def run(config, *, model_config=MODEL, **options):
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="warmup_steps")
-        return finetune(config, model_config=MODEL, progress=False, **options)
+        return finetune(config, model_config=model_config, progress=False, **options)
 
 
 def python(code, *arguments, ends_with=0):
@@ -318,6 +318,26 @@ def test_the_tower_is_taken_and_the_classifier_is_new(folder, pretrained, tmp_pa
         if not name.startswith("classifier."):
             assert torch.equal(value, tower[name]), name
     assert found["classifier.weight"].shape == (2, MODEL.video.dim)
+
+
+def test_a_saved_models_kind_may_be_trained_from_scratch(folder, tmp_path):
+    """As a preset of its sizes: agnostic, spectrograms, other patches."""
+    sound = dict(samples=6400, sample_rate_hz=16000)
+    kind = dataclasses.replace(AGNOSTIC, audio_input="spectrogram", **sound)
+    torch.manual_seed(6)
+    VATT(kind).save_pretrained(tmp_path / "model")
+    changes = dict(task="audio", recipe="audioset", steps=1, warmup_steps=0, **sound)
+    saved = dict(init=str(tmp_path / "model"), **changes)
+    found = run(settings(folder, tmp_path / "a", from_scratch=True, **saved)).state_dict()
+    expected = run(settings(folder, tmp_path / "b", **changes), model_config=kind).state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    with pytest.raises(ValueError, match="from_scratch was True, now None"):
+        run(settings(folder, tmp_path / "a", **saved))
+    with pytest.raises(ValueError, match="from_scratch is of a saved model; name it with init"):
+        settings(folder, tmp_path / "c", from_scratch=True)
+    with pytest.raises(ValueError, match="frozen trains the classifier of a random tower"):
+        settings(folder, tmp_path / "c", from_scratch=True, frozen=True, **saved)
 
 
 def spline(table, length):

@@ -250,10 +250,12 @@ def _beginning(
 ) -> tuple[ClassifierConfig, dict[str, Tensor] | None, ClipSpec]:
     """The classifier's config, the weights it starts from, and what it reads."""
     modality = MODALITY[run.task]
+    tensors: dict[str, Tensor] | None = None
     if run.init == FROM_SCRATCH:
-        config, tensors = model_config or preset(str(run.preset)), None
+        config = model_config or preset(str(run.preset))
     else:
         config, tensors = _saved(run.init, modality, classes)
+        tensors = None if run.from_scratch else tensors
     wanted = sizes(run, config)
     spec = clip_spec(run.task, wanted, config)
     if run.dropout is not None:

@@ -92,6 +92,8 @@ class FineTuneConfig:
     # a random model of --preset
     init: str
 
+    from_scratch: bool = False  # take the sizes and kinds of init's model, and random weights
+
     task: Task = "video"  # image: pictures, or one frame of a video
     recipe: Recipe | None = None  # None: by task kinetics, audioset or imagenet
     preset: str | None = None  # of the model, with init none
@@ -203,7 +205,9 @@ class FineTuneConfig:
                 "mixup adds clips patch by patch, and drop_per clip keeps other patches of each; "
                 "take drop_per batch, or mixup 0"
             )
-        if self.frozen and self.init == FROM_SCRATCH:
+        if self.from_scratch and self.init == FROM_SCRATCH:
+            raise ValueError("from_scratch is of a saved model; name it with init, or leave it out")
+        if self.frozen and (self.from_scratch or self.init == FROM_SCRATCH):
             raise ValueError("frozen trains the classifier of a random tower; name one with init")
         if self.eval_split is None:
             if self.eval_every is not None or self.best_by != "loss":
@@ -304,6 +308,8 @@ def describe(run: FineTuneConfig, model: VATTConfig, classes: tuple[str, ...]) -
     """What a continued run must share with the one that wrote the checkpoint."""
     settings = {name: value for name, value in dataclasses.asdict(run).items() if name not in _FREE}
     settings |= {"model": dataclasses.asdict(model), "classes": list(classes)}
+    if not run.from_scratch:  # as runs began before there was a choice
+        del settings["from_scratch"]
     return json.loads(json.dumps(settings))
 
 
