@@ -220,6 +220,43 @@ def test_probe_measures_labelled_media_with_cached_features(labelled, run, tmp_p
         module.window_features(model, source, windows=2, cache=out / "features")
 
 
+def test_features_go_on_behind_the_last_batch_after_a_kill(labelled, tmp_path, monkeypatch):
+    """And two probes at the same features do not disturb each other."""
+    from small_model import small_model
+
+    from vatt_fast.data.labels import open_labels
+    from vatt_fast.evaluation import features as module
+    from vatt_fast.files import only_writer
+
+    model, source = small_model(), open_labels(labelled).source("test", "video")
+    options = dict(windows=2, batch_size=2)
+    expected = module.window_features(model, source, **options)
+    original, computed = module.embed_batch, []
+
+    def interrupted(model, batch, **more):
+        if len(computed) == 4:
+            raise KeyboardInterrupt
+        computed.append(batch.files[0])
+        return original(model, batch, **more)
+
+    monkeypatch.setattr(module, "embed_batch", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        module.window_features(model, source, cache=tmp_path, **options)
+    assert not list(tmp_path.glob("*.npz")) and len(computed) == 4
+    computed.clear()
+    found = module.window_features(model, source, cache=tmp_path, **options)
+    assert len(computed) == 2  # of six batches
+    assert found.names == expected.names and np.array_equal(found.values, expected.values)
+    (path,) = tmp_path.iterdir()
+    path.unlink()
+    parts = tmp_path / f"{path.name}.parts"
+    parts.mkdir()
+    monkeypatch.undo()
+    with only_writer(parts):
+        again = module.window_features(model, source, cache=tmp_path, **options)
+    assert np.array_equal(again.values, expected.values)
+
+
 def test_a_changed_file_is_computed_anew(labelled, tmp_path):
     import os
 
