@@ -185,6 +185,8 @@ def test_probe_measures_labelled_media_with_cached_features(labelled, run, tmp_p
     from vatt_fast.cli import main
     from vatt_fast.data.labels import open_labels
     from vatt_fast.evaluation import features as module
+    from vatt_fast.evaluation.embed import model_digest
+    from vatt_fast.model import create_model
 
     out = tmp_path / "out"
     command = ["probe", "--model", run, "--data", labelled, "--out", out, "--windows", "2",
@@ -202,6 +204,11 @@ def test_probe_measures_labelled_media_with_cached_features(labelled, run, tmp_p
         "test": True,
     }
     assert "top1: 100" in capsys.readouterr().out
+    told = found["settings"]
+    sources = {name: open_labels(labelled).source(name, "audio") for name in ("train", "test")}
+    assert told["labels_sha256"] == {name: each.label_digest for name, each in sources.items()}
+    assert told["versions"]["torch"] == torch.__version__ and told["split"] == "test"
+    assert told["model_sha256"] == model_digest(create_model(run)) and told["device"]
     # what is cached is what the model computes
     model = small_model()
     source = open_labels(labelled).source("test", "video")

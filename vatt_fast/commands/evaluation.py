@@ -9,7 +9,7 @@ from .. import VATT, create_model
 from ..devices import pick_device
 from ..encoding import Protocol, embed_sentences, encode
 from ..evaluation.classify import evaluate, write_evaluation
-from ..evaluation.embed import checked_output, embed_folder
+from ..evaluation.embed import checked_output, computed_with, embed_folder, model_digest
 from ..evaluation.figures import PAGE, FiguresConfig, figures
 from ..evaluation.page import Answer, answers_of, write_page
 from ..evaluation.probing import ProbeConfig, probe
@@ -18,6 +18,7 @@ from ..evaluation.search import (
     WINDOWS,
     best_clips,
     directions,
+    queries_digest,
     read_folder,
     require_known_words,
     results_of,
@@ -116,7 +117,7 @@ def retrieve(
         windows: windows spread evenly over each file.
         html: a page to write, with queries and their clips to play.
         device: torch device; auto takes a GPU where there is one.
-        json: print JSON.
+        json: print JSON, of a measurement with its settings.
     """
     if top < 1:
         raise ValueError(f"top is {top}; at least 1 clip is listed")
@@ -161,6 +162,20 @@ def retrieve(
         about = f"{model} on {annotations or data}: {windows} {plural} a clip, protocol {protocol}."
         write_page(html, folder.source, sections, found, about)
         print(f"vatt-fast: {html} shows the clips", file=sys.stderr)
+    if json and not text and sound is None:
+        found["settings"] = {
+            "model": model,
+            "model_sha256": model_digest(net),
+            "data": data,
+            "annotations": annotations,
+            "split": split,
+            "protocol": protocol,
+            "windows": windows,
+            "batch_size": batch_size,
+            "clips": folder.source.identity,
+            "queries_sha256": queries_digest(ways),
+            **computed_with(net),
+        }
     print_report(found, json)
 
 

@@ -24,7 +24,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import __version__
 from ..classifier import Classifier
 from ..data.clips import ClipSpec, spread
 from ..data.label_files import TRAIN
@@ -36,6 +35,7 @@ from ..finetuning.settings import MODALITY, Record, clip_spec, input_sizes, read
 from ..training.distributed import Ranks
 from ..training.step import autocast
 from ..weights import WEIGHTS
+from .embed import computed_with
 from .scores import class_table, confusion, one_class_scores, several_classes_scores
 
 RESULT, TABLE, MATRIX, PICTURE, SCORES = (
@@ -342,8 +342,7 @@ def evaluate(
             "batch_size": batch_size,
             "precision": "bf16" if autocast(precision, next(net.parameters()).device)._enabled
             else "fp32",
-            "device": str(next(net.parameters()).device),
-            "versions": {"vatt_fast": __version__, "torch": torch.__version__},
+            **computed_with(net),
         },
         "skipped": predictions.skipped,
     }  # fmt: skip

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from numpy.lib import format as npy
 
+from .. import __version__
 from ..data.clips import ClipSpec
 from ..data.loader import evaluation_clips
 from ..data.remote import size_and_time
@@ -147,6 +148,14 @@ def model_digest(model: VATT) -> str:
     words = () if model.vocabulary is None else model.vocabulary.words
     digest.update("\n".join(words).encode())
     return digest.hexdigest()
+
+
+def computed_with(model: torch.nn.Module) -> dict[str, Any]:
+    """Device and versions, which results name beside their settings."""
+    return {
+        "device": str(next(model.parameters()).device),
+        "versions": {"vatt_fast": __version__, "torch": torch.__version__},
+    }
 
 
 def _data(source: Source) -> str:
