@@ -39,6 +39,9 @@ class FiguresConfig:
         data: clips with captions and sound, as pretrain's --data.
         out: folder of the pictures, figures.html and figures.json.
         labels: labelled media, whose features are shown by class too.
+        media: folder of the media that a file of labels names.
+        fold: of UCF101 and HMDB51 the split, of ESC-50 the fold that is shown.
+        skip_missing: leave out media that the labels name and that are not there.
         modality: of these features: video or audio.
         clips: at most so many of the data, and of the labelled media.
         seed: of t-SNE.
@@ -48,6 +51,9 @@ class FiguresConfig:
     data: str
     out: str
     labels: str | None = None
+    media: str | None = None
+    fold: int = 1
+    skip_missing: bool = False
     modality: str = "video"
     clips: int = 300
     batch_size: int = 16
@@ -137,7 +143,9 @@ def _width(found: Collected) -> int:
 
 def _draw_classes(config: FiguresConfig, model: Any, out: Path) -> Drawn:
     """Figure 2: features of labelled media, by class."""
-    data = open_labels(str(config.labels))
+    data = open_labels(
+        str(config.labels), media=config.media, fold=config.fold, skip_missing=config.skip_missing
+    )
     split = "test" if "test" in data.splits else next(iter(data.splits))
     source = data.source(split, config.modality)
     features = window_features(
@@ -148,7 +156,8 @@ def _draw_classes(config: FiguresConfig, model: Any, out: Path) -> Drawn:
     chosen = [i for i in np.flatnonzero(there) if len(classes[i]) == 1]
     chosen = [chosen[i] for i in _spread(len(chosen), config.clips)]
     names = [data.classes[classes[i][0]] for i in chosen]
-    if len(set(names)) > MOST_CLASSES:
+    left_out = max(0, len(set(names)) - MOST_CLASSES)
+    if left_out:
         kept = set(sorted(set(names))[:MOST_CLASSES])
         pairs = [(i, name) for i, name in zip(chosen, names, strict=True) if name in kept]
         chosen, names = [i for i, _ in pairs], [name for _, name in pairs]
@@ -157,6 +166,8 @@ def _draw_classes(config: FiguresConfig, model: Any, out: Path) -> Drawn:
     draw_points(points, names, out / file, sorted(set(names)))
     title = f"{config.modality.capitalize()} features by class, t-SNE"
     said = f"{len(chosen)} examples of split {split}, {len(set(names))} classes; pooled output."
+    if left_out:
+        said += f" Left out: {left_out} of the classes; colours and shapes are for {MOST_CLASSES}."
     return Drawn(file, title, said)
 
 
