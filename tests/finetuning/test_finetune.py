@@ -366,6 +366,24 @@ def test_positions_of_another_size_are_resampled_once_and_trained(folder, pretra
     assert evaluate(tmp_path / "b", folder).result["settings"]["input"]["width"] == 40
 
 
+def test_long_position_tables_are_resampled_as_splines(folder, tmp_path):
+    """Enough rows on each axis that a straight line would not do."""
+    large = dataclasses.replace(MODEL, frames=16, height=32, width=40)
+    torch.manual_seed(7)
+    VATT(large).save_pretrained(tmp_path / "model")
+    tower = load_file(tmp_path / "model" / "model.safetensors")
+    sizes = dict(frames=24, height=24, width=72)
+    found = started(folder, tmp_path / "out", init=str(tmp_path / "model"), **sizes)
+    for axis, (before, after) in enumerate(((4, 6), (4, 3), (5, 9))):
+        name = f"video_tokens.position.tables.{axis}"
+        assert len(tower[name]) == before and len(found[name]) == after
+        expected = spline(tower[name], after)
+        np.testing.assert_allclose(found[name].numpy(), expected, rtol=1e-5, atol=1e-6)
+        knots = np.arange(before) / before
+        line = [np.interp(np.arange(after) / after, knots, x) for x in tower[name].numpy().T]
+        assert np.abs(np.stack(line, 1) - expected).max() > 0.01
+
+
 def test_positions_on_the_fly_keep_their_tables(folder, pretrained, tmp_path):
     """Both ways begin as one function; the record says what size evaluation reads."""
     changes = dict(init=str(pretrained), height=24, width=32)
