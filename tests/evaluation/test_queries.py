@@ -109,6 +109,19 @@ def test_youcook2_as_published(videos, tmp_path):
     assert training.sentences == (("video 9 é.mp4@0-4", "the dog"),)
 
 
+def test_two_videos_with_one_id_are_named(videos, tmp_path):
+    """A sound beside a video is none; nor does it matter where nobody asks."""
+    folder = tmp_path / "videos"
+    shutil.copytree(videos, folder)
+    annotations = msrvtt(tmp_path / "a.json")
+    for name in ("video7.wav", "video1.mp4", "more videos/video1.mp4"):
+        (folder / name).touch()
+    assert read_queries(annotations, folder).sentences[0] == ("video7.mp4", SAID[0])
+    (folder / "more videos" / "video7.webm").touch()
+    with pytest.raises(ValueError, match=r"names video7, .* more videos/video7.webm and video7"):
+        read_queries(annotations, folder)
+
+
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
