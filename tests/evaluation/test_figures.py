@@ -196,6 +196,11 @@ def test_the_command_draws_all_figures(clips, tmp_path, capsys):
     numbers = json.loads((out / "figures.json").read_text())
     assert numbers["clips"] == 6 and 0 <= numbers["S_va"]["separation"] <= 100
     assert len(numbers["activations"]["text"]) == 3
+    assert sorted(path.name for path in out.glob("*.png")) == sorted(figures._ALL)
+    (out / "mine.png").touch()
+    main(["figures", "--model", str(run), "--data", str(clips), "--out", str(out)])
+    left = {path.name for path in out.glob("*.png")}
+    assert left == {*figures._ALL, "mine.png"} - {"features_by_class.png"}
 
 
 def test_labels_lie_elsewhere_and_classes_that_are_left_out_are_told(tmp_path, monkeypatch):

@@ -27,6 +27,12 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#0
 MARKERS = ("o", "^", "s", "X", "D", "v", "P")
 _OF_MODALITY = {"video": 0, "audio": 1, "text": 2}
 MOST_CLASSES = len(COLOURS) * len(MARKERS)
+_ALL = (
+    "features_by_class.png",
+    *(f"similarity_{space}.png" for space in SPACES),
+    *(f"space_{space}.png" for space in ("input", *SPACES)),
+    "activations.png",
+)
 _NODES = 256  # columns of a heat map; more are averaged
 
 
@@ -132,6 +138,8 @@ def figures(config: FiguresConfig) -> list[Drawn]:
             name: [round(float(x), 5) for x in values.mean(1)]
             for name, values in found.activations.items()
         }
+    for name in {*_ALL} - {one.file for one in drawn}:  # of an earlier call
+        (out / name).unlink(missing_ok=True)
     write_text(out / NUMBERS, json.dumps(numbers, indent=2) + "\n")
     write_page(out, drawn, f"{config.model} on {len(found.files)} clips of {config.data}.")
     return drawn
