@@ -32,7 +32,7 @@ from .source import WHOLE_FILE, Modalities
 # a whole video ends at most so much before the segment of it
 _TRIMMED_SECONDS = 1.5
 _NAMED = 3  # in an error
-_MARKED_BYTES, _MARKING_THREADS = 4096, 8
+_MARKED_BYTES, _MARKED_TOGETHER, _MARKING_THREADS = 4096, 4096, 8
 
 
 @dataclass(frozen=True)
@@ -129,8 +129,12 @@ class LabelledData:
 
     def _marked(self, split: str) -> dict[Example, str | None]:
         chosen = [example for example in self.examples if example.split == split]
+        found: dict[Example, str | None] = {}
         with ThreadPoolExecutor(_MARKING_THREADS) as pool:  # disks elsewhere answer late
-            return dict(zip(chosen, pool.map(self._mark, chosen), strict=True))
+            for first in range(0, len(chosen), _MARKED_TOGETHER):
+                part = chosen[first : first + _MARKED_TOGETHER]
+                found |= zip(part, pool.map(self._mark, part), strict=True)
+        return found
 
     def _mark(self, example: Example) -> str | None:
         try:
