@@ -492,7 +492,9 @@ def test_two_writers_are_refused(folder, tmp_path):
     ("make", "match"),
     [
         (lambda f: (f / "red").rename(f / "dark red"), None),
-        (lambda f: [p.unlink() for p in (f / "red").iterdir()], "has one class, 'blue'"),
+        (lambda f: shutil.rmtree(f / "red"), "has one class, 'blue'"),
+        (lambda f: [p.unlink() for p in (f / "red").iterdir()],
+         "red is without a training example"),
         (lambda f: (f / "classes.txt").write_text("blue\nred\ngreen\n"),
          "green is without a training example"),
     ],
