@@ -3,6 +3,7 @@
 import json
 import math
 import pickle
+import random
 import wave
 
 import pytest
@@ -46,6 +47,21 @@ def test_a_folder_for_each_class(tmp_path):
         "dog/a.mp4": (("dog",), "train"),
         "dog/deep/b.mp4": (("dog",), "train"),
     }
+
+
+def test_a_class_without_media_is_named(tmp_path):
+    """Not a folder of something else, as of a run."""
+    touch(tmp_path, "dog/a.mp4", "bird/b.wmv", "runs/1/metrics.jsonl").joinpath("emu/x").mkdir(
+        parents=True
+    )
+    data = open_labels(tmp_path)
+    assert data.classes == ("bird", "dog", "emu")
+    with pytest.raises(ValueError, match="bird, emu are without a training example"):
+        data.check_training()
+    split = touch(tmp_path / "split", "train/dog/a.mp4", "test/dog/b.mp4")
+    for name in ("test/emu", "other/owl"):
+        (split / name).mkdir(parents=True)
+    assert open_labels(split).classes == ("dog", "emu")
 
 
 def test_image_folder_with_splits(tmp_path):
@@ -126,6 +142,20 @@ def test_kinetics_as_json(tmp_path):
     }
 
 
+def test_a_folder_of_kinetics_may_have_either_kind_or_both(tmp_path):
+    for name, split in (("abc", "train"), ("xyz", "validate")):
+        about = {"annotations": {"label": "dog", "segment": [59, 69]}, "subset": split}
+        write(tmp_path / f"{split}.json", json.dumps({name: about}))
+    touch(tmp_path, "abc_000059_000069.mp4", "xyz_000059_000069.mp4")
+    expected = {
+        "abc_000059_000069.mp4": (("dog",), "train"),
+        "xyz_000059_000069.mp4": (("dog",), "val"),
+    }
+    assert told(open_labels(tmp_path)) == expected
+    write(tmp_path / "train.csv", "youtube_id,label,time_start,time_end\nabc,cat,59,69\n")
+    assert open_labels(tmp_path).classes == ("cat",)
+
+
 @pytest.mark.parametrize(
     ("content", "match"),
     [
@@ -160,6 +190,21 @@ def test_files_by_id_are_whole_videos_or_their_segments_cut_out(tmp_path, second
     assert example.segment == segment
 
 
+@pytest.mark.parametrize("cut", [False, True])
+def test_the_latest_segment_of_several_files_tells(tmp_path, cut):
+    """Not one that is hardly longer than its segment, nor one that cannot be read."""
+    segments = {"a": (1, 4), "b": (20, 23), "broken": (30, 33), "begun": (0, 3)}
+    rows = [f"{name},dog,{start},{end}" for name, (start, end) in segments.items()]
+    header = "youtube_id,label,time_start,time_end"
+    write(tmp_path / "train.csv", "\n".join([header, *rows]))
+    for name, (_, end) in segments.items():
+        wav(tmp_path / f"{name}.wav", 3 if cut else end)
+    (tmp_path / "broken.wav").write_bytes(b"no sound")
+    found = {example.path: example.segment for example in open_labels(tmp_path).examples}
+    whole = {f"{name}.wav": segment for name, segment in segments.items()}
+    assert found == (dict.fromkeys(whole, (0, math.inf)) if cut else whole)
+
+
 def test_moments(tmp_path):
     write(tmp_path / "trainingSet.csv", "adult/a.mp4,adult,3,1\nbaking/b.mp4,baking,2,0\n")
     write(tmp_path / "validationSet.csv", "adult/c.mp4,adult,2,0\n")
@@ -185,6 +230,9 @@ def test_ucf101_and_hmdb51(tmp_path):
         data = open_labels(lists, media=media, fold=fold)
         held = [example.path for example in data.examples if example.split == "test"]
         assert held == [f"Archery/v_Archery_{test}.avi"] and data.classes == ("Archery",)
+    coded = touch(tmp_path / "coded", "Archery/v_Archery_g01.mp4", "Archery/v_Archery_g08.webm")
+    held = [e.path for e in open_labels(lists, media=coded).examples if e.split == "test"]
+    assert held == ["Archery/v_Archery_g01.mp4"]
     hmdb = tmp_path / "hmdb"
     write(hmdb / "brush_hair_test_split1.txt", "a.avi 1 \nb.avi 2 \nc.avi 0 \n")
     media = touch(tmp_path / "HMDB", "brush_hair/a.avi", "brush_hair/b.avi", "brush_hair/c.avi")
@@ -306,6 +354,40 @@ def test_a_share_of_each_class_is_held_out(tmp_path):
     assert held == {e.path for e in data.examples if e.split == "test"}
     with pytest.raises(ValueError, match="hold_out is 1"):
         data.held_out(1)
+
+
+def test_a_share_of_all_is_held_out_where_they_have_several_classes(tmp_path):
+    """As many as asked for; of no class all."""
+    rng = random.Random(0)
+    names = [f"c{i}" for i in range(20)]
+    classes = {f"{i}.wav": sorted(rng.sample(names, 3)) for i in range(300)}
+    classes |= {"300.wav": ["c0", "rare"]}
+    write(tmp_path / "labels.json", json.dumps(classes))
+    data = open_labels(touch(tmp_path, *classes)).held_out(0.2)
+    assert data.splits == {"test": 60, "train": 241}
+    data.check_training()
+    few = open_labels(tmp_path).held_out(0.999)
+    few.check_training()
+    assert few.splits["train"] < 20
+
+
+def test_marks_are_of_what_is_in_a_file(tmp_path):
+    """Silence in the middle does not make two sounds one."""
+    for name, around in (("a", b"\1"), ("b", b"\2")):
+        for folder in ("dog", "cat"):
+            (tmp_path / folder).mkdir(exist_ok=True)
+        (tmp_path / "dog" / f"{name}.wav").write_bytes(around * 9 + bytes(20_000) + b"\3")
+        (tmp_path / "cat" / f"{name}.wav").write_bytes(b"\4" + bytes(20_000) + around * 9)
+    data = open_labels(tmp_path)
+    marks = data.marks("train")
+    assert len(marks) == 4 and len(data.trained_on("train", marks)) == 4
+    (tmp_path / "dog" / "a.wav").rename(tmp_path / "dog" / "moved.wav")
+    moved = open_labels(tmp_path)
+    assert moved.marks("train") == marks
+    (tmp_path / "dog" / "moved.wav").unlink()
+    assert len(moved.marks("train")) == 3
+    kept = moved.without(moved.trained_on("train", marks))
+    assert [example.path for example in kept.examples] == ["dog/moved.wav"]
 
 
 def test_a_models_classes_are_checked(tmp_path):

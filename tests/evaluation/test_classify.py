@@ -186,6 +186,23 @@ def test_what_is_written_tells_all_again(folder, saved, tmp_path):
     assert again.result == found.result
 
 
+def test_a_result_takes_the_place_of_an_earlier_one(folder, saved, tmp_path, monkeypatch):
+    """Classes may have any name, and what an earlier result drew goes."""
+    found = dataclasses.replace(evaluate(saved, folder), labels=["class", "red"])
+    write_evaluation(found, tmp_path / "out")
+    header, *counts = csv.reader((tmp_path / "out" / "confusion.csv").open())
+    assert header == ["class", "class", "red"] and [row[0] for row in counts] == ["class", "red"]
+    assert [len(row) for row in counts] == [3, 3]
+    several = dataclasses.replace(found, targets=np.ones_like(found.targets))
+    write_evaluation(several, tmp_path / "out")
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"result.json", "classes.csv", "scores.npz"}
+    write_evaluation(found, tmp_path / "out")
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)  # not installed
+    write_evaluation(found, tmp_path / "out")
+    assert not (tmp_path / "out" / "confusion.png").exists()
+
+
 def test_another_input_size_is_taken(folder, saved):
     found = evaluate(saved, folder, height=24, width=24, windows=1, crops=1)
     assert found.result["settings"]["input"] == VIDEO | dict(height=24, width=24)

@@ -196,6 +196,29 @@ def test_the_command_draws_all_figures(clips, tmp_path, capsys):
     numbers = json.loads((out / "figures.json").read_text())
     assert numbers["clips"] == 6 and 0 <= numbers["S_va"]["separation"] <= 100
     assert len(numbers["activations"]["text"]) == 3
+    assert sorted(path.name for path in out.glob("*.png")) == sorted(figures._ALL)
+    (out / "mine.png").touch()
+    main(["figures", "--model", str(run), "--data", str(clips), "--out", str(out)])
+    left = {path.name for path in out.glob("*.png")}
+    assert left == {*figures._ALL, "mine.png"} - {"features_by_class.png"}
+
+
+def test_labels_lie_elsewhere_and_classes_that_are_left_out_are_told(tmp_path, monkeypatch):
+    from labelled_media import write_labelled
+
+    media = write_labelled(tmp_path / "media", each=5, splits=("test",))
+    rows = [f"{path.relative_to(media)},{path.parent.name}" for path in media.rglob("*.mp4")]
+    table = tmp_path / "labels.csv"
+    table.write_text("\n".join(["file,class", *sorted(rows), "lost.mp4,red"]))
+    config = figures.FiguresConfig("tiny", "", "", labels=str(table), media=str(media))
+    with pytest.raises(ValueError, match=r"lost.mp4 .* is not there"):
+        figures._draw_classes(config, small_model(), tmp_path)
+    config = dataclasses.replace(config, skip_missing=True)
+    drawn = figures._draw_classes(config, small_model(), tmp_path)
+    assert drawn.said == "10 examples of split train, 2 classes; pooled output."
+    monkeypatch.setattr(figures, "MOST_CLASSES", 1)
+    drawn = figures._draw_classes(config, small_model(), tmp_path)
+    assert drawn.said.startswith("5 examples of split train, 1 classes; pooled output. Left out: 1")
 
 
 def test_bad_settings_and_too_few_clips(clips, tmp_path):

@@ -185,6 +185,8 @@ def test_probe_measures_labelled_media_with_cached_features(labelled, run, tmp_p
     from vatt_fast.cli import main
     from vatt_fast.data.labels import open_labels
     from vatt_fast.evaluation import features as module
+    from vatt_fast.evaluation.embed import model_digest
+    from vatt_fast.model import create_model
 
     out = tmp_path / "out"
     command = ["probe", "--model", run, "--data", labelled, "--out", out, "--windows", "2",
@@ -202,6 +204,11 @@ def test_probe_measures_labelled_media_with_cached_features(labelled, run, tmp_p
         "test": True,
     }
     assert "top1: 100" in capsys.readouterr().out
+    told = found["settings"]
+    sources = {name: open_labels(labelled).source(name, "audio") for name in ("train", "test")}
+    assert told["labels_sha256"] == {name: each.label_digest for name, each in sources.items()}
+    assert told["versions"]["torch"] == torch.__version__ and told["split"] == "test"
+    assert told["model_sha256"] == model_digest(create_model(run)) and told["device"]
     # what is cached is what the model computes
     model = small_model()
     source = open_labels(labelled).source("test", "video")
@@ -218,6 +225,43 @@ def test_probe_measures_labelled_media_with_cached_features(labelled, run, tmp_p
         path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(ValueError, match="is damaged"):
         module.window_features(model, source, windows=2, cache=out / "features")
+
+
+def test_features_go_on_behind_the_last_batch_after_a_kill(labelled, tmp_path, monkeypatch):
+    """And two probes at the same features do not disturb each other."""
+    from small_model import small_model
+
+    from vatt_fast.data.labels import open_labels
+    from vatt_fast.evaluation import features as module
+    from vatt_fast.files import only_writer
+
+    model, source = small_model(), open_labels(labelled).source("test", "video")
+    options = dict(windows=2, batch_size=2)
+    expected = module.window_features(model, source, **options)
+    original, computed = module.embed_batch, []
+
+    def interrupted(model, batch, **more):
+        if len(computed) == 4:
+            raise KeyboardInterrupt
+        computed.append(batch.files[0])
+        return original(model, batch, **more)
+
+    monkeypatch.setattr(module, "embed_batch", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        module.window_features(model, source, cache=tmp_path, **options)
+    assert not list(tmp_path.glob("*.npz")) and len(computed) == 4
+    computed.clear()
+    found = module.window_features(model, source, cache=tmp_path, **options)
+    assert len(computed) == 2  # of six batches
+    assert found.names == expected.names and np.array_equal(found.values, expected.values)
+    (path,) = tmp_path.iterdir()
+    path.unlink()
+    parts = tmp_path / f"{path.name}.parts"
+    parts.mkdir()
+    monkeypatch.undo()
+    with only_writer(parts):
+        again = module.window_features(model, source, cache=tmp_path, **options)
+    assert np.array_equal(again.values, expected.values)
 
 
 def test_a_changed_file_is_computed_anew(labelled, tmp_path):

@@ -109,6 +109,19 @@ def test_youcook2_as_published(videos, tmp_path):
     assert training.sentences == (("video 9 é.mp4@0-4", "the dog"),)
 
 
+def test_two_videos_with_one_id_are_named(videos, tmp_path):
+    """A sound beside a video is none; nor does it matter where nobody asks."""
+    folder = tmp_path / "videos"
+    shutil.copytree(videos, folder)
+    annotations = msrvtt(tmp_path / "a.json")
+    for name in ("video7.wav", "video1.mp4", "more videos/video1.mp4"):
+        (folder / name).touch()
+    assert read_queries(annotations, folder).sentences[0] == ("video7.mp4", SAID[0])
+    (folder / "more videos" / "video7.webm").touch()
+    with pytest.raises(ValueError, match=r"names video7, .* more videos/video7.webm and video7"):
+        read_queries(annotations, folder)
+
+
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
@@ -169,6 +182,25 @@ def test_measured_by_protocol_is_embedding_by_hand(run, videos, tmp_path, capsys
         found["video_to_audio"]
     )
     assert found["left_out"] == {"videos that are not there": ["video99"]}
+
+
+def test_a_measurement_says_with_what_it_is_repeated(run, videos, tmp_path, capsys):
+    """Another model, other queries and other windows are told from these."""
+    options = ("--annotations", msrvtt(tmp_path / "a.json"), "--windows", 2)
+    first = measured(capsys, run, videos, *options)["settings"]
+    assert measured(capsys, run, videos, *options)["settings"] == first
+    told = {name: first[name] for name in ("model", "data", "annotations", "windows", "protocol")}
+    assert told == dict(model=str(run), data=str(videos), annotations=str(tmp_path / "a.json"),
+                        windows=2, protocol="paper")  # fmt: skip
+    assert first["versions"]["torch"] == torch.__version__ and first["device"]
+    model = small_model()
+    with torch.no_grad():
+        model.video_tokens.agg[:5] += 1
+    model.save_pretrained(tmp_path / "other")
+    other = measured(capsys, tmp_path / "other", videos, *options)["settings"]
+    assert {name for name in first if first[name] != other[name]} == {"model", "model_sha256"}
+    less = measured(capsys, run, videos)["settings"]
+    assert less["queries_sha256"] != first["queries_sha256"]
 
 
 def raw_embeddings(model, clip):

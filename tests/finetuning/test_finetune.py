@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 import warnings
@@ -18,6 +19,7 @@ from safetensors.torch import load_file
 from test_step import AGNOSTIC
 from tf_bundle_writer import write_bundle
 from training_runs import MODEL, metrics
+from training_runs import settings as pretraining
 
 from vatt_fast.classifier import Classifier
 from vatt_fast.cli import main
@@ -25,9 +27,10 @@ from vatt_fast.config import TowerConfig
 from vatt_fast.data.labels import open_labels
 from vatt_fast.evaluation.classify import evaluate, predict
 from vatt_fast.finetuning.loop import BEST, finetune
-from vatt_fast.finetuning.settings import RECORD, Record, clip_spec
+from vatt_fast.finetuning.settings import RECORD, TRAINED, Record, clip_spec
 from vatt_fast.model import VATT
 from vatt_fast.training.checkpoint import CHECKPOINT, read_standing
+from vatt_fast.training.loop import pretrain
 from vatt_fast.training.metrics import NonFiniteError
 from vatt_fast.training.run_page import REPORT
 
@@ -46,10 +49,10 @@ def pretrained(tmp_path_factory):
     return out
 
 
-def run(config, **options):
+def run(config, *, model_config=MODEL, **options):
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="warmup_steps")
-        return finetune(config, model_config=MODEL, progress=False, **options)
+        return finetune(config, model_config=model_config, progress=False, **options)
 
 
 def python(code, *arguments, ends_with=0):
@@ -104,12 +107,15 @@ def same_runs(a, b):
     assert read_standing(a / CHECKPOINT) == read_standing(b / CHECKPOINT)
 
 
-@pytest.mark.parametrize(("count", "step"), [(3, None), (22, 2)])
-def test_a_killed_run_ends_as_an_uninterrupted_one(folder, whole, tmp_path, count, step):
-    """Killed amid the first save, and amid a later one."""
+@pytest.mark.parametrize(
+    ("count", "model", "step"), [(5, False, None), (10, True, None), (24, True, 2)]
+)
+def test_a_killed_run_ends_as_an_uninterrupted_one(folder, whole, tmp_path, count, model, step):
+    """Killed amid the first save, before and behind the model's files, and amid a later one."""
     python(KILLED, folder, tmp_path, count, ends_with=9)
     path = tmp_path / CHECKPOINT
     assert (read_standing(path).step if path.exists() else None) == step
+    assert (tmp_path / "model.safetensors").exists() == model
     run(settings(folder, tmp_path, **DRAWN | dict(workers=2)))
     same_runs(whole, tmp_path)
     assert not list(tmp_path.rglob("*.part"))
@@ -166,7 +172,7 @@ def test_a_saved_classifier_evaluates_to_the_last_bit(folder, tmp_path):
     assert np.array_equal(both[0], both[1])
     assert np.array_equal(both[0], found.predictions.logits)
     assert {path.name for path in (tmp_path / BEST).iterdir()} == {
-        "config.json", "model.safetensors", "labels.txt", RECORD
+        "config.json", "model.safetensors", "labels.txt", RECORD, TRAINED
     }  # fmt: skip
     last = metrics(tmp_path)[-1]
     once = evaluate(tmp_path, folder, windows=1, crops=1, batch_size=32)
@@ -228,7 +234,7 @@ def test_several_classes_each(folder, tmp_path):
         run(settings(labels, tmp_path / "out", **changes))
     run(settings(labels, tmp_path / "out", loss="sigmoid", **changes))
     found = evaluate(tmp_path / "out", labels, media=folder)
-    # what training held out: a quarter of each set of classes
+    # what training held out: a quarter
     assert found.result["examples"] == 2
     assert found.result["settings"]["left_out_as_trained"] == 6
     examples = open_labels(labels, media=folder).held_out(0.25).examples
@@ -236,11 +242,12 @@ def test_several_classes_each(folder, tmp_path):
     assert len(trained) == 6
     assert not {example.path for example in trained} & set(found.predictions.files)
     assert "top1" not in found.result and metrics(tmp_path / "out")[-1]["eval_examples"] == 2
-    assert evaluate(tmp_path / "out", labels, media=folder, split="train").result["examples"] == 8
+    found = evaluate(tmp_path / "out", labels, media=folder, split="train").result
+    assert (found["examples"], found["settings"]["trained_on"]) == (8, 6)
 
 
 def test_media_that_it_was_trained_on_are_left_out(folder, tmp_path):
-    """Where nothing names splits: told by name and size, so another folder is measured whole."""
+    """Where nothing names splits: told by what is in the files, wherever they lie."""
     run(settings(folder / "train", tmp_path, steps=2, hold_out=0.25, checkpoint_every=1))
     for model in (tmp_path, tmp_path / BEST):
         found = evaluate(model, folder / "train")
@@ -248,11 +255,41 @@ def test_media_that_it_was_trained_on_are_left_out(folder, tmp_path):
         assert found.result["examples"] == 2
         told = found.result["settings"]
         assert told["left_out_as_trained"] == 6 and told["split"] is None
+    names = [str(path.relative_to(folder)) for path in (folder / "train").rglob("*.mp4")]
+    rows = [f"{name},{name.split('/')[1]}" for name in sorted(names)]
+    (tmp_path / "higher.csv").write_text("\n".join(["file,class", *rows]))
+    higher = evaluate(tmp_path, tmp_path / "higher.csv", media=folder)
+    assert [name.removeprefix("train/") for name in higher.predictions.files] == (
+        found.predictions.files
+    )
     other = evaluate(tmp_path, folder / "test")
     assert other.result["examples"] == 8  # of the same names
     run(settings(folder / "train", tmp_path / "all", steps=1, hold_out=0.0))
     with pytest.raises(ValueError, match="the model was trained on all of"):
         evaluate(tmp_path / "all", folder / "train")
+
+
+def test_training_media_are_told_where_the_data_named_splits(folder, tmp_path, capsys):
+    """By the console too; those of a split that is asked for are measured, and counted."""
+    run(settings(folder, tmp_path, steps=1))
+    with pytest.raises(ValueError, match="the model was trained on all of"):
+        evaluate(tmp_path, folder / "train")
+    both = tmp_path / "both"
+    for split in ("train", "test"):
+        for name in CLASSES:
+            (both / name).mkdir(parents=True, exist_ok=True)
+            shutil.copy(folder / split / name / "0.mp4", both / name / f"{split}.mp4")
+    command = ["evaluate", "--model", str(tmp_path), "--data", str(both), "--windows", "1"]
+    main(command)
+    told, warned = capsys.readouterr()
+    assert "examples: 2\n" in told and "left out as trained on: 2\n" in told and not warned
+    assert "split: none named\n" in told
+    main([*command, "--split", "train"])
+    told, warned = capsys.readouterr()
+    assert "examples: 4\n" in told and "split: train\n" in told
+    assert warned == "vatt-fast: the model was trained on 2 of these examples\n"
+    main([*command[:4], str(folder), *command[5:]])
+    assert "split: test\nleft out as trained on: 0\n" in capsys.readouterr().out
 
 
 def test_published_splits_are_not_cut(folder, tmp_path):
@@ -283,6 +320,26 @@ def test_the_tower_is_taken_and_the_classifier_is_new(folder, pretrained, tmp_pa
     assert found["classifier.weight"].shape == (2, MODEL.video.dim)
 
 
+def test_a_saved_models_kind_may_be_trained_from_scratch(folder, tmp_path):
+    """As a preset of its sizes: agnostic, spectrograms, other patches."""
+    sound = dict(samples=6400, sample_rate_hz=16000)
+    kind = dataclasses.replace(AGNOSTIC, audio_input="spectrogram", **sound)
+    torch.manual_seed(6)
+    VATT(kind).save_pretrained(tmp_path / "model")
+    changes = dict(task="audio", recipe="audioset", steps=1, warmup_steps=0, **sound)
+    saved = dict(init=str(tmp_path / "model"), **changes)
+    found = run(settings(folder, tmp_path / "a", from_scratch=True, **saved)).state_dict()
+    expected = run(settings(folder, tmp_path / "b", **changes), model_config=kind).state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    with pytest.raises(ValueError, match="from_scratch was True, now None"):
+        run(settings(folder, tmp_path / "a", **saved))
+    with pytest.raises(ValueError, match="from_scratch is of a saved model; name it with init"):
+        settings(folder, tmp_path / "c", from_scratch=True)
+    with pytest.raises(ValueError, match="frozen trains the classifier of a random tower"):
+        settings(folder, tmp_path / "c", from_scratch=True, frozen=True, **saved)
+
+
 def spline(table, length):
     """SciPy's natural spline through i / n at j / m, a straight line past the last knot."""
     interpolate = pytest.importorskip("scipy.interpolate", reason="compares with SciPy")
@@ -307,6 +364,24 @@ def test_positions_of_another_size_are_resampled_once_and_trained(folder, pretra
     assert not torch.equal(model.state_dict()[name], found[name])
     assert (model.config.frames, model.config.height, model.config.width) == (8, 24, 40)
     assert evaluate(tmp_path / "b", folder).result["settings"]["input"]["width"] == 40
+
+
+def test_long_position_tables_are_resampled_as_splines(folder, tmp_path):
+    """Enough rows on each axis that a straight line would not do."""
+    large = dataclasses.replace(MODEL, frames=16, height=32, width=40)
+    torch.manual_seed(7)
+    VATT(large).save_pretrained(tmp_path / "model")
+    tower = load_file(tmp_path / "model" / "model.safetensors")
+    sizes = dict(frames=24, height=24, width=72)
+    found = started(folder, tmp_path / "out", init=str(tmp_path / "model"), **sizes)
+    for axis, (before, after) in enumerate(((4, 6), (4, 3), (5, 9))):
+        name = f"video_tokens.position.tables.{axis}"
+        assert len(tower[name]) == before and len(found[name]) == after
+        expected = spline(tower[name], after)
+        np.testing.assert_allclose(found[name].numpy(), expected, rtol=1e-5, atol=1e-6)
+        knots = np.arange(before) / before
+        line = [np.interp(np.arange(after) / after, knots, x) for x in tower[name].numpy().T]
+        assert np.abs(np.stack(line, 1) - expected).max() > 0.01
 
 
 def test_positions_on_the_fly_keep_their_tables(folder, pretrained, tmp_path):
@@ -391,6 +466,21 @@ def test_a_loss_that_is_not_finite_stops_before_any_file(folder, tmp_path):
         assert all(value.isfinite().all() for value in load_file(path).values())
 
 
+@pytest.mark.parametrize(
+    ("train", "settled"), [(run, settings), (pretrain, pretraining)], ids=["finetune", "pretrain"]
+)
+def test_a_model_that_is_no_runs_to_continue_stays(folder, pretrained, tmp_path, train, settled):
+    """A saved one, and a run's whose checkpoint is gone; the model that it starts from too."""
+    shutil.copytree(pretrained, tmp_path / "saved")
+    run(settings(folder, tmp_path / "trained", steps=1))
+    (tmp_path / "trained" / CHECKPOINT).unlink()
+    for out in (tmp_path / "saved", tmp_path / "trained"):
+        before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+        with pytest.raises(ValueError, match=r"holds a model already, .*name another"):
+            train(settled(folder, out, init=str(out)))
+        assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
 def test_two_writers_are_refused(folder, tmp_path):
     from vatt_fast.files import only_writer
 
@@ -402,7 +492,9 @@ def test_two_writers_are_refused(folder, tmp_path):
     ("make", "match"),
     [
         (lambda f: (f / "red").rename(f / "dark red"), None),
-        (lambda f: [p.unlink() for p in (f / "red").iterdir()], "has one class, 'blue'"),
+        (lambda f: shutil.rmtree(f / "red"), "has one class, 'blue'"),
+        (lambda f: [p.unlink() for p in (f / "red").iterdir()],
+         "red is without a training example"),
         (lambda f: (f / "classes.txt").write_text("blue\nred\ngreen\n"),
          "green is without a training example"),
     ],

@@ -8,7 +8,7 @@ import torch
 from labelled_media import settings, write_labelled
 from safetensors.torch import load_file
 from test_finetune import run
-from test_step import CLASSES, batch, targets
+from test_step import AGNOSTIC, CLASSES, batch, targets
 from training_runs import MODEL, metrics
 
 from vatt_fast.classifier import Classifier, ClassifierConfig
@@ -25,6 +25,15 @@ CASES = {
     "video": dict(clip=0.3, dropout=0.0),
     "audio": dict(task="audio", loss="balanced", mixup=5.0, clip=0.3),
     "frozen": dict(frozen=True, init="runs/x", momentum=0.0, clip=0.0, loss="sigmoid"),
+    "agnostic": dict(clip=0.3),
+    "spectrogram": dict(task="audio", loss="balanced", mixup=5.0, clip=0.3),
+}
+MODELS = {
+    "agnostic": AGNOSTIC,
+    # 1280 samples of 16 kHz are four frames of 16 patches
+    "spectrogram": dataclasses.replace(
+        MODEL, audio_input="spectrogram", sample_rate_hz=16000, spectrogram_patch=(1, 5)
+    ),
 }
 
 
@@ -33,7 +42,7 @@ def test_three_steps_are_those_of_torch(name):
     """Losses, norms, what is right, weights; one clip lacks the stream."""
     config = settings("d", "o", device="cpu", **CASES[name]).with_steps(10)
     modality = "audio" if config.task == "audio" else "video"
-    whole = ClassifierConfig(MODEL, modality, CLASSES)
+    whole = ClassifierConfig(MODELS.get(name, MODEL), modality, CLASSES)
     torch.manual_seed(0)
     tower = Classifier(whole).state_dict() if config.frozen else None
     trainers = [kind(config, whole, tower) for kind in (FineTuner, JaxFineTuner)]

@@ -9,7 +9,7 @@ from .. import VATT, create_model
 from ..devices import pick_device
 from ..encoding import Protocol, embed_sentences, encode
 from ..evaluation.classify import evaluate, write_evaluation
-from ..evaluation.embed import checked_output, embed_folder
+from ..evaluation.embed import checked_output, computed_with, embed_folder, model_digest
 from ..evaluation.figures import PAGE, FiguresConfig, figures
 from ..evaluation.page import Answer, answers_of, write_page
 from ..evaluation.probing import ProbeConfig, probe
@@ -18,6 +18,7 @@ from ..evaluation.search import (
     WINDOWS,
     best_clips,
     directions,
+    queries_digest,
     read_folder,
     require_known_words,
     results_of,
@@ -116,7 +117,7 @@ def retrieve(
         windows: windows spread evenly over each file.
         html: a page to write, with queries and their clips to play.
         device: torch device; auto takes a GPU where there is one.
-        json: print JSON.
+        json: print JSON, of a measurement with its settings.
     """
     if top < 1:
         raise ValueError(f"top is {top}; at least 1 clip is listed")
@@ -161,6 +162,20 @@ def retrieve(
         about = f"{model} on {annotations or data}: {windows} {plural} a clip, protocol {protocol}."
         write_page(html, folder.source, sections, found, about)
         print(f"vatt-fast: {html} shows the clips", file=sys.stderr)
+    if json and not text and sound is None:
+        found["settings"] = {
+            "model": model,
+            "model_sha256": model_digest(net),
+            "data": data,
+            "annotations": annotations,
+            "split": split,
+            "protocol": protocol,
+            "windows": windows,
+            "batch_size": batch_size,
+            "clips": folder.source.identity,
+            "queries_sha256": queries_digest(ways),
+            **computed_with(net),
+        }
     print_report(found, json)
 
 
@@ -199,8 +214,8 @@ def evaluate_classifier(
         data: labelled media, as finetune's --data.
         out: folder for result.json, classes.csv, scores.npz, confusion.csv and confusion.png.
         media: folder of the media that a file of labels names.
-        split: of the data; by default test, else val. Where the data name none, what the model was
-            trained on is left out, unless this is train.
+        split: of the data; by default test, else val. Where the data name none, or train alone,
+            what the model was trained on is left out, unless this is train.
         fold: of UCF101 and HMDB51 the split, of ESC-50 the fold that is the test.
         skip_missing: leave out media that are named and not there.
         windows: spread evenly over each file; by default 4, of pictures 1. Logits are averaged.
@@ -229,10 +244,15 @@ def evaluate_classifier(
     if out is not None:
         for left_out in write_evaluation(found, out):
             print(f"vatt-fast: {left_out}", file=sys.stderr)
+    if count := found.result["settings"]["trained_on"]:
+        print(f"vatt-fast: the model was trained on {count} of these examples", file=sys.stderr)
     if json:
         print(dumps(found.result))
         return
     shown = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in found.result.items()}
+    settings = found.result["settings"]
+    shown["split"] = settings["split"] or "none named"
+    shown["left out as trained on"] = settings["left_out_as_trained"]
     print_report({k: v for k, v in shown.items() if k not in ("settings", "skipped")}, False)
     if out is not None:
         print(f"written: {out}")

@@ -8,6 +8,7 @@ looked for here: each entry has the names that its file may have.
 import csv
 import json
 import math
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from .captions import decode_text, seconds_of
-from .folder import media_below
+from .folder import OTHER_SUFFIXES, media_below
 from .media import MEDIA_SUFFIXES
 from .source import WHOLE_FILE
 
@@ -84,9 +85,10 @@ def read_entries(data: Path, fold: int) -> Written:
     lists = sorted(data.glob("trainlist*.txt")) + sorted(data.glob("*_test_split?.txt"))
     if lists:
         return _read_lists(data, fold)
-    tables = [path for path in sorted(data.glob("*.csv")) if _split_of_name(path.stem) is not None]
-    if tables:
-        return _read_files(tables, data, fold)
+    for suffix in ("csv", "json"):  # Kinetics has both, of one content
+        tables = sorted(data.glob(f"*.{suffix}"))
+        if tables := [path for path in tables if _split_of_name(path.stem) is not None]:
+            return _read_files(tables, data, fold)
     return _read_folders(data)
 
 
@@ -95,7 +97,7 @@ def read_entries(data: Path, fold: int) -> Written:
 
 def _read_folders(data: Path) -> Written:
     """CLASS/... or SPLIT/CLASS/...; the class is the first folder, whatever lies below it."""
-    files, _ = media_below(data)
+    files, folders = media_below(data)
     if not files:
         raise ValueError(
             f"{data} has no media and no file of labels; name a folder with a folder for each "
@@ -123,7 +125,20 @@ def _read_folders(data: Path) -> Written:
         split = splits[parts[0]] if splits else UNNAMED
         entries.append(Entry((path,), (parts[depth],), split, str(data / path)))
     classes, said = _class_list(data)
+    if classes is None:
+        inside = [Path(each).relative_to(data) for each in folders]
+        of_classes = [each for each in inside if len(each.parts) == depth + 1]
+        if splits:
+            of_classes = [each for each in of_classes if each.parts[0] in splits]
+        bare = {each.name for each in of_classes if _lacks_media(data / each)}
+        classes = sorted(bare.union(entry.classes[0] for entry in entries))
     return Written(entries, data, classes, said, by_name=False)
+
+
+def _lacks_media(folder: Path) -> bool:
+    """Whether a folder is a class's without media: nothing lies there, or media of other kinds."""
+    files = (path.name.lower() for path in folder.rglob("*") if not path.is_dir())
+    return all(name.startswith(".") or name.endswith(OTHER_SUFFIXES) for name in files)
 
 
 # -- tables and JSON -------------------------------------------------------------------------------
@@ -313,7 +328,7 @@ def _read_lists(data: Path, fold: int) -> Written:
                 folder, slash, _ = words[0].partition("/")
                 if not slash:
                     raise ValueError(f"{where} has {words[0]!r}; it is CLASS/FILE")
-                entries.append(Entry((words[0],), (folder,), split, where))
+                entries.append(Entry(_transcoded(words[0]), (folder,), split, where))
         classes, said = _class_list(data)
         return Written(entries, data, classes, said)
     for path in sorted(data.glob(f"*_test_split{fold}.txt")):
@@ -322,7 +337,7 @@ def _read_lists(data: Path, fold: int) -> Written:
             if len(words) != 2 or words[1] not in _HMDB:
                 raise ValueError(f"{where} is {' '.join(words)!r:.60}; it is a file and 0, 1 or 2")
             if own := _HMDB[words[1]]:
-                names = (f"{label}/{words[0]}", words[0])
+                names = (*_transcoded(f"{label}/{words[0]}"), *_transcoded(words[0]))
                 entries.append(Entry(names, (label,), own, where))
     if not entries:
         raise ValueError(
@@ -330,6 +345,11 @@ def _read_lists(data: Path, fold: int) -> Written:
             f"CLASS_test_split{fold}.txt; name the folder of UCF101's or HMDB51's lists"
         )
     return Written(entries, data)
+
+
+def _transcoded(name: str) -> tuple[str, str]:
+    """A file's name, and that of one with another suffix."""
+    return name, os.path.splitext(name)[0]
 
 
 _UCF = (("train", TRAIN), ("test", TEST))

@@ -11,6 +11,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -25,13 +26,13 @@ from .folder import media_below
 from .index import hold
 from .label_files import TRAIN, UNNAMED, Entry, Written, read_entries
 from .listing import Listing, Row
-from .media import MEDIA_SUFFIXES, MediaReader
+from .media import MEDIA_SUFFIXES, MediaError, MediaReader
 from .source import WHOLE_FILE, Modalities
 
-# a file this much longer than its segment is not the segment cut out
+# a whole video ends at most so much before the segment of it
 _TRIMMED_SECONDS = 1.5
 _NAMED = 3  # in an error
-_MARKED_BYTES = 4096
+_MARKED_BYTES, _MARKED_TOGETHER, _MARKING_THREADS = 4096, 4096, 8
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,8 @@ class LabelledData:
     def held_out(self, share: float) -> "LabelledData":
         """The same with this share of each class as split test, where nothing names a split.
 
-        Which ones depends on the files' names alone; a class keeps at least one for training.
+        Of examples with several classes it is the share of all. Which ones depends on the files'
+        names alone; a class keeps at least one for training.
 
         Raises:
             ValueError: a share out of range.
@@ -85,6 +87,11 @@ class LabelledData:
             raise ValueError(f"hold_out is {share}; it is a share of the examples, in [0, 1)")
         if self.names_splits:
             return self
+        out = self._of_all(share) if self.has_several else self._of_each_class(share)
+        examples = (replace(e, split="test" if e in out else TRAIN) for e in self.examples)
+        return replace(self, examples=tuple(examples), names_splits=True)
+
+    def _of_each_class(self, share: float) -> set[Example]:
         of_class: dict[tuple[str, ...], list[Example]] = {}
         for example in self.examples:
             of_class.setdefault(example.classes, []).append(example)
@@ -92,24 +99,54 @@ class LabelledData:
         for those in of_class.values():
             count = min(round(share * len(those)), len(those) - 1)
             out.update(sorted(those, key=_draw)[:count])
-        examples = (replace(e, split="test" if e in out else TRAIN) for e in self.examples)
-        return replace(self, examples=tuple(examples), names_splits=True)
+        return out
+
+    def _of_all(self, share: float) -> set[Example]:
+        left = Counter(name for example in self.examples for name in example.classes)
+        wanted = round(share * len(self.examples))
+        out: set[Example] = set()
+        for example in sorted(self.examples, key=_draw):
+            if len(out) < wanted and all(left[name] > 1 for name in example.classes):
+                out.add(example)
+                left.subtract(example.classes)
+        return out
 
     def marks(self, split: str) -> set[str]:
-        """A short digest of the name, segment, size and middle of each example of a split."""
-        return {self._mark(example) for example in self.examples if example.split == split}
+        """A short digest of the segment, the size and parts of each example of a split.
 
-    def without(self, marks: Collection[str]) -> "LabelledData":
-        """The same but for the examples with these marks."""
-        kept = (example for example in self.examples if self._mark(example) not in marks)
-        return replace(self, examples=tuple(kept))
+        Wherever the file lies. Files that cannot be read have none.
+        """
+        return {mark for mark in self._marked(split).values() if mark is not None}
 
-    def _mark(self, example: Example) -> str:
-        with open(os.path.join(self.root, example.path), "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            file.seek(size // 2)
-            middle = file.read(_MARKED_BYTES).hex()
-        return _digest(f"{example.path}\0{example.segment}\0{size}\0{middle}").hex()[:16]
+    def trained_on(self, split: str, marks: Collection[str]) -> list[Example]:
+        """The examples of a split that have one of these marks."""
+        return [example for example, mark in self._marked(split).items() if mark in marks]
+
+    def without(self, examples: Collection[Example]) -> "LabelledData":
+        """The same but for these examples."""
+        gone = set(examples)
+        return replace(self, examples=tuple(e for e in self.examples if e not in gone))
+
+    def _marked(self, split: str) -> dict[Example, str | None]:
+        chosen = [example for example in self.examples if example.split == split]
+        found: dict[Example, str | None] = {}
+        with ThreadPoolExecutor(_MARKING_THREADS) as pool:  # disks elsewhere answer late
+            for first in range(0, len(chosen), _MARKED_TOGETHER):
+                part = chosen[first : first + _MARKED_TOGETHER]
+                found |= zip(part, pool.map(self._mark, part), strict=True)
+        return found
+
+    def _mark(self, example: Example) -> str | None:
+        try:
+            with open(os.path.join(self.root, example.path), "rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                parts = []
+                for place in (0, size // 2, max(0, size - _MARKED_BYTES)):
+                    file.seek(place)
+                    parts.append(file.read(_MARKED_BYTES).hex())
+        except OSError:
+            return None  # nothing can be trained on it
+        return _digest(f"{example.segment}\0{size}\0{parts}").hex()[:16]
 
     def source(
         self, split: str, modality: str, classes: Sequence[str] | None = None
@@ -366,14 +403,24 @@ def _stem(path: str) -> str:
     return _stem_of_path(_name(path))
 
 
-def _are_cut_out(root: Path, whole: Sequence[_At]) -> bool:
-    """Whether files named by a video's id are its segments cut out; one of them is looked at."""
-    for entry, path, (start, end) in whole:
-        if entry.whole_names is not None and not entry.is_whole_by_name and start > 0:
-            if end == math.inf:
-                return False
+def _are_cut_out(root: Path, located: Sequence[_At]) -> bool:
+    """Whether files named by a video's id are its segments cut out.
+
+    The one whose segment begins last tells; where it cannot be read, the next.
+    """
+    by_id = [
+        at for at in located if at.entry.whole_names is not None and not at.entry.is_whole_by_name
+    ]
+    for _, path, (start, end) in sorted(by_id, key=lambda at: -at.segment[0]):
+        if start == 0:
+            return False
+        if end == math.inf:
+            continue
+        try:
             with MediaReader(root / path) as reader:
-                return reader.info.duration_seconds <= end - start + _TRIMMED_SECONDS
+                return reader.info.duration_seconds < end - _TRIMMED_SECONDS
+        except (MediaError, OSError):
+            continue  # it will be skipped and listed
     return False
 
 

@@ -24,9 +24,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import __version__
 from ..classifier import Classifier
 from ..data.clips import ClipSpec, spread
+from ..data.label_files import TRAIN
 from ..data.labels import LabelledSource, evaluation_split, open_labels
 from ..data.media import MediaError, MediaReader
 from ..devices import pick_device
@@ -35,6 +35,7 @@ from ..finetuning.settings import MODALITY, Record, clip_spec, input_sizes, read
 from ..training.distributed import Ranks
 from ..training.step import autocast
 from ..weights import WEIGHTS
+from .embed import computed_with
 from .scores import class_table, confusion, one_class_scores, several_classes_scores
 
 RESULT, TABLE, MATRIX, PICTURE, SCORES = (
@@ -267,8 +268,8 @@ def evaluate(
     Args:
         model: a folder that ``finetune``, ``convert`` or ``Classifier.save_pretrained`` wrote.
         data, media, fold, skip_missing: see ``data.labels.open_labels``.
-        split: None: test, else val, else the only one. Where the data name no splits, those that
-            the model was trained on are left out then.
+        split: None: test, else val, else the only one. Of train, and where the data name no
+            splits, those that the model was trained on are left out then; else they are counted.
         windows, crops: views of each file; None: 4 x 3 of video, 4 of sound, 1 of a picture.
         ranks: processes that divide the files; all call, and get the whole.
         sizes: frames, height, width, frames_per_second, samples, sample_rate_hz, where they are not
@@ -290,19 +291,19 @@ def evaluate(
     record = Record.read(folder)
     task = record.task if record else net.settings.modality
     labelled = open_labels(data, media=media, fold=fold, skip_missing=skip_missing)
-    trained = 0
-    if split is None and not labelled.names_splits and (marks := read_trained(folder)):
-        others = labelled.without(marks)
-        trained = len(labelled.examples) - len(others.examples)
-        if not others.examples:
+    named = split is not None or labelled.names_splits
+    chosen = split or evaluation_split(labelled)
+    marks = read_trained(folder)
+    trained = labelled.trained_on(chosen, marks) if marks else []
+    left_out = len(trained) if split is None and chosen == TRAIN else 0
+    if left_out:
+        labelled = labelled.without(trained)
+        if not labelled.examples:
             raise ValueError(
                 f"the model was trained on all of {data}; name other media, or measure on these "
                 "with split train"
             )
-        labelled = others
-    named = split is not None or labelled.names_splits
-    split = split or evaluation_split(labelled)
-    source = labelled.source(split, MODALITY[task], labels)
+    source = labelled.source(chosen, MODALITY[task], labels)
     default = record.input if record else {}
     given = {name: value for name, value in sizes.items() if value is not None}
     spec = clip_spec(task, default | given, net.config)
@@ -330,9 +331,10 @@ def evaluate(
             "task": task,
             "data": str(data),
             "media": None if media is None else str(media),
-            "split": split if named else None,
+            "split": chosen if named else None,
             "fold": fold,
-            "left_out_as_trained": trained,
+            "left_out_as_trained": left_out,
+            "trained_on": len(trained) - left_out,
             "labels_sha256": source.label_digest,
             "windows": windows,
             "crops": crops,
@@ -340,8 +342,7 @@ def evaluate(
             "batch_size": batch_size,
             "precision": "bf16" if autocast(precision, next(net.parameters()).device)._enabled
             else "fp32",
-            "device": str(next(net.parameters()).device),
-            "versions": {"vatt_fast": __version__, "torch": torch.__version__},
+            **computed_with(net),
         },
         "skipped": predictions.skipped,
     }  # fmt: skip
@@ -363,19 +364,19 @@ def write_evaluation(found: Evaluation, out: str | os.PathLike) -> list[str]:
     out, left_out = Path(out), []
     check_folder(out)
     out.mkdir(parents=True, exist_ok=True)
-    write_text(out / TABLE, _csv(found.table))
+    rows = [list(found.table[0]), *(list(row.values()) for row in found.table)]
+    write_text(out / TABLE, _csv(rows))
     with replacing(out / SCORES) as part:
         np.savez(
             part, allow_pickle=False, files=np.array(found.predictions.files),
             logits=found.predictions.logits, targets=found.targets,
         )  # fmt: skip
+    for name in (MATRIX, PICTURE):  # of an earlier result
+        (out / name).unlink(missing_ok=True)
     if (found.targets.sum(1) == 1).all():
         matrix = confusion(found.predictions.logits, found.targets.argmax(1))
-        rows = [
-            {"class": name, **dict(zip(found.labels, map(int, row), strict=True))}
-            for name, row in zip(found.labels, matrix, strict=True)
-        ]
-        write_text(out / MATRIX, _csv(rows))
+        counts = [[name, *row.tolist()] for name, row in zip(found.labels, matrix, strict=True)]
+        write_text(out / MATRIX, _csv([["class", *found.labels], *counts]))
         try:
             figure = confusion_figure(matrix, found.labels)
         except ImportError as error:
@@ -387,11 +388,9 @@ def write_evaluation(found: Evaluation, out: str | os.PathLike) -> list[str]:
     return left_out
 
 
-def _csv(rows: Sequence[dict[str, Any]]) -> str:
+def _csv(rows: Iterable[Sequence[Any]]) -> str:
     text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(rows[0])
-    writer.writerows(row.values() for row in rows)
+    csv.writer(text, lineterminator="\n").writerows(rows)
     return text.getvalue()
 
 

@@ -14,17 +14,16 @@ import numpy as np
 import torch
 from numpy.lib import format as npy
 
+from .. import __version__
 from ..data.clips import ClipSpec
 from ..data.loader import evaluation_clips
 from ..data.remote import size_and_time
 from ..data.source import Source
 from ..data.sources import open_source
 from ..encoding import embed_batch
-from ..files import replacing, write_text
 from ..model import VATT
 from ..training.distributed import Ranks
-
-_PLAN = "plan.json"
+from .parts import begin, part_path, spans, write_part, written
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,15 +79,15 @@ def embed_folder(
         plan = json.dumps({"model": model_digest(model), "data": _data(source), **settings})
     ranks.require_alike({"work": plan})
     with ranks.together():
-        continued = ranks.first and _begin(parts, plan)
+        continued = ranks.first and begin(parts, plan)
     ranks.any()  # the folder is there
     batches = -(-len(source) // batch_size)
-    missing = [n for n in range(batches) if not _part(parts, n).exists()]
+    missing = [n for n in range(batches) if not part_path(parts, n).exists()]
     # while others write already, all must see the same
     missing = ranks.firsts(missing)
     mine = missing[ranks.rank * len(missing) // ranks.world :]
     mine = mine[: (ranks.rank + 1) * len(missing) // ranks.world - (len(missing) - len(mine))]
-    for first, stop in _spans(mine):
+    for first, stop in spans(mine):
         found = evaluation_clips(
             source,
             ClipSpec.from_config(model.config),
@@ -100,7 +99,7 @@ def embed_folder(
             with_empty=True,
         )
         for number, one in enumerate(_embedded(model, found, windows, pooled, features), first):
-            _write_part(parts, number, *one)
+            write_part(parts, number, *one)
     with ranks.together():  # and all are done
         pass
     whole = Embedded(out, 0, {}, False)
@@ -108,17 +107,6 @@ def embed_folder(
         if ranks.first:
             whole = dataclasses.replace(_join(parts, out), continued=continued)
     return ranks.firsts(whole)
-
-
-def _spans(numbers: list[int]) -> list[tuple[int, int]]:
-    """Runs of numbers one after the other: (first, last + 1)."""
-    spans: list[tuple[int, int]] = []
-    for number in numbers:
-        if spans and spans[-1][1] == number:
-            spans[-1] = (spans[-1][0], number + 1)
-        else:
-            spans.append((number, number + 1))
-    return spans
 
 
 def checked_output(out: str | os.PathLike) -> Path:
@@ -162,6 +150,14 @@ def model_digest(model: VATT) -> str:
     return digest.hexdigest()
 
 
+def computed_with(model: torch.nn.Module) -> dict[str, Any]:
+    """Device and versions, which results name beside their settings."""
+    return {
+        "device": str(next(model.parameters()).device),
+        "versions": {"vatt_fast": __version__, "torch": torch.__version__},
+    }
+
+
 def _data(source: Source) -> str:
     """One number for a source's clips and captions, and for when its files were written."""
     digest = hashlib.sha256(" ".join(map(str, source.identity)).encode())
@@ -178,40 +174,9 @@ def _data(source: Source) -> str:
     return digest.hexdigest()
 
 
-def _begin(parts: Path, plan: str) -> bool:
-    """Make the folder of parts, anew where it belongs to another plan; True where work is there."""
-    try:
-        same = (parts / _PLAN).read_text() == plan
-    except FileNotFoundError:
-        same = False
-    if not same:
-        if parts.exists():
-            shutil.rmtree(parts)
-        parts.mkdir()
-        write_text(parts / _PLAN, plan)
-    return bool(_parts(parts))
-
-
-def _part(parts: Path, number: int) -> Path:
-    return parts / f"{number:08d}.npz"
-
-
-def _parts(parts: Path) -> list[Path]:
-    """The parts written."""
-    return sorted(parts.glob("[0-9]" * 8 + ".npz"))
-
-
-def _write_part(
-    parts: Path, number: int, found: dict[str, np.ndarray], files: list[str], skipped: dict
-) -> None:
-    said = json.dumps({"files": files, "skipped": skipped})
-    with replacing(_part(parts, number)) as part:
-        np.savez(part, allow_pickle=False, said=np.array(said), **found)
-
-
 def _join(parts: Path, out: Path) -> Embedded:
     """Write all parts into one .npz, an array after the other, and remove them."""
-    paths = _parts(parts)
+    paths = written(parts)
     files: list[str] = []
     skipped: dict[str, str] = {}
     rows: dict[str, int] = {}

@@ -3,11 +3,14 @@
 Shapes: N examples, W windows, D features.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
+import shutil
 import zipfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,11 +19,15 @@ import numpy as np
 from ..data.clips import ClipSpec
 from ..data.labels import LabelledSource
 from ..data.loader import evaluation_clips
+from ..data.media import MediaError
 from ..encoding import embed_batch
-from ..files import replacing
+from ..files import InUseError, only_writer, replacing
 from ..model import VATT
 from .embed import model_digest
+from .parts import begin, part_path, read_part, spans, write_part, written
 
+# of a batch: values (N, W, D), names, and what was skipped
+Part = tuple[dict[str, np.ndarray], list[str], dict[str, str]]
 _VERSION = 1  # of what is computed: raise it where features of the same model would differ
 
 
@@ -51,44 +58,73 @@ def window_features(
 
     Args:
         cache: a folder. A file of it holds the features of one model, of these media (names, sizes,
-            times of change, segments) and these windows; it is written whole or not at all.
+            times of change, segments) and these windows; it is written whole or not at all. Each
+            batch is written beside it, and the same call after a kill goes on behind the last one.
 
     Raises:
         ValueError: a damaged file in the cache. MediaError: no example can be read.
     """
     spec = ClipSpec.from_config(model.config)
-    path = None
-    if cache is not None:
-        key = _key(model, source, spec, windows)
-        path = Path(cache) / f"{source.modality}_{windows}_{key}.npz"
-        if path.exists():
-            return _read(path)
-    names: list[str] = []
-    parts: list[np.ndarray] = []
-    skipped: dict[str, str] = {}
-    for batch in evaluation_clips(
-        source,
-        spec,
-        vocabulary=None,
-        batch_size=batch_size,
-        windows=windows,
-        with_empty=True,
-        workers=workers,
-    ):
-        skipped |= {one.file: one.reason for one in batch.skipped}
-        if not len(batch):
-            continue
-        found = embed_batch(model, batch, modalities=(source.modality,), pooled=True)
-        values = found[f"{source.modality}_pooled"]
-        names += batch.files[::windows]
-        parts.append(values.reshape(-1, windows, values.shape[1]))
-    features = Features(names, np.concatenate(parts), skipped, False)
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        said = json.dumps({"names": names, "skipped": skipped})
+    batches = -(-len(source) // batch_size)
+
+    def compute(first: int, stop: int) -> Iterator[Part]:
+        found = evaluation_clips(
+            source,
+            spec,
+            vocabulary=None,
+            batch_size=batch_size,
+            windows=windows,
+            first=first,
+            stop=None if (first, stop) == (0, batches) else stop,
+            with_empty=True,
+            workers=workers,
+        )
+        for batch in found:
+            values = {}
+            if len(batch):
+                pooled = embed_batch(model, batch, modalities=(source.modality,), pooled=True)
+                rows = pooled[f"{source.modality}_pooled"]
+                values["values"] = rows.reshape(-1, windows, rows.shape[1])
+            skipped = {one.file: one.reason for one in batch.skipped}
+            yield values, list(batch.files[::windows]), skipped
+
+    if cache is None:
+        return _joined(source, compute(0, batches))
+    path = Path(cache) / f"{source.modality}_{windows}_{_key(model, source, spec, windows)}.npz"
+    if path.exists():
+        return _read(path)
+    parts = path.with_name(path.name + ".parts")
+    parts.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(only_writer(parts))
+        except InUseError:  # another probe is at the same features; each computes them
+            return _joined(source, compute(0, batches))
+        work = parts / "batches"
+        begin(work, json.dumps({"batch_size": batch_size}))
+        missing = [n for n in range(batches) if not part_path(work, n).exists()]
+        for first, stop in spans(missing):
+            for number, one in enumerate(compute(first, stop), first):
+                write_part(work, number, *one)
+        features = _joined(source, map(read_part, written(work)))
+        said = json.dumps({"names": features.names, "skipped": features.skipped})
         with replacing(path) as part, open(part, "wb") as file:
             np.savez(file, allow_pickle=False, values=features.values, said=np.array(said))
+        shutil.rmtree(parts)
     return features
+
+
+def _joined(source: LabelledSource, parts: Iterable[Part]) -> Features:
+    names: list[str] = []
+    values: list[np.ndarray] = []
+    skipped: dict[str, str] = {}
+    for found, files, left_out in parts:
+        names += files
+        values += found.values()
+        skipped |= left_out
+    if not names:
+        raise MediaError(f"none of the {len(source)} files in {source.label} can be decoded")
+    return Features(names, np.concatenate(values), skipped, False)
 
 
 def _key(model: VATT, source: LabelledSource, spec: ClipSpec, windows: int) -> str:

@@ -27,6 +27,12 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#0
 MARKERS = ("o", "^", "s", "X", "D", "v", "P")
 _OF_MODALITY = {"video": 0, "audio": 1, "text": 2}
 MOST_CLASSES = len(COLOURS) * len(MARKERS)
+_ALL = (
+    "features_by_class.png",
+    *(f"similarity_{space}.png" for space in SPACES),
+    *(f"space_{space}.png" for space in ("input", *SPACES)),
+    "activations.png",
+)
 _NODES = 256  # columns of a heat map; more are averaged
 
 
@@ -39,6 +45,9 @@ class FiguresConfig:
         data: clips with captions and sound, as pretrain's --data.
         out: folder of the pictures, figures.html and figures.json.
         labels: labelled media, whose features are shown by class too.
+        media: folder of the media that a file of labels names.
+        fold: of UCF101 and HMDB51 the split, of ESC-50 the fold that is shown.
+        skip_missing: leave out media that the labels name and that are not there.
         modality: of these features: video or audio.
         clips: at most so many of the data, and of the labelled media.
         seed: of t-SNE.
@@ -48,6 +57,9 @@ class FiguresConfig:
     data: str
     out: str
     labels: str | None = None
+    media: str | None = None
+    fold: int = 1
+    skip_missing: bool = False
     modality: str = "video"
     clips: int = 300
     batch_size: int = 16
@@ -126,6 +138,8 @@ def figures(config: FiguresConfig) -> list[Drawn]:
             name: [round(float(x), 5) for x in values.mean(1)]
             for name, values in found.activations.items()
         }
+    for name in {*_ALL} - {one.file for one in drawn}:  # of an earlier call
+        (out / name).unlink(missing_ok=True)
     write_text(out / NUMBERS, json.dumps(numbers, indent=2) + "\n")
     write_page(out, drawn, f"{config.model} on {len(found.files)} clips of {config.data}.")
     return drawn
@@ -137,7 +151,9 @@ def _width(found: Collected) -> int:
 
 def _draw_classes(config: FiguresConfig, model: Any, out: Path) -> Drawn:
     """Figure 2: features of labelled media, by class."""
-    data = open_labels(str(config.labels))
+    data = open_labels(
+        str(config.labels), media=config.media, fold=config.fold, skip_missing=config.skip_missing
+    )
     split = "test" if "test" in data.splits else next(iter(data.splits))
     source = data.source(split, config.modality)
     features = window_features(
@@ -148,7 +164,8 @@ def _draw_classes(config: FiguresConfig, model: Any, out: Path) -> Drawn:
     chosen = [i for i in np.flatnonzero(there) if len(classes[i]) == 1]
     chosen = [chosen[i] for i in _spread(len(chosen), config.clips)]
     names = [data.classes[classes[i][0]] for i in chosen]
-    if len(set(names)) > MOST_CLASSES:
+    left_out = max(0, len(set(names)) - MOST_CLASSES)
+    if left_out:
         kept = set(sorted(set(names))[:MOST_CLASSES])
         pairs = [(i, name) for i, name in zip(chosen, names, strict=True) if name in kept]
         chosen, names = [i for i, _ in pairs], [name for _, name in pairs]
@@ -157,6 +174,8 @@ def _draw_classes(config: FiguresConfig, model: Any, out: Path) -> Drawn:
     draw_points(points, names, out / file, sorted(set(names)))
     title = f"{config.modality.capitalize()} features by class, t-SNE"
     said = f"{len(chosen)} examples of split {split}, {len(set(names))} classes; pooled output."
+    if left_out:
+        said += f" Left out: {left_out} of the classes; colours and shapes are for {MOST_CLASSES}."
     return Drawn(file, title, said)
 
 

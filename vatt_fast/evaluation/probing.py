@@ -9,11 +9,11 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 
-from .. import __version__
 from ..data.labels import evaluation_split, open_labels
 from ..devices import pick_device
 from ..files import check_folder, write_text
 from ..model import create_model
+from .embed import computed_with, model_digest
 from .features import Features, window_features
 from .linear import Kind, LowRankSettings, linear_scores
 from .scores import one_class_scores
@@ -102,12 +102,12 @@ def probe(config: ProbeConfig) -> dict[str, Any]:
     options: dict[str, Any] = dict(
         batch_size=config.batch_size, workers=config.workers, cache=cache
     )
-    sets, classes = {}, {}
+    sets, classes, digests = {}, {}, {}
     for name, windows in (("train", 1), (split, config.windows)):
         source = data.source(name, config.modality)
         found = window_features(model, source, windows=windows, **options)
         found = _with_a_window(found, config.modality)
-        sets[name] = found
+        sets[name], digests[name] = found, source.label_digest
         classes[name] = np.array([source.classes_of(each)[0] for each in found.names])
     train, test = sets["train"], sets[split]
     results = {}
@@ -127,7 +127,13 @@ def probe(config: ProbeConfig) -> dict[str, Any]:
         "examples": {"train": len(train.names), split: len(test.names)},
         "features_cached": {name: found.cached for name, found in sets.items()},
         "skipped": train.skipped | test.skipped,
-        "settings": dataclasses.asdict(config) | {"split": split, "vatt_fast": __version__},
+        "settings": {
+            **dataclasses.asdict(config),
+            "split": split,
+            "model_sha256": model_digest(model),
+            "labels_sha256": digests,
+            **computed_with(model),
+        },
     }
     out.mkdir(parents=True, exist_ok=True)
     write_text(out / RESULT, json.dumps(report, indent=2) + "\n")

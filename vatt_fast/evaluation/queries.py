@@ -9,6 +9,7 @@ from ..data.captions import composed
 from ..data.folder import media_below
 from ..data.index import hold
 from ..data.listing import Listing, Row
+from ..data.media import VIDEO_SUFFIXES
 from ..data.source import WHOLE_FILE, Source
 
 
@@ -39,7 +40,8 @@ def read_queries(
             are measured.
 
     Raises:
-        ValueError: a file of another kind, a split that it lacks, or none of the videos there.
+        ValueError: a file of another kind, a split that it lacks, two videos with one id, or none
+            of the videos there.
     """
     folder = Path(media)
     if not folder.is_dir():
@@ -57,9 +59,16 @@ def read_queries(
     rows: dict[tuple[str, tuple[float, float]], Row] = {}
     sentences, missing = [], []
     for clip in clips:
-        if (file := files.get(composed(clip.video))) is None:
+        found = files.get(composed(clip.video), [])
+        if not found:
             missing.append(clip.video)
             continue
+        if len(found) > 1:
+            raise ValueError(
+                f"{annotations} names {clip.video}, and in {folder} there are {found[0]} and "
+                f"{found[1]}; move one of them away"
+            )
+        file = found[0]
         start, end = clip.segment
         name = file if clip.segment == WHOLE_FILE else f"{file}@{start:g}-{end:g}"
         rows.setdefault((file, clip.segment), Row(name, file, clip.segment))
@@ -74,11 +83,15 @@ def read_queries(
     return Queries(hold(listing), tuple(sentences), tuple(dict.fromkeys(missing)))
 
 
-def _by_id(folder: Path) -> dict[str, str]:
-    """Paths of media by name and by name without suffix; the first in order where two share one."""
-    found: dict[str, str] = {}
+def _by_id(folder: Path) -> dict[str, list[str]]:
+    """Paths of media by name and by name without suffix; where there are videos, those alone."""
+    found: dict[str, list[str]] = {}
     for path in media_below(folder)[0]:
         name = composed(path.rpartition("/")[2])
-        found.setdefault(name, path)
-        found.setdefault(os.path.splitext(name)[0], path)
-    return found
+        for each in (name, os.path.splitext(name)[0]):
+            found.setdefault(each, []).append(path)
+    videos = {
+        name: [path for path in paths if path.lower().endswith(VIDEO_SUFFIXES)]
+        for name, paths in found.items()
+    }
+    return {name: videos[name] or paths for name, paths in found.items()}

@@ -1,6 +1,8 @@
 """Searching clips by sentences or a sound, and measuring how well that works (paper 4.4)."""
 
 import dataclasses
+import hashlib
+import json
 import os
 from collections import defaultdict
 from collections.abc import Sequence
@@ -164,6 +166,15 @@ def results_of(found: dict[str, Direction], left_out: dict[str, Any]) -> dict[st
         for name, direction in found.items()
     }
     return results | ({"left_out": left_out} if left_out else {})
+
+
+def queries_digest(found: dict[str, Direction]) -> str:
+    """One number for what was asked, and what may answer it."""
+    told = {
+        name: [list(way.asked), list(way.found), [list(map(int, each)) for each in way.right]]
+        for name, way in found.items()
+    }
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()
 
 
 def directions(

@@ -97,7 +97,7 @@ def _finetune(
     with run_folder(out, ranks) as make_folder:
         with ranks.together():
             standing = read_standing(path) if path.exists() else None
-            labelled, named = _labelled(run, ranks.first)
+            labelled = _labelled(run, ranks.first)
             source = labelled.source("train", modality)
             held = None
             if run.eval_split is not None:
@@ -136,11 +136,11 @@ def _finetune(
         }
         now = continued(path, standing, Standing(0, settings, data, arithmetic), trainer, ranks)
         make_folder()
-        if not named:
-            with ranks.together():
-                if ranks.first:
-                    marks = labelled.marks("train") | read_trained(out)  # of a run continued
-                    write_text(out / TRAINED, "\n".join(sorted(marks)) + "\n")
+        marked = standing is not None and standing.data == data and (out / TRAINED).exists()
+        with ranks.together():
+            if ranks.first and not marked:
+                marks = labelled.marks("train") | read_trained(out)  # of a run continued
+                write_text(out / TRAINED, "\n".join(sorted(marks)) + "\n")
         report = Report(run, settings, config.model, source.classes)
         record = Record(run.task, run.loss or "softmax", input_sizes(run.task, spec),
                         str(run.recipe))  # fmt: skip
@@ -211,12 +211,11 @@ class FineTuning(Job):
         self.report.write()
 
 
-def _labelled(run: FineTuneConfig, says: bool) -> tuple[LabelledData, bool]:
-    """The data in splits, each class with a training example; whether the data name the splits."""
+def _labelled(run: FineTuneConfig, says: bool) -> LabelledData:
+    """The data in splits, each class with a training example."""
     labelled = open_labels(run.data, media=run.media, fold=run.fold, skip_missing=run.skip_missing)
     if labelled.missing and says:
         print(f"{len(labelled.missing)} media of {run.data} are missing and left out")
-    named = labelled.names_splits
     labelled = labelled.held_out(run.hold_out)
     if labelled.missing:  # whole classes may be
         without = labelled.classes_without_training()
@@ -232,7 +231,7 @@ def _labelled(run: FineTuneConfig, says: bool) -> tuple[LabelledData, bool]:
         )
     if len(labelled.classes) < 2:
         raise ValueError(f"{run.data} has one class, {labelled.classes[0]!r}; add another one")
-    return labelled, named
+    return labelled
 
 
 def _trainer(run: FineTuneConfig, *more: Any) -> Trainer:
@@ -251,10 +250,12 @@ def _beginning(
 ) -> tuple[ClassifierConfig, dict[str, Tensor] | None, ClipSpec]:
     """The classifier's config, the weights it starts from, and what it reads."""
     modality = MODALITY[run.task]
+    tensors: dict[str, Tensor] | None = None
     if run.init == FROM_SCRATCH:
-        config, tensors = model_config or preset(str(run.preset)), None
+        config = model_config or preset(str(run.preset))
     else:
         config, tensors = _saved(run.init, modality, classes)
+        tensors = None if run.from_scratch else tensors
     wanted = sizes(run, config)
     spec = clip_spec(run.task, wanted, config)
     if run.dropout is not None:

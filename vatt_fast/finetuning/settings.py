@@ -19,7 +19,7 @@ from ..training.settings import check_hosts, require_jax_can
 Task = Literal["video", "audio", "image"]
 Loss = Literal["softmax", "balanced", "sigmoid"]
 RECORD = "finetune.json"
-# marks of the examples that a run was trained on, where the data name no splits
+# marks of the examples that a run was trained on
 TRAINED = "trained.txt"
 FROM_SCRATCH = "none"
 # of the tower that a task trains
@@ -91,6 +91,8 @@ class FineTuneConfig:
     # saved model, run folder, classifier or released checkpoint to start from; none: from scratch,
     # a random model of --preset
     init: str
+
+    from_scratch: bool = False  # take the sizes and kinds of init's model, and random weights
 
     task: Task = "video"  # image: pictures, or one frame of a video
     recipe: Recipe | None = None  # None: by task kinetics, audioset or imagenet
@@ -203,7 +205,9 @@ class FineTuneConfig:
                 "mixup adds clips patch by patch, and drop_per clip keeps other patches of each; "
                 "take drop_per batch, or mixup 0"
             )
-        if self.frozen and self.init == FROM_SCRATCH:
+        if self.from_scratch and self.init == FROM_SCRATCH:
+            raise ValueError("from_scratch is of a saved model; name it with init, or leave it out")
+        if self.frozen and (self.from_scratch or self.init == FROM_SCRATCH):
             raise ValueError("frozen trains the classifier of a random tower; name one with init")
         if self.eval_split is None:
             if self.eval_every is not None or self.best_by != "loss":
@@ -304,6 +308,8 @@ def describe(run: FineTuneConfig, model: VATTConfig, classes: tuple[str, ...]) -
     """What a continued run must share with the one that wrote the checkpoint."""
     settings = {name: value for name, value in dataclasses.asdict(run).items() if name not in _FREE}
     settings |= {"model": dataclasses.asdict(model), "classes": list(classes)}
+    if not run.from_scratch:  # as runs began before there was a choice
+        del settings["from_scratch"]
     return json.loads(json.dumps(settings))
 
 
@@ -345,7 +351,7 @@ def input_sizes(task: str, spec: ClipSpec) -> dict[str, Any]:
 
 
 def read_trained(folder: Path) -> set[str]:
-    """Marks of the examples that a run was trained on; none where its data named splits."""
+    """Marks of the examples that a run was trained on; none of a converted checkpoint."""
     path = folder / TRAINED
     return set(path.read_text(encoding="utf-8").split()) if path.is_file() else set()
 

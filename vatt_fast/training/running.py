@@ -16,11 +16,13 @@ from ..data.clips import Batch
 from ..data.dataset import ClipDataset
 from ..data.loader import loader
 from ..files import check_folder
+from ..weights import WEIGHTS
 from .checkpoint import CHECKPOINT, Standing, keep_earlier, link_best, say_what_changed
 from .distributed import Ranks, agreed, own_folder
 from .loggers import make_loggers
-from .metrics import FiniteWatch, Mean, MetricsLog, NonFiniteError, Timer
-from .shards import ShardedSaves, join_shards
+from .metrics import METRICS, FiniteWatch, Mean, MetricsLog, NonFiniteError, Timer
+from .run_page import REPORT
+from .shards import ShardedSaves, folders, join_shards
 from .stopping import StopRequests, kept_from_children, obey_the_parent_alone, stopped
 
 
@@ -106,13 +108,15 @@ def run_folder(out: Path, ranks: Ranks) -> Iterator[Callable[[], None]]:
         makes the folder if it is new, once nothing can be refused any more.
 
     Raises:
-        ValueError: it cannot be a folder, or another process writes to it.
+        ValueError: it cannot be a folder, another process writes to it, or it holds a model that is
+            no run's to continue.
     """
     with contextlib.ExitStack() as stack:
         owned = False
         with ranks.together():
             if ranks.first:
                 check_folder(out)
+                _check_no_model(out)
                 if out.is_dir():
                     owned = stack.enter_context(own_folder(out, ranks))
 
@@ -123,6 +127,21 @@ def run_folder(out: Path, ranks: Ranks) -> Iterator[Callable[[], None]]:
                     stack.enter_context(own_folder(out, ranks))
 
         yield make
+
+
+def _check_no_model(out: Path) -> None:
+    """Raise ValueError where a run's first save would replace a model.
+
+    A run killed in its first save has logged, and left a model but neither checkpoint nor report.
+    One that is to start anew, as a finished demo, has its report, but its log is taken away.
+    """
+    begins = (out / METRICS).exists() != (out / REPORT).exists()
+    continues = begins or (out / CHECKPOINT).exists() or folders(out)
+    if (out / WEIGHTS).exists() and not continues:
+        raise ValueError(
+            f"{out} holds a model already, and no checkpoint of a run to continue; name another "
+            "folder"
+        )
 
 
 def warn_of_warmup(run: Any) -> None:
