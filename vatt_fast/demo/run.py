@@ -29,6 +29,7 @@ from ..training.loop import (
 )
 from ..training.settings import PretrainConfig
 from ..training.step import initial_model
+from ..weights import WEIGHTS
 from .report import contact_sheet, plot_curves, retrieval_table
 from .scene import FACTORS
 from .world import render_world
@@ -70,7 +71,7 @@ def run_demo(demo: DemoConfig, *, progress: bool = True) -> dict[str, Any]:
     world = Path(demo.world) / f"seed{demo.seed}_{demo.train_clips}_{demo.test_clips}"
     out.mkdir(parents=True, exist_ok=True)
     if (out / SUMMARY).exists():
-        for name in (CHECKPOINT, METRICS, SUMMARY):
+        for name in (CHECKPOINT, WEIGHTS, METRICS, SUMMARY):
             (out / name).unlink(missing_ok=True)
     print(f"world: {demo.train_clips} + {demo.test_clips} clips in {world}")
     render_world(

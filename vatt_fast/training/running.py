@@ -133,9 +133,8 @@ def _check_no_model(out: Path) -> None:
     """Raise ValueError where a run's first save would replace a model.
 
     A run killed in its first save has logged, and left a model but neither checkpoint nor report.
-    One that is to start anew, as a finished demo, has its report, but its log is taken away.
     """
-    begins = (out / METRICS).exists() != (out / REPORT).exists()
+    begins = (out / METRICS).exists() and not (out / REPORT).exists()
     continues = begins or (out / CHECKPOINT).exists() or folders(out)
     if (out / WEIGHTS).exists() and not continues:
         raise ValueError(
