@@ -613,6 +613,91 @@ def test_a_changed_file_is_measured_again_alone(media, tmp_path, monkeypatch):
     assert source.measured(1).streams == VIDEO | MEASURED
 
 
+def texts_of(source):
+    return [list(source.captions(i).texts) for i in range(len(source))]
+
+
+@pytest.mark.parametrize("below", ["", "/**"])
+@pytest.mark.parametrize("name", ["captions.json", "caption.json", "0.txt"])
+def test_captions_that_come_after_the_index(media, tmp_path, below, name):
+    """Also where they are edited along with the folder, and taken away again."""
+    folder = tmp_path / "clips"
+    folder.mkdir()
+    for each in ("0.mp4", "1.mp4"):
+        (folder / each).write_bytes(media[each])
+    text = f"{folder}{below}"
+    listing = list_source(Wanted(text))
+    build_index(listing, listing.home)
+    says = {
+        "captions.json": lambda said: json.dumps({"0.mp4": entries([(0, 1, said)])}),
+        "caption.json": lambda said: json.dumps({"0": entries([(0, 1, said)])}),
+        "0.txt": lambda said: said,
+    }[name]
+    told = []
+    for said in ("a dog", "two dogs"):
+        (folder / name).write_text(says(said))
+        os.utime(folder, (1, len(told)))  # as another file in it does
+        assert texts_of(open_source(text, say=told.append)) == [[said], []]
+        assert texts_of(open_source(text, say=told.append)) == [[said], []]
+    (folder / name).unlink()
+    assert texts_of(open_source(text, say=told.append)) == [[], []]
+    assert len(told) == 3 and all("is brought up to date" in line for line in told)
+
+
+@pytest.mark.parametrize("kind", ["shards", "folder"])
+def test_a_folder_of_captions_changes(media, tmp_path, kind):
+    data = tmp_path / "data"
+    if kind == "shards":
+        data.mkdir()
+        write_tar(data / "0.tar", [(name, media[name]) for name in ("0.mp4", "1.mp4")])
+        write_tar(data / "1.tar", [("2.mp4", media["2.mp4"]), ("2.txt", b"of the shard")])
+    else:
+        as_folder({name: media[name] for name in ("0.mp4", "1.mp4", "2.mp4")}, data)
+        (data / "captions.json").write_text(
+            json.dumps({"2.mp4": entries([(0, 1, "of the shard")])})
+        )
+    plain = build_index(list_source(Wanted(str(data))), data / "vatt_index")
+    assert texts_of(plain) == [[], [], ["of the shard"]]
+    said, told = tmp_path / "said", []
+    said.mkdir()
+    (said / "0.txt").write_text("a dog")
+    mix = tmp_path / "mix.toml"
+    mix.write_text('[[source]]\npath = "data"\ncaptions = "said"\n')
+
+    def found():
+        first = texts_of(open_source(mix, say=told.append))
+        assert first == texts_of(open_source(mix, say=told.append))
+        return first
+
+    assert found() == [["a dog"], [], ["of the shard"]]
+    assert told[-1].endswith(f"captions are to be taken from {said}")
+    (said / "1.srt").write_text("1\n00:00:00,000 --> 00:00:01,000\na cat\n")
+    assert found() == [["a dog"], ["a cat"], ["of the shard"]]
+    (said / "0.txt").write_text("a log")
+    assert found() == [["a log"], ["a cat"], ["of the shard"]]
+    (said / "1.srt").unlink()
+    assert found() == [["a log"], [], ["of the shard"]]
+    assert len(told) == 4 and all(line.endswith(f"{said} has other captions") for line in told[1:])
+
+
+def test_an_index_by_its_own_name_is_compared_with_what_is_there(media, tmp_path):
+    shards, clips = as_tars(media, tmp_path / "shards"), as_folder(media, tmp_path / "clips")
+    for folder in (shards, clips):
+        build_index(list_source(Wanted(str(folder))), folder / "vatt_index")
+        (folder / "notes.odt").write_text("no media")
+        assert content(open_source(folder / "vatt_index")) == expected()
+    pattern = list_source(Wanted(f"{shards}/0000{{0,1}}.tar"))
+    build_index(pattern, tmp_path / "both")
+    write_tar(shards / "00002.tar", [("new.mp4", media["2.mp4"])])
+    (clips / "new.mp4").write_bytes(media["2.mp4"])
+    moved = shards.rename(tmp_path / "there")
+    for folder, told in ((moved, "00002.tar is new"), (clips, "clips has other files")):
+        with pytest.raises(ValueError, match=rf"out of date: .*{told}; run vatt-fast index"):
+            open_source(folder / "vatt_index")
+    moved.rename(shards)
+    assert len(open_source(tmp_path / "both")) == 4  # it was made of two shards by their names
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_killed_build_goes_on(media, tmp_path, monkeypatch, workers):
     folder = tmp_path / "shards"

@@ -394,8 +394,8 @@ def _rows(part: Part, name: str) -> int:
     return len(part[name])
 
 
-def cut(columns: Mapping[str, np.ndarray], block: int) -> dict[str, np.ndarray]:
-    """One block of joined columns as a part."""
+def cut(columns: Mapping[str, np.ndarray], block: int, apart: int = 0) -> dict[str, np.ndarray]:
+    """One block of joined columns as a part, without the first ``apart`` of all captions."""
     builder = PartBuilder()
     source = ColumnSource("", "", columns)
     for index in range(*columns["blocks"][block : block + 2].tolist()):
@@ -413,6 +413,7 @@ def cut(columns: Mapping[str, np.ndarray], block: int) -> dict[str, np.ndarray]:
             captions=[
                 Caption(start, end, text)
                 for (start, end), text in zip(times.tolist(), texts, strict=True)
+                if int(columns["caption_first"][index]) >= apart
             ],
         )
     return builder.finish()

@@ -10,6 +10,7 @@ from .captions import SIDECARS, from_entries, load_captions, read_sidecar, strea
 from .media import MEDIA_SUFFIXES
 from .text import Caption, composed
 
+INDEX = "vatt_index"  # in the names of folders that hold an index
 CAPTIONS = "captions.json"
 # HowTo100M's: captions by the stems of the files' names
 HOWTO_CAPTIONS = ("caption.json", "raw_caption.json")
@@ -114,7 +115,7 @@ def _sidecars_in(folder: Path) -> dict[str, list[str]]:
 def media_below(folder: Path) -> tuple[list[str], list[str]]:
     """Media files in a folder and all below it, by their paths within, and all these folders.
 
-    Hidden ones are left out; a linked folder is entered once.
+    Hidden ones are left out, and indexes; a linked folder is entered once.
     """
     files: list[str] = []
     folders: list[str] = []
@@ -129,7 +130,7 @@ def media_below(folder: Path) -> tuple[list[str], list[str]]:
         folders.append(str(folder / inside))
         with os.scandir(folder / inside) as entries:
             for entry in entries:
-                if entry.name.startswith("."):
+                if entry.name.startswith(".") or INDEX in entry.name:
                     continue
                 path = f"{inside}/{entry.name}" if inside else entry.name
                 if entry.is_dir():

@@ -36,7 +36,7 @@ from .columns import (
     map_files,
     to_files,
 )
-from .listing import INDEX_FILE, Listing, Row, read_captions
+from .listing import INDEX_FILE, Listing, Row, Wanted, caption_files, read_captions
 from .media import MediaError
 from .probe import guessed, measure
 from .remote import is_url, join_path, size_and_time
@@ -138,8 +138,10 @@ def build_index(
                 "examples": len(source),
                 "left_out": len(problems),
                 "without_spaces": source.without_spaces,
+                "captions_apart": sum(len(part["caption_times"]) for part, _ in spoken),
                 "identity": source.identity._asdict(),
                 "asked": listing.asked,
+                "text": _within(listing.text, listing.root),
                 "listing": _digest(listing),
                 "stamps": stamps,
             }
@@ -216,8 +218,8 @@ def _opened_or_none(folder: Path) -> ColumnSource | None:
 def changes(folder: Path, listing_shards: Sequence[str] | None = None) -> list[str]:
     """What has changed since an index was written, each by name; empty where nothing has.
 
-    Shards, manifests, captions files and folders are all looked at, and of single media files
-    20,000 at most.
+    Shards, manifests, captions files and folders are all looked at, and of single media files,
+    as of the files in a folder of captions, 20,000 at most.
 
     Args:
         listing_shards: the shards that are there now, relative to the root; None: not asked.
@@ -227,7 +229,7 @@ def changes(folder: Path, listing_shards: Sequence[str] | None = None) -> list[s
     told = []
     for kind, path, size, time in about["stamps"]:
         full = join_path(root, path) if kind == "shard" else _unportable(path, folder)
-        if reason := _differs(full, size, time, kind == "folder"):
+        if reason := _differs(full, size, time, kind):
             told.append(f"{path} {reason}")
     if listing_shards is not None:
         known = {path for kind, path, *_ in about["stamps"] if kind == "shard"}
@@ -239,7 +241,7 @@ def changes(folder: Path, listing_shards: Sequence[str] | None = None) -> list[s
         step = -(-len(paths) // _MOST_CHECKED) if len(paths) else 1
         for row in range(0, len(paths), step):
             size, time = int(columns["file_bytes"][row]), int(columns["file_time"][row])
-            if reason := _differs(join_path(root, paths[row]), size, time, False):
+            if reason := _differs(join_path(root, paths[row]), size, time, "file"):
                 told.append(f"{paths[row]} {reason}")
     return told
 
@@ -250,12 +252,23 @@ def asked_of(folder: Path) -> dict[str, str | None]:
     return {name: asked.get(name) for name in ("captions", "media")}
 
 
+def wanted_of(folder: Path) -> Wanted | None:
+    """The source that an index was made of, where both may have moved; None: it does not say."""
+    about = _read_about(folder)
+    if not (text := about.get("text")):
+        return None
+    if not is_url(text):
+        text = os.path.normpath(os.path.join(_unportable(about["root"], folder), text))
+    asked = asked_of(folder)
+    return Wanted(text, captions=asked["captions"], media=asked["media"])
+
+
 def holds_shards(folder: Path) -> bool:
     return any(kind == "shard" for kind, *_ in _read_about(folder)["stamps"])
 
 
 def is_same_listing(folder: Path, listing: Listing) -> bool:
-    """Whether an index lists just these files; then their folders' new times are noted.
+    """Whether an index lists just these files and captions; then their folders' times are noted.
 
     A folder's time changes with every file in it, of whatever kind.
     """
@@ -267,10 +280,16 @@ def is_same_listing(folder: Path, listing: Listing) -> bool:
 
 
 def _digest(listing: Listing) -> str:
-    digest = hashlib.sha256()
+    """Of the files that are listed, and of where their captions are and what is known of them."""
+    apart = None if listing.captions is None else os.path.abspath(listing.captions)
+    digest = hashlib.sha256(f"{apart}\0{listing.asked}\n".encode(errors="surrogateescape"))
     for row in listing.rows:
+        beside = row.sidecar and (
+            row.sidecar,
+            _size_and_time_or_none(join_path(listing.root, row.sidecar)),
+        )
         digest.update(
-            f"{row.name}\0{row.path}\0{row.segment}\0{row.sidecar}\n".encode(
+            f"{row.name}\0{row.path}\0{row.segment}\0{beside}\0{row.captions}\n".encode(
                 errors="surrogateescape"
             )
         )
@@ -279,13 +298,15 @@ def _digest(listing: Listing) -> str:
     return digest.hexdigest()
 
 
-def _differs(path: str, size: int, time: int, is_folder: bool) -> str:
+def _differs(path: str, size: int, time: int, kind: str) -> str:
     try:
-        now, changed = size_and_time(path)
-    except (OSError, FileNotFoundError):
+        now, changed = _stamp_of_captions(path) if kind == "captions" else size_and_time(path)
+    except OSError:
         return "is gone"
-    if is_folder:
+    if kind == "folder":
         return "" if changed == time else OTHER_FILES
+    if kind == "captions":
+        return "" if (now, changed) == (size, time) else "has other captions"
     if now != size:
         return f"had {size} bytes and has {now}"
     return "" if changed == time else "was written anew"
@@ -295,10 +316,11 @@ def _stamps(listing: Listing) -> list[tuple[str, str, int, int]]:
     """(kind, path, bytes, time) of what is looked at again when the index is opened."""
     stamps = []
     for path in listing.stamped:
-        size, time = size_and_time(path)
-        kind = "folder" if os.path.isdir(path) else "file"
+        kind, stamp = "folder" if os.path.isdir(path) else "file", size_and_time(path)
+        if kind == "folder" and path == str(listing.captions):
+            kind, stamp = "captions", _stamp_of_captions(path)
         # an index may move together with its data
-        stamps.append((kind, os.path.abspath(path), size, time))
+        stamps.append((kind, os.path.abspath(path), *stamp))
     for shard in listing.shards:
         try:
             stamps.append(("shard", shard, *size_and_time(join_path(listing.root, shard))))
@@ -311,6 +333,19 @@ def _stamps(listing: Listing) -> list[tuple[str, str, int, int]]:
     return stamps
 
 
+def _stamp_of_captions(path: str) -> tuple[int, int]:
+    """Bytes and time of a file of captions; of a folder, bytes and a number for all its files."""
+    if not os.path.isdir(path):
+        return size_and_time(path)
+    names = [each.name for each in caption_files(Path(path))]
+    digest, total = hashlib.sha256("\0".join(names).encode(errors="surrogateescape")), 0
+    for name in names[:: -(-len(names) // _MOST_CHECKED) or 1]:
+        size, time = size_and_time(os.path.join(path, name))
+        digest.update(f"{size} {time}\n".encode())
+        total += size
+    return total, int.from_bytes(digest.digest()[:7])
+
+
 def _portable(root: str, folder: Path) -> str:
     """A root that the index lies in, relative to the index: both may be moved together."""
     if is_url(root):
@@ -318,6 +353,11 @@ def _portable(root: str, folder: Path) -> str:
     root = os.path.abspath(root)
     within = os.path.relpath(folder.absolute(), root)
     return root if within.startswith("..") else os.path.relpath(root, folder.absolute())
+
+
+def _within(text: str, root: str) -> str:
+    """What a source is called, relative to its root."""
+    return text if not text or is_url(text) else os.path.relpath(text, root or ".")
 
 
 def _unportable(root: str, folder: Path) -> str:
@@ -330,7 +370,8 @@ def _unportable(root: str, folder: Path) -> str:
 
 
 def _tasks(listing: Listing, parts: Path, old: ColumnSource | None) -> Iterator[_Task]:
-    known = {} if old is None else _blocks_by_file(old)
+    apart = None if old is None else _apart(old)
+    known = {} if old is None or apart is None else _blocks_by_file(old)
     for number, shard in enumerate(listing.shards):
         size, time = size_and_time(join_path(listing.root, shard))
         yield _Task(
@@ -362,6 +403,14 @@ def _size_and_time_or_none(path: str) -> tuple[int, int] | None:
         return size_and_time(path)
     except OSError:
         return None
+
+
+def _apart(old: ColumnSource) -> int | None:
+    """How many of an index's captions were read apart; they come first. None: it does not say."""
+    assert old.folder is not None
+    about = _read_about(old.folder)
+    apart = about.get("captions_apart")
+    return 0 if apart is None and not about["asked"].get("captions") else apart
 
 
 def _blocks_by_file(old: ColumnSource) -> dict[tuple[str, int, int], tuple[str, int]]:
@@ -410,7 +459,7 @@ def _build(task: _Task) -> None:
         }
     elif task.shard and task.old[1] >= 0:
         old = _old(task.old[0])
-        part = cut(old.columns, task.old[1])
+        part = cut(old.columns, task.old[1], _apart(old) or 0)
         problems = {
             name: reason
             for name, reason in old.problems.items()
@@ -537,7 +586,7 @@ def _build_captions(
     """The parts of a captions file, and where in them each name's captions lie."""
     if listing.captions is None:
         return [], {}
-    size, time = size_and_time(str(listing.captions))
+    size, time = _stamp_of_captions(str(listing.captions))
     tasks: list[_Task] = []
     # a chunk of tasks at a time, so that the file is never held whole
     for chunk in _chunks(_raw_captions(listing.captions), _NAMES_A_PART * max(workers, 1)):

@@ -30,7 +30,14 @@ from .captions import (
     stream_entries,
     table_rows,
 )
-from .folder import caption_file, folder_captions, media_below, sidecars_of, warn_of_other_media
+from .folder import (
+    INDEX,
+    caption_file,
+    folder_captions,
+    media_below,
+    sidecars_of,
+    warn_of_other_media,
+)
 from .media import MEDIA_SUFFIXES
 from .remote import file_system, is_url
 from .shards import expand_braces
@@ -39,7 +46,6 @@ from .text import Caption, composed, writable
 
 MANIFESTS = (".csv", ".tsv", ".parquet", ".pq")
 MIXES = (".toml",)
-INDEX = "vatt_index"
 INDEX_FILE = "index.json"
 _COMPRESSED_TARS = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 # a captions file beyond this is read piece by piece, into an index
@@ -92,7 +98,8 @@ class Listing:
     stamped: list[str] = field(default_factory=list)
     captions: Path | None = None
     problems: dict[str, str] = field(default_factory=dict)
-    asked: dict[str, str | None] = field(default_factory=dict)  # Wanted's captions and media
+    text: str = ""  # Wanted's; so
+    asked: dict[str, str | None] = field(default_factory=dict)  # its captions and media
 
 
 # -- words -----------------------------------------------------------------------------------------
@@ -225,11 +232,9 @@ def list_source(wanted: Wanted) -> Listing:
         )
     else:
         raise ValueError(f"{text} is no folder, and there is no such file; name one that is there")
-    asked = {
-        name: place if place is None or is_url(place) else os.path.abspath(place)
-        for name, place in (("captions", wanted.captions), ("media", wanted.media))
-    }
-    listing = dataclasses.replace(listing, home=index_home(wanted), asked=asked)
+    listing = dataclasses.replace(
+        listing, home=index_home(wanted), text=text, asked=asked_for(wanted)
+    )
     if wanted.captions is not None:
         captions = Path(wanted.captions)
         if not captions.exists():
@@ -237,6 +242,14 @@ def list_source(wanted: Wanted) -> Listing:
         listing.captions = captions
         listing.stamped.append(str(captions))
     return listing
+
+
+def asked_for(wanted: Wanted) -> dict[str, str | None]:
+    """Where a source's captions and media were said to be, as an index notes it."""
+    return {
+        name: place if place is None or is_url(place) else os.path.abspath(place)
+        for name, place in (("captions", wanted.captions), ("media", wanted.media))
+    }
 
 
 def _list_folder(folder: Path) -> Listing:
@@ -496,6 +509,14 @@ class _Stems:
 # -- captions that are read apart ------------------------------------------------------------------
 
 
+def caption_files(folder: Path) -> list[Path]:
+    return [
+        each
+        for each in sorted(folder.iterdir())
+        if each.suffix.lower() in SIDECARS and not each.name.startswith(".")
+    ]
+
+
 def read_captions(path: Path) -> Iterator[tuple[str, list[Caption]]]:
     """(name or stem of a media file, its captions) of a JSON file or a folder of caption files.
 
@@ -503,9 +524,8 @@ def read_captions(path: Path) -> Iterator[tuple[str, list[Caption]]]:
         ValueError: captions that are none, with the file and the name.
     """
     if path.is_dir():
-        for each in sorted(path.iterdir()):
-            if each.suffix.lower() in SIDECARS and not each.name.startswith("."):
-                yield each.stem, read_sidecar(each.name, each.read_bytes(), str(each))
+        for each in caption_files(path):
+            yield each.stem, read_sidecar(each.name, each.read_bytes(), str(each))
         return
     for name, value in stream_entries(path):
         yield name, from_entries(value, f"{path}: {name!r}")
