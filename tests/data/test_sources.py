@@ -595,6 +595,34 @@ def test_a_changed_tar_is_read_again_by_name(media, tmp_path, monkeypatch):
     assert len(open_source(folder, say=said.append)) == 2
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_tar_that_is_written_anew_during_a_run_ends_it(media, tmp_path, workers, cached):
+    """Two members of one size that change places would change captions without a word."""
+    folder, size = tmp_path / "shards", max(map(len, media.values()))
+    folder.mkdir()
+    padded = {name: media[name].ljust(size, b"\0") for name in ("0.mp4", "1.mp4")}
+    members = [
+        (name, data)
+        for media_name, values in padded.items()
+        for name, data in ((media_name, values), (f"{media_name[0]}.txt", media_name.encode()))
+    ]
+    write_tar(folder / "0.tar", members)
+    source = open_source(folder, say=quiet)
+    cache = tmp_path / "cache" if cached else None
+    dataset = ClipDataset(source, SPEC, vocabulary=None, batch_size=2, cache_dir=cache)
+    assert len(next(iter(loader(dataset, 0, 1, workers)))) == 2
+    write_tar(folder / "0.tar", members[2:] + members[:2])
+    os.utime(folder / "0.tar", (1, 1))
+    told = rf"{folder}/0\.tar was written anew since it was indexed, so 0\.tar/[01]\.mp4 may be"
+    with pytest.raises(ValueError, match=told):
+        next(iter(loader(dataset, 0, 1, workers)))
+    with pytest.raises(ValueError, match=told):
+        list(evaluation_clips(source, SPEC, vocabulary=None, cache_dir=cache, workers=workers))
+    said = []
+    assert texts_of(open_source(folder, say=said.append)) == [["1.mp4"], ["0.mp4"]] and said
+
+
 def test_a_changed_file_is_measured_again_alone(media, tmp_path, monkeypatch):
     folder = as_folder(media, tmp_path / "clips")
     build_index(list_source(Wanted(str(folder))), folder / "vatt_index")
@@ -1056,6 +1084,9 @@ def test_another_clip_stands_in_for_a_remote_one_that_cannot_be_read(media, tmp_
         assert all("memory://vanishing/00001.tar cannot be opened" in one.reason
                    for one in batch.skipped)  # fmt: skip
         assert {*dataset[0].skipped, *dataset[1].skipped}
+        memory.pipe("/vanishing/00000.tar", (local / "00000.tar").read_bytes() + bytes(512))
+        with pytest.raises(ValueError, match=r"vanishing/00000\.tar was written anew"):
+            dataset[0]
     finally:
         memory.rm("/vanishing", recursive=True)
 

@@ -472,8 +472,10 @@ class ColumnSource:
         if "://" not in path:
             path = f"{self.root}/{path}" if "://" in self.root else os.path.join(self.root, path)
         offset, size = int(self.columns["offset"][index]), int(self.columns["size"][index])
-        whole = offset == 0 and size == int(self.columns["file_bytes"][file])
-        return Place(path, self.name(index), offset, None if whole else size)
+        stamp = int(self.columns["file_bytes"][file]), int(self.columns["file_time"][file])
+        if offset == 0 and size == stamp[0]:
+            return Place(path, self.name(index))
+        return Place(path, self.name(index), offset, size, stamp)
 
     def segment(self, index: int) -> tuple[float, float]:
         start, end = self.columns["segment"][index].tolist()

@@ -29,12 +29,15 @@ class Place:
         name: how messages call the media file; its suffix tells its kind.
         offset: the first byte.
         size: how many bytes; None: up to the end of the file.
+        stamp: bytes of the whole file, and when it was changed in nanoseconds, as an index noted
+            them; None: not noted.
     """
 
     path: str
     name: str
     offset: int = 0
     size: int | None = None
+    stamp: tuple[int, int] | None = None
 
     @property
     def is_remote(self) -> bool:
