@@ -595,6 +595,30 @@ def test_a_changed_tar_is_read_again_by_name(media, tmp_path, monkeypatch):
     assert len(open_source(folder, say=said.append)) == 2
 
 
+def test_tars_beside_media_and_in_folders_below(media, tmp_path):
+    """Neither is passed over in silence, and what to name is told."""
+    both = tmp_path / "both"
+    as_tars(media, both / "a" / "b")
+    with pytest.raises(ValueError, match=r"no media files.*; tars .*: name '(.*/both/\*\*/.*tar)'"):
+        open_source(both, say=quiet)
+    with pytest.raises(
+        ValueError, match=r"name '(.*/both/\*\*/\*\.tar)' for the tars there"
+    ) as told:
+        open_source(f"{both}/**", say=quiet)
+    named = re.search("'(.*)'", str(told.value))[1]
+    assert content(open_source(named, say=quiet)) == expected()
+    (both / "x.mp4").write_bytes(media["0.mp4"])
+    write_tar(both / "0.tar", [("y.mp4", media["1.mp4"])])
+    with pytest.raises(
+        ValueError, match=r"has tars \(0\.tar\) beside media files \(x\.mp4\)"
+    ) as told:
+        open_source(both, say=quiet)
+    tars, files = re.findall("'(.*?)'", str(told.value))
+    assert list(content(open_source(tars, say=quiet))) == ["y.mp4"]
+    with pytest.warns(UserWarning, match=r"both/\*\* leaves out 3 tars beside its media"):
+        assert list(content(open_source(files))) == ["x.mp4"]
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("cached", [False, True])
 def test_a_tar_that_is_written_anew_during_a_run_ends_it(media, tmp_path, workers, cached):

@@ -11,6 +11,7 @@ from .media import MEDIA_SUFFIXES
 from .text import Caption, composed
 
 INDEX = "vatt_index"  # in the names of folders that hold an index
+TAR = ".tar"
 CAPTIONS = "captions.json"
 # HowTo100M's: captions by the stems of the files' names
 HOWTO_CAPTIONS = ("caption.json", "raw_caption.json")
@@ -56,6 +57,8 @@ def folder_captions(folder: str | os.PathLike) -> dict[str, tuple[Caption, ...]]
         inside = sorted(path.name for path in folder.iterdir() if path.is_dir())
         folders = ", ".join(inside[:5])
         hint = f"; it has the folders {folders}: name one of them, or {folder}/**" if inside else ""
+        if media_below(folder, (TAR,))[0]:
+            hint = f"; tars lie in its folders: name '{folder}/**/*{TAR}'"
         raise ValueError(
             f"{folder} has no media files ({' '.join(MEDIA_SUFFIXES)})"
             f"{hint or '; put some there or name another folder'}"
@@ -112,7 +115,9 @@ def _sidecars_in(folder: Path) -> dict[str, list[str]]:
     return {stem: [name for _, _, name in sorted(each)] for stem, each in ranked.items()}
 
 
-def media_below(folder: Path) -> tuple[list[str], list[str]]:
+def media_below(
+    folder: Path, suffixes: tuple[str, ...] = MEDIA_SUFFIXES
+) -> tuple[list[str], list[str]]:
     """Media files in a folder and all below it, by their paths within, and all these folders.
 
     Hidden ones are left out, and indexes; a linked folder is entered once.
@@ -135,7 +140,7 @@ def media_below(folder: Path) -> tuple[list[str], list[str]]:
                 path = f"{inside}/{entry.name}" if inside else entry.name
                 if entry.is_dir():
                     waiting.append(path)
-                elif entry.name.lower().endswith(MEDIA_SUFFIXES):
+                elif entry.name.lower().endswith(suffixes):
                     files.append(path)
     return sorted(files), sorted(folders)
 

@@ -3,7 +3,8 @@
 clips                a folder: the media in it, captions.json, captions beside the media
 clips/**             the same and all folders below
 list.csv             a manifest (.csv, .tsv, .parquet): path, start, end, text
-shards               a folder of tar shards; also shards/*.tar and shards/{000..099}.tar
+shards               a folder of tar shards; also shards/*.tar, shards/{000..099}.tar, and
+                     shards/**/*.tar, with all folders below
 s3://b/{000..9}.tar  shards that fsspec reads
 a,b:0.3              several, with weights
 mix.toml             several, with weights and where their captions lie
@@ -16,6 +17,7 @@ import itertools
 import os
 import re
 import tomllib
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,6 +34,7 @@ from .captions import (
 )
 from .folder import (
     INDEX,
+    TAR,
     caption_file,
     folder_captions,
     media_below,
@@ -256,8 +259,14 @@ def _list_folder(folder: Path) -> Listing:
     with os.scandir(folder) as entries:
         names = [entry.name for entry in entries if not entry.name.startswith(".")]
     has_media = any(name.lower().endswith(MEDIA_SUFFIXES) for name in names)
-    tars = sorted(name for name in names if name.lower().endswith(".tar"))
-    if tars and not has_media:
+    tars = sorted(name for name in names if name.lower().endswith(TAR))
+    if tars and has_media:
+        media = min(name for name in names if name.lower().endswith(MEDIA_SUFFIXES))
+        raise ValueError(
+            f"{folder} has tars ({tars[0]}) beside media files ({media}); name '{folder}/*{TAR}' "
+            f"for the tars, or '{folder}/**' for the media, of the folders in it too"
+        )
+    if tars:
         return Listing(str(folder), str(folder), None, shards=tars)
     packed = [name for name in names if name.lower().endswith(_COMPRESSED_TARS)]
     if packed and not has_media:
@@ -283,9 +292,18 @@ def _list_folder(folder: Path) -> Listing:
 def _list_tree(folder: Path) -> Listing:
     if not folder.is_dir():
         raise ValueError(f"{folder} is no folder; name one with media files")
-    files, folders = media_below(folder)
+    found, folders = media_below(folder, (*MEDIA_SUFFIXES, TAR))
+    files = [path for path in found if not path.lower().endswith(TAR)]
+    tars = len(found) - len(files)
     if not files:
-        raise ValueError(f"{folder} has no media files below it; name another folder")
+        remedy = f"'{folder}/**/*{TAR}' for the tars there" if tars else "another folder"
+        raise ValueError(f"{folder} has no media files below it; name {remedy}")
+    if tars:
+        warnings.warn(
+            f"{folder}/** leaves out {tars} tars beside its media; name '{folder}/**/*{TAR}' for "
+            "them",
+            stacklevel=3,
+        )
     rows = _rows_of(folder, files)
     said = caption_file(folder)
     stamped = [*folders, *([] if said is None else [str(said)])]
@@ -320,7 +338,7 @@ def _list_shards(text: str) -> Listing:
         return Listing(text, root, None, shards=[path[len(root) + 1 :] for path in paths])
     paths, missing = [], []
     for pattern in patterns:
-        found = sorted(glob.glob(pattern)) if glob.has_magic(pattern) else [pattern]
+        found = sorted(glob.glob(pattern, recursive=True)) if glob.has_magic(pattern) else [pattern]
         paths += [path for path in found if os.path.isfile(path)]
         missing += [path for path in found or [pattern] if not os.path.isfile(path)]
     if missing:
