@@ -24,6 +24,7 @@ from media_files import noise, numbered
 from vatt_fast.cli import main
 from vatt_fast.data import index as index_module
 from vatt_fast.data import sources as sources_module
+from vatt_fast.data.captions import key_of
 from vatt_fast.data.clips import ClipSpec
 from vatt_fast.data.columns import AUDIO, IMAGE, MEASURED, VIDEO, PartBuilder, Strings, in_memory
 from vatt_fast.data.dataset import ClipDataset
@@ -32,7 +33,7 @@ from vatt_fast.data.listing import Wanted, list_source, parse
 from vatt_fast.data.loader import evaluation_clips, loader
 from vatt_fast.data.media import MediaReader
 from vatt_fast.data.media_writer import write_clip
-from vatt_fast.data.shards import expand_braces, key_of, list_members
+from vatt_fast.data.shards import expand_braces, list_members
 from vatt_fast.data.source import CONTENT, MixedSource, Place, Source
 from vatt_fast.data.sources import open_source, vocabulary_from
 from vatt_fast.data.text import Caption, Vocabulary
@@ -124,6 +125,10 @@ def content(source):
         name = source.name(i).rpartition("/")[2]
         found[name] = ([tuple(time) for time in times.tolist()], list(texts), seconds)
     return found
+
+
+def texts_of(source):
+    return [list(source.captions(i).texts) for i in range(len(source))]
 
 
 def expected():
@@ -400,6 +405,40 @@ def test_shards_of_webdataset(media, tmp_path):
             assert file.read(place.size) == sample.get("mp4", sample.get("wav"))
 
 
+def test_an_unpacked_shard_has_the_captions_of_the_shard(media, tmp_path):
+    webdataset = pytest.importorskip("webdataset")
+    srt = b"1\n00:00:00,000 --> 00:00:01,000\ntimed\n"
+    clip, other = media["0.mp4"], media["1.mp4"]
+    samples = {
+        "a": ({"mp4": clip, "json": {"n": 1}, "txt": "a dog"}, ["a dog"]),
+        "b": ({"mp4": clip, "json": {"caption": "of json"}, "txt": "of txt"}, ["of txt"]),
+        "c": ({"mp4": clip, "json": {"captions": entries([(0, 1, "timed")])}, "txt": "not"},
+              ["timed"]),
+        "d": ({"mp4": clip, "srt": srt, "txt": "not"}, ["timed"]),
+        "e": ({"mp4": clip, "en.srt": srt, "txt": "not"}, ["timed"]),
+        "f": ({"mp4": clip, "json": {"caption": "of json"}, "txt": " "}, ["of json"]),
+        "g": ({"left.mp4": clip, "right.mp4": other, "right.srt": srt, "txt": "both"},
+              ["both", "timed"]),
+        "h": ({"mp4": clip}, []),
+    }  # fmt: skip
+    with webdataset.TarWriter(str(tmp_path / "0.tar")) as writer:
+        for key, (fields, _) in samples.items():
+            writer.write({"__key__": key, **fields})
+    folder = tmp_path / "clips"
+    with tarfile.open(tmp_path / "0.tar") as tar:
+        tar.extractall(folder, filter="data")
+    expected = [[text] for _, said in samples.values() for text in said or [None]]
+    expected[-1] = []
+    below = list_source(Wanted(f"{folder}/**"))
+    for source in (
+        open_source(tmp_path / "0.tar", say=quiet),
+        open_source(folder),
+        open_source(f"{folder}/**"),
+        build_index(below, tmp_path / "index"),
+    ):
+        assert texts_of(source) == expected
+
+
 def test_a_folder_of_video2dataset(media, tmp_path):
     """Fields and files as its WebDatasetSampleWriter, ClippingSubsampler and worker write them."""
     pyarrow = pytest.importorskip("pyarrow")
@@ -663,10 +702,6 @@ def test_a_changed_file_is_measured_again_alone(media, tmp_path, monkeypatch):
     source = open_source(folder, say=said.append)
     assert read == ["1.mp4", "3.mp4"] and len(source) == 5
     assert source.measured(1).streams == VIDEO | MEASURED
-
-
-def texts_of(source):
-    return [list(source.captions(i).texts) for i in range(len(source))]
 
 
 @pytest.mark.parametrize("below", ["", "/**"])

@@ -6,7 +6,14 @@ from collections import Counter
 from collections.abc import Container, Iterable, Mapping
 from pathlib import Path, PurePosixPath
 
-from .captions import SIDECARS, from_entries, load_captions, read_sidecar, stream_entries
+from .captions import (
+    Sidecars,
+    chosen,
+    from_entries,
+    load_captions,
+    read_sidecar,
+    stream_entries,
+)
 from .media import MEDIA_SUFFIXES
 from .text import Caption, composed
 
@@ -15,8 +22,6 @@ TAR = ".tar"
 CAPTIONS = "captions.json"
 # HowTo100M's: captions by the stems of the files' names
 HOWTO_CAPTIONS = ("caption.json", "raw_caption.json")
-# "talk.en.vtt": captions in a language, as download programs call them
-_MOST_LANGUAGE_LETTERS = 10
 # Media that other programs play and that are not read here.
 # fmt: off
 OTHER_SUFFIXES = (
@@ -71,9 +76,12 @@ def folder_captions(folder: str | os.PathLike) -> dict[str, tuple[Caption, ...]]
             if (named := stems.get(composed(stem))) is not None:
                 found[named] = tuple(from_entries(entries, f"{said}: {stem!r}"))
     bare = [name for name in found if not found[name] and name not in captions]
-    for name, beside in sidecars_of(folder, bare).items():
-        path = folder / beside
-        found[name] = tuple(read_sidecar(beside, path.read_bytes(), str(path)))
+
+    def read(beside: str) -> list[Caption]:
+        return read_sidecar(beside, (folder / beside).read_bytes(), str(folder / beside))
+
+    for name, files in sidecars_of(folder, bare).items():
+        found[name] = tuple(chosen(files, read))
     return found
 
 
@@ -83,36 +91,23 @@ def caption_file(folder: Path) -> Path | None:
     return next((path for path in paths if path.exists()), None)
 
 
-def sidecars_of(folder: Path, names: Iterable[str]) -> dict[str, str]:
-    """Which media files have a caption file beside them, "talk.srt" or "talk.en.srt" for talk.mp4.
-
-    Of several the first kind of ``SIDECARS`` counts, and of several languages the first.
-    """
-    listings: dict[str, dict[str, list[str]]] = {}
+def sidecars_of(folder: Path, names: Iterable[str]) -> dict[str, tuple[tuple[str, ...], ...]]:
+    """The caption files beside those media files that have some, as ``chosen`` takes them."""
+    listings: dict[str, Sidecars] = {}
     found = {}
     for name in names:
         inside, _, base = name.rpartition("/")
         if inside not in listings:
-            listings[inside] = _sidecars_in(folder / inside)
-        beside = listings[inside].get(composed(os.path.splitext(base)[0]))
-        if beside:
-            found[name] = f"{inside}/{beside[0]}" if inside else beside[0]
+            place = folder / inside
+            listings[inside] = Sidecars(
+                each
+                for each in (os.listdir(place) if place.is_dir() else ())
+                if each not in (CAPTIONS, *HOWTO_CAPTIONS)
+            )
+        if files := listings[inside].of(base):
+            prefix = f"{inside}/" if inside else ""
+            found[name] = tuple(tuple(prefix + each for each in group) for group in files)
     return found
-
-
-def _sidecars_in(folder: Path) -> dict[str, list[str]]:
-    """Caption files by the stem of the media they belong to, the best first."""
-    ranked: dict[str, list[tuple[int, bool, str]]] = {}
-    for name in os.listdir(folder) if folder.is_dir() else ():
-        stem, suffix = os.path.splitext(name)
-        if suffix.lower() not in SIDECARS or name in (CAPTIONS, *HOWTO_CAPTIONS):
-            continue
-        rank = SIDECARS.index(suffix.lower())
-        ranked.setdefault(composed(stem), []).append((rank, False, name))
-        bare, dot, language = stem.rpartition(".")
-        if dot and 2 <= len(language) <= _MOST_LANGUAGE_LETTERS and suffix.lower() in SIDECARS[:2]:
-            ranked.setdefault(composed(bare), []).append((rank, True, name))
-    return {stem: [name for _, _, name in sorted(each)] for stem, each in ranked.items()}
 
 
 def media_below(

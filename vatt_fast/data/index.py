@@ -7,6 +7,7 @@ from there. A later build opens again only what has changed.
 
 import functools
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -20,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from ..files import only_writer, remove_litter, replacing, write_text
-from .captions import from_entries, read_sidecar, stream_entries
+from .captions import chosen, from_entries, key_of, read_sidecar, stream_entries
 from .columns import (
     AUDIO,
     IMAGE,
@@ -40,7 +41,7 @@ from .listing import INDEX_FILE, Listing, Row, Wanted, caption_files, read_capti
 from .media import MediaError
 from .probe import guessed, measure
 from .remote import is_url, join_path, size_and_time
-from .shards import key_of, read_shard
+from .shards import read_shard
 from .source import Identity, Place
 from .tasks import do_all
 from .text import Caption, composed
@@ -284,10 +285,10 @@ def _digest(listing: Listing) -> str:
     apart = None if listing.captions is None else os.path.abspath(listing.captions)
     digest = hashlib.sha256(f"{apart}\0{listing.asked}\n".encode(errors="surrogateescape"))
     for row in listing.rows:
-        beside = row.sidecar and (
-            row.sidecar,
-            _size_and_time_or_none(join_path(listing.root, row.sidecar)),
-        )
+        beside = [
+            (path, _size_and_time_or_none(join_path(listing.root, path)))
+            for path in itertools.chain(*row.sidecars)
+        ]
         digest.update(
             f"{row.name}\0{row.path}\0{row.segment}\0{beside}\0{row.captions}\n".encode(
                 errors="surrogateescape"
@@ -387,7 +388,7 @@ def _tasks(listing: Listing, parts: Path, old: ColumnSource | None) -> Iterator[
         rows = tuple(listing.rows[first : first + _ROWS_A_PART])
         digest = hashlib.sha256(repr(rows).encode(errors="surrogateescape"))
         for row in rows:
-            for path in filter(None, (row.path, row.sidecar)):
+            for path in (row.path, *itertools.chain(*row.sidecars)):
                 digest.update(f"{_size_and_time_or_none(join_path(listing.root, path))}".encode())
         yield _Task(
             str(parts / f"files-{number:06d}.npz"),
@@ -534,13 +535,21 @@ def read_files(
     measured: Callable[[Place, int, int, str], Measured],
 ) -> None:
     """Add files, or segments of them, to a part; the segments of a file are one block."""
+
+    def read(beside: str) -> list[Caption]:
+        path = join_path(root, beside)
+        try:
+            return read_sidecar(beside, Path(path).read_bytes(), path)
+        except (ValueError, OSError) as error:
+            builder.problems[beside] = str(error)
+            return []
+
     previous = ""
     for row in rows:
         if row.path != previous:
             builder.end_block()
         previous = row.path
         path = join_path(root, row.path)
-        captions = row.captions
         try:
             size, time = size_and_time(path)
             if not os.path.isfile(path):
@@ -558,13 +567,6 @@ def read_files(
                 f"{known.duration:g} s; a file that was cut already has no start"
             )
             continue
-        if row.sidecar is not None:
-            beside = join_path(root, row.sidecar)
-            try:
-                with open(beside, "rb") as file:
-                    captions = (*captions, *read_sidecar(row.sidecar, file.read(), beside))
-            except (ValueError, OSError) as error:
-                builder.problems[row.sidecar] = str(error)
         builder.add(
             row.name,
             row.path,
@@ -572,7 +574,7 @@ def read_files(
             file_time=time,
             segment=row.segment,
             measured=known,
-            captions=captions,
+            captions=(*row.captions, *chosen(row.sidecars, read)),
         )
     builder.end_block()
 

@@ -25,6 +25,7 @@ from typing import Any
 
 from .captions import (
     SIDECARS,
+    chosen,
     decode_text,
     from_entries,
     read_sidecar,
@@ -80,7 +81,8 @@ class Row:
     path: str  # relative to the listing's root
     segment: tuple[float, float] = WHOLE_FILE
     captions: tuple[Caption, ...] = ()
-    sidecar: str | None = None  # relative to the root too
+    # caption files beside it, relative to the root too, as ``chosen`` takes them
+    sidecars: tuple[tuple[str, ...], ...] = ()
 
 
 @dataclass
@@ -312,7 +314,7 @@ def _list_tree(folder: Path) -> Listing:
 
 def _rows_of(folder: Path, names: Sequence[str]) -> list[Row]:
     beside = sidecars_of(folder, names)
-    return [Row(name, name, sidecar=beside.get(name)) for name in names]
+    return [Row(name, name, sidecars=beside.get(name, ())) for name in names]
 
 
 def _list_shards(text: str) -> Listing:
@@ -542,8 +544,16 @@ def read_captions(path: Path) -> Iterator[tuple[str, list[Caption]]]:
         ValueError: captions that are none, with the file and the name.
     """
     if path.is_dir():
+
+        def read(name: str) -> list[Caption]:
+            return read_sidecar(name, (path / name).read_bytes(), str(path / name))
+
+        by_stem: dict[str, list[str]] = {}
         for each in caption_files(path):
-            yield each.stem, read_sidecar(each.name, each.read_bytes(), str(each))
+            by_stem.setdefault(composed(each.stem), []).append(each.name)
+        for stem, names in by_stem.items():
+            names.sort(key=lambda name: SIDECARS.index(os.path.splitext(name)[1].lower()))
+            yield stem, chosen([names], read)
         return
     for name, value in stream_entries(path):
         yield name, from_entries(value, f"{path}: {name!r}")
