@@ -28,7 +28,7 @@ from vatt_fast.data import loader as loader_module
 from vatt_fast.data.media_writer import write_clip
 from vatt_fast.files import only_writer, replacing, write_text
 from vatt_fast.model import create_model
-from vatt_fast.training.checkpoint import check_same_run, read_standing, read_state
+from vatt_fast.training.checkpoint import Data, check_same_run, read_standing, read_state
 from vatt_fast.training.loop import BEST, CHECKPOINT, METRICS, PretrainConfig, pretrain
 from vatt_fast.training.metrics import NonFiniteError
 from vatt_fast.training.settings import differences
@@ -532,6 +532,22 @@ def test_the_same_data_by_another_name_continue(own_folder, whole, tmp_path):
         warnings.filterwarnings("ignore", message="(?s).*(jit|multi-threaded)")
         run(settings(f"{moved}/", tmp_path / "run"))
     same_weights(whole, tmp_path / "run")
+
+
+def test_other_weights_of_sources_are_said(own_folder, tmp_path):
+    mix, out = tmp_path / "mix.toml", tmp_path / "run"
+
+    def weigh(*weights):
+        tables = [f'[[source]]\npath = "{own_folder}"\nweight = {weight}\n' for weight in weights]
+        mix.write_text("".join(tables))
+
+    weigh(0.25, 0.75)
+    stop_after_four_of_six(mix, out)
+    weigh(0.5, 0.5)
+    with pytest.warns(UserWarning, match=r"the sources' weights were 0\.25 0\.75, now 0\.5 0\.5:"):
+        run(settings(mix, out))
+    # a checkpoint of an earlier version does not say them
+    assert not Data(1, 2, "d", "", "0.5 0.5").changes_since(Data(1, 2, "d", ""))
 
 
 def test_edited_captions_and_missing_files_are_said_and_words_keep_their_ids(own_folder, tmp_path):

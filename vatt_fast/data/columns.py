@@ -429,6 +429,7 @@ class ColumnSource:
         label: how messages call it.
         root: a folder or URL that the files' paths are relative to.
         problems: what was left out, or a file that lists it.
+        content: see the property; None: it is computed where it is asked for.
         without_spaces: captions in scripts that put no spaces between words.
         folder: of the index that they are mapped from.
         reopen: opens that index; so another process gets the source.
@@ -442,6 +443,7 @@ class ColumnSource:
         *,
         problems: Mapping[str, str] | Path | None = None,
         identity: Identity | None = None,
+        content: str | None = None,
         without_spaces: int = 0,
         folder: Path | None = None,
         reopen: Callable[[Path], "ColumnSource"] | None = None,
@@ -450,7 +452,7 @@ class ColumnSource:
         self.folder, self._reopen = folder, reopen
         self.without_spaces = without_spaces
         self._problems: Mapping[str, str] | Path = problems or {}
-        self._identity = identity
+        self._identity, self._content = identity, content
         self._names, self._paths = Strings.of(columns, "name"), Strings.of(columns, "path")
         self._texts = Strings.of(columns, "text")
         self._has: Modalities | None = None
@@ -532,21 +534,35 @@ class ColumnSource:
             self._identity = self._identify()
         return self._identity
 
-    def _identify(self) -> Identity:
-        columns, names, texts = self.columns, hashlib.sha256(), hashlib.sha256()
-        total, said = int(columns["size"].sum()), columns["caption_count"].any()
-        for index, size in enumerate(columns["size"].tolist()):
+    @property
+    def content(self) -> str:
+        """A digest of the last parts of names, of sizes and segments: not of where files lie."""
+        if self._content is None:
+            self._content = self._digest(lambda name: name.rpartition("/")[2])
+        return self._content
+
+    def _digest(self, shown: Callable[[str], str]) -> str:
+        """Of the examples' names, of which ``shown`` makes what counts, sizes and segments."""
+        digest = hashlib.sha256()
+        for index, size in enumerate(self.columns["size"].tolist()):
             segment = self.segment(index)
             part = "" if segment == WHOLE_FILE else f"\0{segment[0]}\0{segment[1]}"
-            names.update(f"{self.name(index)}\0{size}{part}\n".encode(errors="surrogateescape"))
+            line = f"{shown(self.name(index))}\0{size}{part}\n"
+            digest.update(line.encode(errors="surrogateescape"))
+        return digest.hexdigest()
+
+    def _identify(self) -> Identity:
+        columns, texts = self.columns, hashlib.sha256()
+        said = columns["caption_count"].any()
+        for index in range(len(self) if said else 0):
             first, count = self._captions_at(index)
-            if said:
-                offsets = columns["text_offsets"][first : first + count + 1]
-                texts.update(columns["caption_times"][first : first + count].tobytes())
-                texts.update(np.diff(offsets).tobytes())
-                texts.update(columns["text_data"][offsets[0] : offsets[-1]].tobytes())
+            offsets = columns["text_offsets"][first : first + count + 1]
+            texts.update(columns["caption_times"][first : first + count].tobytes())
+            texts.update(np.diff(offsets).tobytes())
+            texts.update(columns["text_data"][offsets[0] : offsets[-1]].tobytes())
         captions = CONTENT + texts.hexdigest() if said else ""
-        return Identity(len(self), total, names.hexdigest(), captions)
+        total = int(columns["size"].sum())
+        return Identity(len(self), total, self._digest(str), captions)
 
 
 class _Words:

@@ -43,7 +43,7 @@ from .clips import (
 )
 from .media import MediaError, MediaReader
 from .order import OTHER_CAPTIONS, VERSION, WINDOWS, Order, Shuffle, uniform
-from .source import Source
+from .source import Source, content_of, shares_of
 from .sources import open_source
 from .text import Vocabulary, nearest_times
 from .torchcodec_reader import Decoder, reader_class
@@ -522,6 +522,8 @@ class ClipDataset(Dataset):
         return {
             "order": VERSION,
             "examples": len(self.source),
+            "data": content_of(self.source),
+            "weights": shares_of(self.source),
             "batch": self.batch_size * self.world,
             "seed": self.seed,
             "windows_per_decode": self.steps_together,

@@ -253,6 +253,23 @@ class MixedSource:
             CONTENT + digest_of(captions) if any(captions) else "",
         )
 
+    @property
+    def content(self) -> str:
+        return digest_of(content_of(source) for source in self.sources)
+
+
+def content_of(source: Source) -> str:
+    """A digest of what a source's examples are, the same wherever they lie, in a folder or tars.
+
+    For a source of another kind it is its ``identity``'s.
+    """
+    return getattr(source, "content", None) or source.identity.digest
+
+
+def shares_of(source: Source) -> str:
+    """The weights of several sources in six digits: "0.7 0.3"; "" of one source."""
+    return " ".join(f"{weight:.6g}" for weight in getattr(source, "weights", ()))
+
 
 class _MixedWords:
     def __init__(self, mixed: MixedSource, each: list[Callable[[int], np.ndarray]]) -> None:
