@@ -1,6 +1,7 @@
 """Folders, manifests and tar shards as sources: the same clips, whatever holds them."""
 
 import contextlib
+import csv
 import io
 import json
 import math
@@ -985,6 +986,36 @@ def test_manifests_of_other_data_sets(media, tmp_path):
     indexed = build_index(list_source(Wanted(str(tmp_path / "kinetics.csv"))), tmp_path / "i")
     assert [indexed.name(i) for i in range(len(indexed))] == ["b.wav@0-1"]
     assert "begins at 5 s and the file ends at 1 s" in indexed.problems["b.wav@5-9"]
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+def test_a_manifest_of_webvid(media, tmp_path, suffix):
+    """Its "name" is the caption; videos lie where its downloader writes them."""
+    header = ("videoid", "contentUrl", "duration", "page_dir", "name")
+    rows = [
+        (1234, "https://x/1234.mp4", "PT00H00M10S", "000001_000050", "A red car, driving by"),
+        (99, "https://x/99.mp4", "PT00H00M09S", "000051_000100", "Rain"),
+        (7, "https://x/7.mp4", "PT00H00M09S", "000051_000100", "Gone"),
+    ]
+    for number, folder in ((1234, "000001_000050"), (99, "000051_000100")):
+        (tmp_path / "videos" / folder).mkdir(parents=True)
+        (tmp_path / "videos" / folder / f"{number}.mp4").write_bytes(media["0.mp4"])
+    path = tmp_path / f"results_2M_val{suffix}"
+    if suffix == ".csv":
+        with open(path, "w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([header, *rows])
+    else:
+        pyarrow = pytest.importorskip("pyarrow")
+        parquet = pytest.importorskip("pyarrow.parquet")
+        columns = dict(zip(header, zip(*rows, strict=True), strict=True))
+        parquet.write_table(pyarrow.table(columns), path)
+    (tmp_path / "mix.toml").write_text(f'[[source]]\npath = "{path.name}"\nmedia = "videos"\n')
+    source = open_source(tmp_path / "mix.toml")
+    names = [source.name(i) for i in range(len(source))]
+    assert names == ["000001_000050/1234.mp4", "000051_000100/99.mp4"]
+    assert texts_of(source) == [["A red car, driving by"], ["Rain"]]
+    assert source.segment(0) == (0.0, math.inf)
+    assert list(source.problems) == ["000051_000100/7.mp4"]
 
 
 def test_a_manifest_in_another_encoding(tmp_path):

@@ -373,6 +373,8 @@ _COLUMNS = {
     "end": ("end", "end_seconds", "time_end", "end_time"),
     "text": ("text", "caption", "sentence", "description", "title"),
 }  # fmt: skip
+# WebVid's: its "name" is a sentence, and its downloader writes page_dir/videoid.mp4.
+_WEBVID = {"folder": "page_dir", "path": "videoid", "text": "name"}
 
 
 def _list_manifest(path: Path, media: str | None) -> Listing:
@@ -388,7 +390,7 @@ def _list_manifest(path: Path, media: str | None) -> Listing:
         where = f"{path} line {line}"
         if columns is None:
             columns = _columns_of(row, path)
-        written = row[columns["path"]]
+        written = _path_in(row, columns)
         if not isinstance(written, str) or not written.strip():
             raise ValueError(f"{where} has no path; name a media file relative to {root}")
         name = stems.found(composed(written.strip()))
@@ -462,14 +464,15 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         raise ValueError(f"{path} needs pyarrow: pip install pyarrow, or write a .csv") from error
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            wanted = [name for name in file.schema_arrow.names if _meaning(name)]
+            named = file.schema_arrow.names
+            wanted = [name for name in named if _meaning(name) or name in _WEBVID.values()]
             line = 0
             for batch in file.iter_batches(columns=wanted):
                 for row in batch.to_pylist():
                     line += 1
                     yield line, row
             if not wanted and file.metadata.num_rows:
-                yield 1, dict.fromkeys(file.schema_arrow.names)
+                yield 1, dict.fromkeys(named)
     except (pyarrow.ArrowException, OSError) as error:
         told = " ".join(str(error).split())[:200]
         raise ValueError(f"{path} cannot be read as Parquet ({told}); write it again") from error
@@ -482,8 +485,10 @@ def _meaning(column: str) -> str | None:
 def _columns_of(row: dict[str, Any], path: Path) -> dict[str, str]:
     """Which column holds what. Raises ValueError where none names media."""
     found = {}
+    lowered = {column.strip().lower(): column for column in row}
+    if {*_WEBVID.values()} <= lowered.keys():
+        return {key: lowered[name] for key, name in _WEBVID.items()}
     for key, names in _COLUMNS.items():
-        lowered = {column.strip().lower(): column for column in row}
         if column := next((lowered[name] for name in names if name in lowered), None):
             found[key] = column
     if "path" not in found:
@@ -492,6 +497,13 @@ def _columns_of(row: dict[str, Any], path: Path) -> dict[str, str]:
             "start, end and text may be there"
         )
     return found
+
+
+def _path_in(row: dict[str, Any], columns: dict[str, str]) -> Any:
+    written = row[columns["path"]]
+    if "folder" not in columns or written in (None, ""):
+        return written
+    return f"{row[columns['folder']]}/{written}.mp4"
 
 
 def _time(value: Any, key: str, where: str, otherwise: float) -> float:
