@@ -14,6 +14,7 @@ import sys
 import tarfile
 import time
 import tracemalloc
+import unicodedata
 
 import numpy as np
 import pytest
@@ -986,6 +987,26 @@ def test_manifests_of_other_data_sets(media, tmp_path):
     indexed = build_index(list_source(Wanted(str(tmp_path / "kinetics.csv"))), tmp_path / "i")
     assert [indexed.name(i) for i in range(len(indexed))] == ["b.wav@0-1"]
     assert "begins at 5 s and the file ends at 1 s" in indexed.problems["b.wav@5-9"]
+
+
+@pytest.mark.parametrize("on_disk", ["NFC", "NFD"])
+@pytest.mark.parametrize("in_list", ["NFC", "NFD"])
+@pytest.mark.parametrize("suffix", ["", ".mp4"])
+def test_a_manifest_finds_files_however_accents_are_composed(
+    media, tmp_path, on_disk, in_list, suffix
+):
+    names = ["é", "Ünï/été", "plain", "Ünï/ascii"]
+    for name in names:
+        path = tmp_path / unicodedata.normalize(on_disk, f"{name}.mp4")
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(media["0.mp4"])
+    lines = [unicodedata.normalize(in_list, f"{name}{suffix}") for name in [*names, "naïf"]]
+    (tmp_path / "list.csv").write_text("\n".join(["path", *lines]), encoding="utf-8")
+    source = open_source(tmp_path / "list.csv")
+    found = [source.name(i) for i in range(len(source))]
+    assert sorted(found) == sorted(unicodedata.normalize(on_disk, f"{n}.mp4") for n in names)
+    assert list(source.problems) == lines[-1:]
+    assert all(os.path.isfile(source.place(i).path) for i in range(len(source)))
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".parquet"])

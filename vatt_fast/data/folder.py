@@ -162,7 +162,7 @@ def names_on_disk(
             )
         other = name
         if name not in present and not _is_file(folder / name):
-            other = _in_another_form(folder, name, listings)
+            other = in_another_form(folder, name, listings)
         if not _is_file(folder / other):
             raise ValueError(
                 f"{folder / CAPTIONS} has captions of {name!r}, which is not in {folder}; "
@@ -178,7 +178,7 @@ def names_on_disk(
     return found
 
 
-def _in_another_form(folder: Path, name: str, listings: dict[Path, dict[str, str]]) -> str:
+def in_another_form(folder: Path, name: str, listings: dict[Path, dict[str, str]]) -> str:
     """The name of a file whose letters are composed in another way; ``name`` where none is."""
     place = folder
     for part in PurePosixPath(name).parts:

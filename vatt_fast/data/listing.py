@@ -38,6 +38,7 @@ from .folder import (
     TAR,
     caption_file,
     folder_captions,
+    in_another_form,
     media_below,
     sidecars_of,
     warn_of_other_media,
@@ -393,7 +394,7 @@ def _list_manifest(path: Path, media: str | None) -> Listing:
         written = _path_in(row, columns)
         if not isinstance(written, str) or not written.strip():
             raise ValueError(f"{where} has no path; name a media file relative to {root}")
-        name = stems.found(composed(written.strip()))
+        name = stems.found(written.strip())
         start, end = (
             _time(row.get(columns[key]) if key in columns else None, key, where, otherwise)
             for key, otherwise in (("start", 0.0), ("end", WHOLE_FILE[1]))
@@ -516,26 +517,36 @@ def _time(value: Any, key: str, where: str, otherwise: float) -> float:
 
 
 class _Stems:
-    """Names of media files that a manifest gives without suffix, as YouTube's ids."""
+    """Media files as a manifest names them: maybe without suffix, as YouTube's ids.
+
+    Letters may be composed in another way than on disk.
+    """
 
     def __init__(self, root: Path) -> None:
         self.root = root
         self._folders: dict[str, dict[str, str]] = {}
+        self._listings: dict[Path, dict[str, str]] = {}
 
     def found(self, name: str) -> str:
         if name.lower().endswith(MEDIA_SUFFIXES):
-            return name
+            return self._on_disk(name)
         folder, _, stem = name.rpartition("/")
+        folder = self._on_disk(folder)
         if folder not in self._folders:
             inside = self.root / folder
             names = sorted(os.listdir(inside)) if inside.is_dir() else []
             self._folders[folder] = {
-                os.path.splitext(each)[0]: each
+                composed(os.path.splitext(each)[0]): each
                 for each in reversed(names)
                 if each.lower().endswith(MEDIA_SUFFIXES)
             }
-        found = self._folders[folder].get(stem)
-        return name if found is None else f"{folder}/{found}".lstrip("/")
+        found = self._folders[folder].get(composed(stem), stem)
+        return os.path.join(folder, found)
+
+    def _on_disk(self, name: str) -> str:
+        if name.isascii() or os.path.isabs(name) or os.path.lexists(self.root / name):
+            return name
+        return in_another_form(self.root, name, self._listings)
 
 
 # -- captions that are read apart ------------------------------------------------------------------
