@@ -15,6 +15,7 @@ import tarfile
 import time
 import tracemalloc
 import unicodedata
+import warnings
 
 import numpy as np
 import pytest
@@ -278,9 +279,47 @@ def test_captions_beside_media_and_of_howto100m(media, tmp_path):
         list_source(Wanted(str(folder), captions=str(folder / "caption.json"))), tmp_path / "index"
     )
     assert indexed.identity == source.identity
+    with pytest.warns(UserWarning, match=r"1 of the names in .*caption\.json .* \('not here'\)"):
+        list_source(Wanted(str(folder)))
     (folder / "d.csv").write_text("start,end,text\n0,x,three\n")
     with pytest.raises(ValueError, match=r"d\.csv line 2: 'x' is no time"):
         open_source(folder)
+
+
+@pytest.mark.parametrize("indexed", [False, True])
+def test_captions_of_no_file_and_of_several_are_said(media, tmp_path, indexed):
+    root = tmp_path / "all"
+    for name in ("a/1.mp4", "b/1.mp4", "b/2.mp4", "c.mp4"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(media["0.mp4"])
+    one = entries([(0, 1, "a dog")])
+    (root / "captions.json").write_text(
+        json.dumps({"1.mp4": one, "typo.mp4": one, "b/2": one, "other": one})
+    )
+    (root / "list.csv").write_text("path,start,end\nb/2.mp4,0,0.5\nb/2.mp4,0.5,1\nc.mp4,,\n")
+    (root / "c.json").write_text(json.dumps({"2.mp4": one, "c": one, "gone": one}))
+    (root / "mix.toml").write_text('[[source]]\npath = "list.csv"\ncaptions = "c.json"\n')
+    none = r"{} of the {} names in .*{} are of no file in .*{} \({}\): their captions are not used"
+    for text, said, told in (
+        (f"{root}/**", [["a dog"], ["a dog"], ["a dog"], []], [
+            none.format(2, 4, r"captions\.json", r"all/\*\*", "'typo.mp4', 'other'"),
+            r"1 of the 4 names in .*json are of several files in .*all/\*\* \('1\.mp4' of a/1\.mp4 "
+            r"and b/1\.mp4\), which all get their captions; name files by their paths",
+        ]),
+        (str(root / "mix.toml"), [["a dog"]] * 3, [
+            none.format(1, 3, r"c\.json", r"list\.csv", "'gone'"),
+        ]),
+    ):  # fmt: skip
+        if indexed:
+            (wanted,) = parse(text)
+            listing = list_source(wanted)
+            build_index(listing, listing.home)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            assert texts_of(open_source(text, say=quiet)) == said
+        assert len(caught) == len(told)
+        for warning, pattern in zip(caught, told, strict=True):
+            assert re.search(pattern, str(warning.message)), warning.message
 
 
 def test_large_captions_are_read_apart(media, tmp_path, monkeypatch):

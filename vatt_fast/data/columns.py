@@ -214,7 +214,7 @@ def join(
             order.
         captions: parts of captions alone; they come first.
         captions_of: where in ``captions`` those of an example lie that has none of its own, by its
-            name; None where it has none there either.
+            file's name; None where it has none there either.
     """
     spoken = [*captions, *parts]
     words, renumbered = _one_lexicon(spoken)
@@ -366,6 +366,12 @@ def _words(part: Part) -> list[str]:
     return [data[a:b].decode() for a, b in itertools.pairwise(offsets)]
 
 
+def of_file(name: str, segment: Iterable[float]) -> str:
+    """The name of an example without the segment's times, which those of a file's segments have."""
+    start, end = segment
+    return name.removesuffix(f"@{start:g}-{end:g}")
+
+
 def _located(
     part: Part, first: int, captions_of: Callable[[str], tuple[int, int] | None] | None
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -373,7 +379,7 @@ def _located(
     if captions_of is not None:
         names = Strings.of(part, "name")
         for row in np.flatnonzero(counts == 0).tolist():
-            if (found := captions_of(names[row])) is not None:
+            if (found := captions_of(of_file(names[row], part["segment"][row]))) is not None:
                 firsts[row], counts[row] = found
     return firsts, counts
 
@@ -431,6 +437,7 @@ class ColumnSource:
         problems: what was left out, or a file that lists it.
         content: see the property; None: it is computed where it is asked for.
         without_spaces: captions in scripts that put no spaces between words.
+        unmatched: what is to be said of captions that belong to no file, or to several.
         folder: of the index that they are mapped from.
         reopen: opens that index; so another process gets the source.
     """
@@ -445,12 +452,13 @@ class ColumnSource:
         identity: Identity | None = None,
         content: str | None = None,
         without_spaces: int = 0,
+        unmatched: Sequence[str] = (),
         folder: Path | None = None,
         reopen: Callable[[Path], "ColumnSource"] | None = None,
     ) -> None:
         self.label, self.root, self.columns = label, root, columns
         self.folder, self._reopen = folder, reopen
-        self.without_spaces = without_spaces
+        self.without_spaces, self.unmatched = without_spaces, tuple(unmatched)
         self._problems: Mapping[str, str] | Path = problems or {}
         self._identity, self._content = identity, content
         self._names, self._paths = Strings.of(columns, "name"), Strings.of(columns, "path")

@@ -72,9 +72,18 @@ def folder_captions(folder: str | os.PathLike) -> dict[str, tuple[Caption, ...]]
     said = caption_file(folder)
     if said is not None and said.name != CAPTIONS:
         stems = {composed(os.path.splitext(name)[0]): name for name in found}
+        unused = []
         for stem, entries in stream_entries(said):
             if (named := stems.get(composed(stem))) is not None:
                 found[named] = tuple(from_entries(entries, f"{said}: {stem!r}"))
+            else:
+                unused.append(stem)
+        if unused:
+            warnings.warn(
+                f"{len(unused)} of the names in {said} are of no file in {folder} "
+                f"({', '.join(map(repr, unused[:3]))}): their captions are not used",
+                stacklevel=3,
+            )
     bare = [name for name in found if not found[name] and name not in captions]
 
     def read(beside: str) -> list[Caption]:

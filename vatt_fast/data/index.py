@@ -13,7 +13,7 @@ import os
 import shutil
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from .columns import (
     in_memory,
     join,
     map_files,
+    of_file,
     to_files,
 )
 from .listing import INDEX_FILE, Listing, Row, Wanted, caption_files, read_captions
@@ -139,6 +140,7 @@ def build_index(
                 "examples": len(source),
                 "left_out": len(problems),
                 "without_spaces": source.without_spaces,
+                "unmatched": _unmatched(keys, source, listing.captions),
                 "captions_apart": sum(len(part["caption_times"]) for part, _ in spoken),
                 "identity": source.identity._asdict(),
                 "content": source.content,
@@ -184,6 +186,7 @@ def open_index(folder: str | os.PathLike) -> ColumnSource:
         identity=Identity(**about["identity"]),
         content=about.get("content"),
         without_spaces=about["without_spaces"],
+        unmatched=about.get("unmatched", ()),
         folder=folder,
         reopen=open_index,
     )
@@ -638,13 +641,43 @@ def _chunks(items: Iterator[Any], size: int) -> Iterator[list[Any]]:
 
 
 def _captions_of(keys: Mapping[str, tuple[int, int]], name: str) -> tuple[int, int] | None:
-    """By the whole name, then without folders, then without the suffix."""
+    found = _key_for(keys, name)
+    return None if found is None else keys[found]
+
+
+def _key_for(keys: Container[str], name: str) -> str | None:
+    """By a file's whole name, then without folders, then without the suffix."""
     whole = composed(name)
     base = whole.rpartition("/")[2]
-    for each in (whole, os.path.splitext(whole)[0], base, os.path.splitext(base)[0], key_of(base)):
-        if each in keys:
-            return keys[each]
-    return None
+    stems = (whole, os.path.splitext(whole)[0], base, os.path.splitext(base)[0], key_of(base))
+    return next((each for each in stems if each in keys), None)
+
+
+def _unmatched(
+    keys: Mapping[str, tuple[int, int]], source: ColumnSource, path: Path | None
+) -> list[str]:
+    """What is to be said of captions at ``path`` that belong to no file, or to several."""
+    owners: dict[str, str] = {}
+    shared: dict[str, str] = {}
+    for index in range(len(source) if keys else 0):
+        name = of_file(source.name(index), source.segment(index))
+        if (key := _key_for(keys, name)) is not None and owners.setdefault(key, name) != name:
+            shared.setdefault(key, name)
+    told = []
+    if unused := len(keys) - len(owners):
+        some = itertools.islice((repr(key) for key in keys if key not in owners), 3)
+        told.append(
+            f"{unused} of the {len(keys)} names in {path} are of no file in {source.label} "
+            f"({', '.join(some)}): their captions are not used"
+        )
+    if shared:
+        key, name = next(iter(shared.items()))
+        told.append(
+            f"{len(shared)} of the {len(keys)} names in {path} are of several files in "
+            f"{source.label} ({key!r} of {owners[key]} and {name}), which all get their captions; "
+            "name files by their paths"
+        )
+    return told
 
 
 # -- without an index ------------------------------------------------------------------------------
@@ -672,13 +705,15 @@ def hold(listing: Listing) -> ColumnSource:
         [spoken.finish()] if keys else [],
         functools.partial(_captions_of, keys) if keys else None,
     )
-    return ColumnSource(
+    source = ColumnSource(
         listing.label,
         listing.root,
         columns,
         problems=problems,
         without_spaces=builder.without_spaces + spoken.without_spaces,
     )
+    source.unmatched = tuple(_unmatched(keys, source, listing.captions))
+    return source
 
 
 def _guessed(place: Place, size: int, time: int, path: str) -> Measured:
@@ -709,6 +744,13 @@ def summary_of(source: ColumnSource) -> dict[str, Any]:
         f"{found['words']} words); {found['left_out']} left out"
     )
     return found | {"line": line}
+
+
+def warn_of_captions(source: ColumnSource) -> None:
+    """Warn of captions that belong to no file or to several, and as ``warn_of_scripts``."""
+    for told in source.unmatched:
+        warnings.warn(told, stacklevel=3)
+    warn_of_scripts(source)
 
 
 def warn_of_scripts(source: ColumnSource) -> None:

@@ -20,7 +20,7 @@ from .index import (
     is_same_listing,
     open_index,
     wanted_of,
-    warn_of_scripts,
+    warn_of_captions,
 )
 from .listing import (
     LARGE_CAPTIONS_BYTES,
@@ -170,7 +170,7 @@ def _is_large(listing: Listing) -> bool:
 
 
 def _warned(source: ColumnSource) -> ColumnSource:
-    warn_of_scripts(source)
+    warn_of_captions(source)
     return source
 
 
