@@ -25,6 +25,7 @@ from training_runs import MODEL, metrics, settings, write_media
 
 from vatt_fast.cli import main
 from vatt_fast.data import loader as loader_module
+from vatt_fast.data.media import MediaReader
 from vatt_fast.data.media_writer import write_clip
 from vatt_fast.files import only_writer, replacing, write_text
 from vatt_fast.model import create_model
@@ -532,6 +533,31 @@ def test_the_same_data_by_another_name_continue(own_folder, whole, tmp_path):
         warnings.filterwarnings("ignore", message="(?s).*(jit|multi-threaded)")
         run(settings(f"{moved}/", tmp_path / "run"))
     same_weights(whole, tmp_path / "run")
+
+
+def test_several_windows_of_one_decode_continue_amid_them_and_stay(
+    own_folder, tmp_path, monkeypatch
+):
+    opened = []
+    original = MediaReader.__init__
+
+    def counted(self, path):
+        opened.append(path)
+        original(self, path)
+
+    monkeypatch.setattr(MediaReader, "__init__", counted)
+    options = dict(windows_per_decode=3, workers=0)
+    run(settings(own_folder, tmp_path / "whole", **options))
+    assert len({*opened}) == 8 and len(opened) < 6 * 4
+    out = tmp_path / "run"
+    run(settings(own_folder, out, keep_last=2, **options))
+    os.replace(out / "checkpoint_00000004.safetensors", out / CHECKPOINT)
+    with pytest.raises(ValueError, match="windows_per_decode was 3, now 1"):
+        run(settings(own_folder, out))
+    run(settings(own_folder, out, **options))
+    same_weights(tmp_path / "whole", out)
+    with pytest.raises(ValueError, match="windows_per_decode is 0; it must be at least 1"):
+        settings(own_folder, out, windows_per_decode=0)
 
 
 def test_other_weights_of_sources_are_said(own_folder, tmp_path):

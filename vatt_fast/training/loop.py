@@ -140,6 +140,7 @@ def _pretrain(
             cache_dir=run.cache,
             drop_token=DropToken(config, run.drop_rate, run.drop_per, shards=shards),
             augment=augment,
+            windows_per_decode=run.windows_per_decode,
             decoder=run.decoder,
         )
         if len(dataset.source) < run.batch_size:
