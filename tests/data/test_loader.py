@@ -451,6 +451,7 @@ def test_workers_killed_while_they_wait_are_told_too(folder):
     batches = loader(dataset(folder), 0, 50, workers=2)
     running = iter(batches)
     next(running)
+    batches._wait(1)  # the batch that they read ahead
     for process in batches._workers._processes:
         process.kill()
         process.join()
