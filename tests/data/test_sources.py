@@ -826,6 +826,20 @@ def test_a_folder_of_captions_changes(media, tmp_path, kind):
     assert len(told) == 4 and all(line.endswith(f"{said} has other captions") for line in told[1:])
 
 
+def test_a_folder_may_be_that_of_its_captions_too(media, tmp_path):
+    folder = tmp_path / "clips"
+    folder.mkdir()
+    (folder / "0.mp4").write_bytes(media["0.mp4"])
+    (folder / "0.vtt").write_text("WEBVTT\n\n00:00.000 --> 00:01.000\nhello\n")
+    wanted = Wanted(f"{folder}/**", captions=str(folder))
+    build_index(list_source(wanted), list_source(wanted).home)
+    (folder / "1.mp4").write_bytes(media["1.mp4"])
+    (folder / "1.txt").write_text("there")
+    assert texts_of(open_source(f"{folder}/**", say=quiet)) == [["hello"], ["there"]]
+    (folder / "2.mp4").write_bytes(media["2.mp4"])
+    assert texts_of(open_source(f"{folder}/**", say=quiet)) == [["hello"], ["there"], []]
+
+
 def test_an_index_by_its_own_name_is_compared_with_what_is_there(media, tmp_path):
     shards, clips = as_tars(media, tmp_path / "shards"), as_folder(media, tmp_path / "clips")
     for folder in (shards, clips):

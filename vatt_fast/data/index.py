@@ -322,11 +322,13 @@ def _stamps(listing: Listing) -> list[tuple[str, str, int, int]]:
     """(kind, path, bytes, time) of what is looked at again when the index is opened."""
     stamps = []
     for path in listing.stamped:
-        kind, stamp = "folder" if os.path.isdir(path) else "file", size_and_time(path)
-        if kind == "folder" and path == str(listing.captions):
-            kind, stamp = "captions", _stamp_of_captions(path)
+        size, time = size_and_time(path)
+        kind = "folder" if os.path.isdir(path) else "file"
         # an index may move together with its data
-        stamps.append((kind, os.path.abspath(path), *stamp))
+        stamps.append((kind, os.path.abspath(path), size, time))
+    if listing.captions is not None and listing.captions.is_dir():
+        path = os.path.abspath(listing.captions)
+        stamps.append(("captions", path, *_stamp_of_captions(path)))
     for shard in listing.shards:
         try:
             stamps.append(("shard", shard, *size_and_time(join_path(listing.root, shard))))
@@ -343,7 +345,7 @@ def _stamp_of_captions(path: str) -> tuple[int, int]:
     """Bytes and time of a file of captions; of a folder, bytes and a number for all its files."""
     if not os.path.isdir(path):
         return size_and_time(path)
-    names = [each.name for each in caption_files(Path(path))]
+    names = caption_files(Path(path))
     digest, total = hashlib.sha256("\0".join(names).encode(errors="surrogateescape")), 0
     for name in names[:: -(-len(names) // _MOST_CHECKED) or 1]:
         size, time = size_and_time(os.path.join(path, name))

@@ -246,7 +246,8 @@ def list_source(wanted: Wanted) -> Listing:
         if not captions.exists():
             raise ValueError(f"{captions} is not there; name a file or folder of captions")
         listing.captions = captions
-        listing.stamped.append(str(captions))
+        if not captions.is_dir():  # else all its files count, not its own time
+            listing.stamped.append(str(captions))
     return listing
 
 
@@ -552,12 +553,13 @@ class _Stems:
 # -- captions that are read apart ------------------------------------------------------------------
 
 
-def caption_files(folder: Path) -> list[Path]:
-    return [
-        each
-        for each in sorted(folder.iterdir())
-        if each.suffix.lower() in SIDECARS and not each.name.startswith(".")
-    ]
+def caption_files(folder: Path) -> list[str]:
+    """The names of a folder's caption files, in order."""
+    return sorted(
+        name
+        for name in os.listdir(folder)
+        if name.lower().endswith(SIDECARS) and not name.startswith(".")
+    )
 
 
 def read_captions(path: Path) -> Iterator[tuple[str, list[Caption]]]:
@@ -572,8 +574,8 @@ def read_captions(path: Path) -> Iterator[tuple[str, list[Caption]]]:
             return read_sidecar(name, (path / name).read_bytes(), str(path / name))
 
         by_stem: dict[str, list[str]] = {}
-        for each in caption_files(path):
-            by_stem.setdefault(composed(each.stem), []).append(each.name)
+        for name in caption_files(path):
+            by_stem.setdefault(composed(os.path.splitext(name)[0]), []).append(name)
         for stem, names in by_stem.items():
             names.sort(key=lambda name: SIDECARS.index(os.path.splitext(name)[1].lower()))
             yield stem, chosen([names], read)
