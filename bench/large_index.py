@@ -171,6 +171,7 @@ def write(folder: Path, examples: int, captions: int, shards: int) -> str:
         "without_spaces": 0,
         "identity": {"files": examples, "bytes": int(part["size"].sum()), "digest": "",
                      "captions": ""},
+        "content": "sparse",
         "asked": {},
         "listing": index._digest(listing),
         "stamps": index._stamps(listing),

@@ -8,6 +8,7 @@ import pytest
 
 from vatt_fast.data import captions
 from vatt_fast.data.captions import (
+    Sidecars,
     decode_text,
     from_entries,
     from_json,
@@ -18,6 +19,7 @@ from vatt_fast.data.captions import (
     read_sidecar,
     stream_entries,
 )
+from vatt_fast.data.listing import read_captions
 from vatt_fast.data.text import Caption
 
 SRT = """1
@@ -295,3 +297,26 @@ def test_text_of_a_whole_file():
     assert read_sidecar("a.txt", b"a dog\nbarks\n", "a") == [Caption(0.0, math.inf, "a dog barks")]
     assert read_sidecar("a.txt", b" \n", "a") == []
     assert decode_text(b"", "a") == ""
+
+
+def test_which_files_beside_media_are_theirs():
+    files = Sidecars(
+        ["show.s01e02.srt", "a.txt", "a.en.vtt", "a.srt", "b/c.txt", "x.y.TXT", "a.mp3"]
+    )
+    assert files.of("show.s01e02.mp4") == (("show.s01e02.srt",),)
+    assert files.of("show.s01e01.mp4") == ()  # of the same key, and another one's
+    assert files.of("a.mp4") == (("a.srt", "a.en.vtt", "a.txt"),)
+    assert files.of("a.left.mp4") == (("a.srt", "a.txt"),)
+    assert files.of("b/c.mp4") == (("b/c.txt",),) and files.of("c.mp4") == ()
+    assert files.of("x.y.mp4") == (("x.y.TXT",),)
+
+
+def test_two_files_of_one_name_in_a_folder_of_captions(tmp_path):
+    """The one that counts is the one that would count beside the media."""
+    (tmp_path / "a.txt").write_text("of the whole file")
+    (tmp_path / "a.json").write_text('{"n": 1}')
+    (tmp_path / "b.txt").write_text("not")
+    (tmp_path / "b.srt").write_text(SRT)
+    found = dict(read_captions(tmp_path))
+    assert [one.text for one in found["a"]] == ["of the whole file"]
+    assert plain(found["b"]) == plain(from_srt(SRT, "b.srt"))

@@ -7,6 +7,8 @@ import gc
 import json
 import multiprocessing
 import os
+import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -196,6 +198,40 @@ def test_a_state_of_something_else_is_refused(sources):
             loader(dataset(sources["folder"], **options), 0, 4).load_state_dict(state)
     with pytest.raises(ValueError, match="state is at step 9; this one has 0 up to 4"):
         loader(dataset(sources["folder"]), 0, 4).load_state_dict(state | {"step": 9})
+
+
+def test_a_state_of_other_data_is_refused_and_of_the_same_elsewhere_is_not(
+    sources, folder, tmp_path
+):
+    clips = loader(dataset(sources["folder"]), 0, 4)
+    state = json.loads(json.dumps(clips.state_dict() | {"step": 2}))
+    renamed, packed = tmp_path / "renamed", tmp_path / "packed"
+    renamed.mkdir()
+    packed.mkdir()
+    for number, path in enumerate(sorted(folder.glob("*.mp4"))):
+        shutil.copy(path, renamed / f"1{path.name}")
+        with tarfile.open(packed / f"{number // 4}.tar", "a") as tar:
+            tar.add(path, path.name)
+    with pytest.raises(ValueError, match=r"has data '\w+', and this one '\w+'; the same step"):
+        loader(dataset(open_source(renamed)), 0, 4).load_state_dict(state)
+    tars = open_source(packed)
+    for source in (open_source(f"{folder}/**"), tars, pickle.loads(pickle.dumps(tars))):
+        batches = loader(dataset(source, vocabulary=None), 0, 4)
+        batches.load_state_dict(state)
+        assert len([*batches]) == 2
+    older = {name: value for name, value in state.items() if name not in ("data", "weights")}
+    clips.load_state_dict(older)
+
+
+def test_a_state_of_other_weights_is_refused(sources):
+    def mixed(*weights):
+        parts = zip((sources["folder"], sources["shards"]), weights, strict=True)
+        return loader(dataset(MixedSource([*parts])), 0, 4)
+
+    state = json.loads(json.dumps(mixed(0.3, 0.7).state_dict()))
+    mixed(3, 7).load_state_dict(state)
+    with pytest.raises(ValueError, match=r"has weights '0\.3 0\.7', and this one '0\.5 0\.5'"):
+        mixed(1, 1).load_state_dict(state)
 
 
 def test_sources_without_sound_or_words_stand_beside_others(folder, tmp_path, monkeypatch):
@@ -415,6 +451,7 @@ def test_workers_killed_while_they_wait_are_told_too(folder):
     batches = loader(dataset(folder), 0, 50, workers=2)
     running = iter(batches)
     next(running)
+    batches._wait(1)  # the batch that they read ahead
     for process in batches._workers._processes:
         process.kill()
         process.join()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import signal
 import subprocess
@@ -11,12 +12,15 @@ import time
 
 import numpy as np
 import pytest
+import torch
 
 av = pytest.importorskip("av")
 
 from media_files import encode, noise, numbered, read_numbers  # noqa: E402
 from PIL import Image  # noqa: E402
 
+from vatt_fast.data.clips import ClipSpec  # noqa: E402
+from vatt_fast.data.loader import evaluation_clips  # noqa: E402
 from vatt_fast.data.media import probe, read_clip  # noqa: E402
 from vatt_fast.data.media_writer import write_clip  # noqa: E402
 from vatt_fast.data.pack import Packing, clips_per_second, pack, sample  # noqa: E402
@@ -98,6 +102,49 @@ def _member(place):
     return av.open(
         f"subfile,,start,{place.offset},end,{place.offset + place.size},,:file:{place.path}"
     )
+
+
+def test_segments_shorter_than_a_window_are_as_short_in_a_manifest_as_packed(tmp_path):
+    """Past their end is neither picture nor sound; also where a cache or an index lies between."""
+    encode(
+        tmp_path / "a.mkv", video="libx264", audio="aac", frames=numbered(60), seconds=6, rate=48000
+    )
+    Image.fromarray(numbered(8)[5]).save(tmp_path / "d.png")
+    segments = ((0.0, 0.3), (2.5, 3.1), (3.0, 3.75), (5.2, 5.9), (1.0, 4.0))
+    lines = [f"a.mkv,{start},{end}" for start, end in segments]
+    table = tmp_path / "list.csv"
+    table.write_text("\n".join(["path,start,end", *lines, "d.png,0,0.2"]))
+    source = open_source(table)
+    pack(source, tmp_path / "out", SMALL)
+    packed = open_source(tmp_path / "out", say=lambda line: None)
+    spec = ClipSpec(10, 64, 64, 10.0, 16000, 16000, 4, 2)
+
+    def clips_of(each, **options):
+        (batch,) = evaluation_clips(each, spec, vocabulary=None, place=0, **options)
+        return batch
+
+    found = [clips_of(source), clips_of(source, cache_dir=tmp_path / "cache"), clips_of(packed)]
+    for row, name in enumerate(found[0].files):
+        if name == "d.png":
+            assert all(batch.video_valid[row] and batch.video[row].any() for batch in found)
+            continue
+        start, end = next(each for each in segments if name.endswith(f"@{each[0]:g}-{each[1]:g}"))
+        frames = min(math.ceil((end - start) * 10 - 1e-6), 10)
+        samples = min(round((end - start) * 16000), 16000)
+        for batch in found:
+            assert bool(batch.video_valid[row]) and bool(batch.audio_valid[row])
+            numbers = read_numbers(batch.video[row, :frames].numpy())
+            assert numbers == list(range(round(start * 10), round(start * 10) + frames))
+            assert not batch.video[row, frames:].any()
+            assert not batch.audio[row, samples + 60 :].any()
+            assert batch.audio[row, samples - 400 : samples - 60].any()
+    assert torch.equal(found[0].video, found[1].video)
+    # shorter than a frame, between two places where windows begin: nothing is read of it
+    table.write_text("path,start,end\na.mkv,0.31,0.35\n")
+    for cache_dir in (None, tmp_path / "cache"):
+        tiny = clips_of(open_source(table), cache_dir=cache_dir)
+        assert not (tiny.video_valid.any() or tiny.audio_valid.any())
+        assert not (tiny.video.any() or tiny.audio.any())
 
 
 def test_segments_become_files(folder, tmp_path):

@@ -1,6 +1,7 @@
 """Folders, manifests and tar shards as sources: the same clips, whatever holds them."""
 
 import contextlib
+import csv
 import io
 import json
 import math
@@ -13,6 +14,8 @@ import sys
 import tarfile
 import time
 import tracemalloc
+import unicodedata
+import warnings
 
 import numpy as np
 import pytest
@@ -24,6 +27,7 @@ from media_files import noise, numbered
 from vatt_fast.cli import main
 from vatt_fast.data import index as index_module
 from vatt_fast.data import sources as sources_module
+from vatt_fast.data.captions import key_of
 from vatt_fast.data.clips import ClipSpec
 from vatt_fast.data.columns import AUDIO, IMAGE, MEASURED, VIDEO, PartBuilder, Strings, in_memory
 from vatt_fast.data.dataset import ClipDataset
@@ -32,7 +36,7 @@ from vatt_fast.data.listing import Wanted, list_source, parse
 from vatt_fast.data.loader import evaluation_clips, loader
 from vatt_fast.data.media import MediaReader
 from vatt_fast.data.media_writer import write_clip
-from vatt_fast.data.shards import expand_braces, key_of, list_members
+from vatt_fast.data.shards import expand_braces, list_members
 from vatt_fast.data.source import CONTENT, MixedSource, Place, Source
 from vatt_fast.data.sources import open_source, vocabulary_from
 from vatt_fast.data.text import Caption, Vocabulary
@@ -62,12 +66,12 @@ def entries(said):
     return [{"start": a, "end": b, "text": text} for a, b, text in said]
 
 
-def as_folder(media, folder):
+def as_folder(media, folder, said=SAID):
     folder.mkdir(parents=True)
     for name, data in media.items():
         (folder / name).write_bytes(data)
-    said = {name: entries(each) for name, each in SAID.items() if name in media}
-    (folder / "captions.json").write_text(json.dumps(said))
+    entered = {name: entries(each) for name, each in said.items() if name in media}
+    (folder / "captions.json").write_text(json.dumps(entered))
     return folder
 
 
@@ -101,7 +105,7 @@ def write_tar(path, members, **options):
     return path
 
 
-def as_tars(media, folder, a_shard=2):
+def as_tars(media, folder, a_shard=2, said=SAID):
     folder.mkdir(parents=True)
     names = list(media)
     for number in range(0, len(names), a_shard):
@@ -109,7 +113,7 @@ def as_tars(media, folder, a_shard=2):
         for name in names[number : number + a_shard]:
             stem = os.path.splitext(name)[0]
             members.append((name, media[name]))
-            members.append((f"{stem}.json", json.dumps({"captions": entries(SAID[name])}).encode()))
+            members.append((f"{stem}.json", json.dumps({"captions": entries(said[name])}).encode()))
         write_tar(folder / f"{number // a_shard:05d}.tar", members)
     return folder
 
@@ -124,6 +128,10 @@ def content(source):
         name = source.name(i).rpartition("/")[2]
         found[name] = ([tuple(time) for time in times.tolist()], list(texts), seconds)
     return found
+
+
+def texts_of(source):
+    return [list(source.captions(i).texts) for i in range(len(source))]
 
 
 def expected():
@@ -271,9 +279,47 @@ def test_captions_beside_media_and_of_howto100m(media, tmp_path):
         list_source(Wanted(str(folder), captions=str(folder / "caption.json"))), tmp_path / "index"
     )
     assert indexed.identity == source.identity
+    with pytest.warns(UserWarning, match=r"1 of the names in .*caption\.json .* \('not here'\)"):
+        list_source(Wanted(str(folder)))
     (folder / "d.csv").write_text("start,end,text\n0,x,three\n")
     with pytest.raises(ValueError, match=r"d\.csv line 2: 'x' is no time"):
         open_source(folder)
+
+
+@pytest.mark.parametrize("indexed", [False, True])
+def test_captions_of_no_file_and_of_several_are_said(media, tmp_path, indexed):
+    root = tmp_path / "all"
+    for name in ("a/1.mp4", "b/1.mp4", "b/2.mp4", "c.mp4"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(media["0.mp4"])
+    one = entries([(0, 1, "a dog")])
+    (root / "captions.json").write_text(
+        json.dumps({"1.mp4": one, "typo.mp4": one, "b/2": one, "other": one})
+    )
+    (root / "list.csv").write_text("path,start,end\nb/2.mp4,0,0.5\nb/2.mp4,0.5,1\nc.mp4,,\n")
+    (root / "c.json").write_text(json.dumps({"2.mp4": one, "c": one, "gone": one}))
+    (root / "mix.toml").write_text('[[source]]\npath = "list.csv"\ncaptions = "c.json"\n')
+    none = r"{} of the {} names in .*{} are of no file in .*{} \({}\): their captions are not used"
+    for text, said, told in (
+        (f"{root}/**", [["a dog"], ["a dog"], ["a dog"], []], [
+            none.format(2, 4, r"captions\.json", r"all/\*\*", "'typo.mp4', 'other'"),
+            r"1 of the 4 names in .*json are of several files in .*all/\*\* \('1\.mp4' of a/1\.mp4 "
+            r"and b/1\.mp4\), which all get their captions; name files by their paths",
+        ]),
+        (str(root / "mix.toml"), [["a dog"]] * 3, [
+            none.format(1, 3, r"c\.json", r"list\.csv", "'gone'"),
+        ]),
+    ):  # fmt: skip
+        if indexed:
+            (wanted,) = parse(text)
+            listing = list_source(wanted)
+            build_index(listing, listing.home)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            assert texts_of(open_source(text, say=quiet)) == said
+        assert len(caught) == len(told)
+        for warning, pattern in zip(caught, told, strict=True):
+            assert re.search(pattern, str(warning.message)), warning.message
 
 
 def test_large_captions_are_read_apart(media, tmp_path, monkeypatch):
@@ -291,15 +337,15 @@ def test_large_captions_are_read_apart(media, tmp_path, monkeypatch):
 SPEC = ClipSpec(4, 32, 32, 10.0, 6400, 16000, 4, 2)
 
 
-def as_kind(kind, media, folder):
+def as_kind(kind, media, folder, said=SAID):
     """Only names of whole files, so that every kind has the same examples."""
     if kind == "shards":
-        return as_tars(media, folder)
-    as_folder(media, folder)
+        return as_tars(media, folder, said=said)
+    as_folder(media, folder, said)
     if kind == "manifest":
         (folder / "list.csv").write_text("\n".join(["path", *media]))
-        said = {"path": folder / "list.csv", "captions": folder / "captions.json"}
-        lines = [f'{key} = "{value}"' for key, value in said.items()]
+        places = {"path": folder / "list.csv", "captions": folder / "captions.json"}
+        lines = [f'{key} = "{value}"' for key, value in places.items()]
         (folder / "one.toml").write_text("\n".join(["[[source]]", *lines]))
         return folder / "one.toml"
     return folder
@@ -325,14 +371,31 @@ def test_clips_are_the_same_whatever_holds_them(media, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def in_order(media, tmp_path_factory):
+def uneven(tmp_path_factory):
+    """11 clips of many lengths and what is said in them; some are silent, one is sound alone."""
+    folder = tmp_path_factory.mktemp("uneven")
+    said = {}
+    for number in range(11):
+        count = 3 + 2 * number % 11  # frames, of which a window has 4
+        sound = None if number % 4 == 1 else noise(count / 10, 16000, seed=number)
+        path = folder / f"{number:02}.{'wav' if number == 6 else 'mp4'}"
+        write_clip(path, None if number == 6 else numbered(count), sound)
+        said[path.name] = [(0.1 * k, 0.1 * k + 0.2, f"word{number} {k}") for k in range(number % 4)]
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}, said
+
+
+@pytest.fixture(scope="module")
+def in_order(uneven, tmp_path_factory):
     """Batches of a folder read by one process, and its vocabulary: what everything must equal."""
+    media, said = uneven
     folder = tmp_path_factory.mktemp("order") / "clips"
-    source = open_source(as_kind("folder", media, folder))
+    source = open_source(as_kind("folder", media, folder, said))
     vocabulary = vocabulary_from(source, 50)
     found = batches_of(source, vocabulary, folder.parent / "cache", 0, 1)
-    assert all(sorted(names) == sorted(media) for names, *_ in found)
-    assert len({tuple(names) for names, *_ in found}) > 1
+    assert all(len({*names}) == 4 for names, *_ in found)
+    # two batches an epoch, in which three clips sit out
+    assert len({*found[0][0], *found[1][0]}) == 8 and found[0][0] != found[2][0]
+    assert len({name for names, *_ in found for name in names}) > 8
     return found, vocabulary, folder.parent / "cache"
 
 
@@ -358,10 +421,11 @@ def batches_of(source, vocabulary, cache, workers, world):
 
 @pytest.mark.parametrize("world", [1, 2, 4])
 @pytest.mark.parametrize("kind", ["folder", "manifest", "shards"])
-def test_order_and_content_are_the_same_for_all(media, tmp_path, in_order, kind, world):
+def test_order_and_content_are_the_same_for_all(uneven, tmp_path, in_order, kind, world):
     """0, 1, 2 and 4 workers x 1, 2 and 4 ranks x folder, manifest and tar of the same files."""
     expected, vocabulary, cache = in_order
-    source = open_source(as_kind(kind, media, tmp_path / kind), say=quiet)
+    media, said = uneven
+    source = open_source(as_kind(kind, media, tmp_path / kind, said), say=quiet)
     for workers in (0, 1, 2, 4):
         found = batches_of(source, vocabulary, cache, workers, world)
         for (files, *arrays), (names, *others) in zip(found, expected, strict=True):
@@ -398,6 +462,40 @@ def test_shards_of_webdataset(media, tmp_path):
         with open(place.path, "rb") as file:
             file.seek(place.offset)
             assert file.read(place.size) == sample.get("mp4", sample.get("wav"))
+
+
+def test_an_unpacked_shard_has_the_captions_of_the_shard(media, tmp_path):
+    webdataset = pytest.importorskip("webdataset")
+    srt = b"1\n00:00:00,000 --> 00:00:01,000\ntimed\n"
+    clip, other = media["0.mp4"], media["1.mp4"]
+    samples = {
+        "a": ({"mp4": clip, "json": {"n": 1}, "txt": "a dog"}, ["a dog"]),
+        "b": ({"mp4": clip, "json": {"caption": "of json"}, "txt": "of txt"}, ["of txt"]),
+        "c": ({"mp4": clip, "json": {"captions": entries([(0, 1, "timed")])}, "txt": "not"},
+              ["timed"]),
+        "d": ({"mp4": clip, "srt": srt, "txt": "not"}, ["timed"]),
+        "e": ({"mp4": clip, "en.srt": srt, "txt": "not"}, ["timed"]),
+        "f": ({"mp4": clip, "json": {"caption": "of json"}, "txt": " "}, ["of json"]),
+        "g": ({"left.mp4": clip, "right.mp4": other, "right.srt": srt, "txt": "both"},
+              ["both", "timed"]),
+        "h": ({"mp4": clip}, []),
+    }  # fmt: skip
+    with webdataset.TarWriter(str(tmp_path / "0.tar")) as writer:
+        for key, (fields, _) in samples.items():
+            writer.write({"__key__": key, **fields})
+    folder = tmp_path / "clips"
+    with tarfile.open(tmp_path / "0.tar") as tar:
+        tar.extractall(folder, filter="data")
+    expected = [[text] for _, said in samples.values() for text in said or [None]]
+    expected[-1] = []
+    below = list_source(Wanted(f"{folder}/**"))
+    for source in (
+        open_source(tmp_path / "0.tar", say=quiet),
+        open_source(folder),
+        open_source(f"{folder}/**"),
+        build_index(below, tmp_path / "index"),
+    ):
+        assert texts_of(source) == expected
 
 
 def test_a_folder_of_video2dataset(media, tmp_path):
@@ -595,6 +693,58 @@ def test_a_changed_tar_is_read_again_by_name(media, tmp_path, monkeypatch):
     assert len(open_source(folder, say=said.append)) == 2
 
 
+def test_tars_beside_media_and_in_folders_below(media, tmp_path):
+    """Neither is passed over in silence, and what to name is told."""
+    both = tmp_path / "both"
+    as_tars(media, both / "a" / "b")
+    with pytest.raises(ValueError, match=r"no media files.*; tars .*: name '(.*/both/\*\*/.*tar)'"):
+        open_source(both, say=quiet)
+    with pytest.raises(
+        ValueError, match=r"name '(.*/both/\*\*/\*\.tar)' for the tars there"
+    ) as told:
+        open_source(f"{both}/**", say=quiet)
+    named = re.search("'(.*)'", str(told.value))[1]
+    assert content(open_source(named, say=quiet)) == expected()
+    (both / "x.mp4").write_bytes(media["0.mp4"])
+    write_tar(both / "0.tar", [("y.mp4", media["1.mp4"])])
+    with pytest.raises(
+        ValueError, match=r"has tars \(0\.tar\) beside media files \(x\.mp4\)"
+    ) as told:
+        open_source(both, say=quiet)
+    tars, files = re.findall("'(.*?)'", str(told.value))
+    assert list(content(open_source(tars, say=quiet))) == ["y.mp4"]
+    with pytest.warns(UserWarning, match=r"both/\*\* leaves out 3 tars beside its media"):
+        assert list(content(open_source(files))) == ["x.mp4"]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_tar_that_is_written_anew_during_a_run_ends_it(media, tmp_path, workers, cached):
+    """Two members of one size that change places would change captions without a word."""
+    folder, size = tmp_path / "shards", max(map(len, media.values()))
+    folder.mkdir()
+    padded = {name: media[name].ljust(size, b"\0") for name in ("0.mp4", "1.mp4")}
+    members = [
+        (name, data)
+        for media_name, values in padded.items()
+        for name, data in ((media_name, values), (f"{media_name[0]}.txt", media_name.encode()))
+    ]
+    write_tar(folder / "0.tar", members)
+    source = open_source(folder, say=quiet)
+    cache = tmp_path / "cache" if cached else None
+    dataset = ClipDataset(source, SPEC, vocabulary=None, batch_size=2, cache_dir=cache)
+    assert len(next(iter(loader(dataset, 0, 1, workers)))) == 2
+    write_tar(folder / "0.tar", members[2:] + members[:2])
+    os.utime(folder / "0.tar", (1, 1))
+    told = rf"{folder}/0\.tar was written anew since it was indexed, so 0\.tar/[01]\.mp4 may be"
+    with pytest.raises(ValueError, match=told):
+        next(iter(loader(dataset, 0, 1, workers)))
+    with pytest.raises(ValueError, match=told):
+        list(evaluation_clips(source, SPEC, vocabulary=None, cache_dir=cache, workers=workers))
+    said = []
+    assert texts_of(open_source(folder, say=said.append)) == [["1.mp4"], ["0.mp4"]] and said
+
+
 def test_a_changed_file_is_measured_again_alone(media, tmp_path, monkeypatch):
     folder = as_folder(media, tmp_path / "clips")
     build_index(list_source(Wanted(str(folder))), folder / "vatt_index")
@@ -611,6 +761,101 @@ def test_a_changed_file_is_measured_again_alone(media, tmp_path, monkeypatch):
     source = open_source(folder, say=said.append)
     assert read == ["1.mp4", "3.mp4"] and len(source) == 5
     assert source.measured(1).streams == VIDEO | MEASURED
+
+
+@pytest.mark.parametrize("below", ["", "/**"])
+@pytest.mark.parametrize("name", ["captions.json", "caption.json", "0.txt"])
+def test_captions_that_come_after_the_index(media, tmp_path, below, name):
+    """Also where they are edited along with the folder, and taken away again."""
+    folder = tmp_path / "clips"
+    folder.mkdir()
+    for each in ("0.mp4", "1.mp4"):
+        (folder / each).write_bytes(media[each])
+    text = f"{folder}{below}"
+    listing = list_source(Wanted(text))
+    build_index(listing, listing.home)
+    says = {
+        "captions.json": lambda said: json.dumps({"0.mp4": entries([(0, 1, said)])}),
+        "caption.json": lambda said: json.dumps({"0": entries([(0, 1, said)])}),
+        "0.txt": lambda said: said,
+    }[name]
+    told = []
+    for said in ("a dog", "two dogs"):
+        (folder / name).write_text(says(said))
+        os.utime(folder, (1, len(told)))  # as another file in it does
+        assert texts_of(open_source(text, say=told.append)) == [[said], []]
+        assert texts_of(open_source(text, say=told.append)) == [[said], []]
+    (folder / name).unlink()
+    assert texts_of(open_source(text, say=told.append)) == [[], []]
+    assert len(told) == 3 and all("is brought up to date" in line for line in told)
+
+
+@pytest.mark.parametrize("kind", ["shards", "folder"])
+def test_a_folder_of_captions_changes(media, tmp_path, kind):
+    data = tmp_path / "data"
+    if kind == "shards":
+        data.mkdir()
+        write_tar(data / "0.tar", [(name, media[name]) for name in ("0.mp4", "1.mp4")])
+        write_tar(data / "1.tar", [("2.mp4", media["2.mp4"]), ("2.txt", b"of the shard")])
+    else:
+        as_folder({name: media[name] for name in ("0.mp4", "1.mp4", "2.mp4")}, data)
+        (data / "captions.json").write_text(
+            json.dumps({"2.mp4": entries([(0, 1, "of the shard")])})
+        )
+    plain = build_index(list_source(Wanted(str(data))), data / "vatt_index")
+    assert texts_of(plain) == [[], [], ["of the shard"]]
+    said, told = tmp_path / "said", []
+    said.mkdir()
+    (said / "0.txt").write_text("a dog")
+    mix = tmp_path / "mix.toml"
+    mix.write_text('[[source]]\npath = "data"\ncaptions = "said"\n')
+
+    def found():
+        first = texts_of(open_source(mix, say=told.append))
+        assert first == texts_of(open_source(mix, say=told.append))
+        return first
+
+    assert found() == [["a dog"], [], ["of the shard"]]
+    assert told[-1].endswith(f"captions are to be taken from {said}")
+    (said / "1.srt").write_text("1\n00:00:00,000 --> 00:00:01,000\na cat\n")
+    assert found() == [["a dog"], ["a cat"], ["of the shard"]]
+    (said / "0.txt").write_text("a log")
+    assert found() == [["a log"], ["a cat"], ["of the shard"]]
+    (said / "1.srt").unlink()
+    assert found() == [["a log"], [], ["of the shard"]]
+    assert len(told) == 4 and all(line.endswith(f"{said} has other captions") for line in told[1:])
+
+
+def test_a_folder_may_be_that_of_its_captions_too(media, tmp_path):
+    folder = tmp_path / "clips"
+    folder.mkdir()
+    (folder / "0.mp4").write_bytes(media["0.mp4"])
+    (folder / "0.vtt").write_text("WEBVTT\n\n00:00.000 --> 00:01.000\nhello\n")
+    wanted = Wanted(f"{folder}/**", captions=str(folder))
+    build_index(list_source(wanted), list_source(wanted).home)
+    (folder / "1.mp4").write_bytes(media["1.mp4"])
+    (folder / "1.txt").write_text("there")
+    assert texts_of(open_source(f"{folder}/**", say=quiet)) == [["hello"], ["there"]]
+    (folder / "2.mp4").write_bytes(media["2.mp4"])
+    assert texts_of(open_source(f"{folder}/**", say=quiet)) == [["hello"], ["there"], []]
+
+
+def test_an_index_by_its_own_name_is_compared_with_what_is_there(media, tmp_path):
+    shards, clips = as_tars(media, tmp_path / "shards"), as_folder(media, tmp_path / "clips")
+    for folder in (shards, clips):
+        build_index(list_source(Wanted(str(folder))), folder / "vatt_index")
+        (folder / "notes.odt").write_text("no media")
+        assert content(open_source(folder / "vatt_index")) == expected()
+    pattern = list_source(Wanted(f"{shards}/0000{{0,1}}.tar"))
+    build_index(pattern, tmp_path / "both")
+    write_tar(shards / "00002.tar", [("new.mp4", media["2.mp4"])])
+    (clips / "new.mp4").write_bytes(media["2.mp4"])
+    moved = shards.rename(tmp_path / "there")
+    for folder, told in ((moved, "00002.tar is new"), (clips, "clips has other files")):
+        with pytest.raises(ValueError, match=rf"out of date: .*{told}; run vatt-fast index"):
+            open_source(folder / "vatt_index")
+    moved.rename(shards)
+    assert len(open_source(tmp_path / "both")) == 4  # it was made of two shards by their names
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -815,6 +1060,56 @@ def test_manifests_of_other_data_sets(media, tmp_path):
     assert "begins at 5 s and the file ends at 1 s" in indexed.problems["b.wav@5-9"]
 
 
+@pytest.mark.parametrize("on_disk", ["NFC", "NFD"])
+@pytest.mark.parametrize("in_list", ["NFC", "NFD"])
+@pytest.mark.parametrize("suffix", ["", ".mp4"])
+def test_a_manifest_finds_files_however_accents_are_composed(
+    media, tmp_path, on_disk, in_list, suffix
+):
+    names = ["é", "Ünï/été", "plain", "Ünï/ascii"]
+    for name in names:
+        path = tmp_path / unicodedata.normalize(on_disk, f"{name}.mp4")
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(media["0.mp4"])
+    lines = [unicodedata.normalize(in_list, f"{name}{suffix}") for name in [*names, "naïf"]]
+    (tmp_path / "list.csv").write_text("\n".join(["path", *lines]), encoding="utf-8")
+    source = open_source(tmp_path / "list.csv")
+    found = [source.name(i) for i in range(len(source))]
+    assert sorted(found) == sorted(unicodedata.normalize(on_disk, f"{n}.mp4") for n in names)
+    assert list(source.problems) == lines[-1:]
+    assert all(os.path.isfile(source.place(i).path) for i in range(len(source)))
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+def test_a_manifest_of_webvid(media, tmp_path, suffix):
+    """Its "name" is the caption; videos lie where its downloader writes them."""
+    header = ("videoid", "contentUrl", "duration", "page_dir", "name")
+    rows = [
+        (1234, "https://x/1234.mp4", "PT00H00M10S", "000001_000050", "A red car, driving by"),
+        (99, "https://x/99.mp4", "PT00H00M09S", "000051_000100", "Rain"),
+        (7, "https://x/7.mp4", "PT00H00M09S", "000051_000100", "Gone"),
+    ]
+    for number, folder in ((1234, "000001_000050"), (99, "000051_000100")):
+        (tmp_path / "videos" / folder).mkdir(parents=True)
+        (tmp_path / "videos" / folder / f"{number}.mp4").write_bytes(media["0.mp4"])
+    path = tmp_path / f"results_2M_val{suffix}"
+    if suffix == ".csv":
+        with open(path, "w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([header, *rows])
+    else:
+        pyarrow = pytest.importorskip("pyarrow")
+        parquet = pytest.importorskip("pyarrow.parquet")
+        columns = dict(zip(header, zip(*rows, strict=True), strict=True))
+        parquet.write_table(pyarrow.table(columns), path)
+    (tmp_path / "mix.toml").write_text(f'[[source]]\npath = "{path.name}"\nmedia = "videos"\n')
+    source = open_source(tmp_path / "mix.toml")
+    names = [source.name(i) for i in range(len(source))]
+    assert names == ["000001_000050/1234.mp4", "000051_000100/99.mp4"]
+    assert texts_of(source) == [["A red car, driving by"], ["Rain"]]
+    assert source.segment(0) == (0.0, math.inf)
+    assert list(source.problems) == ["000051_000100/7.mp4"]
+
+
 def test_a_manifest_in_another_encoding(tmp_path):
     (tmp_path / "list.csv").write_bytes("path,text\na.mp4,café\n".encode("cp1252"))
     with pytest.raises(ValueError, match=r"list\.csv line 2 is not UTF-8 \(byte 0xe9\)"):
@@ -971,6 +1266,9 @@ def test_another_clip_stands_in_for_a_remote_one_that_cannot_be_read(media, tmp_
         assert all("memory://vanishing/00001.tar cannot be opened" in one.reason
                    for one in batch.skipped)  # fmt: skip
         assert {*dataset[0].skipped, *dataset[1].skipped}
+        memory.pipe("/vanishing/00000.tar", (local / "00000.tar").read_bytes() + bytes(512))
+        with pytest.raises(ValueError, match=r"vanishing/00000\.tar was written anew"):
+            dataset[0]
     finally:
         memory.rm("/vanishing", recursive=True)
 

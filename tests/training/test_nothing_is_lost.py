@@ -25,10 +25,11 @@ from training_runs import MODEL, metrics, settings, write_media
 
 from vatt_fast.cli import main
 from vatt_fast.data import loader as loader_module
+from vatt_fast.data.media import MediaReader
 from vatt_fast.data.media_writer import write_clip
 from vatt_fast.files import only_writer, replacing, write_text
 from vatt_fast.model import create_model
-from vatt_fast.training.checkpoint import check_same_run, read_standing, read_state
+from vatt_fast.training.checkpoint import Data, check_same_run, read_standing, read_state
 from vatt_fast.training.loop import BEST, CHECKPOINT, METRICS, PretrainConfig, pretrain
 from vatt_fast.training.metrics import NonFiniteError
 from vatt_fast.training.settings import differences
@@ -532,6 +533,47 @@ def test_the_same_data_by_another_name_continue(own_folder, whole, tmp_path):
         warnings.filterwarnings("ignore", message="(?s).*(jit|multi-threaded)")
         run(settings(f"{moved}/", tmp_path / "run"))
     same_weights(whole, tmp_path / "run")
+
+
+def test_several_windows_of_one_decode_continue_amid_them_and_stay(
+    own_folder, tmp_path, monkeypatch
+):
+    opened = []
+    original = MediaReader.__init__
+
+    def counted(self, path):
+        opened.append(path)
+        original(self, path)
+
+    monkeypatch.setattr(MediaReader, "__init__", counted)
+    options = dict(windows_per_decode=3, workers=0)
+    run(settings(own_folder, tmp_path / "whole", **options))
+    assert len({*opened}) == 8 and len(opened) < 6 * 4
+    out = tmp_path / "run"
+    run(settings(own_folder, out, keep_last=2, **options))
+    os.replace(out / "checkpoint_00000004.safetensors", out / CHECKPOINT)
+    with pytest.raises(ValueError, match="windows_per_decode was 3, now 1"):
+        run(settings(own_folder, out))
+    run(settings(own_folder, out, **options))
+    same_weights(tmp_path / "whole", out)
+    with pytest.raises(ValueError, match="windows_per_decode is 0; it must be at least 1"):
+        settings(own_folder, out, windows_per_decode=0)
+
+
+def test_other_weights_of_sources_are_said(own_folder, tmp_path):
+    mix, out = tmp_path / "mix.toml", tmp_path / "run"
+
+    def weigh(*weights):
+        tables = [f'[[source]]\npath = "{own_folder}"\nweight = {weight}\n' for weight in weights]
+        mix.write_text("".join(tables))
+
+    weigh(0.25, 0.75)
+    stop_after_four_of_six(mix, out)
+    weigh(0.5, 0.5)
+    with pytest.warns(UserWarning, match=r"the sources' weights were 0\.25 0\.75, now 0\.5 0\.5:"):
+        run(settings(mix, out))
+    # a checkpoint of an earlier version does not say them
+    assert not Data(1, 2, "d", "", "0.5 0.5").changes_since(Data(1, 2, "d", ""))
 
 
 def test_edited_captions_and_missing_files_are_said_and_words_keep_their_ids(own_folder, tmp_path):

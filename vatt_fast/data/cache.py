@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from .clips import ClipSpec
-from .media import MediaReader
+from .media import MediaReader, frames_within, samples_within
 from .media_bytes import identity, place_of
 from .source import Place
 
@@ -41,20 +41,21 @@ class ClipCache:
         start_frame: Callable[[float], int],
         video: np.ndarray,
         audio: np.ndarray,
+        until: float = math.inf,
     ) -> tuple[int, bool, bool]:
         """Fill zeroed ``video`` and ``audio`` with a window.
 
-        ``start_frame`` chooses it, given the duration. Returns its first frame and whether there is
-        video and audio in it. Raises MediaError for a corrupt file, OSError for one that cannot be
-        opened.
+        ``start_frame`` chooses it, given the duration; from ``until`` seconds on it holds nothing.
+        Returns its first frame and whether there is video and audio in it. Raises MediaError for a
+        corrupt file, OSError for one that cannot be opened.
         """
         place = place_of(path)
         name = f"{self._key} {identity(place)}"
         entry = self.folder / f"{hashlib.sha256(os.fsencode(name)).hexdigest()[:32]}.clip"
-        found = self._read(entry, start_frame, video, audio)
+        found = self._read(entry, start_frame, video, audio, until)
         if found is None:
             self._write(entry, place)
-            found = self._read(entry, start_frame, video, audio)
+            found = self._read(entry, start_frame, video, audio, until)
             if found is None:
                 raise OSError(
                     f"the cache entry {entry} of {place.name} cannot be read back; "
@@ -63,7 +64,12 @@ class ClipCache:
         return found
 
     def _read(
-        self, entry: Path, start_frame: Callable[[float], int], video: np.ndarray, audio: np.ndarray
+        self,
+        entry: Path,
+        start_frame: Callable[[float], int],
+        video: np.ndarray,
+        audio: np.ndarray,
+        until: float,
     ) -> tuple[int, bool, bool] | None:
         """None where there is no such entry, or only part of one."""
         try:
@@ -81,7 +87,11 @@ class ClipCache:
             if os.fstat(file.fileno()).st_size != audio_at + 4 * (samples or 0):
                 return None
             first = start_frame(header["duration_seconds"])
-            from_sample = round(first / spec.frames_per_second * spec.sample_rate_hz)
+            start = first / spec.frames_per_second
+            from_sample = round(start * spec.sample_rate_hz)
+            if until < math.inf and not is_image:
+                video = video[: frames_within(until - start, spec.frames_per_second)]
+                audio = audio[: samples_within(until - start, spec.sample_rate_hz)]
             if is_image:
                 self._fill(file, self.HEADER_BYTES, 0, video[:1], frames)
                 video[1:] = video[0]
@@ -89,8 +99,8 @@ class ClipCache:
                 self._fill(file, self.HEADER_BYTES, first, video, frames)
             if samples is not None:
                 self._fill(file, audio_at, from_sample, audio, samples)
-        shows = is_image or _overlap(header["shown"], first, spec.frames)
-        return first, shows, _overlap(header["heard"], from_sample, spec.samples)
+        shows = is_image or _overlap(header["shown"], first, len(video))
+        return first, shows, _overlap(header["heard"], from_sample, len(audio))
 
     @staticmethod
     def _fill(file: FileIO, table_at: int, first: int, rows: np.ndarray, available: int) -> None:

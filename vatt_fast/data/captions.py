@@ -14,7 +14,7 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +29,10 @@ from .text import (
     writable,
 )
 
-# Beside a media file, by its name with another suffix; the first one that is there counts.
+# Beside a media file, by its name with another suffix; ``chosen`` says which counts.
 SIDECARS = (".srt", ".vtt", ".csv", ".tsv", ".json", ".txt")
+# "talk.en.vtt": captions in a language, as download programs call them
+_MOST_LANGUAGE_LETTERS = 10
 # Latin, Cyrillic, Hangul and so on put spaces between words; these do not.
 _WITHOUT_SPACES = re.compile(
     "[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"  # Japanese, Han
@@ -63,6 +65,61 @@ def read_sidecar(path: str, data: bytes, where: str) -> list[Caption]:
     if suffix in (".csv", ".tsv"):
         return from_table(text, where, "\t" if suffix == ".tsv" else ",")
     return (from_vtt if suffix == ".vtt" else from_srt)(text, where)
+
+
+def key_of(name: str) -> str:
+    """webdataset's key: the name up to the first dot after the last slash."""
+    folder, slash, base = name.rpartition("/")
+    return folder + slash + base.partition(".")[0]
+
+
+class Sidecars:
+    """Which of some files hold captions, in a folder or a tar, by the media beside them.
+
+    "talk.srt" and "talk.en.srt" belong to talk.mp4; "b.txt" also to the others of its key, as
+    b.left.mp4.
+    """
+
+    def __init__(self, names: Iterable[str]) -> None:
+        ranked: dict[str, list[tuple[int, bool, str]]] = {}
+        for name in names:
+            stem, suffix = os.path.splitext(name)
+            if suffix.lower() not in SIDECARS:
+                continue
+            rank = SIDECARS.index(suffix.lower())
+            ranked.setdefault(composed(stem), []).append((rank, False, name))
+            bare, _, language = stem.rpartition(".")
+            if suffix.lower() in SIDECARS[:2] and _is_language(language) and bare:
+                ranked.setdefault(composed(bare), []).append((rank, True, name))
+        self._ranked = {stem: sorted(each) for stem, each in ranked.items()}
+
+    def of(self, name: str) -> tuple[tuple[str, ...], ...]:
+        """The files of a media file's whole name, then those of its key, each the best first."""
+        whole, key = composed(os.path.splitext(name)[0]), composed(key_of(name))
+        found = [tuple(file for *_, file in self._ranked.get(whole, ()))]
+        if key != whole:  # "b.right.srt" may be of b.right.mp4
+            found.append(tuple(file for _, of, file in self._ranked.get(key, ()) if not of))
+        return tuple(filter(None, found))
+
+
+def _is_language(word: str) -> bool:
+    return 2 <= len(word) <= _MOST_LANGUAGE_LETTERS and "/" not in word
+
+
+def chosen(files: Iterable[Sequence[str]], read: Callable[[str], list[Caption]]) -> list[Caption]:
+    """Timed captions where there are some, else those of the whole file, .txt before .json.
+
+    Args:
+        files: as ``Sidecars.of`` gives them; the first that have captions count.
+    """
+    for names in files:
+        found: list[Caption] = []
+        for name in names:
+            if not (found and math.isfinite(found[0].end)):
+                found = read(name) or found
+        if found:
+            return found
+    return []
 
 
 def decode_text(data: bytes, where: str) -> str:

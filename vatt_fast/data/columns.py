@@ -214,7 +214,7 @@ def join(
             order.
         captions: parts of captions alone; they come first.
         captions_of: where in ``captions`` those of an example lie that has none of its own, by its
-            name; None where it has none there either.
+            file's name; None where it has none there either.
     """
     spoken = [*captions, *parts]
     words, renumbered = _one_lexicon(spoken)
@@ -366,6 +366,12 @@ def _words(part: Part) -> list[str]:
     return [data[a:b].decode() for a, b in itertools.pairwise(offsets)]
 
 
+def of_file(name: str, segment: Iterable[float]) -> str:
+    """The name of an example without the segment's times, which those of a file's segments have."""
+    start, end = segment
+    return name.removesuffix(f"@{start:g}-{end:g}")
+
+
 def _located(
     part: Part, first: int, captions_of: Callable[[str], tuple[int, int] | None] | None
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -373,7 +379,7 @@ def _located(
     if captions_of is not None:
         names = Strings.of(part, "name")
         for row in np.flatnonzero(counts == 0).tolist():
-            if (found := captions_of(names[row])) is not None:
+            if (found := captions_of(of_file(names[row], part["segment"][row]))) is not None:
                 firsts[row], counts[row] = found
     return firsts, counts
 
@@ -394,8 +400,8 @@ def _rows(part: Part, name: str) -> int:
     return len(part[name])
 
 
-def cut(columns: Mapping[str, np.ndarray], block: int) -> dict[str, np.ndarray]:
-    """One block of joined columns as a part."""
+def cut(columns: Mapping[str, np.ndarray], block: int, apart: int = 0) -> dict[str, np.ndarray]:
+    """One block of joined columns as a part, without the first ``apart`` of all captions."""
     builder = PartBuilder()
     source = ColumnSource("", "", columns)
     for index in range(*columns["blocks"][block : block + 2].tolist()):
@@ -413,6 +419,7 @@ def cut(columns: Mapping[str, np.ndarray], block: int) -> dict[str, np.ndarray]:
             captions=[
                 Caption(start, end, text)
                 for (start, end), text in zip(times.tolist(), texts, strict=True)
+                if int(columns["caption_first"][index]) >= apart
             ],
         )
     return builder.finish()
@@ -428,7 +435,9 @@ class ColumnSource:
         label: how messages call it.
         root: a folder or URL that the files' paths are relative to.
         problems: what was left out, or a file that lists it.
+        content: see the property; None: it is computed where it is asked for.
         without_spaces: captions in scripts that put no spaces between words.
+        unmatched: what is to be said of captions that belong to no file, or to several.
         folder: of the index that they are mapped from.
         reopen: opens that index; so another process gets the source.
     """
@@ -441,15 +450,17 @@ class ColumnSource:
         *,
         problems: Mapping[str, str] | Path | None = None,
         identity: Identity | None = None,
+        content: str | None = None,
         without_spaces: int = 0,
+        unmatched: Sequence[str] = (),
         folder: Path | None = None,
         reopen: Callable[[Path], "ColumnSource"] | None = None,
     ) -> None:
         self.label, self.root, self.columns = label, root, columns
         self.folder, self._reopen = folder, reopen
-        self.without_spaces = without_spaces
+        self.without_spaces, self.unmatched = without_spaces, tuple(unmatched)
         self._problems: Mapping[str, str] | Path = problems or {}
-        self._identity = identity
+        self._identity, self._content = identity, content
         self._names, self._paths = Strings.of(columns, "name"), Strings.of(columns, "path")
         self._texts = Strings.of(columns, "text")
         self._has: Modalities | None = None
@@ -471,8 +482,10 @@ class ColumnSource:
         if "://" not in path:
             path = f"{self.root}/{path}" if "://" in self.root else os.path.join(self.root, path)
         offset, size = int(self.columns["offset"][index]), int(self.columns["size"][index])
-        whole = offset == 0 and size == int(self.columns["file_bytes"][file])
-        return Place(path, self.name(index), offset, None if whole else size)
+        stamp = int(self.columns["file_bytes"][file]), int(self.columns["file_time"][file])
+        if offset == 0 and size == stamp[0]:
+            return Place(path, self.name(index))
+        return Place(path, self.name(index), offset, size, stamp)
 
     def segment(self, index: int) -> tuple[float, float]:
         start, end = self.columns["segment"][index].tolist()
@@ -529,21 +542,35 @@ class ColumnSource:
             self._identity = self._identify()
         return self._identity
 
-    def _identify(self) -> Identity:
-        columns, names, texts = self.columns, hashlib.sha256(), hashlib.sha256()
-        total, said = int(columns["size"].sum()), columns["caption_count"].any()
-        for index, size in enumerate(columns["size"].tolist()):
+    @property
+    def content(self) -> str:
+        """A digest of the last parts of names, of sizes and segments: not of where files lie."""
+        if self._content is None:
+            self._content = self._digest(lambda name: name.rpartition("/")[2])
+        return self._content
+
+    def _digest(self, shown: Callable[[str], str]) -> str:
+        """Of the examples' names, of which ``shown`` makes what counts, sizes and segments."""
+        digest = hashlib.sha256()
+        for index, size in enumerate(self.columns["size"].tolist()):
             segment = self.segment(index)
             part = "" if segment == WHOLE_FILE else f"\0{segment[0]}\0{segment[1]}"
-            names.update(f"{self.name(index)}\0{size}{part}\n".encode(errors="surrogateescape"))
+            line = f"{shown(self.name(index))}\0{size}{part}\n"
+            digest.update(line.encode(errors="surrogateescape"))
+        return digest.hexdigest()
+
+    def _identify(self) -> Identity:
+        columns, texts = self.columns, hashlib.sha256()
+        said = columns["caption_count"].any()
+        for index in range(len(self) if said else 0):
             first, count = self._captions_at(index)
-            if said:
-                offsets = columns["text_offsets"][first : first + count + 1]
-                texts.update(columns["caption_times"][first : first + count].tobytes())
-                texts.update(np.diff(offsets).tobytes())
-                texts.update(columns["text_data"][offsets[0] : offsets[-1]].tobytes())
+            offsets = columns["text_offsets"][first : first + count + 1]
+            texts.update(columns["caption_times"][first : first + count].tobytes())
+            texts.update(np.diff(offsets).tobytes())
+            texts.update(columns["text_data"][offsets[0] : offsets[-1]].tobytes())
         captions = CONTENT + texts.hexdigest() if said else ""
-        return Identity(len(self), total, names.hexdigest(), captions)
+        total = int(columns["size"].sum())
+        return Identity(len(self), total, self._digest(str), captions)
 
 
 class _Words:

@@ -43,7 +43,7 @@ from .clips import (
 )
 from .media import MediaError, MediaReader
 from .order import OTHER_CAPTIONS, VERSION, WINDOWS, Order, Shuffle, uniform
-from .source import Source
+from .source import Source, content_of, shares_of
 from .sources import open_source
 from .text import Vocabulary, nearest_times
 from .torchcodec_reader import Decoder, reader_class
@@ -123,7 +123,8 @@ class ClipFolder:
 
         Args:
             choose: gets the number of places where a window fits and names one for each row. In a
-                segment that is shorter than a window there is one place, its start.
+                segment that is shorter than a window there is one place, its start; what lies past
+                its end is blank and silent, as past the end of a file.
             write: ``write(row, clip, modality)`` copies a clip into its row; None copies all.
             middle: the captions are those nearest to the middle window, not to the row's own.
             changes: how each row's clip is augmented.
@@ -165,7 +166,7 @@ class ClipFolder:
         path: Any = place if place.is_part or place.is_remote else Path(place.path)
         try:
             if self._cache is not None:
-                windows = self._cached(path, starts, target)
+                windows = self._cached(path, starts, target, ends)
                 if changes is not None:
                     windows = [
                         window.changed(change.whole)
@@ -174,7 +175,7 @@ class ClipFolder:
             else:
                 with self._reader(path) as reader:
                     windows = self._decoded(
-                        reader, starts(reader.info.duration_seconds), index, changes
+                        reader, starts(reader.info.duration_seconds), index, changes, ends
                     )
         except OSError as error:
             # what fsspec raises names no file; the cache's disk, say, is another one
@@ -192,8 +193,11 @@ class ClipFolder:
         starts: Sequence[int],
         index: int,
         changes: "Sequence[_Change] | None",
+        until: float,
     ) -> list["_Window"]:
-        options: dict[str, Any] = dict(only=self._only(index), **self.spec.reader_arguments())
+        options: dict[str, Any] = dict(
+            only=self._only(index), until=until, **self.spec.reader_arguments()
+        )
         seconds = [start / self.spec.frames_per_second for start in starts]
         if changes is not None:  # each has a part of the picture of its own
             options["box"] = [change.box for change in changes]
@@ -210,7 +214,7 @@ class ClipFolder:
         return windows
 
     def _cached(
-        self, path: Any, starts: Callable[[float], list[int]], target: Arrays | None
+        self, path: Any, starts: Callable[[float], list[int]], target: Arrays | None, until: float
     ) -> list["_Window"]:
         assert self._cache is not None
         windows: list[_Window] = []
@@ -228,7 +232,7 @@ class ClipFolder:
             else:
                 for values in whole.values():
                     values[:] = 0
-            first, *valid = self._cache.read_into(path, start, **whole)
+            first, *valid = self._cache.read_into(path, start, **whole, until=until)
             windows.append(_Window(first, whole["video"], whole["audio"], *valid))
         return windows
 
@@ -522,6 +526,8 @@ class ClipDataset(Dataset):
         return {
             "order": VERSION,
             "examples": len(self.source),
+            "data": content_of(self.source)[:16],
+            "weights": shares_of(self.source),
             "batch": self.batch_size * self.world,
             "seed": self.seed,
             "windows_per_decode": self.steps_together,

@@ -6,15 +6,22 @@ from collections import Counter
 from collections.abc import Container, Iterable, Mapping
 from pathlib import Path, PurePosixPath
 
-from .captions import SIDECARS, from_entries, load_captions, read_sidecar, stream_entries
+from .captions import (
+    Sidecars,
+    chosen,
+    from_entries,
+    load_captions,
+    read_sidecar,
+    stream_entries,
+)
 from .media import MEDIA_SUFFIXES
 from .text import Caption, composed
 
+INDEX = "vatt_index"  # in the names of folders that hold an index
+TAR = ".tar"
 CAPTIONS = "captions.json"
 # HowTo100M's: captions by the stems of the files' names
 HOWTO_CAPTIONS = ("caption.json", "raw_caption.json")
-# "talk.en.vtt": captions in a language, as download programs call them
-_MOST_LANGUAGE_LETTERS = 10
 # Media that other programs play and that are not read here.
 # fmt: off
 OTHER_SUFFIXES = (
@@ -55,6 +62,8 @@ def folder_captions(folder: str | os.PathLike) -> dict[str, tuple[Caption, ...]]
         inside = sorted(path.name for path in folder.iterdir() if path.is_dir())
         folders = ", ".join(inside[:5])
         hint = f"; it has the folders {folders}: name one of them, or {folder}/**" if inside else ""
+        if media_below(folder, (TAR,))[0]:
+            hint = f"; tars lie in its folders: name '{folder}/**/*{TAR}'"
         raise ValueError(
             f"{folder} has no media files ({' '.join(MEDIA_SUFFIXES)})"
             f"{hint or '; put some there or name another folder'}"
@@ -63,13 +72,25 @@ def folder_captions(folder: str | os.PathLike) -> dict[str, tuple[Caption, ...]]
     said = caption_file(folder)
     if said is not None and said.name != CAPTIONS:
         stems = {composed(os.path.splitext(name)[0]): name for name in found}
+        unused = []
         for stem, entries in stream_entries(said):
             if (named := stems.get(composed(stem))) is not None:
                 found[named] = tuple(from_entries(entries, f"{said}: {stem!r}"))
+            else:
+                unused.append(stem)
+        if unused:
+            warnings.warn(
+                f"{len(unused)} of the names in {said} are of no file in {folder} "
+                f"({', '.join(map(repr, unused[:3]))}): their captions are not used",
+                stacklevel=3,
+            )
     bare = [name for name in found if not found[name] and name not in captions]
-    for name, beside in sidecars_of(folder, bare).items():
-        path = folder / beside
-        found[name] = tuple(read_sidecar(beside, path.read_bytes(), str(path)))
+
+    def read(beside: str) -> list[Caption]:
+        return read_sidecar(beside, (folder / beside).read_bytes(), str(folder / beside))
+
+    for name, files in sidecars_of(folder, bare).items():
+        found[name] = tuple(chosen(files, read))
     return found
 
 
@@ -79,42 +100,31 @@ def caption_file(folder: Path) -> Path | None:
     return next((path for path in paths if path.exists()), None)
 
 
-def sidecars_of(folder: Path, names: Iterable[str]) -> dict[str, str]:
-    """Which media files have a caption file beside them, "talk.srt" or "talk.en.srt" for talk.mp4.
-
-    Of several the first kind of ``SIDECARS`` counts, and of several languages the first.
-    """
-    listings: dict[str, dict[str, list[str]]] = {}
+def sidecars_of(folder: Path, names: Iterable[str]) -> dict[str, tuple[tuple[str, ...], ...]]:
+    """The caption files beside those media files that have some, as ``chosen`` takes them."""
+    listings: dict[str, Sidecars] = {}
     found = {}
     for name in names:
         inside, _, base = name.rpartition("/")
         if inside not in listings:
-            listings[inside] = _sidecars_in(folder / inside)
-        beside = listings[inside].get(composed(os.path.splitext(base)[0]))
-        if beside:
-            found[name] = f"{inside}/{beside[0]}" if inside else beside[0]
+            place = folder / inside
+            listings[inside] = Sidecars(
+                each
+                for each in (os.listdir(place) if place.is_dir() else ())
+                if each not in (CAPTIONS, *HOWTO_CAPTIONS)
+            )
+        if files := listings[inside].of(base):
+            prefix = f"{inside}/" if inside else ""
+            found[name] = tuple(tuple(prefix + each for each in group) for group in files)
     return found
 
 
-def _sidecars_in(folder: Path) -> dict[str, list[str]]:
-    """Caption files by the stem of the media they belong to, the best first."""
-    ranked: dict[str, list[tuple[int, bool, str]]] = {}
-    for name in os.listdir(folder) if folder.is_dir() else ():
-        stem, suffix = os.path.splitext(name)
-        if suffix.lower() not in SIDECARS or name in (CAPTIONS, *HOWTO_CAPTIONS):
-            continue
-        rank = SIDECARS.index(suffix.lower())
-        ranked.setdefault(composed(stem), []).append((rank, False, name))
-        bare, dot, language = stem.rpartition(".")
-        if dot and 2 <= len(language) <= _MOST_LANGUAGE_LETTERS and suffix.lower() in SIDECARS[:2]:
-            ranked.setdefault(composed(bare), []).append((rank, True, name))
-    return {stem: [name for _, _, name in sorted(each)] for stem, each in ranked.items()}
-
-
-def media_below(folder: Path) -> tuple[list[str], list[str]]:
+def media_below(
+    folder: Path, suffixes: tuple[str, ...] = MEDIA_SUFFIXES
+) -> tuple[list[str], list[str]]:
     """Media files in a folder and all below it, by their paths within, and all these folders.
 
-    Hidden ones are left out; a linked folder is entered once.
+    Hidden ones are left out, and indexes; a linked folder is entered once.
     """
     files: list[str] = []
     folders: list[str] = []
@@ -129,12 +139,12 @@ def media_below(folder: Path) -> tuple[list[str], list[str]]:
         folders.append(str(folder / inside))
         with os.scandir(folder / inside) as entries:
             for entry in entries:
-                if entry.name.startswith("."):
+                if entry.name.startswith(".") or INDEX in entry.name:
                     continue
                 path = f"{inside}/{entry.name}" if inside else entry.name
                 if entry.is_dir():
                     waiting.append(path)
-                elif entry.name.lower().endswith(MEDIA_SUFFIXES):
+                elif entry.name.lower().endswith(suffixes):
                     files.append(path)
     return sorted(files), sorted(folders)
 
@@ -161,7 +171,7 @@ def names_on_disk(
             )
         other = name
         if name not in present and not _is_file(folder / name):
-            other = _in_another_form(folder, name, listings)
+            other = in_another_form(folder, name, listings)
         if not _is_file(folder / other):
             raise ValueError(
                 f"{folder / CAPTIONS} has captions of {name!r}, which is not in {folder}; "
@@ -177,7 +187,7 @@ def names_on_disk(
     return found
 
 
-def _in_another_form(folder: Path, name: str, listings: dict[Path, dict[str, str]]) -> str:
+def in_another_form(folder: Path, name: str, listings: dict[Path, dict[str, str]]) -> str:
     """The name of a file whose letters are composed in another way; ``name`` where none is."""
     place = folder
     for part in PurePosixPath(name).parts:

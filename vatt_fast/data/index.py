@@ -7,12 +7,13 @@ from there. A later build opens again only what has changed.
 
 import functools
 import hashlib
+import itertools
 import json
 import os
 import shutil
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from ..files import only_writer, remove_litter, replacing, write_text
-from .captions import from_entries, read_sidecar, stream_entries
+from .captions import chosen, from_entries, key_of, read_sidecar, stream_entries
 from .columns import (
     AUDIO,
     IMAGE,
@@ -34,13 +35,14 @@ from .columns import (
     in_memory,
     join,
     map_files,
+    of_file,
     to_files,
 )
-from .listing import INDEX_FILE, Listing, Row, read_captions
+from .listing import INDEX_FILE, Listing, Row, Wanted, caption_files, read_captions
 from .media import MediaError
 from .probe import guessed, measure
 from .remote import is_url, join_path, size_and_time
-from .shards import key_of, read_shard
+from .shards import read_shard
 from .source import Identity, Place
 from .tasks import do_all
 from .text import Caption, composed
@@ -138,8 +140,12 @@ def build_index(
                 "examples": len(source),
                 "left_out": len(problems),
                 "without_spaces": source.without_spaces,
+                "unmatched": _unmatched(keys, source, listing.captions),
+                "captions_apart": sum(len(part["caption_times"]) for part, _ in spoken),
                 "identity": source.identity._asdict(),
+                "content": source.content,
                 "asked": listing.asked,
+                "text": _within(listing.text, listing.root),
                 "listing": _digest(listing),
                 "stamps": stamps,
             }
@@ -178,7 +184,9 @@ def open_index(folder: str | os.PathLike) -> ColumnSource:
         map_files(columns),
         problems=columns / "problems.json" if about["left_out"] else {},
         identity=Identity(**about["identity"]),
+        content=about.get("content"),
         without_spaces=about["without_spaces"],
+        unmatched=about.get("unmatched", ()),
         folder=folder,
         reopen=open_index,
     )
@@ -216,8 +224,8 @@ def _opened_or_none(folder: Path) -> ColumnSource | None:
 def changes(folder: Path, listing_shards: Sequence[str] | None = None) -> list[str]:
     """What has changed since an index was written, each by name; empty where nothing has.
 
-    Shards, manifests, captions files and folders are all looked at, and of single media files
-    20,000 at most.
+    Shards, manifests, captions files and folders are all looked at, and of single media files,
+    as of the files in a folder of captions, 20,000 at most.
 
     Args:
         listing_shards: the shards that are there now, relative to the root; None: not asked.
@@ -227,7 +235,7 @@ def changes(folder: Path, listing_shards: Sequence[str] | None = None) -> list[s
     told = []
     for kind, path, size, time in about["stamps"]:
         full = join_path(root, path) if kind == "shard" else _unportable(path, folder)
-        if reason := _differs(full, size, time, kind == "folder"):
+        if reason := _differs(full, size, time, kind):
             told.append(f"{path} {reason}")
     if listing_shards is not None:
         known = {path for kind, path, *_ in about["stamps"] if kind == "shard"}
@@ -239,7 +247,7 @@ def changes(folder: Path, listing_shards: Sequence[str] | None = None) -> list[s
         step = -(-len(paths) // _MOST_CHECKED) if len(paths) else 1
         for row in range(0, len(paths), step):
             size, time = int(columns["file_bytes"][row]), int(columns["file_time"][row])
-            if reason := _differs(join_path(root, paths[row]), size, time, False):
+            if reason := _differs(join_path(root, paths[row]), size, time, "file"):
                 told.append(f"{paths[row]} {reason}")
     return told
 
@@ -250,12 +258,23 @@ def asked_of(folder: Path) -> dict[str, str | None]:
     return {name: asked.get(name) for name in ("captions", "media")}
 
 
+def wanted_of(folder: Path) -> Wanted | None:
+    """The source that an index was made of, where both may have moved; None: it does not say."""
+    about = _read_about(folder)
+    if not (text := about.get("text")):
+        return None
+    if not is_url(text):
+        text = os.path.normpath(os.path.join(_unportable(about["root"], folder), text))
+    asked = asked_of(folder)
+    return Wanted(text, captions=asked["captions"], media=asked["media"])
+
+
 def holds_shards(folder: Path) -> bool:
     return any(kind == "shard" for kind, *_ in _read_about(folder)["stamps"])
 
 
 def is_same_listing(folder: Path, listing: Listing) -> bool:
-    """Whether an index lists just these files; then their folders' new times are noted.
+    """Whether an index lists just these files and captions; then their folders' times are noted.
 
     A folder's time changes with every file in it, of whatever kind.
     """
@@ -267,10 +286,16 @@ def is_same_listing(folder: Path, listing: Listing) -> bool:
 
 
 def _digest(listing: Listing) -> str:
-    digest = hashlib.sha256()
+    """Of the files that are listed, and of where their captions are and what is known of them."""
+    apart = None if listing.captions is None else os.path.abspath(listing.captions)
+    digest = hashlib.sha256(f"{apart}\0{listing.asked}\n".encode(errors="surrogateescape"))
     for row in listing.rows:
+        beside = [
+            (path, _size_and_time_or_none(join_path(listing.root, path)))
+            for path in itertools.chain(*row.sidecars)
+        ]
         digest.update(
-            f"{row.name}\0{row.path}\0{row.segment}\0{row.sidecar}\n".encode(
+            f"{row.name}\0{row.path}\0{row.segment}\0{beside}\0{row.captions}\n".encode(
                 errors="surrogateescape"
             )
         )
@@ -279,13 +304,15 @@ def _digest(listing: Listing) -> str:
     return digest.hexdigest()
 
 
-def _differs(path: str, size: int, time: int, is_folder: bool) -> str:
+def _differs(path: str, size: int, time: int, kind: str) -> str:
     try:
-        now, changed = size_and_time(path)
-    except (OSError, FileNotFoundError):
+        now, changed = _stamp_of_captions(path) if kind == "captions" else size_and_time(path)
+    except OSError:
         return "is gone"
-    if is_folder:
+    if kind == "folder":
         return "" if changed == time else OTHER_FILES
+    if kind == "captions":
+        return "" if (now, changed) == (size, time) else "has other captions"
     if now != size:
         return f"had {size} bytes and has {now}"
     return "" if changed == time else "was written anew"
@@ -299,6 +326,9 @@ def _stamps(listing: Listing) -> list[tuple[str, str, int, int]]:
         kind = "folder" if os.path.isdir(path) else "file"
         # an index may move together with its data
         stamps.append((kind, os.path.abspath(path), size, time))
+    if listing.captions is not None and listing.captions.is_dir():
+        path = os.path.abspath(listing.captions)
+        stamps.append(("captions", path, *_stamp_of_captions(path)))
     for shard in listing.shards:
         try:
             stamps.append(("shard", shard, *size_and_time(join_path(listing.root, shard))))
@@ -311,6 +341,19 @@ def _stamps(listing: Listing) -> list[tuple[str, str, int, int]]:
     return stamps
 
 
+def _stamp_of_captions(path: str) -> tuple[int, int]:
+    """Bytes and time of a file of captions; of a folder, bytes and a number for all its files."""
+    if not os.path.isdir(path):
+        return size_and_time(path)
+    names = caption_files(Path(path))
+    digest, total = hashlib.sha256("\0".join(names).encode(errors="surrogateescape")), 0
+    for name in names[:: -(-len(names) // _MOST_CHECKED) or 1]:
+        size, time = size_and_time(os.path.join(path, name))
+        digest.update(f"{size} {time}\n".encode())
+        total += size
+    return total, int.from_bytes(digest.digest()[:7])
+
+
 def _portable(root: str, folder: Path) -> str:
     """A root that the index lies in, relative to the index: both may be moved together."""
     if is_url(root):
@@ -318,6 +361,11 @@ def _portable(root: str, folder: Path) -> str:
     root = os.path.abspath(root)
     within = os.path.relpath(folder.absolute(), root)
     return root if within.startswith("..") else os.path.relpath(root, folder.absolute())
+
+
+def _within(text: str, root: str) -> str:
+    """What a source is called, relative to its root."""
+    return text if not text or is_url(text) else os.path.relpath(text, root or ".")
 
 
 def _unportable(root: str, folder: Path) -> str:
@@ -330,7 +378,8 @@ def _unportable(root: str, folder: Path) -> str:
 
 
 def _tasks(listing: Listing, parts: Path, old: ColumnSource | None) -> Iterator[_Task]:
-    known = {} if old is None else _blocks_by_file(old)
+    apart = None if old is None else _apart(old)
+    known = {} if old is None or apart is None else _blocks_by_file(old)
     for number, shard in enumerate(listing.shards):
         size, time = size_and_time(join_path(listing.root, shard))
         yield _Task(
@@ -346,7 +395,7 @@ def _tasks(listing: Listing, parts: Path, old: ColumnSource | None) -> Iterator[
         rows = tuple(listing.rows[first : first + _ROWS_A_PART])
         digest = hashlib.sha256(repr(rows).encode(errors="surrogateescape"))
         for row in rows:
-            for path in filter(None, (row.path, row.sidecar)):
+            for path in (row.path, *itertools.chain(*row.sidecars)):
                 digest.update(f"{_size_and_time_or_none(join_path(listing.root, path))}".encode())
         yield _Task(
             str(parts / f"files-{number:06d}.npz"),
@@ -362,6 +411,14 @@ def _size_and_time_or_none(path: str) -> tuple[int, int] | None:
         return size_and_time(path)
     except OSError:
         return None
+
+
+def _apart(old: ColumnSource) -> int | None:
+    """How many of an index's captions were read apart; they come first. None: it does not say."""
+    assert old.folder is not None
+    about = _read_about(old.folder)
+    apart = about.get("captions_apart")
+    return 0 if apart is None and not about["asked"].get("captions") else apart
 
 
 def _blocks_by_file(old: ColumnSource) -> dict[tuple[str, int, int], tuple[str, int]]:
@@ -410,7 +467,7 @@ def _build(task: _Task) -> None:
         }
     elif task.shard and task.old[1] >= 0:
         old = _old(task.old[0])
-        part = cut(old.columns, task.old[1])
+        part = cut(old.columns, task.old[1], _apart(old) or 0)
         problems = {
             name: reason
             for name, reason in old.problems.items()
@@ -485,13 +542,21 @@ def read_files(
     measured: Callable[[Place, int, int, str], Measured],
 ) -> None:
     """Add files, or segments of them, to a part; the segments of a file are one block."""
+
+    def read(beside: str) -> list[Caption]:
+        path = join_path(root, beside)
+        try:
+            return read_sidecar(beside, Path(path).read_bytes(), path)
+        except (ValueError, OSError) as error:
+            builder.problems[beside] = str(error)
+            return []
+
     previous = ""
     for row in rows:
         if row.path != previous:
             builder.end_block()
         previous = row.path
         path = join_path(root, row.path)
-        captions = row.captions
         try:
             size, time = size_and_time(path)
             if not os.path.isfile(path):
@@ -509,13 +574,6 @@ def read_files(
                 f"{known.duration:g} s; a file that was cut already has no start"
             )
             continue
-        if row.sidecar is not None:
-            beside = join_path(root, row.sidecar)
-            try:
-                with open(beside, "rb") as file:
-                    captions = (*captions, *read_sidecar(row.sidecar, file.read(), beside))
-            except (ValueError, OSError) as error:
-                builder.problems[row.sidecar] = str(error)
         builder.add(
             row.name,
             row.path,
@@ -523,7 +581,7 @@ def read_files(
             file_time=time,
             segment=row.segment,
             measured=known,
-            captions=captions,
+            captions=(*row.captions, *chosen(row.sidecars, read)),
         )
     builder.end_block()
 
@@ -537,7 +595,7 @@ def _build_captions(
     """The parts of a captions file, and where in them each name's captions lie."""
     if listing.captions is None:
         return [], {}
-    size, time = size_and_time(str(listing.captions))
+    size, time = _stamp_of_captions(str(listing.captions))
     tasks: list[_Task] = []
     # a chunk of tasks at a time, so that the file is never held whole
     for chunk in _chunks(_raw_captions(listing.captions), _NAMES_A_PART * max(workers, 1)):
@@ -585,13 +643,43 @@ def _chunks(items: Iterator[Any], size: int) -> Iterator[list[Any]]:
 
 
 def _captions_of(keys: Mapping[str, tuple[int, int]], name: str) -> tuple[int, int] | None:
-    """By the whole name, then without folders, then without the suffix."""
+    found = _key_for(keys, name)
+    return None if found is None else keys[found]
+
+
+def _key_for(keys: Container[str], name: str) -> str | None:
+    """By a file's whole name, then without folders, then without the suffix."""
     whole = composed(name)
     base = whole.rpartition("/")[2]
-    for each in (whole, os.path.splitext(whole)[0], base, os.path.splitext(base)[0], key_of(base)):
-        if each in keys:
-            return keys[each]
-    return None
+    stems = (whole, os.path.splitext(whole)[0], base, os.path.splitext(base)[0], key_of(base))
+    return next((each for each in stems if each in keys), None)
+
+
+def _unmatched(
+    keys: Mapping[str, tuple[int, int]], source: ColumnSource, path: Path | None
+) -> list[str]:
+    """What is to be said of captions at ``path`` that belong to no file, or to several."""
+    owners: dict[str, str] = {}
+    shared: dict[str, str] = {}
+    for index in range(len(source) if keys else 0):
+        name = of_file(source.name(index), source.segment(index))
+        if (key := _key_for(keys, name)) is not None and owners.setdefault(key, name) != name:
+            shared.setdefault(key, name)
+    told = []
+    if unused := len(keys) - len(owners):
+        some = itertools.islice((repr(key) for key in keys if key not in owners), 3)
+        told.append(
+            f"{unused} of the {len(keys)} names in {path} are of no file in {source.label} "
+            f"({', '.join(some)}): their captions are not used"
+        )
+    if shared:
+        key, name = next(iter(shared.items()))
+        told.append(
+            f"{len(shared)} of the {len(keys)} names in {path} are of several files in "
+            f"{source.label} ({key!r} of {owners[key]} and {name}), which all get their captions; "
+            "name files by their paths"
+        )
+    return told
 
 
 # -- without an index ------------------------------------------------------------------------------
@@ -619,13 +707,15 @@ def hold(listing: Listing) -> ColumnSource:
         [spoken.finish()] if keys else [],
         functools.partial(_captions_of, keys) if keys else None,
     )
-    return ColumnSource(
+    source = ColumnSource(
         listing.label,
         listing.root,
         columns,
         problems=problems,
         without_spaces=builder.without_spaces + spoken.without_spaces,
     )
+    source.unmatched = tuple(_unmatched(keys, source, listing.captions))
+    return source
 
 
 def _guessed(place: Place, size: int, time: int, path: str) -> Measured:
@@ -656,6 +746,13 @@ def summary_of(source: ColumnSource) -> dict[str, Any]:
         f"{found['words']} words); {found['left_out']} left out"
     )
     return found | {"line": line}
+
+
+def warn_of_captions(source: ColumnSource) -> None:
+    """Warn of captions that belong to no file or to several, and as ``warn_of_scripts``."""
+    for told in source.unmatched:
+        warnings.warn(told, stacklevel=3)
+    warn_of_scripts(source)
 
 
 def warn_of_scripts(source: ColumnSource) -> None:

@@ -3,7 +3,8 @@
 clips                a folder: the media in it, captions.json, captions beside the media
 clips/**             the same and all folders below
 list.csv             a manifest (.csv, .tsv, .parquet): path, start, end, text
-shards               a folder of tar shards; also shards/*.tar and shards/{000..099}.tar
+shards               a folder of tar shards; also shards/*.tar, shards/{000..099}.tar, and
+                     shards/**/*.tar, with all folders below
 s3://b/{000..9}.tar  shards that fsspec reads
 a,b:0.3              several, with weights
 mix.toml             several, with weights and where their captions lie
@@ -16,6 +17,7 @@ import itertools
 import os
 import re
 import tomllib
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +25,7 @@ from typing import Any
 
 from .captions import (
     SIDECARS,
+    chosen,
     decode_text,
     from_entries,
     read_sidecar,
@@ -30,7 +33,16 @@ from .captions import (
     stream_entries,
     table_rows,
 )
-from .folder import caption_file, folder_captions, media_below, sidecars_of, warn_of_other_media
+from .folder import (
+    INDEX,
+    TAR,
+    caption_file,
+    folder_captions,
+    in_another_form,
+    media_below,
+    sidecars_of,
+    warn_of_other_media,
+)
 from .media import MEDIA_SUFFIXES
 from .remote import file_system, is_url
 from .shards import expand_braces
@@ -39,7 +51,6 @@ from .text import Caption, composed, writable
 
 MANIFESTS = (".csv", ".tsv", ".parquet", ".pq")
 MIXES = (".toml",)
-INDEX = "vatt_index"
 INDEX_FILE = "index.json"
 _COMPRESSED_TARS = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 # a captions file beyond this is read piece by piece, into an index
@@ -71,7 +82,8 @@ class Row:
     path: str  # relative to the listing's root
     segment: tuple[float, float] = WHOLE_FILE
     captions: tuple[Caption, ...] = ()
-    sidecar: str | None = None  # relative to the root too
+    # caption files beside it, relative to the root too, as ``chosen`` takes them
+    sidecars: tuple[tuple[str, ...], ...] = ()
 
 
 @dataclass
@@ -92,7 +104,8 @@ class Listing:
     stamped: list[str] = field(default_factory=list)
     captions: Path | None = None
     problems: dict[str, str] = field(default_factory=dict)
-    asked: dict[str, str | None] = field(default_factory=dict)  # Wanted's captions and media
+    text: str = ""  # Wanted's; so
+    asked: dict[str, str | None] = field(default_factory=dict)  # its captions and media
 
 
 # -- words -----------------------------------------------------------------------------------------
@@ -225,26 +238,39 @@ def list_source(wanted: Wanted) -> Listing:
         )
     else:
         raise ValueError(f"{text} is no folder, and there is no such file; name one that is there")
-    asked = {
-        name: place if place is None or is_url(place) else os.path.abspath(place)
-        for name, place in (("captions", wanted.captions), ("media", wanted.media))
-    }
-    listing = dataclasses.replace(listing, home=index_home(wanted), asked=asked)
+    listing = dataclasses.replace(
+        listing, home=index_home(wanted), text=text, asked=asked_for(wanted)
+    )
     if wanted.captions is not None:
         captions = Path(wanted.captions)
         if not captions.exists():
             raise ValueError(f"{captions} is not there; name a file or folder of captions")
         listing.captions = captions
-        listing.stamped.append(str(captions))
+        if not captions.is_dir():  # else all its files count, not its own time
+            listing.stamped.append(str(captions))
     return listing
+
+
+def asked_for(wanted: Wanted) -> dict[str, str | None]:
+    """Where a source's captions and media were said to be, as an index notes it."""
+    return {
+        name: place if place is None or is_url(place) else os.path.abspath(place)
+        for name, place in (("captions", wanted.captions), ("media", wanted.media))
+    }
 
 
 def _list_folder(folder: Path) -> Listing:
     with os.scandir(folder) as entries:
         names = [entry.name for entry in entries if not entry.name.startswith(".")]
     has_media = any(name.lower().endswith(MEDIA_SUFFIXES) for name in names)
-    tars = sorted(name for name in names if name.lower().endswith(".tar"))
-    if tars and not has_media:
+    tars = sorted(name for name in names if name.lower().endswith(TAR))
+    if tars and has_media:
+        media = min(name for name in names if name.lower().endswith(MEDIA_SUFFIXES))
+        raise ValueError(
+            f"{folder} has tars ({tars[0]}) beside media files ({media}); name '{folder}/*{TAR}' "
+            f"for the tars, or '{folder}/**' for the media, of the folders in it too"
+        )
+    if tars:
         return Listing(str(folder), str(folder), None, shards=tars)
     packed = [name for name in names if name.lower().endswith(_COMPRESSED_TARS)]
     if packed and not has_media:
@@ -270,9 +296,18 @@ def _list_folder(folder: Path) -> Listing:
 def _list_tree(folder: Path) -> Listing:
     if not folder.is_dir():
         raise ValueError(f"{folder} is no folder; name one with media files")
-    files, folders = media_below(folder)
+    found, folders = media_below(folder, (*MEDIA_SUFFIXES, TAR))
+    files = [path for path in found if not path.lower().endswith(TAR)]
+    tars = len(found) - len(files)
     if not files:
-        raise ValueError(f"{folder} has no media files below it; name another folder")
+        remedy = f"'{folder}/**/*{TAR}' for the tars there" if tars else "another folder"
+        raise ValueError(f"{folder} has no media files below it; name {remedy}")
+    if tars:
+        warnings.warn(
+            f"{folder}/** leaves out {tars} tars beside its media; name '{folder}/**/*{TAR}' for "
+            "them",
+            stacklevel=3,
+        )
     rows = _rows_of(folder, files)
     said = caption_file(folder)
     stamped = [*folders, *([] if said is None else [str(said)])]
@@ -281,7 +316,7 @@ def _list_tree(folder: Path) -> Listing:
 
 def _rows_of(folder: Path, names: Sequence[str]) -> list[Row]:
     beside = sidecars_of(folder, names)
-    return [Row(name, name, sidecar=beside.get(name)) for name in names]
+    return [Row(name, name, sidecars=beside.get(name, ())) for name in names]
 
 
 def _list_shards(text: str) -> Listing:
@@ -307,7 +342,7 @@ def _list_shards(text: str) -> Listing:
         return Listing(text, root, None, shards=[path[len(root) + 1 :] for path in paths])
     paths, missing = [], []
     for pattern in patterns:
-        found = sorted(glob.glob(pattern)) if glob.has_magic(pattern) else [pattern]
+        found = sorted(glob.glob(pattern, recursive=True)) if glob.has_magic(pattern) else [pattern]
         paths += [path for path in found if os.path.isfile(path)]
         missing += [path for path in found or [pattern] if not os.path.isfile(path)]
     if missing:
@@ -340,6 +375,8 @@ _COLUMNS = {
     "end": ("end", "end_seconds", "time_end", "end_time"),
     "text": ("text", "caption", "sentence", "description", "title"),
 }  # fmt: skip
+# WebVid's: its "name" is a sentence, and its downloader writes page_dir/videoid.mp4.
+_WEBVID = {"folder": "page_dir", "path": "videoid", "text": "name"}
 
 
 def _list_manifest(path: Path, media: str | None) -> Listing:
@@ -355,10 +392,10 @@ def _list_manifest(path: Path, media: str | None) -> Listing:
         where = f"{path} line {line}"
         if columns is None:
             columns = _columns_of(row, path)
-        written = row[columns["path"]]
+        written = _path_in(row, columns)
         if not isinstance(written, str) or not written.strip():
             raise ValueError(f"{where} has no path; name a media file relative to {root}")
-        name = stems.found(composed(written.strip()))
+        name = stems.found(written.strip())
         start, end = (
             _time(row.get(columns[key]) if key in columns else None, key, where, otherwise)
             for key, otherwise in (("start", 0.0), ("end", WHOLE_FILE[1]))
@@ -429,14 +466,15 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         raise ValueError(f"{path} needs pyarrow: pip install pyarrow, or write a .csv") from error
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            wanted = [name for name in file.schema_arrow.names if _meaning(name)]
+            named = file.schema_arrow.names
+            wanted = [name for name in named if _meaning(name) or name in _WEBVID.values()]
             line = 0
             for batch in file.iter_batches(columns=wanted):
                 for row in batch.to_pylist():
                     line += 1
                     yield line, row
             if not wanted and file.metadata.num_rows:
-                yield 1, dict.fromkeys(file.schema_arrow.names)
+                yield 1, dict.fromkeys(named)
     except (pyarrow.ArrowException, OSError) as error:
         told = " ".join(str(error).split())[:200]
         raise ValueError(f"{path} cannot be read as Parquet ({told}); write it again") from error
@@ -449,8 +487,10 @@ def _meaning(column: str) -> str | None:
 def _columns_of(row: dict[str, Any], path: Path) -> dict[str, str]:
     """Which column holds what. Raises ValueError where none names media."""
     found = {}
+    lowered = {column.strip().lower(): column for column in row}
+    if {*_WEBVID.values()} <= lowered.keys():
+        return {key: lowered[name] for key, name in _WEBVID.items()}
     for key, names in _COLUMNS.items():
-        lowered = {column.strip().lower(): column for column in row}
         if column := next((lowered[name] for name in names if name in lowered), None):
             found[key] = column
     if "path" not in found:
@@ -459,6 +499,13 @@ def _columns_of(row: dict[str, Any], path: Path) -> dict[str, str]:
             "start, end and text may be there"
         )
     return found
+
+
+def _path_in(row: dict[str, Any], columns: dict[str, str]) -> Any:
+    written = row[columns["path"]]
+    if "folder" not in columns or written in (None, ""):
+        return written
+    return f"{row[columns['folder']]}/{written}.mp4"
 
 
 def _time(value: Any, key: str, where: str, otherwise: float) -> float:
@@ -471,29 +518,48 @@ def _time(value: Any, key: str, where: str, otherwise: float) -> float:
 
 
 class _Stems:
-    """Names of media files that a manifest gives without suffix, as YouTube's ids."""
+    """Media files as a manifest names them: maybe without suffix, as YouTube's ids.
+
+    Letters may be composed in another way than on disk.
+    """
 
     def __init__(self, root: Path) -> None:
         self.root = root
         self._folders: dict[str, dict[str, str]] = {}
+        self._listings: dict[Path, dict[str, str]] = {}
 
     def found(self, name: str) -> str:
         if name.lower().endswith(MEDIA_SUFFIXES):
-            return name
+            return self._on_disk(name)
         folder, _, stem = name.rpartition("/")
+        folder = self._on_disk(folder)
         if folder not in self._folders:
             inside = self.root / folder
             names = sorted(os.listdir(inside)) if inside.is_dir() else []
             self._folders[folder] = {
-                os.path.splitext(each)[0]: each
+                composed(os.path.splitext(each)[0]): each
                 for each in reversed(names)
                 if each.lower().endswith(MEDIA_SUFFIXES)
             }
-        found = self._folders[folder].get(stem)
-        return name if found is None else f"{folder}/{found}".lstrip("/")
+        found = self._folders[folder].get(composed(stem), stem)
+        return os.path.join(folder, found)
+
+    def _on_disk(self, name: str) -> str:
+        if name.isascii() or os.path.isabs(name) or os.path.lexists(self.root / name):
+            return name
+        return in_another_form(self.root, name, self._listings)
 
 
 # -- captions that are read apart ------------------------------------------------------------------
+
+
+def caption_files(folder: Path) -> list[str]:
+    """The names of a folder's caption files, in order."""
+    return sorted(
+        name
+        for name in os.listdir(folder)
+        if name.lower().endswith(SIDECARS) and not name.startswith(".")
+    )
 
 
 def read_captions(path: Path) -> Iterator[tuple[str, list[Caption]]]:
@@ -503,9 +569,16 @@ def read_captions(path: Path) -> Iterator[tuple[str, list[Caption]]]:
         ValueError: captions that are none, with the file and the name.
     """
     if path.is_dir():
-        for each in sorted(path.iterdir()):
-            if each.suffix.lower() in SIDECARS and not each.name.startswith("."):
-                yield each.stem, read_sidecar(each.name, each.read_bytes(), str(each))
+
+        def read(name: str) -> list[Caption]:
+            return read_sidecar(name, (path / name).read_bytes(), str(path / name))
+
+        by_stem: dict[str, list[str]] = {}
+        for name in caption_files(path):
+            by_stem.setdefault(composed(os.path.splitext(name)[0]), []).append(name)
+        for stem, names in by_stem.items():
+            names.sort(key=lambda name: SIDECARS.index(os.path.splitext(name)[1].lower()))
+            yield stem, chosen([names], read)
         return
     for name, value in stream_entries(path):
         yield name, from_entries(value, f"{path}: {name!r}")

@@ -18,6 +18,7 @@ from .source import Source
 from .text import Vocabulary
 from .workers import Memory, Workers
 
+_YOUNG = ("data", "weights")  # what states of earlier versions do not say
 _PORTABLE = 1  # cudaHostRegisterPortable: page-locked for every device
 
 
@@ -170,10 +171,11 @@ class ClipLoader:
         """Begin there when iterated next.
 
         Raises:
-            ValueError: the state is of other data, another seed or batch, or a step beyond these.
+            ValueError: the state is of other data or weights, another seed or batch, or a step
+                beyond these.
         """
         for name, now in self.clips.identity.items():
-            if state.get(name) != now:
+            if state.get(name, now if name in _YOUNG else None) != now:
                 raise ValueError(
                     f"the loader's state has {name} {state.get(name)!r}, and this one {now!r}; "
                     "the same step would hold other clips: make the loader as it was"

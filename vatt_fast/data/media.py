@@ -94,6 +94,23 @@ class Clip:
         return self.heard[1] > self.heard[0]
 
 
+def frames_within(seconds: float, frames_per_second: float) -> int:
+    """How many frames begin before so many seconds have passed."""
+    return max(math.ceil(seconds * frames_per_second - 1e-6), 0)
+
+
+def samples_within(seconds: float, sample_rate_hz: int) -> int:
+    return max(round(seconds * sample_rate_hz), 0)
+
+
+def _blank(values: np.ndarray | None, held: tuple[int, int], count: int) -> tuple[int, int]:
+    """Zero what lies from ``count`` on. Returns what of the values is held then."""
+    if values is not None:
+        values[count:] = 0
+    begin, end = held[0], min(held[1], count)
+    return (begin, end) if end > begin else (0, 0)
+
+
 def probe(path: str | os.PathLike | Place) -> MediaInfo:
     """Duration and streams of a file.
 
@@ -258,10 +275,12 @@ class MediaReader(MediaFile):
         sample_rate_hz: int,
         box: Box | Sequence[Box] = None,
         only: str | None = None,
+        until: float = math.inf,
     ) -> list[Clip]:
         """One clip a start. The pictures of windows near to one another are decoded once.
 
-        ``box`` may be a list of boxes, one a start.
+        ``box`` may be a list of boxes, one a start. From ``until`` seconds on clips hold zeros, as
+        past the end of a file; still images do not end.
         """
         count = len(starts)
         pictures: list[Any] = [(None, (0, 0))] * count
@@ -273,9 +292,20 @@ class MediaReader(MediaFile):
             pictures = self._videos(starts, num_frames, frames_per_second, height, width, boxes)
         if self.info.has_audio and only != "video":
             sounds = [self._audio(start, num_samples, sample_rate_hz) for start in starts]
-        return [
+        found = [
             Clip(video, audio, shown, heard)
             for (video, shown), (audio, heard) in zip(pictures, sounds, strict=True)
+        ]
+        if until == math.inf or self.info.is_image:
+            return found
+        return [
+            Clip(
+                clip.video,
+                clip.audio,
+                _blank(clip.video, clip.shown, frames_within(until - start, frames_per_second)),
+                _blank(clip.audio, clip.heard, samples_within(until - start, sample_rate_hz)),
+            )
+            for clip, start in zip(found, starts, strict=True)
         ]
 
     def video(

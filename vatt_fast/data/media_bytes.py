@@ -15,6 +15,13 @@ class MediaError(ValueError):
     """A media file that cannot be decoded; the message names it."""
 
 
+class OutdatedError(ValueError):
+    """A file of many media that has changed since it was indexed; the message names it.
+
+    It is no MediaError: other clips must not stand in for all that are in the file.
+    """
+
+
 def place_of(path: str | os.PathLike | Place) -> Place:
     """A place as it is; a path or URL as the place of a whole file."""
     if isinstance(path, Place):
@@ -28,10 +35,13 @@ def identity(place: Place) -> str:
 
     Raises:
         OSError: no such file, or one that may not be read. MediaError: no regular file.
+        OutdatedError: the file has changed since the place was noted.
         ValueError: a URL for which something is not installed.
     """
     if place.is_remote:
-        return _text(place, *remote.size_and_time(place.path))
+        known = remote.size_and_time(place.path)
+        _check_stamp(place, known)
+        return _text(place, *known)
     status = os.stat(place.path)
     if not stat.S_ISREG(status.st_mode):
         kind = "a folder" if stat.S_ISDIR(status.st_mode) else "no regular file"
@@ -39,12 +49,21 @@ def identity(place: Place) -> str:
     if not os.access(place.path, os.R_OK):
         with open(place.path, "rb"):  # says why not
             pass
+    _check_stamp(place, (status.st_size, status.st_mtime_ns))
     if place.offset + (place.size or 0) > status.st_size:
         raise MediaError(
             f"{place.name} lies past the end of {place.path}, which has been cut or written anew; "
             "index it again"
         )
     return _text(place, status.st_size, status.st_mtime_ns)
+
+
+def _check_stamp(place: Place, now: tuple[int, int]) -> None:
+    if place.stamp not in (None, now):
+        raise OutdatedError(
+            f"{place.path} was written anew since it was indexed, so {place.name} may be another "
+            "clip; start again, or run vatt-fast index on its source"
+        )
 
 
 def _text(place: Place, *rest: object) -> str:

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from ..files import check_folder, only_writer, remove_litter, replacing, write_text
-from .media import MediaError, MediaReader
+from .media import MediaError, MediaReader, frames_within, samples_within
 from .media_bytes import read_bytes
 from .media_scan import import_av
 from .media_writer import h264_options
@@ -261,12 +261,12 @@ def _encoded(
         for first, count in _chunks(seconds):
             clip = reader.clip(
                 start=start + first,
-                num_frames=max(math.ceil(count * packing.frames_per_second - 1e-6), 1),
+                num_frames=max(frames_within(count, packing.frames_per_second), 1),
                 frames_per_second=packing.frames_per_second,
                 height=height,
                 width=width,
                 box=_WHOLE,
-                num_samples=max(round(count * packing.sample_rate_hz), 1),
+                num_samples=max(samples_within(count, packing.sample_rate_hz), 1),
                 sample_rate_hz=packing.sample_rate_hz,
             )
             wrote |= clip.video_valid or clip.audio_valid

@@ -2,10 +2,9 @@
 
 Members of one key lie together: ``000012345.mp4``, ``.txt``, ``.json``. A key's media are examples:
 its videos; where it has none, its sounds; where it has neither, its pictures. The captions are
-those of the member with the media's whole name, else with the key.
+those of members with the media's whole name, else with the key.
 """
 
-import math
 import os
 import re
 import tarfile
@@ -13,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import IO
 
-from .captions import SIDECARS, parse_json, read_sidecar
+from .captions import SIDECARS, Sidecars, chosen, key_of, parse_json, read_sidecar
 from .columns import AUDIO, PartBuilder
 from .media import AUDIO_SUFFIXES, IMAGE_SUFFIXES, MEDIA_SUFFIXES, VIDEO_SUFFIXES, MediaError
 from .probe import measure
@@ -147,12 +146,6 @@ def _has_sound_sum(block: bytes) -> bool:
     return stored == sum(block[:148]) + 8 * ord(" ") + sum(block[156:])
 
 
-def key_of(name: str) -> str:
-    """webdataset's key: the name up to the first dot after the last slash."""
-    folder, slash, base = name.rpartition("/")
-    return folder + slash + base.partition(".")[0]
-
-
 def groups(members: Sequence[Member]) -> Iterator[tuple[str, list[Member]]]:
     """(key, its members), as they lie one behind the other."""
     key, together = "", list[Member]()
@@ -245,10 +238,11 @@ class _Texts:
     ) -> None:
         self.file, self.label, self.builder = file, label, builder
         self.members = {
-            each.name.lower(): each
+            each.name: each
             for each in members
             if each.name.lower().endswith(SIDECARS) and each.size <= _MOST_TEXT_BYTES
         }
+        self.sidecars = Sidecars(self.members)
         self.unused = [
             each.name
             for each in members
@@ -256,30 +250,20 @@ class _Texts:
         ]
 
     def captions_of(self, name: str) -> list[Caption]:
-        """Timed ones where there are some, else those of the whole file."""
-        lowered = name.lower()
-        found: list[Caption] = []
-        for stem in dict.fromkeys((os.path.splitext(lowered)[0], key_of(lowered))):
-            for suffix in SIDECARS:
-                member = self.members.get(stem + suffix)
-                # a .txt stands before the .json's caption of the whole file
-                if member is None or (found and math.isfinite(found[0].end)):
-                    continue
-                where = f"{self.label}/{member.name}"
-                try:
-                    captions = read_sidecar(member.name, self._read(member), where)
-                except ValueError as error:
-                    self.builder.problems[where] = str(error)
-                    continue
-                found = captions or found
-            if found:
-                break
-        return found
+        return chosen(self.sidecars.of(name), self._captions_in)
+
+    def _captions_in(self, name: str) -> list[Caption]:
+        where = f"{self.label}/{name}"
+        try:
+            return read_sidecar(name, self._read(self.members[name]), where)
+        except ValueError as error:
+            self.builder.problems[where] = str(error)
+            return []
 
     def why_without_media(self) -> str:
         """The reason that video2dataset notes in the .json; "" for what is no clip at all."""
         for name, member in self.members.items():
-            if name.endswith(".json"):
+            if name.lower().endswith(".json"):
                 try:
                     note = parse_json(self._read(member), member.name)
                 except ValueError as error:

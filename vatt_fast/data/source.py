@@ -29,12 +29,15 @@ class Place:
         name: how messages call the media file; its suffix tells its kind.
         offset: the first byte.
         size: how many bytes; None: up to the end of the file.
+        stamp: bytes of the whole file, and when it was changed in nanoseconds, as an index noted
+            them; None: not noted.
     """
 
     path: str
     name: str
     offset: int = 0
     size: int | None = None
+    stamp: tuple[int, int] | None = None
 
     @property
     def is_remote(self) -> bool:
@@ -249,6 +252,23 @@ class MixedSource:
             digest_of(one.digest for one in each),
             CONTENT + digest_of(captions) if any(captions) else "",
         )
+
+    @property
+    def content(self) -> str:
+        return digest_of(content_of(source) for source in self.sources)
+
+
+def content_of(source: Source) -> str:
+    """A digest of what a source's examples are, the same wherever they lie, in a folder or tars.
+
+    For a source of another kind it is its ``identity``'s.
+    """
+    return getattr(source, "content", None) or source.identity.digest
+
+
+def shares_of(source: Source) -> str:
+    """The weights of several sources in six digits: "0.7 0.3"; "" of one source."""
+    return " ".join(f"{weight:.6g}" for weight in getattr(source, "weights", ()))
 
 
 class _MixedWords:

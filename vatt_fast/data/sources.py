@@ -19,9 +19,18 @@ from .index import (
     is_index,
     is_same_listing,
     open_index,
-    warn_of_scripts,
+    wanted_of,
+    warn_of_captions,
 )
-from .listing import LARGE_CAPTIONS_BYTES, Listing, Wanted, index_home, list_source, parse
+from .listing import (
+    LARGE_CAPTIONS_BYTES,
+    Listing,
+    Wanted,
+    asked_for,
+    index_home,
+    list_source,
+    parse,
+)
 from .remote import is_url
 from .source import MixedSource, Source
 from .text import PADDING, UNKNOWN, Vocabulary
@@ -72,21 +81,18 @@ def _open(
     wanted: Wanted, spare: Path | None, workers: int, say: Callable[[str], None]
 ) -> ColumnSource:
     if not is_url(wanted.text) and is_index(wanted.text):
-        folder = Path(wanted.text)
-        if told := changes(folder):
-            raise ValueError(
-                f"the index {folder} is out of date: {_some(told)}; run vatt-fast index on its "
-                "source again, which reads only what has changed"
-            )
-        source = open_index(folder)
-        warn_of_scripts(source)
-        return source
+        return _open_named(Path(wanted.text))
     home = index_home(wanted)
     places = [place for place in (home, spare) if place is not None]
     listing: Listing | None = None
     for place in places:
         if is_index(place):
-            asked = asked_of(place)
+            asked, now = asked_of(place), asked_for(wanted)
+            others = [
+                f"{name} are to be taken from {now[name]}"
+                for name in asked
+                if now[name] not in (None, asked[name])
+            ]
             wanted = dataclasses.replace(
                 wanted,
                 captions=wanted.captions or asked["captions"],
@@ -96,11 +102,10 @@ def _open(
             if holds_shards(place):
                 listing = list_source(wanted)
                 shards = listing.shards
-            told = changes(place, shards)
+            told = others + changes(place, shards)
             if told:
                 listing = listing or list_source(wanted)
-                only_folders = all(each.endswith(OTHER_FILES) for each in told)
-                if only_folders and is_same_listing(place, listing):
+                if _are_folders(told) and is_same_listing(place, listing):
                     return _warned(open_index(place))
                 say(f"the index {place} is brought up to date: {_some(told)}")
                 return _warned(_build(listing, place, workers, say))
@@ -119,6 +124,27 @@ def _open(
         f"{listing.label} needs an index, and there is no place for it: vatt-fast index "
         f"{listing.label} --out FOLDER, and name that folder"
     )
+
+
+def _open_named(folder: Path) -> ColumnSource:
+    """An index by its own name, which is not written again."""
+    told, wanted = changes(folder), wanted_of(folder)
+    if wanted is not None and (told or holds_shards(folder)) and _are_folders(told):
+        listing = list_source(wanted)
+        told = changes(folder, listing.shards or None)
+        if told and _are_folders(told) and is_same_listing(folder, listing):
+            told = []
+    if told:
+        raise ValueError(
+            f"the index {folder} is out of date: {_some(told)}; run vatt-fast index on its "
+            "source again, which reads only what has changed"
+        )
+    return _warned(open_index(folder))
+
+
+def _are_folders(told: list[str]) -> bool:
+    """Whether nothing has changed but folders, which hold other files now."""
+    return all(each.endswith(OTHER_FILES) for each in told)
 
 
 def _build(listing: Listing, place: Path, workers: int, say: Callable[[str], None]) -> ColumnSource:
@@ -144,7 +170,7 @@ def _is_large(listing: Listing) -> bool:
 
 
 def _warned(source: ColumnSource) -> ColumnSource:
-    warn_of_scripts(source)
+    warn_of_captions(source)
     return source
 
 

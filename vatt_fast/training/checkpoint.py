@@ -30,13 +30,14 @@ _ORDER = "order of clips"  # where it is missing, the run began under the first 
 class Data(NamedTuple):
     """What a run is trained on, told by what it holds, not by how its folder is spelled.
 
-    It is a source's ``identity``.
+    It is a source's ``identity``, and the weights of several.
     """
 
     files: int
     bytes: int
     digest: str  # of the files' names and sizes
     captions: str  # digest of the captions; "" without
+    weights: str = ""  # ``shares_of``; "" for one source, and in earlier versions' checkpoints
 
     def changes_since(self, was: "Data") -> str:
         """ "" where nothing has changed."""
@@ -51,6 +52,8 @@ class Data(NamedTuple):
         of_a_file = was.captions and not was.captions.startswith(CONTENT)
         if was.captions != self.captions and not (of_a_file and self.captions):
             told.append("the captions were edited")
+        if was.weights and self.weights and was.weights != self.weights:
+            told.append(f"the sources' weights were {was.weights}, now {self.weights}")
         return "; ".join(told)
 
 

@@ -16,7 +16,7 @@ from ..data.augment import ClipAugment, Frames, Key, augmentation, name_of
 from ..data.clips import Batch, ClipSpec, DropToken
 from ..data.dataset import ClipDataset
 from ..data.order import VERSION as ORDER_VERSION
-from ..data.source import Source
+from ..data.source import Source, shares_of
 from ..data.sources import open_source, vocabulary_from
 from ..data.text import Vocabulary
 from ..data.word_vectors import read_word_vectors
@@ -114,7 +114,7 @@ def _pretrain(
         settings = describe(run, config) | {"augment": named}
         if standing is not None:
             check_same_run(path, differences(standing.run, settings))
-        data = Data(*source.identity)
+        data = Data(*source.identity, shares_of(source))
         ranks.require_alike(
             {
                 "settings": settings,
@@ -140,6 +140,7 @@ def _pretrain(
             cache_dir=run.cache,
             drop_token=DropToken(config, run.drop_rate, run.drop_per, shards=shards),
             augment=augment,
+            windows_per_decode=run.windows_per_decode,
             decoder=run.decoder,
         )
         if len(dataset.source) < run.batch_size:

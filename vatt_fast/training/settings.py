@@ -112,6 +112,10 @@ class PretrainConfig:
     # these, joined by commas
     augment: str = "recipe"
 
+    # steps in a row that take a window each of a file that is opened once: less decoding of short
+    # clips, for so many times the memory of batches
+    windows_per_decode: int = 1
+
     decoder: Decoder = "pyav"  # of pictures; torchcodec: where it is installed and loads
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 where the device computes it
     framework: Literal["torch", "jax"] = "torch"  # jax: all devices share the batch
@@ -170,7 +174,9 @@ class PretrainConfig:
         object.__setattr__(self, "augment", parts_of(self.augment, self.recipe))
         names_of(self.loggers)
         self._check_evaluation()
-        names = ("steps", "log_every", "checkpoint_every", "keep_last", "patience")
+        names = (
+            "steps", "log_every", "checkpoint_every", "keep_last", "patience", "windows_per_decode",
+        )  # fmt: skip
         least = dict.fromkeys(names, 1)
         least |= {"batch_size": 2, "max_words": 1}  # one clip has no negative: no gradient either
         for name, value in least.items():
