@@ -99,11 +99,11 @@ def test_views_lie_within_a_segment(tmp_path):
     """Each frame's grey is its number."""
     frames = np.repeat(np.arange(20, dtype=np.uint8) * 12, 16 * 16 * 3).reshape(20, 16, 16, 3)
     write_clip(tmp_path / "a.mp4", frames, None, frames_per_second=10, sample_rate_hz=8000)
-    (tmp_path / "labels.csv").write_text("file,class,split,start,end\na,x,test,0.5,1.4\n")
-    source = open_labels(tmp_path).source("test", "video")
-    views = read_views(source, 0, clip_spec("video", VIDEO, MODEL), 2, 1)
-    numbers = np.rint(views.mean((2, 3, 4)) / 12).astype(int)
-    assert numbers.tolist() == [[5, 6, 7, 8], [10, 11, 12, 13]]
+    for end, seen in ((1.4, [[5, 6, 7, 8], [10, 11, 12, 13]]), (0.7, [[5, 6, 0, 0]] * 2)):
+        (tmp_path / "labels.csv").write_text(f"file,class,split,start,end\na,x,test,0.5,{end}\n")
+        source = open_labels(tmp_path).source("test", "video")
+        views = read_views(source, 0, clip_spec("video", VIDEO, MODEL), 2, 1)
+        assert np.rint(views.mean((2, 3, 4)) / 12).astype(int).tolist() == seen
 
 
 def test_crops_go_along_the_longer_side():

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from ..config import VATTConfig
 from ..data.clips import ClipSpec
-from ..data.index import build_index, summary_of, warn_of_scripts
+from ..data.index import build_index, summary_of, warn_of_captions
 from ..data.listing import list_source, parse
 from ..data.pack import Packing, clips_per_second, sample
 from ..data.pack import pack as write_shards
@@ -70,7 +70,7 @@ def index(
             built = build_index(listing, folder, workers=count, progress=show)
         told[str(folder)] = summary_of(built)
         if not json:
-            warn_of_scripts(built)
+            warn_of_captions(built)
             print(f"{folder}: {told[str(folder)].pop('line')}")
             left_out = list(built.problems.items())
             for name, reason in left_out if problems else left_out[:10]:

@@ -83,12 +83,12 @@ def read_views(
             if source.modality == "audio":
                 if not reader.info.has_audio:
                     raise MediaError(reader.missing("audio"))
-                sounds = reader.clips(starts, only="audio", **wanted)
+                sounds = reader.clips(starts, only="audio", until=ends, **wanted)
                 views = [c.audio for c in sounds if c.audio_valid and c.audio is not None]
             else:
                 rows, columns = covering_size(*reader.displayed_size, spec.height, spec.width)
                 wanted |= dict(height=rows, width=columns, box=(0.0, 0.0, 1.0, 1.0))
-                clips = reader.clips(starts, only="video", **wanted)
+                clips = reader.clips(starts, only="video", until=ends, **wanted)
                 views = [
                     clip.video[:, top : top + spec.height, left : left + spec.width]
                     for clip in clips
