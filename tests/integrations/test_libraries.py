@@ -54,6 +54,17 @@ def test_values_and_gradients_are_the_librarys(case):
     assert gradient <= 2 * own_gradient + eps / 2
 
 
+def test_the_ops_refusal_of_grouped_heads_names_the_remedy():
+    q, k = torch.randn(2, 5, 4, 8), torch.randn(2, 6, 2, 8)
+    remedy = (
+        r"no grouped heads, and q has 4, k and v 2; repeat k and v, k.repeat_interleave\(2, 2\)"
+    )
+    with pytest.raises(ValueError, match=remedy):
+        kernels.attention(q, k, k, scale=1.0)
+    k = k.repeat_interleave(2, 2)
+    assert kernels.attention(q, k, k, scale=1.0)[0].shape == q.shape
+
+
 # -- transformers --------------------------------------------------------------------------------
 
 
@@ -555,6 +566,48 @@ def test_invalid_pairs_are_as_if_they_were_not_there(name):
             assert not z.grad[~VALID].any()
 
 
+class Words(nn.Module):
+    """Word indices (B, L) to their mean vectors, as a sentence transformer gives."""
+
+    def __init__(self, dtype):
+        super().__init__()
+        torch.manual_seed(0)
+        self.table = nn.Embedding(50, 8, dtype=dtype)
+
+    def forward(self, features):
+        return {"sentence_embedding": self.table(features["input_ids"]).mean(1)}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("cached", [False, True], ids=["plain", "cached"])
+def test_the_ranking_losses_forward_takes_validity(cached, dtype):
+    need("sentence_transformers")
+    from vatt_fast.integrations import sentence_transformers as ours
+
+    torch.manual_seed(1)
+    columns = [torch.randint(50, (12, 4)) for _ in range(3)]
+    results = []
+    for rows, options in ((slice(None), dict(valid=VALID)), (VALID, {})):
+        model = nn.Sequential(Words(dtype))
+        if cached:
+            loss = ours.CachedMultipleNegativesRankingLoss(model, mini_batch_size=5)
+        else:
+            loss = ours.MultipleNegativesRankingLoss(model)
+        value = loss([{"input_ids": ids[rows]} for ids in columns], None, **options)
+        value.backward()
+        results.append((value.detach(), model[0].table.weight.grad))
+        assert torch.equal(
+            loss([{"input_ids": ids[rows]} for ids in columns], None, **options), value
+        )
+    for masked, expected in zip(*results, strict=True):
+        assert integrations.relative(masked, expected) < (3e-6 if dtype == torch.float32 else 1e-2)
+    with pytest.raises(ValueError, match=r"valid is \(3,\)"):
+        loss([{"input_ids": ids} for ids in columns], None, valid=VALID[:3])
+    loss.hardness_mode, loss.hardness_strength = "all_negatives", 2.0
+    with pytest.raises(ValueError, match="valid needs our loss"):
+        loss([{"input_ids": ids} for ids in columns], None, valid=VALID)
+
+
 def test_open_clips_factory_and_its_keys(said):
     need("open_clip")
     import argparse
@@ -580,6 +633,47 @@ def test_open_clips_factory_and_its_keys(said):
         assert type(ours.create_loss(args)) is open_clip.ClipLoss
     with pytest.raises(ValueError, match="gather_with_grad"):
         ours.ClipLoss(local_loss=True, world_size=2)
+
+
+class StubOfTask(nn.Module):
+    """Calls a loss as open_clip main's ``CLIPTask(model, loss=...)`` does (035dfeb)."""
+
+    def __init__(self, model, loss):
+        super().__init__()
+        self.trainable_module, self.loss = model, loss
+
+    def forward(self, images, texts):
+        given = self.trainable_module(images, texts)
+        losses = self.loss(**given, output_dict=True)
+        losses["loss"] = sum(v for name, v in losses.items() if name.endswith("_loss"))
+        losses["logit_scale"] = given["logit_scale"]
+        return losses
+
+
+@pytest.mark.parametrize("scalars", ["()", "(1,) as FSDP2 has them", "with a bias"])
+def test_open_clips_task_calls_it_as_its_own_loss(scalars):
+    need("open_clip")
+    import open_clip
+
+    from vatt_fast.integrations import open_clip as ours
+
+    torch.manual_seed(0)
+    model, images, texts = open_clip_model()
+    model.output_dict = True
+    if scalars.startswith("(1,)"):
+        model.logit_scale = nn.Parameter(model.logit_scale.detach()[None])
+    if scalars == "with a bias":
+        model.logit_bias = nn.Parameter(torch.tensor(-3.0))
+    results = []
+    for loss in (ours.ClipLoss(), open_clip.ClipLoss()):
+        model.zero_grad()
+        found = StubOfTask(model, loss)(images, texts)
+        assert found["loss"].ndim == 0
+        found["loss"].backward()
+        gradients = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+        results.append((found["loss"].detach(), torch.cat(gradients)))
+    for mine, theirs in zip(*results, strict=True):
+        assert integrations.relative(mine, theirs) < 3e-6
 
 
 def test_weighed_hardness_runs_their_loss(said):
