@@ -42,12 +42,13 @@ def integrations_warning():
 
 @pytest.mark.parametrize("case", CASES)
 def test_values_and_gradients_are_the_librarys(case):
-    need(case.library)
+    if reason := case.absent():
+        pytest.skip(reason)
     with warnings.catch_warnings(), Counted() as counted:
         warnings.simplefilter("error", integrations_warning())
         assert max(integrations.errors(case, torch.float32)) < 3e-6
-    assert counted.calls
-    value, gradient = integrations.errors(case, torch.bfloat16)
+    assert counted.calls or case.library in ("jax", "flax")  # whose calls torch does not see
+    value, gradient, _ = integrations.errors(case, torch.bfloat16)
     own_value, own_gradient = integrations.rounding(case)
     eps = torch.finfo(torch.bfloat16).eps
     assert value <= 2 * own_value + eps / 2
@@ -194,13 +195,15 @@ def transformers_vit():
     return model, torch.randn(2, 3, 32, 32)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("make", [timm_vit, open_clip_model, encoder, transformers_vit])
-def test_patch_swaps_says_so_and_is_undone(make, capsys):
+def test_patch_swaps_says_so_and_is_undone(make, dtype, capsys):
     from vatt_fast.integrations.patch import patch
 
     torch.manual_seed(0)
     model, *inputs = make()
-    model.train()
+    model.train().to(dtype)
+    inputs = [x.to(dtype) if x.is_floating_point() else x for x in inputs]
 
     def run():
         model.zero_grad()
@@ -221,8 +224,9 @@ def test_patch_swaps_says_so_and_is_undone(make, capsys):
     assert "vatt_fast: " in capsys.readouterr().out
     after, same_names, calls, same_gradient = run()
     assert calls and names == same_names
-    torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-5)
-    assert (gradient - same_gradient).norm() < 1e-5 * gradient.norm()
+    allowed = 1e-5 if dtype == torch.float32 else 2e-2  # of bf16 itself: bench integrations
+    assert integrations.relative(after, before) < allowed
+    assert integrations.relative(same_gradient, gradient) < allowed
     undo()
     again, _, calls, _ = run()
     assert not calls and torch.equal(again, before)
