@@ -311,6 +311,16 @@ def test_undo_gives_every_tower_its_own_implementation_back(capsys):
     assert [config._attn_implementation for config in configs] == before
 
 
+def test_patch_does_not_claim_what_transformers_refuses(monkeypatch):
+    from vatt_fast.integrations.patch import patch
+
+    model, _ = transformers_vit()
+    # of a class that was written at a prompt
+    monkeypatch.setattr(type(model), "_can_set_attn_implementation", lambda *_: False)
+    with pytest.raises(ValueError, match=r"left 2 x ViTAttention .*: transformers sets no other"):
+        patch(model)
+
+
 def test_a_causal_hint_without_a_mask_is_torchs_to_refuse():
     from vatt_fast.integrations.patch import patch
 

@@ -110,22 +110,25 @@ def _name(module: nn.Module) -> str:
 def _transformers_model(module: nn.Module) -> list[_Found]:
     """A model of transformers, all within: its outermost one sets the implementation of each."""
     library = sys.modules.get("transformers")
-    if library is None or not isinstance(module, library.PreTrainedModel):
+    if library is None or not isinstance(module, kind := library.PreTrainedModel):
         return []
     from .transformers import NAME, register
 
+    layers = [(*each, each[0].config._attn_implementation) for each in _dispatching(module, kind)]
+    undo = None
+    if any(reason is None and before != NAME for _, reason, before in layers):
+        undo = functools.partial(module.set_attn_implementation, _implementations(module.config))
+        register()
+        module.set_attn_implementation(NAME)
     found = []
-    for layer, reason in _dispatching(module, library.PreTrainedModel):
-        before = layer.config._attn_implementation
-        reason = "it is ours already" if before == NAME else reason
+    for layer, reason, before in layers:
+        if before == NAME:
+            reason = "it is ours already"
+        elif reason is None and layer.config._attn_implementation != NAME:
+            reason = "transformers sets no other attn_implementation for it"
         swapped = f"{type(layer).__name__}: attn_implementation {before!r} -> {NAME!r}"
         found.append(_Found(layer, _name(layer) if reason else swapped, reason))
-    if all(layer.left for layer in found):
-        return found
-    undo = functools.partial(module.set_attn_implementation, _implementations(module.config))
-    register()
-    module.set_attn_implementation(NAME)
-    return [*found[:-1], found[-1]._replace(undo=undo)]
+    return found if undo is None else [*found[:-1], found[-1]._replace(undo=undo)]
 
 
 def _dispatching(model: nn.Module, kind: type) -> Iterator[tuple[Any, str | None]]:
