@@ -1,12 +1,14 @@
-"""Our ops inside other libraries, held against the libraries' own paths; and peak memory of losses.
+"""Our ops inside other libraries, held against the libraries' own paths: errors, time, memory.
 
-    python -m bench integrations                 the errors, as a Markdown table
-    python -m bench integrations --speed 15      beside them time, of as many interleaved rounds
-    python -m bench integrations --memory 8192   peak memory of the losses at this batch
+    python -m bench integrations                              the errors, as a Markdown table
+    python -m bench integrations --speed 15 --memory 8192     beside them time and peak memory
 
-Models are small and of random weights. An error is ||ours - theirs|| / ||theirs||, of the output
-and of all gradients as one vector. What bf16 itself costs the library stands beside it: its own
-bf16 path against its fp32 path. Libraries that do not import are left out, with the reason.
+Models are small and of random weights, and of a real size for time and memory. An error is
+||ours - theirs|| / ||theirs||, of the output and of all gradients as one vector; "max" is the
+greatest difference of a value, of the largest one of its kind. What bf16 itself costs the library
+stands beside it: its own bf16 path against its fp32 path. Time is that of interleaved rounds.
+Memory is what one forward and backward add to the peak of a process of its own; losses have the
+batch that is given. What does not run here is left out, with the reason.
 """
 
 import functools
@@ -18,15 +20,17 @@ import statistics
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench.without_torchvision import stand_in
+from vatt_fast.devices import has_a_tpu, without_a_tpu
 
 _SEED = 0
 
@@ -48,9 +52,25 @@ class Case(NamedTuple):
     name: str
     prepare: Callable[[torch.dtype, bool], Step]  # (dtype, ours)
     prepare_real: Callable[[torch.dtype, bool], Step]  # the same of a real size
+    prepare_batch: Callable[..., Step] | None = None  # of a loss: rows= pairs
+    on_cuda: bool = False
 
     def run(self, dtype: torch.dtype, ours: bool) -> Result:
         return self.prepare(dtype, ours)()
+
+    def absent(self) -> str | None:
+        """Why it cannot run here, or None."""
+        if self.on_cuda and not torch.cuda.is_available():
+            return f"{self.library} {self.name} needs CUDA"
+        return missing(self.library)
+
+
+class Errors(NamedTuple):
+    """Of ours against theirs; ``greatest`` of a single value."""
+
+    output: float
+    gradients: float
+    greatest: float
 
 
 def relative(ours: Tensor, theirs: Tensor) -> float:
@@ -58,10 +78,12 @@ def relative(ours: Tensor, theirs: Tensor) -> float:
     return float((ours.double() - theirs).norm() / theirs.norm())
 
 
-def errors(case: Case, dtype: torch.dtype) -> tuple[float, float]:
-    """Of ours against theirs in one dtype: (output, gradients)."""
+def errors(case: Case, dtype: torch.dtype) -> Errors:
     ours, theirs = case.run(dtype, True), case.run(dtype, False)
-    return relative(ours.value, theirs.value), relative(ours.gradient, theirs.gradient)
+    pairs = list(zip(ours, theirs, strict=True))
+    greatest = max(float((x.double() - y.double()).abs().max() / y.abs().max()) for x, y in pairs)
+    output, gradients = (relative(x, y) for x, y in pairs)
+    return Errors(output, gradients, greatest)
 
 
 def rounding(case: Case) -> tuple[float, float]:
@@ -87,6 +109,8 @@ def time_ratio(case: Case, rounds: int) -> float:
 def missing(library: str) -> str | None:
     """Why the library cannot be used here, or None."""
     stand_in()
+    if not has_a_tpu():
+        without_a_tpu()
     try:
         importlib.import_module(library)
     except Exception as error:
@@ -95,7 +119,7 @@ def missing(library: str) -> str | None:
     return None
 
 
-def _differentiated(output: Tensor, leaves: list[Tensor]) -> Result:
+def _differentiated(output: Tensor, leaves: Sequence[Tensor]) -> Result:
     for x in leaves:
         x.grad = None
     # weighed at random: the sum of squares of what a layer norm gives is constant
@@ -341,13 +365,138 @@ def _timm(
     return lambda: _differentiated(model(images), leaves)
 
 
+# -- patch, and torch's registry ---------------------------------------------------------------
+
+
+def _patched(model: nn.Module, dtype: torch.dtype, ours: bool) -> nn.Module:
+    from vatt_fast.integrations.patch import patch
+
+    model = model.to(dtype)
+    if ours:
+        patch(model, quiet=True)
+    return model
+
+
+def _encoder(
+    padded: bool,
+    dtype: torch.dtype,
+    ours: bool,
+    tokens: int = 24,
+    dim: int = 64,
+    heads: int = 4,
+) -> Step:
+    torch.manual_seed(_SEED)
+    layer = nn.TransformerEncoderLayer(dim, heads, 4 * dim, dropout=0.0, batch_first=True)
+    model = _patched(nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), dtype, ours)
+    x, leaves = torch.randn(2, tokens, dim, dtype=dtype), list(model.parameters())
+    mask = torch.arange(tokens) >= torch.tensor([[tokens], [tokens // 2]]) if padded else None
+    return lambda: _differentiated(model(x, src_key_padding_mask=mask), leaves)
+
+
+def _open_clip_model(dtype: torch.dtype, ours: bool, size: int = 32, dim: int = 64) -> Step:
+    from open_clip.model import CLIP
+
+    torch.manual_seed(_SEED)
+    vision = dict(layers=2, width=dim, head_width=16, patch_size=8, image_size=size)
+    text = dict(context_length=77, vocab_size=99, width=dim, heads=4, layers=2)
+    model = _patched(CLIP(embed_dim=32, vision_cfg=vision, text_cfg=text), dtype, ours)
+    images, words = torch.randn(2, 3, size, size, dtype=dtype), torch.randint(3, 99, (2, 77))
+    leaves = [x for name, x in model.named_parameters() if name != "logit_scale"]
+    return lambda: _differentiated(torch.cat(model(images, words)[:2]), leaves)
+
+
+def _registry(dtype: torch.dtype, ours: bool, tokens: int = 197, heads: int = 4) -> Step:
+    """On CUDA. Flash attention takes no fp32, and fp16 stands for it."""
+    from vatt_fast.integrations import sdpa
+
+    torch.manual_seed(_SEED)
+    dtype = torch.float16 if dtype == torch.float32 else dtype
+    rows = torch.randn(3, 2, tokens, heads, 64).to("cuda", dtype)
+    leaves = [x.transpose(1, 2).detach().requires_grad_() for x in rows]
+
+    def step() -> Result:
+        if ours:
+            sdpa.activate(unmeasured=True)
+        try:
+            found = _differentiated(F.scaled_dot_product_attention(*leaves), leaves)
+        finally:
+            if ours:
+                torch.nn.attention.restore_flash_attention_impl()
+        torch.cuda.synchronize()
+        return found
+
+    return step
+
+
+# -- jax ---------------------------------------------------------------------------------------
+
+
+def _of_jax(function: Callable[..., Any], leaves: tuple[Any, ...]) -> Step:
+    import jax
+    import jax.numpy as jnp
+
+    def total(*leaves: Any) -> Any:
+        out = function(*leaves).astype(jnp.float32)
+        return (out * jnp.cos(jnp.arange(out.size).reshape(out.shape))).sum(), out
+
+    run = jax.jit(jax.grad(total, tuple(range(len(leaves))), has_aux=True))
+
+    def step() -> Result:
+        gradients, out = run(*leaves)
+        flat = [np.asarray(x, np.float32).ravel() for x in jax.tree.leaves(gradients)]
+        return Result(torch.from_numpy(np.array(out)), torch.from_numpy(np.concatenate(flat)))
+
+    return step
+
+
+def _jax(
+    options: dict[str, Any],
+    dtype: torch.dtype,
+    ours: bool,
+    tokens: int = 24,
+    heads: int = 3,
+    dim: int = 16,
+) -> Step:
+    import jax
+    import jax.numpy as jnp
+
+    from vatt_fast.integrations.jax import dot_product_attention
+
+    draw, name = np.random.default_rng(_SEED), str(dtype).removeprefix("torch.")
+    leaves = [jnp.asarray(draw.standard_normal((2, tokens, heads, dim)), name) for _ in range(3)]
+    attend = dot_product_attention if ours else jax.nn.dot_product_attention
+    given = dict(options)
+    if given.pop("padded", False):
+        given["key_value_seq_lengths"] = jnp.array([tokens, tokens // 2])
+    return _of_jax(functools.partial(attend, **given), tuple(leaves))
+
+
+def _flax(dtype: torch.dtype, ours: bool, tokens: int = 24, heads: int = 4, dim: int = 64) -> Step:
+    import jax
+    import jax.numpy as jnp
+    from flax import linen
+
+    from vatt_fast.integrations.jax import flax_attention_fn
+
+    draw, name = np.random.default_rng(_SEED), str(dtype).removeprefix("torch.")
+    x = jnp.asarray(draw.standard_normal((2, tokens, dim)), name)
+    layer = linen.MultiHeadAttention(
+        heads, dtype=name, param_dtype=name, **({"attention_fn": flax_attention_fn} if ours else {})
+    )
+    weights = layer.init(jax.random.key(_SEED), x)
+    return _of_jax(lambda weights: layer.apply(weights, x, deterministic=True), (weights,))
+
+
 def _case(library: str, name: str, prepare: Callable[..., Step], **real: Any) -> Case:
-    return Case(library, name, prepare, functools.partial(prepare, **real))
+    batch = prepare if "rows" in real else None
+    return Case(library, name, prepare, functools.partial(prepare, **real), batch)
 
 
 _REAL_LOSS: dict[str, Any] = dict(rows=1024, dim=256)
 _REAL_BANK: dict[str, Any] = dict(rows=256, dim=256, bank=4096)
 _REAL_TIMM: dict[str, Any] = dict(size=112, dim=384, heads=6)
+_REAL_TOKENS: dict[str, Any] = dict(tokens=784, dim=384, heads=6)
+_REAL_JAX: dict[str, Any] = dict(tokens=784, dim=64, heads=6)
 _partial = functools.partial
 CASES: tuple[Case, ...] = (
     *(
@@ -377,57 +526,91 @@ CASES: tuple[Case, ...] = (
     _case("lightly", "NTXentLoss, memory bank", _partial(_lightly, 0.1, bank=512), **_REAL_BANK),
     _case("timm", "ViT", _partial(_timm, {}), **_REAL_TIMM),
     _case("timm", "ViT, norms of q and k", _partial(_timm, dict(qk_norm=True)), **_REAL_TIMM),
+    _case("torch", "TransformerEncoder, patch", _partial(_encoder, False), **_REAL_TOKENS),
+    _case("torch", "TransformerEncoder, padded, patch", _partial(_encoder, True), **_REAL_TOKENS),
+    _case("open_clip", "CLIP, patch", _open_clip_model, size=112, dim=384),
+    Case(
+        *("torch", "scaled_dot_product_attention, registry", _registry),
+        _partial(_registry, tokens=1569, heads=12),
+        on_cuda=True,
+    ),
+    _case("jax", "dot_product_attention", _partial(_jax, {}), **_REAL_JAX),
+    _case("jax", "causal", _partial(_jax, dict(is_causal=True)), **_REAL_JAX),
+    _case("jax", "padded", _partial(_jax, dict(padded=True)), **_REAL_JAX),
+    _case("flax", "linen MultiHeadAttention", _flax, **_REAL_TOKENS),
 )
 
 
-def table(rounds: int = 0) -> str:
-    """Of all cases, as Markdown; with rounds of timing a column of time."""
-    timed = rounds > 0
-    lines = [
-        "| library | case | fp32 output | fp32 gradients | bf16 output | bf16 gradients"
-        " | bf16 itself |" + " time, ours / theirs |" * timed,
-        "|---|---|---|---|---|---|---|" + "---|" * timed,
-    ]
-    without = {library: missing(library) for library in dict.fromkeys(c.library for c in CASES)}
+def table(rounds: int = 0, batch: int | None = None, ours_alone: bool = False) -> str:
+    """Of all cases, as Markdown.
+
+    Args:
+        rounds: of timing; 0 leaves its column out.
+        batch: of the losses, whose memory is measured; None leaves its columns out.
+        ours_alone: leave the libraries' own memory out.
+    """
+    names = ["library", "case"]
+    names += [f"{dtype} {kind}" for dtype in ("fp32", "bf16") for kind in _KINDS]
+    names += ["bf16 itself"] + ["time, ours / theirs"] * (rounds > 0)
+    names += ["ours, MiB", "theirs, MiB"] * (batch is not None)
+    lines, without = [_row(names), "|---" * len(names) + "|"], []
     for case in CASES:
-        if without[case.library] is not None:
+        if reason := case.absent():
+            without.append(reason)
             continue
-        found = (*errors(case, torch.float32), *errors(case, torch.bfloat16))
-        cells = [*(f"{error:.1e}" for error in found)]
+        cells = [case.library, case.name]
+        for dtype in (torch.float32, torch.bfloat16):
+            cells += [f"{error:.1e}" for error in errors(case, dtype)]
         cells.append(" / ".join(f"{error:.1e}" for error in rounding(case)))
-        if timed:
+        if rounds:
             cells.append(f"{time_ratio(case, rounds):.2f}")
-        lines.append(f"| {case.library} | {case.name} | {' | '.join(cells)} |")
-    return "\n".join([*lines, *(f"\n{reason}" for reason in without.values() if reason)])
+        if batch is not None:
+            cells.append(_measured(case, True, batch))
+            cells.append("not run" if ours_alone else _measured(case, False, batch))
+        lines.append(_row(cells))
+    return "\n".join([*lines, *(f"\n{reason}" for reason in dict.fromkeys(without))])
+
+
+_KINDS = ("output", "gradients", "max")
+
+
+def _row(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
 
 
 # -- memory ------------------------------------------------------------------------------------
 
-_LOSSES: dict[str, tuple[str, Callable[..., Step]]] = {
-    "ClipLoss": ("open_clip", functools.partial(_open_clip, False)),
-    "MNRL, pairs": ("sentence_transformers", functools.partial(_ranking, {}, 2, False)),
-    "CachedMNRL, pairs": ("sentence_transformers", functools.partial(_ranking, {}, 2, True)),
-    "NTXentLoss": ("lightly", functools.partial(_lightly, 0.5)),
-}
 _DIM = 256
 
 
-def _peak(path: list[str], name: str, ours: bool, rows: int, send: Any) -> None:
-    """MiB that one forward and backward add to what a tiny one needs."""
+def _peak(path: list[str], number: int, ours: bool, batch: int, send: Any) -> None:
+    """MiB that one forward and backward of a real size add to what a small one needs."""
     sys.path[:] = path
-    library, function = _LOSSES[name]
-    missing(library)  # imports it as the parent did
+    case = CASES[number]
+    missing(case.library)  # imports it as the parent did
     warnings.simplefilter("ignore")
-    function(torch.float32, ours, rows=64, dim=_DIM)()
+    if case.prepare_batch is None:
+        small, real = (
+            functools.partial(f, torch.float32, ours) for f in (case.prepare, case.prepare_real)
+        )
+    else:
+        small, real = (
+            functools.partial(case.prepare_batch, torch.float32, ours, rows=rows, dim=_DIM)
+            for rows in (64, batch)
+        )
+    small()()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    function(torch.float32, ours, rows=rows, dim=_DIM)()
+    real()()
     send.send((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 
 
-def _measured(name: str, ours: bool, rows: int) -> str:
+def _measured(case: Case, ours: bool, batch: int) -> str:
+    if case.on_cuda:
+        return "not measured"
     context = multiprocessing.get_context("spawn")
     receive, send = context.Pipe(duplex=False)
-    process = context.Process(target=_peak, args=(sys.path, name, ours, rows, send))
+    given = (sys.path, CASES.index(case), ours, batch, send)
+    process = context.Process(target=_peak, args=given)
     process.start()
     send.close()
     try:
@@ -438,18 +621,8 @@ def _measured(name: str, ours: bool, rows: int) -> str:
         process.join()
 
 
-def memory(rows: int, skip_theirs: bool) -> str:
-    """Peak memory in MiB of one forward and backward, as Markdown."""
-    lines = [f"| loss, batch {rows}, {_DIM} dimensions, fp32 | ours | theirs |", "|---|---|---|"]
-    for name, (library, _) in _LOSSES.items():
-        if missing(library) is None:
-            theirs = "not run" if skip_theirs else _measured(name, False, rows)
-            lines.append(f"| {library} {name} | {_measured(name, True, rows)} | {theirs} |")
-    return "\n".join(lines)
-
-
 def run(batch: int | None, rounds: int, ours_alone: bool, packages: Path | None) -> int:
-    """Print the table, or with a batch the peak memory of the losses.
+    """Print the table; its columns of memory, with a batch for the losses, and of time if asked.
 
     Args:
         rounds: of time; 0 leaves its column out.
@@ -458,5 +631,5 @@ def run(batch: int | None, rounds: int, ours_alone: bool, packages: Path | None)
     """
     if packages:
         sys.path.insert(0, str(packages))
-    print(table(rounds) if batch is None else memory(batch, ours_alone))
+    print(table(rounds, batch, ours_alone))
     return 0

@@ -2,7 +2,8 @@
 
     python examples/timm_vit.py --steps 5
 
-Needs timm. The same model without either runs beside it, from the same weights.
+Needs timm. Half of the patches are dropped before they are embedded. The same model without either
+runs beside it, from the same weights.
 """
 
 import argparse
@@ -12,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from vatt_fast.integrations.patch import patch
-from vatt_fast.integrations.timm import DropToken, register
+from vatt_fast.integrations.timm import drop_before_embedding, register
 
 register()  # from here on attn_layer="vatt_fast" is known
 
@@ -24,7 +25,7 @@ def train(steps: int, *, drop: float, **options) -> list[float]:
     torch.manual_seed(0)
     model = timm.create_model("vit_base_patch16_224", **SIZES, **options)
     if drop:
-        model.patch_drop = DropToken(drop, num_prefix_tokens=model.num_prefix_tokens)
+        drop_before_embedding(model, drop)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     losses = []
     for _ in range(steps):

@@ -26,6 +26,13 @@ def check(
         and q.shape[3] == k.shape[3]
     )
     if not alike:
+        kv = q.ndim == k.ndim == 4 and k.shape[heads]
+        if kv and k.shape == v.shape and q.shape[heads] % kv == 0 and kv != q.shape[heads]:
+            repeat = ("k.repeat_interleave({}, 2)", "jnp.repeat(k, {}, 1)")[heads == 1]
+            raise ValueError(
+                f"attention has no grouped heads, and q has {q.shape[heads]}, k and v {kv};"
+                f" repeat k and v, {repeat.format(q.shape[heads] // kv)}"
+            )
         order = ("B, {}, H, head_dim", "B, H, {}, head_dim")[heads == 1]
         raise ValueError(
             f"attention takes q ({order.format('T')}), k and v ({order.format('S')}),"

@@ -3,6 +3,8 @@
 On a CPU torch never chooses flash attention of CUDA, so its operator is called by name.
 """
 
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -50,28 +52,40 @@ def installed(torchs, request):
     handle.remove()
 
 
-def tensors(T=9, S=9, heads=2, packed=True):
+def tensors(T=9, S=9, heads=2, packed=True, dtype=torch.float32):
     torch.manual_seed(0)
-    lengths = (T, S, S)
-    rows = [torch.randn(2, n, h, 16) for n, h in zip(lengths, (2, heads, heads), strict=True)]
+    sizes = zip((T, S, S), (2, heads, heads), strict=True)
+    rows = [torch.randn(2, n, h, 16).to(dtype) for n, h in sizes]
     views = [x.transpose(1, 2) for x in rows]
     return [(x if packed else x.contiguous()).detach().requires_grad_() for x in views]
 
 
+def differentiated(attend, given):
+    """Output and gradients of a sum that weighs each value otherwise."""
+    out = attend(*given)
+    weights = torch.linspace(-1, 1, out.numel()).view(out.shape)
+    return out, *torch.autograd.grad((out.float() * weights).sum(), given)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("packed", [True, False], ids=["BTHD", "BHTD"])
 @pytest.mark.parametrize("keys", [9, 5])
-def test_values_and_gradients_are_sdpas(installed, keys, packed):
-    given = tensors(S=keys, packed=packed)
-    out, lse, *_ = flash(*given, scale=0.3)
-    expected = F.scaled_dot_product_attention(*given, scale=0.3)
-    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
-    assert out.stride() == given[0].stride() and lse.shape == (2, 2, 9)
-    weights = torch.randn_like(out)
-    found = torch.autograd.grad((out * weights).sum(), given)
-    exact = torch.autograd.grad((expected * weights).sum(), given)
-    for gradient, one in zip(found, exact, strict=True):
-        torch.testing.assert_close(gradient, one, rtol=1e-4, atol=1e-5)
-    assert not installed.calls
+def test_values_and_gradients_are_sdpas(installed, keys, packed, dtype, request):
+    if dtype == torch.bfloat16 and "triton_gpu" in request.node.callspec.id:
+        pytest.skip("Triton's interpreter multiplies the raw bits of bfloat16")
+    given = tensors(S=keys, packed=packed, dtype=dtype)
+    sdpas = functools.partial(F.scaled_dot_product_attention, scale=0.3)
+    found = differentiated(lambda *z: flash(*z, scale=0.3)[0], given)
+    assert found[0].stride() == given[0].stride() and found[0].dtype == dtype
+    assert flash(*given, scale=0.3)[1].shape == (2, 2, 9) and not installed.calls
+    exact = differentiated(sdpas, [x.detach().float().requires_grad_() for x in given])
+    theirs = differentiated(sdpas, given)
+    for ours, own, full in zip(found, theirs, exact, strict=True):
+        scale = full.norm()
+        allowed = 3e-6
+        if dtype != torch.float32:
+            allowed = 2 * (own - full).norm() / scale + torch.finfo(dtype).eps / 2
+        assert (ours - full).norm() / scale < allowed
 
 
 @pytest.mark.parametrize(

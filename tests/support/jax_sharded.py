@@ -1,6 +1,6 @@
 """A program for a process with 8 virtual CPU devices: the step on all of them against one.
 
-Prints one JSON line.
+Prints one JSON line; with the word ``attention`` of ``integrations.jax.sharded_attention`` alone.
 
 XLA_FLAGS=--xla_force_host_platform_device_count=8 python tests/support/jax_sharded.py
 """
@@ -8,6 +8,7 @@ XLA_FLAGS=--xla_force_host_platform_device_count=8 python tests/support/jax_shar
 import dataclasses
 import functools
 import json
+import sys
 import tempfile
 from pathlib import Path
 
@@ -15,14 +16,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from vatt_fast.classifier import ClassifierConfig
 from vatt_fast.config import TowerConfig, VATTConfig
 from vatt_fast.data.clips import Batch, DropToken, copy_kept_rows
 from vatt_fast.data.text import PADDING, UNKNOWN, Vocabulary
 from vatt_fast.finetuning.settings import FineTuneConfig
-from vatt_fast.integrations.jax import contrastive_loss
+from vatt_fast.integrations.jax import contrastive_loss, dot_product_attention, sharded_attention
 from vatt_fast.model import VATT
 from vatt_fast.on_jax import training
 from vatt_fast.on_jax import weights as jax_weights
@@ -196,6 +197,40 @@ def loss_of_a_batch(devices: int) -> dict[str, np.ndarray]:
     return {"loss/learned": np.asarray(value), "loss/fixed": np.asarray(fixed)} | found
 
 
+def attention_of_a_mesh(sizes: dict[str, int] | None, dtype) -> dict[str, np.ndarray]:
+    """``integrations.jax.sharded_attention`` on axes of such sizes, or none, and its gradients."""
+    draw = np.random.default_rng(0)
+    shapes = ((8, 6, 4, 8), (8, 5, 4, 8), (8, 5, 4, 8), (4, 6, 5), (8, 6, 4, 8))
+    q, k, v, bias, weights = (jnp.asarray(draw.standard_normal(s), dtype) for s in shapes)
+    mask = jnp.arange(5) < jnp.asarray(draw.integers(1, 6, (8, 1, 1, 1)))
+    attend = dot_product_attention
+    if sizes is not None:
+        devices = np.array(jax.devices()).reshape(tuple(sizes.values()))
+        mesh = Mesh(devices, tuple(sizes))
+        axes = {"batch": "data", "heads": "model"}
+        attend = sharded_attention(mesh, **{k: axis for k, axis in axes.items() if axis in sizes})
+
+    def total(q, k, v, bias):
+        return (attend(q, k, v, bias, mask) * weights).astype(jnp.float32).sum()
+
+    gradients = jax.jit(jax.grad(total, (0, 1, 2, 3)))(q, k, v, bias)
+    found = {
+        f"gradient/{n}": np.asarray(g, np.float32) for n, g in zip("qkvb", gradients, strict=True)
+    }
+    return {"out": np.asarray(attend(q, k, v, bias, mask), np.float32)} | found
+
+
+def attention_of_meshes() -> dict[str, dict[str, float]]:
+    """Of 8 devices against none of a mesh."""
+    results = {}
+    for name, dtype in {"fp32": jnp.float32, "bf16": jnp.bfloat16}.items():
+        alone = attention_of_a_mesh(None, dtype)
+        for sizes in (dict(data=4, model=2), dict(data=8), dict(other=2, model=4)):
+            found = errors(attention_of_a_mesh(sizes, dtype), alone)
+            results[f"{name} {sizes}"] = found
+    return results
+
+
 def errors(found: dict, expected: dict) -> dict[str, float]:
     """Greatest difference by kind, relative to the tensor's largest value.
 
@@ -216,6 +251,9 @@ def errors(found: dict, expected: dict) -> dict[str, float]:
 
 
 if __name__ == "__main__":
+    if sys.argv[1:] == ["attention"]:
+        print(json.dumps(attention_of_meshes()))
+        sys.exit()
     results = {
         # first: later ones leave arrays behind
         "whole": whole_on_a_device(restored=False) + whole_on_a_device(restored=True),

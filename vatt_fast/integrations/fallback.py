@@ -2,8 +2,6 @@
 
 import warnings
 
-import torch
-
 _said: set[str] = set()
 
 
@@ -12,8 +10,16 @@ class RunsTheOriginal(UserWarning):
 
 
 def say(what: str, instead: str, reason: str) -> None:
-    """Warn, the first time in this process."""
+    """Warn, the first time in this process; of a compiled call as it is traced.
+
+    Sizes do not belong into the texts: they may be symbolic, and each would be said anew.
+    """
     text = f"{what}: {instead} runs, because {reason}"
-    if text not in _said and not torch.compiler.is_compiling():
+    if text not in _said:
         _said.add(text)
         warnings.warn(text, RunsTheOriginal, stacklevel=3)
+
+
+# ``torch.compiler.assume_constant_result``, which imports the whole compiler to set this: it is
+# called as dynamo traces, and leaves nothing in the graph
+say._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -1,11 +1,12 @@
-"""Our attention as JAX, Flax and tokamax call theirs, and the contrastive loss over a mesh.
+"""Our attention as JAX, Flax and tokamax call theirs; attention and a loss over a mesh.
 
     from vatt_fast.integrations.jax import dot_product_attention, flax_attention_fn
 
     out = dot_product_attention(q, k, v, is_causal=True)                  # as jax.nn's
     nnx.MultiHeadAttention(..., attention_fn=flax_attention_fn)           # and Linen's
     tokamax.dot_product_attention(q, k, v, implementation=(tokamax_implementation, "xla"))
-    loss = contrastive_loss(mesh, "batch")                                # loss(x, y, scale)
+    attend = sharded_attention(mesh, batch="data", heads="model")         # attend(q, k, v)
+    loss = contrastive_loss(mesh, "data")                                 # loss(x, y, scale)
 
 A mask must be one of keys, a bias the same for every clip. Anything else raises
 NotImplementedError in one sentence: JAX traces once, and nobody would see a warning.
@@ -45,7 +46,7 @@ def dot_product_attention(
 
     Args:
         query: (B, T, H, head_dim) or (T, H, head_dim); key, value: the same with S.
-        bias: (H, T, S) or (1, H, T, S), added to the scores.
+        bias: added to the scores, (H, T, S) or (1, H, T, S); axes of length 1 are broadcast.
         mask: bool (B or 1, 1, 1, S), True = attend.
         scale: None: head_dim ** -0.5.
         key_value_seq_lengths: (B,): so many first keys are attended.
@@ -76,9 +77,10 @@ def dot_product_attention(
         raise NotImplementedError(f"implementation is {implementation!r}; ours chooses its own")
     if local_window_size is not None or query_seq_lengths is not None:
         raise NotImplementedError("there are no windows and no lengths of queries; use jax.nn's")
-    (B, _, H, _), S = query.shape, key.shape[1]
-    if key.shape[2] != H:
-        raise NotImplementedError(f"there are no grouped heads ({H} and {key.shape[2]})")
+    _check(query, key, value)
+    (B, T, H, _), S = query.shape, key.shape[1]
+    if is_causal and T != S:
+        raise NotImplementedError(f"causal attention has as many queries as keys, not {T} and {S}")
     key_mask = _keys(mask, B, S)
     if key_value_seq_lengths is not None:
         within = jnp.arange(S) < key_value_seq_lengths[:, None]
@@ -86,7 +88,7 @@ def dot_product_attention(
     out, lse = jax_ops.attention(
         *(jnp.swapaxes(x, 1, 2) for x in (query, key, value)),
         scale=query.shape[-1] ** -0.5 if scale is None else scale,
-        bias=_of_all_clips(bias),
+        bias=_of_all_clips(bias, (H, T, S)),
         key_mask=key_mask,
         causal=is_causal,
     )
@@ -102,16 +104,32 @@ def flax_attention_fn(
     mask: jax.Array | None = None,
     dropout_rate: float = 0.0,
     deterministic: bool = False,
+    dtype: Any = None,
+    precision: Any = None,
+    module: Any = None,
+    qk_attn_weights_einsum: Any = None,
+    attn_weights_value_einsum: Any = None,
     is_causal: bool = False,
     **_: Any,
 ) -> jax.Array:
     """The ``attention_fn`` of Flax's MultiHeadAttention, NNX and Linen.
 
+    Args:
+        dtype: queries, keys and values are cast to it, None: to the one that holds them all.
+
     Raises:
-        NotImplementedError: dropout of probabilities, and as ``dot_product_attention``.
+        NotImplementedError: dropout of probabilities, probabilities to sow, a precision, products
+            of the caller's own, and as ``dot_product_attention``.
     """
     if dropout_rate and not deterministic:
         raise NotImplementedError(f"there is no dropout of probabilities ({dropout_rate})")
+    if module is not None:
+        raise NotImplementedError("there are no probabilities to sow; set sow_weights to False")
+    if qk_attn_weights_einsum is not None or attn_weights_value_einsum is not None:
+        raise NotImplementedError("products are ours; leave out the einsum classes")
+    _check_precision(precision)
+    dtype = jnp.result_type(query, key, value) if dtype is None else dtype
+    query, key, value = (x.astype(dtype) for x in (query, key, value))
     return dot_product_attention(query, key, value, bias, mask, is_causal=is_causal)
 
 
@@ -134,25 +152,78 @@ def tokamax_implementation(
     """
     if query.ndim != 4 or not all(isinstance(x, jax.Array) for x in (query, key, value)):
         raise NotImplementedError(f"queries are (B, T, H, head_dim) arrays, not {query.shape}")
-    if key.shape != value.shape:
-        raise NotImplementedError(f"values {value.shape} are not of the keys' shape {key.shape}")
     if logits_soft_cap is not None or q_sharding is not None:
         raise NotImplementedError("there is no soft cap and no sharding; use shard_map")
-    if precision not in (None, jax.lax.Precision.DEFAULT):
-        raise NotImplementedError(f"precision is {precision}; ours is that of the inputs")
+    _check_precision(precision)
     options: dict[str, Any] = {}
     if mask is not None:
         if not (mask.q_start is mask.q_end is mask.k_start is None):
             raise NotImplementedError("there are no windows and no lengths of queries")
         if mask.k_end is not None:
-            if any(size != 1 for size in mask.k_end.shape[1:]):
-                raise NotImplementedError(f"lengths are those of clips, not {mask.k_end.shape}")
-            lengths = jnp.broadcast_to(mask.k_end.reshape(-1), query.shape[:1])
-            options["key_value_seq_lengths"] = lengths
+            lengths = jnp.asarray(mask.k_end)
+            if lengths.size not in (1, len(query)) or any(n != 1 for n in lengths.shape[1:]):
+                raise NotImplementedError(f"lengths are those of clips, not {lengths.shape}")
+            options["key_value_seq_lengths"] = jnp.broadcast_to(lengths.ravel(), len(query))
         options |= dict(mask=mask.bool_mask, is_causal=mask.is_causal)
     # its own default is a class
     scale = None if isinstance(logits_scale, type) else logits_scale
     return dot_product_attention(query, key, value, bias, scale=scale, **options)
+
+
+def sharded_attention(
+    mesh: Mesh, *, batch: str | None = None, heads: str | None = None
+) -> Callable[..., jax.Array]:
+    """Attention of clips and heads that lie on the devices of mesh axes; nothing is sent.
+
+    The function takes whole arrays, inside ``jit`` or not, and has their gradients. On a mesh of
+    explicit axes they lie along ``batch`` and ``heads`` already, as ``jax.reshard`` puts them.
+
+    Args:
+        mesh: of devices.
+        batch, heads: which of its axes shares the clips, and which the heads; None: none.
+
+    Returns:
+        ``attend(query, key, value, bias=None, mask=None, *, scale=None, is_causal=False)``, as
+        ``dot_product_attention``.
+
+    Raises:
+        ValueError: an unknown axis; when called, clips or heads that it does not divide.
+    """
+    for axis in (batch, heads):
+        if axis is not None:
+            _check_axis(mesh, axis)
+
+    def attend(
+        query: jax.Array,
+        key: jax.Array,
+        value: jax.Array,
+        bias: jax.Array | None = None,
+        mask: jax.Array | None = None,
+        *,
+        scale: float | None = None,
+        is_causal: bool = False,
+    ) -> jax.Array:
+        (B, T, H, _), S = query.shape, key.shape[1]
+        for axis, size, what in ((batch, B, "clips"), (heads, H, "heads")):
+            if axis is not None and size % mesh.shape[axis]:
+                raise ValueError(f"{size} {what} do not divide into {mesh.shape[axis]} devices")
+        # what is None is no array of the mesh
+        given: dict[str, Any] = dict(query=query, key=key, value=value)
+        along = dict.fromkeys(given, P(batch, None, heads))
+        if bias is not None:
+            given["bias"], along["bias"] = _of_all_clips(bias, (H, T, S)), P(heads)
+        keys = _keys(mask, B, S)
+        if keys is not None:
+            given["mask"], along["mask"] = keys[:, None, None], P(batch)
+        return jax.shard_map(
+            lambda given: dot_product_attention(**given, scale=scale, is_causal=is_causal),
+            mesh=mesh,
+            in_specs=(along,),
+            out_specs=P(batch, None, heads),
+            check_vma=False,  # kernels do not say how their outputs vary over the mesh
+        )(given)
+
+    return attend
 
 
 def contrastive_loss(
@@ -178,8 +249,7 @@ def contrastive_loss(
     Raises:
         ValueError: an unknown axis; when called, N that the axis does not divide.
     """
-    if axis not in mesh.shape:
-        raise ValueError(f"axis is {axis!r}; the mesh has {', '.join(map(repr, mesh.shape))}")
+    _check_axis(mesh, axis)
 
     def loss(
         x: jax.Array,
@@ -211,6 +281,11 @@ def contrastive_loss(
     return loss
 
 
+def _check_axis(mesh: Mesh, axis: str) -> None:
+    if axis not in mesh.shape:
+        raise ValueError(f"axis is {axis!r}; the mesh has {', '.join(map(repr, mesh.shape))}")
+
+
 def _keys(mask: jax.Array | None, batch: int, keys: int) -> jax.Array | None:
     if mask is None:
         return None
@@ -221,9 +296,39 @@ def _keys(mask: jax.Array | None, batch: int, keys: int) -> jax.Array | None:
     return jnp.broadcast_to(mask[:, 0, 0].astype(bool), (batch, keys))
 
 
-def _of_all_clips(bias: jax.Array | None) -> jax.Array | None:
-    if bias is None or bias.ndim == 3:
-        return bias
-    if bias.shape[0] != 1:
-        raise NotImplementedError(f"the bias is {bias.shape}; ours is one of all clips (H, T, S)")
-    return bias[0]
+def _of_all_clips(bias: jax.Array | None, shape: tuple[int, int, int]) -> jax.Array | None:
+    if bias is None:
+        return None
+    if bias.ndim == 4 and bias.shape[0] == 1:
+        bias = bias[0]
+    fits = bias.ndim == 3 and all(n in (1, m) for n, m in zip(bias.shape, shape, strict=True))
+    if not fits or not jnp.issubdtype(bias.dtype, jnp.floating):
+        raise NotImplementedError(
+            f"the bias is {bias.shape} {bias.dtype}; ours is a float one of all clips,"
+            f" (H, T, S) = {shape}"
+        )
+    return jnp.broadcast_to(bias, shape)
+
+
+def _check_precision(precision: Any) -> None:
+    if precision not in (None, "default", jax.lax.Precision.DEFAULT):
+        raise NotImplementedError(f"precision is {precision}; ours is that of the inputs")
+
+
+def _check(query: jax.Array, key: jax.Array, value: jax.Array) -> None:
+    """Raise NotImplementedError where the op has no such product."""
+    q, k, v = query.shape, key.shape, value.shape
+    if k != v or len(k) != 4 or q[0] != k[0] or q[3] != k[3]:
+        raise NotImplementedError(
+            f"queries {q}, keys {k} and values {v} must be (B, T or S, H, head_dim) alike"
+        )
+    if q[2] != k[2]:
+        raise NotImplementedError(
+            f"there are no grouped heads ({q[2]} and {k[2]}); repeat keys and values with"
+            " jnp.repeat(..., axis=2)"
+        )
+    if not query.dtype == key.dtype == value.dtype:
+        raise NotImplementedError(
+            f"queries, keys and values are {query.dtype}, {key.dtype} and {value.dtype};"
+            " cast them to one dtype"
+        )

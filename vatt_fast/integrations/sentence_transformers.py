@@ -10,7 +10,8 @@ and gradient. With hardness weights, or a similarity other than the cosine and t
 their own code runs, and it is said once.
 """
 
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,10 +28,26 @@ from .pairs import mean_of_valid
 
 
 class MultipleNegativesRankingLoss(losses.MultipleNegativesRankingLoss):
-    """Theirs, and subclassed from it: its arguments and its forward are its own."""
+    """Theirs, and subclassed from it: its arguments are its own."""
+
+    def forward(
+        self,
+        sentence_features: Iterable[dict[str, Tensor]],
+        labels: Tensor | None = None,
+        *,
+        valid: Tensor | None = None,
+    ) -> Tensor:
+        """The loss, a scalar, of a batch of queries, positives, and hard negatives if any.
+
+        Args:
+            labels: not read.
+            valid: (M,) bool; False takes a query and its documents out of the batch.
+        """
+        # theirs hands labels on to the next method, and reads nothing of them
+        return super().forward(sentence_features, _Labels(labels, valid))
 
     def compute_loss_from_embeddings(
-        self, embeddings: list[Tensor], labels: Tensor | None, *, valid: Tensor | None = None
+        self, embeddings: list[Tensor], labels: Any, *, valid: Tensor | None = None
     ) -> Tensor:
         """The loss, a scalar.
 
@@ -39,6 +56,8 @@ class MultipleNegativesRankingLoss(losses.MultipleNegativesRankingLoss):
             labels: not read.
             valid: (M,) bool; False takes a query and its documents out of the batch.
         """
+        if isinstance(labels, _Labels):
+            labels, valid = labels
         if reason := _unsupported(self):
             if valid is not None:
                 raise ValueError(f"valid needs our loss, and {reason}")
@@ -50,8 +69,23 @@ class MultipleNegativesRankingLoss(losses.MultipleNegativesRankingLoss):
 class CachedMultipleNegativesRankingLoss(losses.CachedMultipleNegativesRankingLoss):
     """Theirs, with its second step (GradCache's all-pairs loss) in one call of the op."""
 
+    def forward(
+        self,
+        sentence_features: Iterable[dict[str, Tensor]],
+        labels: Tensor | None = None,
+        *,
+        valid: Tensor | None = None,
+    ) -> Tensor:
+        """As ``MultipleNegativesRankingLoss``'s."""
+        return super().forward(sentence_features, _Labels(labels, valid))
+
     def calculate_loss(
-        self, reps: list[list[Tensor]], labels: Tensor | None = None, *, with_backward: bool = False
+        self,
+        reps: list[list[Tensor]],
+        labels: Any = None,
+        *,
+        with_backward: bool = False,
+        valid: Tensor | None = None,
     ) -> Tensor:
         """The loss, a scalar, of embeddings that lie in mini-batches, as theirs.
 
@@ -59,15 +93,27 @@ class CachedMultipleNegativesRankingLoss(losses.CachedMultipleNegativesRankingLo
             reps: for queries, positives, and hard negatives if any: mini-batches (m, D).
             labels: not read.
             with_backward: run the backward here, and return the loss detached.
+            valid: (M,) bool; False takes a query and its documents out of the batch.
         """
+        if isinstance(labels, _Labels):
+            labels, valid = labels
         if reason := _unsupported(self):
+            if valid is not None:
+                raise ValueError(f"valid needs our loss, and {reason}")
             say("CachedMultipleNegativesRankingLoss", "sentence-transformers' own loss", reason)
             return super().calculate_loss(reps, labels, with_backward=with_backward)
-        loss = _loss(self, [torch.cat(batches) for batches in reps], None)
+        loss = _loss(self, [torch.cat(batches) for batches in reps], valid)
         if with_backward:
             loss.backward()
             loss = loss.detach()
         return loss
+
+
+class _Labels(NamedTuple):
+    """What ``forward`` was given, on its way through theirs."""
+
+    labels: Tensor | None
+    valid: Tensor | None
 
 
 def _unsupported(loss: Any) -> str | None:
@@ -87,6 +133,8 @@ def _loss(loss: Any, embeddings: list[Tensor], valid: Tensor | None) -> Tensor:
         bound = 1.02 * loss.scale
     q, *docs = embeddings
     M, C = q.shape[0], len(docs)
+    if valid is not None and (tuple(valid.shape) != (M,) or valid.dtype != torch.bool):
+        raise ValueError(f"valid is {tuple(valid.shape)} {valid.dtype}; it must be bool ({M},)")
     queries, all_docs, counted, first = q, docs, valid, 0
     gathered = loss.gather_across_devices and collectives.world_size() > 1
     if gathered:

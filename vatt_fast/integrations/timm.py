@@ -5,21 +5,26 @@
 
     vatt_fast_timm.register()
     model = timm.create_model("vit_base_patch16_224", attn_layer="vatt_fast")
-    model.patch_drop = vatt_fast_timm.DropToken(0.5, num_prefix_tokens=model.num_prefix_tokens)
+    undo = vatt_fast_timm.drop_before_embedding(model, 0.5)
 
 Weights keep their names and shapes. q, k and v are the slices of timm's packed product, of which
 nothing is copied.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
+from timm.layers import PatchEmbed
 from timm.layers.attention import Attention as _Attention
 from timm.models import vision_transformer
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from ..kernels import attention, drop_token, sample_keep
+from ..kernels import attention, drop_token, patch_embed, sample_keep
 from .fallback import say
 
-# B batch, N tokens, H heads
+# B batch, N tokens or patches, K kept of them, H heads
 
 
 def register() -> None:
@@ -61,7 +66,7 @@ class Attention(_Attention):
                 f"the op has no dropout of probabilities ({self.attn_drop.p}); set attn_drop to 0"
             )
         if attn_mask is not None and key_mask is None and not is_causal:
-            return f"the op takes a mask of keys (B, 1, 1, N), not {tuple(attn_mask.shape)}"
+            return "the op takes a mask of keys, bool (B, 1, 1, N), and no other"
         return None
 
 
@@ -75,10 +80,11 @@ def keys_of(attn_mask: Tensor | None, batch: int, tokens: int) -> Tensor | None:
 
 
 class DropToken(nn.Module):
-    """VATT's DropToken (section 3.3) in the place of timm's ``PatchDropout``.
+    """VATT's DropToken (section 3.3) in the place of timm's ``PatchDropout``, after the embedding.
 
-    timm draws other patches for every picture; this draws once a batch, from seed and step, so that
-    a run can be repeated. Prefix tokens stay. It counts its own steps, in training only.
+    For any model that has a ``patch_drop``; ``drop_before_embedding`` costs less. timm draws other
+    patches for every picture; this draws once a batch, from seed and step, so that a run can be
+    repeated. Prefix tokens stay. It counts its own steps, in training only.
 
     Args:
         prob: share of patches that is dropped, in [0, 1).
@@ -102,8 +108,114 @@ class DropToken(nn.Module):
         if not self.training or not self.prob:
             return x
         prefix = self.num_prefix_tokens
-        count = x.shape[1] - prefix
+        keep = self.draw(x.shape[1] - prefix)
+        kept = torch.cat((torch.arange(prefix), keep + prefix))
+        return drop_token(x, kept.to(x.device))
+
+    @torch.compiler.disable
+    def draw(self, count: int) -> Tensor:
+        """Of so many patches the kept ones, sorted, int32 (K,); and count a step."""
         keep = sample_keep(count, self.prob, seed=self.seed, step=self.step, stream="timm")
         self.step += 1
-        kept = torch.cat((torch.arange(prefix), torch.from_numpy(keep) + prefix))
-        return drop_token(x, kept.to(x.device))
+        return torch.from_numpy(keep)
+
+
+def drop_before_embedding(
+    model: VisionTransformer, prob: float, *, seed: int = 0, step: int = 0
+) -> Callable[[], None]:
+    """VATT's DropToken where VATT has it: in training, dropped patches are not embedded at all.
+
+    Values and gradients are those of ``DropToken`` with the same draws. It works in place; while
+    ``model.patch_embed`` is in evaluation nothing is dropped.
+
+    Args:
+        prob: share of patches that is dropped, in [0, 1).
+        seed, step: of the draw, one for a batch; ``model.patch_drop.step`` grows with every call.
+
+    Returns:
+        A function without arguments that undoes it.
+
+    Raises:
+        ValueError: a model whose embedding is not one linear map of whole patches, in one sentence.
+    """
+    if reason := _not_first(model):
+        raise ValueError(
+            f"DropToken cannot stand before the embedding, because {reason};"
+            " put timm.DropToken into model.patch_drop"
+        )
+    embed, before = model.patch_embed, (model.patch_drop, type(model), type(model.patch_embed))
+    drop = _DrawnBefore(prob, model.num_prefix_tokens, seed=seed, step=step).train(model.training)
+    # subclasses with another method: parameters, their names and hooks stay
+    model.patch_drop, model.__class__, embed.__class__ = drop, _DropsFirst, _EmbedsLater
+
+    def undo() -> None:
+        model.patch_drop, model.__class__, embed.__class__ = before
+
+    return undo
+
+
+def _not_first(model: nn.Module) -> str | None:
+    if type(model) is _DropsFirst:
+        return "it stands there already"
+    if type(model) is not VisionTransformer:
+        return f"{type(model).__name__} is not timm's VisionTransformer"
+    embed: Any = model.patch_embed
+    if model.dynamic_img_size or getattr(embed, "dynamic_img_pad", False):
+        return "images of any size have no one grid of patches (dynamic_img_size, dynamic_img_pad)"
+    if type(embed) is not PatchEmbed or type(embed.proj) is not nn.Conv2d or not embed.flatten:
+        return f"{type(embed).__name__} is not timm's PatchEmbed of a Conv2d"
+    if not isinstance(embed.norm, nn.Identity):
+        return f"PatchEmbed has a {type(embed.norm).__name__} between projection and position"
+    return None
+
+
+class _DrawnBefore(DropToken):
+    """Draws for the model, and finds nothing left to drop."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+class _EmbedsLater(PatchEmbed):
+    """In training it hands the images on: the model embeds the kept patches only."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(x)
+        if tuple(x.shape[2:]) != self.img_size:
+            raise ValueError(
+                f"images are {tuple(x.shape[2:])}; the model takes {self.img_size},"
+                " see its set_input_size"
+            )
+        return x
+
+
+class _DropsFirst(VisionTransformer):
+    """timm's, with another embedding in training."""
+
+    def _pos_embed(self, x: Tensor) -> Tensor:
+        """Images (B, C, height, width) -> (B, prefix + K, dim); what is embedded goes to timm's."""
+        if x.ndim == 3:
+            return super()._pos_embed(x)
+        embed: Any = self.patch_embed
+        keep = self.patch_drop.draw(embed.num_patches)
+        weight, position = embed.proj.weight, self.pos_embed
+        tokens = patch_embed(
+            x[..., None],  # channels as frames: a patch's values lie as the convolution's weight
+            weight.flatten(1),
+            weight.new_zeros(len(weight)) if embed.proj.bias is None else embed.proj.bias,
+            None if position is None else position[0, -embed.num_patches :],
+            keep.to(x.device),
+            scale=1.0,
+            shift=0.0,
+            patch=(x.shape[1], *embed.patch_size),
+        )
+        prefix = [part for part in (self.cls_token, self.reg_token) if part is not None]
+        first = torch.cat(prefix, 1) if prefix else None
+        if position is not None:
+            tokens = tokens.to(position.dtype)  # under autocast, as the sum would be
+            if first is not None and not self.no_embed_class:
+                first = first + position[:, : self.num_prefix_tokens]
+        if first is not None:
+            tokens = torch.cat((first.expand(len(x), -1, -1), tokens), 1)
+        return tokens if position is None else self.pos_drop(tokens)

@@ -140,11 +140,11 @@ def _unsupported(module, query, key, value, attention_mask, dropout, causal, opt
     if query.shape[1] != key.shape[1] or getattr(module, "num_key_value_groups", 1) > 1:
         return "it has no grouped heads"
     if key.shape != value.shape or query.shape[-1] != key.shape[-1]:
-        return f"keys {tuple(key.shape)} and values {tuple(value.shape)} differ in shape"
+        return "keys and values, or queries and keys, differ in size"
     if not query.dtype == key.dtype == value.dtype:
         return f"dtypes differ: {query.dtype}, {key.dtype}, {value.dtype}"
     if attention_mask is not None and attention_mask.ndim > 3:
-        return f"the mask is {tuple(attention_mask.shape)}; it takes one of keys (B, S)"
+        return f"the mask has {attention_mask.ndim} axes; it takes one of keys (B, S)"
     if causal and query.shape[2] != key.shape[2]:
         return "causal attention has as many queries as keys"
     if options.get("cache") is not None:
