@@ -8,7 +8,7 @@
     python -m bench accuracy --tables   # the paper's tables in miniature; 2 hours on 2 cores
     python -m bench data                # clips decoded a second and a core, by codec and size
     python -m bench ranks               # steps of 1, 2 and 4 gloo ranks: time, bytes sent
-    python -m bench integrations        # our ops inside other libraries, and their memory
+    python -m bench integrations        # our ops inside other libraries: errors, time, memory
     python -m bench peer-losses --packages DIR    # others' losses on several processes
     python -m bench large-index         # a run on a million files: its start, its memory
     python -m bench floors              # FLOPs, bytes and predicted times of every case
@@ -140,7 +140,7 @@ def _parser() -> argparse.ArgumentParser:
 
     option = add(_integrations, "our ops inside other libraries, against their own paths")
     option("--speed", type=int, default=0, metavar="ROUNDS", help="a column of time")
-    option("--memory", type=int, metavar="BATCH", help="instead: peak memory of the losses")
+    option("--memory", type=int, metavar="BATCH", help="columns of peak memory, of the losses at this batch")
     option("--ours", action="store_true", help="with --memory: leave theirs out")
     option("--packages", type=Path, help="a folder of packages, tried first")
 

@@ -312,8 +312,8 @@ def by_length(scores: Sequence[Score]) -> str:
         own = [one for one in scores if (one.steps, one.clips) == (steps, clips)]
         seeds = len({one.cell.seed for one in own})
         made.append(
-            f"{seeds} seeds; {steps} steps of pre-training, {clips} clips, {own[-1].device}, "
-            f"{own[-1].date}. Mean and standard deviation.\n\n{tables(own)}"
+            f"{seeds} seeds, {steps} steps of pre-training, {clips} clips, {own[-1].device}, "
+            f"{own[-1].date}:\n\n{tables(own)}"
         )
     return "\n\n".join(made) or "No scores exist yet."
 
