@@ -140,7 +140,12 @@ def _parser() -> argparse.ArgumentParser:
 
     option = add(_integrations, "our ops inside other libraries, against their own paths")
     option("--speed", type=int, default=0, metavar="ROUNDS", help="a column of time")
-    option("--memory", type=int, metavar="BATCH", help="columns of peak memory, of the losses at this batch")
+    option(
+        "--memory",
+        type=int,
+        metavar="BATCH",
+        help="columns of peak memory, of the losses at this batch",
+    )
     option("--ours", action="store_true", help="with --memory: leave theirs out")
     option("--packages", type=Path, help="a folder of packages, tried first")
 
