@@ -70,11 +70,10 @@ import json, os, sys
 from labelled_media import settings
 from training_runs import MODEL
 from vatt_fast.finetuning.loop import finetune
-folder, out, cases = sys.argv[1:]
-for name, changes in json.loads(cases).items():
-    run = settings(folder, f"{out}/{name}", batch_size=8, steps=3, framework="jax", device="cpu",
-                   eval_split="test", **changes)
-    finetune(run, model_config=MODEL, progress=False)
+folder, out, changes = sys.argv[1:]
+run = settings(folder, out, batch_size=8, steps=3, framework="jax", device="cpu",
+               eval_split="test", **json.loads(changes))
+finetune(run, model_config=MODEL, progress=False)
 sys.stdout.flush()
 os._exit(0)
 """
@@ -130,24 +129,27 @@ def test_two_hosts_are_one(tmp_path):
         assert not (two / "bad").exists()
 
 
-def test_fine_tuning_on_two_hosts_is_that_on_one(tmp_path):
-    """The weights of the balanced loss are of the whole batch; DropToken's draw is shared."""
+AUDIO = dict(task="audio", recipe="audioset", samples=1280, sample_rate_hz=8000, warmup_steps=0)
+
+
+@pytest.mark.parametrize(
+    "changes", [dict(drop_rate=0.5), AUDIO | dict(mixup=0.0)], ids=["video", "audio"]
+)
+def test_fine_tuning_on_two_hosts_is_that_on_one(tmp_path, changes):
+    """DropToken's draw is shared; the weights of the balanced loss are of the whole batch."""
     folder = str(write_labelled(tmp_path / "media"))
-    audio = dict(task="audio", recipe="audioset", samples=1280, sample_rate_hz=8000, mixup=0.0)
-    cases = {"video": dict(drop_rate=0.5), "audio": audio | dict(warmup_steps=0)}
     for world in (1, 2):
-        out = tmp_path / str(world)
-        hosts(world, 4 // world, FINETUNE, folder, str(out), json.dumps(cases))
-    for name in cases:
-        a, b = (load_file(tmp_path / world / name / "checkpoint.safetensors") for world in "12")
-        assert a.keys() == b.keys()
-        for key, value in a.items():
-            torch.testing.assert_close(b[key], value, rtol=1e-3, atol=1e-5, msg=key)
-        for x, y in zip(*(metrics(tmp_path / world / name) for world in "12"), strict=True):
-            told = [key for key in x if key.startswith(("loss", "gradient", "train_", "eval_"))]
-            assert {"loss", "gradient_norm"} <= set(told)
-            assert [y[key] for key in told] == pytest.approx([x[key] for key in told], rel=1e-3)
-    assert (tmp_path / "2" / "video" / "report.html").is_file()
+        out = str(tmp_path / str(world))
+        hosts(world, 4 // world, FINETUNE, folder, out, json.dumps(changes))
+    a, b = (load_file(tmp_path / world / "checkpoint.safetensors") for world in "12")
+    assert a.keys() == b.keys()
+    for key, value in a.items():
+        torch.testing.assert_close(b[key], value, rtol=1e-3, atol=1e-5, msg=key)
+    for x, y in zip(*(metrics(tmp_path / world) for world in "12"), strict=True):
+        told = [key for key in x if key.startswith(("loss", "gradient", "train_", "eval_"))]
+        assert {"loss", "gradient_norm"} <= set(told)
+        assert [y[key] for key in told] == pytest.approx([x[key] for key in told], rel=1e-3)
+    assert (tmp_path / "2" / "report.html").is_file()
 
 
 JOIN = """

@@ -8,7 +8,9 @@ from vatt_fast.training.settings import PretrainConfig
 
 
 def losses(folder, out, **changes) -> list[float]:
-    run = settings(folder, out, steps=3, checkpoint_every=3, warmup_steps=1, **changes)
+    # Adam divides the rounding of a gradient that is 0 by itself: a large eps leaves it rounding
+    exact = dict(adam_eps=1.0, steps=3, checkpoint_every=3, warmup_steps=1)
+    run = settings(folder, out, **exact, **changes)
     pretrain(run, model_config=MODEL, progress=False)
     return [line["loss"] for line in metrics(out)]
 
@@ -21,7 +23,7 @@ def test_micro_batches_and_computing_again_train_the_same_model(tmp_path):
     assert again == plain and len(plain) == 3
     micro = losses(folder, tmp_path / "micro", micro_batch=3, recompute="blocks", drop_per="clip")
     whole = losses(folder, tmp_path / "whole", drop_per="clip")
-    assert micro == pytest.approx(whole, rel=1e-4)  # Adam makes much of a rounding
+    assert micro == pytest.approx(whole, rel=1e-5)
 
 
 @pytest.mark.parametrize(
