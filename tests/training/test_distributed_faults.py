@@ -25,13 +25,13 @@ def folder(tmp_path_factory):
     return write_media(tmp_path_factory.mktemp("media"))
 
 
-def ranks(world: int, arguments: list[str]) -> list[subprocess.Popen]:
-    """The processes that torchrun would start, whose ends can be seen."""
+def ranks(world: int, arguments: list[str], option: str = "-m") -> list[subprocess.Popen]:
+    """The processes that torchrun would start, whose ends can be seen; ``option`` is Python's."""
     port = str(free_port())
     where = dict(WORLD_SIZE=str(world), MASTER_ADDR="localhost", MASTER_PORT=port)
     return [
         subprocess.Popen(
-            [sys.executable, "-m", *arguments],
+            [sys.executable, option, *arguments],
             stderr=subprocess.PIPE,
             text=True,
             env=environment(RANK=str(rank), LOCAL_RANK=str(rank), **where),
@@ -59,6 +59,20 @@ def same_weights(a: Path, b: Path) -> None:
     left, right = load_file(a / CHECKPOINT), load_file(b / CHECKPOINT)
     assert left.keys() == right.keys()
     assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+RUNS = """
+from vatt_fast.training.distributed import joined
+for number in range(12):
+    with joined("cpu", 30) as ranks:
+        assert ranks.all((ranks.rank, number)) == [(0, number), (1, number)]
+"""
+
+
+def test_processes_share_one_run_after_another():
+    """Whichever of them comes to the next one first."""
+    codes, told = ends(ranks(2, [RUNS], "-c"))
+    assert codes == [0, 0], told
 
 
 def test_a_signal_to_the_whole_group_saves(folder, tmp_path):

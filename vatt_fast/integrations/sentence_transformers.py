@@ -27,8 +27,8 @@ from .pairs import mean_of_valid
 # M queries of this process, N of all, C documents a query (the positive, then hard negatives)
 
 
-class MultipleNegativesRankingLoss(losses.MultipleNegativesRankingLoss):
-    """Theirs, and subclassed from it: its arguments are its own."""
+class _TakesValid:
+    """Before a loss of theirs: its forward, with validity."""
 
     def forward(
         self,
@@ -44,7 +44,11 @@ class MultipleNegativesRankingLoss(losses.MultipleNegativesRankingLoss):
             valid: (M,) bool; False takes a query and its documents out of the batch.
         """
         # theirs hands labels on to the next method, and reads nothing of them
-        return super().forward(sentence_features, _Labels(labels, valid))
+        return super().forward(sentence_features, _Labels(labels, valid))  # type: ignore[misc]
+
+
+class MultipleNegativesRankingLoss(_TakesValid, losses.MultipleNegativesRankingLoss):
+    """Theirs, and subclassed from it: its arguments are its own."""
 
     def compute_loss_from_embeddings(
         self, embeddings: list[Tensor], labels: Any, *, valid: Tensor | None = None
@@ -66,18 +70,8 @@ class MultipleNegativesRankingLoss(losses.MultipleNegativesRankingLoss):
         return _loss(self, embeddings, valid)
 
 
-class CachedMultipleNegativesRankingLoss(losses.CachedMultipleNegativesRankingLoss):
+class CachedMultipleNegativesRankingLoss(_TakesValid, losses.CachedMultipleNegativesRankingLoss):
     """Theirs, with its second step (GradCache's all-pairs loss) in one call of the op."""
-
-    def forward(
-        self,
-        sentence_features: Iterable[dict[str, Tensor]],
-        labels: Tensor | None = None,
-        *,
-        valid: Tensor | None = None,
-    ) -> Tensor:
-        """As ``MultipleNegativesRankingLoss``'s."""
-        return super().forward(sentence_features, _Labels(labels, valid))
 
     def calculate_loss(
         self,

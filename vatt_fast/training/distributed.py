@@ -9,6 +9,7 @@ import dataclasses
 import datetime
 import gc
 import hashlib
+import itertools
 import json
 import os
 import platform
@@ -273,10 +274,8 @@ def joined(device: str, patience: int, framework: str = "torch") -> Iterator[Ran
     gpus = framework == "torch" and pick_device(device).type == "cuda"
     wait = datetime.timedelta(seconds=patience)
     try:
-        whole, rank, world = next(dist.rendezvous("env://", timeout=wait))
-        # torchrun's store outlives the ranks that it starts again
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        store = dist.PrefixStore(f"vatt_fast/{attempt}", whole)
+        store = _meeting(wait)
+        rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if gpus else "gloo",
             store=dist.PrefixStore("ranks", store),
@@ -299,6 +298,24 @@ def joined(device: str, patience: int, framework: str = "torch") -> Iterator[Ran
             _end_group()
         raise  # else others may still wait in the group, and its end for them
     _end_group()
+
+
+def _meeting(wait: datetime.timedelta) -> Any:
+    """A store of this run's own, at the address of torchrun's variables.
+
+    What is below stays until the process ends: where a rank came to its next run before the first
+    rank had closed the store of the last one, it would join that.
+    """
+    where = tuple(os.environ[name] for name in _TORCHRUN)
+    if where not in _meetings:
+        _meetings[where] = next(dist.rendezvous("env://", timeout=wait))[0], itertools.count()
+    whole, runs = _meetings[where]
+    # torchrun's store outlives the ranks that it starts again
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return dist.PrefixStore(f"vatt_fast/{attempt}/{next(runs)}", whole)
+
+
+_meetings: dict[tuple[str, ...], tuple[Any, Iterator[int]]] = {}  # a store, and runs from 0
 
 
 def leave(status: int) -> None:

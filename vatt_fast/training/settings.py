@@ -253,7 +253,7 @@ def check_hosts(run: Any) -> None:
     if missing:
         raise ValueError(
             f"{' and '.join(missing)} must be given too, or none of {', '.join(told)} where "
-            "JAX finds them itrun (SLURM, TPU pods)"
+            "JAX finds them itself (SLURM, TPU pods)"
         )
     host, _, port = str(run.coordinator).rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 65536:
