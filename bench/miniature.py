@@ -146,11 +146,10 @@ class Runs:
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def pretrained(self, model: str) -> Path:
-        from vatt_fast.demo.world import render_world
         from vatt_fast.training.loop import PretrainConfig, pretrain
 
-        train, test = self.clips
-        render_world(self.world, num_train=train, num_test=test, seed=self.seed, progress=False)
+        self._render()
+        train, _ = self.clips
         out = self.folder / model.replace(" ", "_")
         run = PretrainConfig(  # as the demo: captions name colours and directions
             data=str(self.world / "train"), out=str(out), steps=self.steps, seed=self.seed,
@@ -161,6 +160,12 @@ class Runs:
         )  # fmt: skip
         pretrain(run, model_config=MODELS[model], progress=False)
         return out
+
+    def _render(self) -> None:
+        from vatt_fast.demo.world import render_world
+
+        train, test = self.clips
+        render_world(self.world, num_train=train, num_test=test, seed=self.seed, progress=False)
 
     def retrieval(self, model: str, task: str) -> float:
         from vatt_fast.evaluation.search import measure, read_folder
@@ -209,6 +214,7 @@ class Runs:
 
     def labels(self, task: str) -> tuple[Path, Path]:
         """A table of labels, with a share of the training examples, and the folder of its media."""
+        self._render()
         media = self.folder / "digits" if task == "digits" else self.world
         rows = list(_digits(media) if task == "digits" else _world(self.world, task))
         draw = np.random.default_rng([self.seed, len(task)])
