@@ -113,7 +113,7 @@ def write_files(folder: Path, examples: int, builder: Any) -> tuple[str, Any]:
 
 def write(folder: Path, examples: int, captions: int, shards: int) -> str:
     """The media and their index. Returns what to name as data."""
-    from vatt_fast.data import index
+    from vatt_fast.data import index_file
     from vatt_fast.data.columns import PartBuilder, to_files
     from vatt_fast.data.listing import index_home, parse
 
@@ -162,8 +162,8 @@ def write(folder: Path, examples: int, captions: int, shards: int) -> str:
     counts = np.arange(LEXICON, 0, -1)
     save("word_counts", iter([counts]), len(counts), np.int64, ())
     about = {
-        "format": index.FORMAT,
-        "version": index.VERSION,
+        "format": index_file.FORMAT,
+        "version": index_file.VERSION,
         "label": listing.label,
         "root": "..",
         "columns": columns.name,
@@ -173,10 +173,10 @@ def write(folder: Path, examples: int, captions: int, shards: int) -> str:
                      "captions": ""},
         "content": "sparse",
         "asked": {},
-        "listing": index._digest(listing),
-        "stamps": index._stamps(listing),
+        "listing": index_file.digest_of_listing(listing),
+        "stamps": index_file.stamps_of(listing),
     }  # fmt: skip
-    (home / index.INDEX_FILE).write_text(json.dumps(about))
+    (home / index_file.INDEX_FILE).write_text(json.dumps(about))
     return named
 
 

@@ -26,6 +26,7 @@ from media_files import noise, numbered
 
 from vatt_fast.cli import main
 from vatt_fast.data import index as index_module
+from vatt_fast.data import index_file
 from vatt_fast.data import sources as sources_module
 from vatt_fast.data.captions import key_of
 from vatt_fast.data.clips import ClipSpec
@@ -1304,7 +1305,7 @@ def test_an_open_index_holds_no_captions(tmp_path):
         written = index_module.map_files(columns)
         del builder
         about = {
-            "format": index_module.FORMAT,
+            "format": index_file.FORMAT,
             "version": 1,
             "label": "x",
             "root": "/",

@@ -38,22 +38,30 @@ from .columns import (
     of_file,
     to_files,
 )
-from .listing import INDEX_FILE, Listing, Row, Wanted, caption_files, read_captions
+from .index_file import (
+    FORMAT,
+    VERSION,
+    digest_of_listing,
+    portable,
+    portable_text,
+    read_about,
+    size_and_time_or_none,
+    stamp_of_captions,
+    stamps_of,
+    unportable,
+)
+from .listing import INDEX_FILE, Listing, Row, read_captions
 from .media import MediaError
 from .probe import guessed, measure
-from .remote import is_url, join_path, size_and_time
+from .remote import join_path, size_and_time
 from .shards import read_shard
 from .source import Identity, Place
 from .tasks import do_all
 from .text import Caption, composed
 
-FORMAT, VERSION = "vatt_fast index", 1
 PARTS = "parts"
-OTHER_FILES = "has other files"
 _ROWS_A_PART = 256
 _NAMES_A_PART = 2000
-# of single files more than this are not all looked at when an index is opened, but every so many
-_MOST_CHECKED = 20_000
 _ABOUT = "about"
 
 
@@ -100,7 +108,7 @@ def build_index(
         remove_litter(folder)
         for remembered in (_old, _rows_by_path):  # of the last build in this process
             remembered.cache_clear()
-        stamps = _stamps(listing)
+        stamps = stamps_of(listing)
         parts = folder / PARTS
         parts.mkdir(exist_ok=True)
         old = _opened_or_none(folder)
@@ -135,7 +143,7 @@ def build_index(
                 "format": FORMAT,
                 "version": VERSION,
                 "label": source.label,
-                "root": _portable(listing.root, folder),
+                "root": portable(listing.root, folder),
                 "columns": columns.name,
                 "examples": len(source),
                 "left_out": len(problems),
@@ -145,8 +153,8 @@ def build_index(
                 "identity": source.identity._asdict(),
                 "content": source.content,
                 "asked": listing.asked,
-                "text": _within(listing.text, listing.root),
-                "listing": _digest(listing),
+                "text": portable_text(listing.text, listing.root),
+                "listing": digest_of_listing(listing),
                 "stamps": stamps,
             }
             write_text(folder / INDEX_FILE, json.dumps(about, indent=1))
@@ -176,11 +184,11 @@ def open_index(folder: str | os.PathLike) -> ColumnSource:
         ValueError: no index, one of a later version, or a damaged one.
     """
     folder = Path(folder)
-    about = _read_about(folder)
+    about = read_about(folder)
     columns = folder / about["columns"]
     return ColumnSource(
         about["label"],
-        _unportable(about["root"], folder),
+        unportable(about["root"], folder),
         map_files(columns),
         problems=columns / "problems.json" if about["left_out"] else {},
         identity=Identity(**about["identity"]),
@@ -192,186 +200,11 @@ def open_index(folder: str | os.PathLike) -> ColumnSource:
     )
 
 
-def is_index(folder: str | os.PathLike) -> bool:
-    return (Path(folder) / INDEX_FILE).is_file()
-
-
-def _read_about(folder: Path) -> dict[str, Any]:
-    path = folder / INDEX_FILE
-    try:
-        about = json.loads(path.read_text(encoding="utf-8"))
-        if about["format"] != FORMAT:
-            raise ValueError("it is of something else")
-        if about["version"] != VERSION:
-            raise ValueError(f"it is of version {about['version']}, this program reads {VERSION}")
-        Identity(**about["identity"])
-        return about
-    except FileNotFoundError as error:
-        raise ValueError(f"{folder} is no index; make one with vatt-fast index SOURCE") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{path} is no index ({error}); delete {folder} and index again"
-        ) from error
-
-
 def _opened_or_none(folder: Path) -> ColumnSource | None:
     try:
         return open_index(folder)
     except (ValueError, OSError):  # none yet, or one to be replaced
         return None
-
-
-def changes(folder: Path, listing_shards: Sequence[str] | None = None) -> list[str]:
-    """What has changed since an index was written, each by name; empty where nothing has.
-
-    Shards, manifests, captions files and folders are all looked at, and of single media files,
-    as of the files in a folder of captions, 20,000 at most.
-
-    Args:
-        listing_shards: the shards that are there now, relative to the root; None: not asked.
-    """
-    about = _read_about(folder)
-    root = _unportable(about["root"], folder)
-    told = []
-    for kind, path, size, time in about["stamps"]:
-        full = join_path(root, path) if kind == "shard" else _unportable(path, folder)
-        if reason := _differs(full, size, time, kind):
-            told.append(f"{path} {reason}")
-    if listing_shards is not None:
-        known = {path for kind, path, *_ in about["stamps"] if kind == "shard"}
-        told += [f"{path} is new" for path in listing_shards if path not in known]
-        told += [f"{path} is no longer named" for path in sorted(known.difference(listing_shards))]
-    if not any(kind == "shard" for kind, *_ in about["stamps"]):
-        columns = map_files(folder / about["columns"])
-        paths = Strings.of(columns, "path")
-        step = -(-len(paths) // _MOST_CHECKED) if len(paths) else 1
-        for row in range(0, len(paths), step):
-            size, time = int(columns["file_bytes"][row]), int(columns["file_time"][row])
-            if reason := _differs(join_path(root, paths[row]), size, time, "file"):
-                told.append(f"{paths[row]} {reason}")
-    return told
-
-
-def asked_of(folder: Path) -> dict[str, str | None]:
-    """The ``captions`` and ``media`` of the source that an index was made of."""
-    asked = _read_about(folder)["asked"]
-    return {name: asked.get(name) for name in ("captions", "media")}
-
-
-def wanted_of(folder: Path) -> Wanted | None:
-    """The source that an index was made of, where both may have moved; None: it does not say."""
-    about = _read_about(folder)
-    if not (text := about.get("text")):
-        return None
-    if not is_url(text):
-        text = os.path.normpath(os.path.join(_unportable(about["root"], folder), text))
-    asked = asked_of(folder)
-    return Wanted(text, captions=asked["captions"], media=asked["media"])
-
-
-def holds_shards(folder: Path) -> bool:
-    return any(kind == "shard" for kind, *_ in _read_about(folder)["stamps"])
-
-
-def is_same_listing(folder: Path, listing: Listing) -> bool:
-    """Whether an index lists just these files and captions; then their folders' times are noted.
-
-    A folder's time changes with every file in it, of whatever kind.
-    """
-    about = _read_about(folder)
-    if about.get("listing") != _digest(listing):
-        return False
-    write_text(folder / INDEX_FILE, json.dumps(about | {"stamps": _stamps(listing)}, indent=1))
-    return True
-
-
-def _digest(listing: Listing) -> str:
-    """Of the files that are listed, and of where their captions are and what is known of them."""
-    apart = None if listing.captions is None else os.path.abspath(listing.captions)
-    digest = hashlib.sha256(f"{apart}\0{listing.asked}\n".encode(errors="surrogateescape"))
-    for row in listing.rows:
-        beside = [
-            (path, _size_and_time_or_none(join_path(listing.root, path)))
-            for path in itertools.chain(*row.sidecars)
-        ]
-        digest.update(
-            f"{row.name}\0{row.path}\0{row.segment}\0{beside}\0{row.captions}\n".encode(
-                errors="surrogateescape"
-            )
-        )
-    for shard in listing.shards:
-        digest.update(f"{shard}\n".encode(errors="surrogateescape"))
-    return digest.hexdigest()
-
-
-def _differs(path: str, size: int, time: int, kind: str) -> str:
-    try:
-        now, changed = _stamp_of_captions(path) if kind == "captions" else size_and_time(path)
-    except OSError:
-        return "is gone"
-    if kind == "folder":
-        return "" if changed == time else OTHER_FILES
-    if kind == "captions":
-        return "" if (now, changed) == (size, time) else "has other captions"
-    if now != size:
-        return f"had {size} bytes and has {now}"
-    return "" if changed == time else "was written anew"
-
-
-def _stamps(listing: Listing) -> list[tuple[str, str, int, int]]:
-    """(kind, path, bytes, time) of what is looked at again when the index is opened."""
-    stamps = []
-    for path in listing.stamped:
-        size, time = size_and_time(path)
-        kind = "folder" if os.path.isdir(path) else "file"
-        # an index may move together with its data
-        stamps.append((kind, os.path.abspath(path), size, time))
-    if listing.captions is not None and listing.captions.is_dir():
-        path = os.path.abspath(listing.captions)
-        stamps.append(("captions", path, *_stamp_of_captions(path)))
-    for shard in listing.shards:
-        try:
-            stamps.append(("shard", shard, *size_and_time(join_path(listing.root, shard))))
-        except OSError as error:
-            reason = error.strerror or type(error).__name__
-            raise ValueError(
-                f"{join_path(listing.root, shard)} cannot be read ({reason}); "
-                "name shards that are there"
-            ) from error
-    return stamps
-
-
-def _stamp_of_captions(path: str) -> tuple[int, int]:
-    """Bytes and time of a file of captions; of a folder, bytes and a number for all its files."""
-    if not os.path.isdir(path):
-        return size_and_time(path)
-    names = caption_files(Path(path))
-    digest, total = hashlib.sha256("\0".join(names).encode(errors="surrogateescape")), 0
-    for name in names[:: -(-len(names) // _MOST_CHECKED) or 1]:
-        size, time = size_and_time(os.path.join(path, name))
-        digest.update(f"{size} {time}\n".encode())
-        total += size
-    return total, int.from_bytes(digest.digest()[:7])
-
-
-def _portable(root: str, folder: Path) -> str:
-    """A root that the index lies in, relative to the index: both may be moved together."""
-    if is_url(root):
-        return root
-    root = os.path.abspath(root)
-    within = os.path.relpath(folder.absolute(), root)
-    return root if within.startswith("..") else os.path.relpath(root, folder.absolute())
-
-
-def _within(text: str, root: str) -> str:
-    """What a source is called, relative to its root."""
-    return text if not text or is_url(text) else os.path.relpath(text, root or ".")
-
-
-def _unportable(root: str, folder: Path) -> str:
-    if is_url(root) or os.path.isabs(root):
-        return root
-    return os.path.normpath(folder / root)
 
 
 # -- parts -----------------------------------------------------------------------------------------
@@ -396,7 +229,7 @@ def _tasks(listing: Listing, parts: Path, old: ColumnSource | None) -> Iterator[
         digest = hashlib.sha256(repr(rows).encode(errors="surrogateescape"))
         for row in rows:
             for path in (row.path, *itertools.chain(*row.sidecars)):
-                digest.update(f"{_size_and_time_or_none(join_path(listing.root, path))}".encode())
+                digest.update(f"{size_and_time_or_none(join_path(listing.root, path))}".encode())
         yield _Task(
             str(parts / f"files-{number:06d}.npz"),
             f"{VERSION} {digest.hexdigest()}",
@@ -406,17 +239,10 @@ def _tasks(listing: Listing, parts: Path, old: ColumnSource | None) -> Iterator[
         )
 
 
-def _size_and_time_or_none(path: str) -> tuple[int, int] | None:
-    try:
-        return size_and_time(path)
-    except OSError:
-        return None
-
-
 def _apart(old: ColumnSource) -> int | None:
     """How many of an index's captions were read apart; they come first. None: it does not say."""
     assert old.folder is not None
-    about = _read_about(old.folder)
+    about = read_about(old.folder)
     apart = about.get("captions_apart")
     return 0 if apart is None and not about["asked"].get("captions") else apart
 
@@ -595,7 +421,7 @@ def _build_captions(
     """The parts of a captions file, and where in them each name's captions lie."""
     if listing.captions is None:
         return [], {}
-    size, time = _stamp_of_captions(str(listing.captions))
+    size, time = stamp_of_captions(str(listing.captions))
     tasks: list[_Task] = []
     # a chunk of tasks at a time, so that the file is never held whole
     for chunk in _chunks(_raw_captions(listing.captions), _NAMES_A_PART * max(workers, 1)):

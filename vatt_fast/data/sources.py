@@ -9,18 +9,15 @@ from pathlib import Path
 
 from ..files import InUseError, check_folder
 from .columns import ColumnSource
-from .index import (
+from .index import build_index, hold, open_index, warn_of_captions
+from .index_file import (
     OTHER_FILES,
     asked_of,
-    build_index,
     changes,
-    hold,
     holds_shards,
     is_index,
     is_same_listing,
-    open_index,
     wanted_of,
-    warn_of_captions,
 )
 from .listing import (
     LARGE_CAPTIONS_BYTES,
