@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from native_fixtures import LEVELS, held_to
 from training_runs import MODEL, write_media
 
+from vatt_fast.data import augment as augment_module
 from vatt_fast.data.augment import (
+    WHOLE,
     AreaCrop,
     Augment,
     Box,
@@ -22,11 +24,17 @@ from vatt_fast.data.augment import (
     Key,
     augment_clip,
     augmentation,
+    crop_clips,
     crop_frames,
     parts_of,
 )
 from vatt_fast.data.clips import ClipSpec
-from vatt_fast.data.colours import Colours, change_colours, change_colours_in_torch
+from vatt_fast.data.colours import (
+    Colours,
+    change_clips_in_torch,
+    change_colours,
+    change_colours_in_torch,
+)
 from vatt_fast.data.dataset import ClipDataset
 from vatt_fast.data.loader import loader
 from vatt_fast.kernels import native
@@ -145,6 +153,48 @@ def test_any_change_gives_torchs_bytes(colours, seed):
     frames = torch.from_numpy(pixels(2, 9, 31, seed=seed))
     expected = change_colours_in_torch(frames, colours)
     assert torch.equal(change_colours(frames, colours), expected)
+
+
+def test_clips_changed_together_have_the_bytes_of_each_alone():
+    clips = torch.from_numpy(np.stack([pixels(2, 9, 31, seed=n) for n in range(len(CHANGES))]))
+    together = change_clips_in_torch(clips, CHANGES)
+    for clip, found, colours in zip(clips, together, CHANGES, strict=True):
+        assert torch.equal(found, change_colours_in_torch(clip, colours)), colours
+    assert torch.equal(change_clips_in_torch(clips, [Colours()] * len(clips)), clips)
+
+
+@pytest.mark.parametrize(
+    "parts", ["crop,flip,colour", "jitter_crop,flip", "flip,colour", "flip", "noise"]
+)
+def test_what_a_device_changes_together_equals_each_clip_alone(parts, monkeypatch):
+    """A CPU runs here what a device would; ``test_a_gpu_gives_the_same_bytes`` is of one."""
+    augment = augmentation(parts, 40, 56)
+    clips = torch.from_numpy(pixels(12, 3, 40, 56))
+    keys = [Key(0, 2, row) for row in range(12)]
+    alone = augment(clips, keys)
+    monkeypatch.setattr(Augment, "_clip_by_clip", Augment._clips)
+    monkeypatch.setattr(augment_module, "_PIXELS_AT_ONCE", 5 * clips[0, ..., 0].numel())
+    together = augment(clips, keys)
+    if "crop" not in parts:
+        assert torch.equal(together, alone)
+    elif "colour" not in parts:
+        assert (together.int() - alone.int()).abs().max() <= 2
+    else:  # colours multiply what rounding left
+        assert (together.int() - alone.int()).abs().float().mean() < 0.5
+    assert torch.equal(alone, clips) == (parts == "noise")  # which is of sounds
+
+
+@pytest.mark.parametrize(
+    "box", [WHOLE, Box(0.99, 0.99, 0.01, 0.01), Box(0.1, 0.3, 0.37, 0.6)], ids=str
+)
+def test_crops_as_products_of_matrices_are_those_of_one_clip(box):
+    clips = torch.from_numpy(pixels(2, 3, 41, 57))
+    boxes = [box, Box(0.2, 0.1, 0.5, 0.8)]
+    found = crop_clips(clips, boxes)
+    for clip, one, its in zip(clips, found, boxes, strict=True):
+        assert (one.int() - crop_frames(clip, its, 41, 57).int()).abs().max() <= 2
+    if box == WHOLE:
+        assert torch.equal(found[0], clips[0])
 
 
 @pytest.mark.gpu

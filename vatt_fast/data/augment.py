@@ -18,11 +18,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .colours import Colours, change_colours
+from .colours import Colours, change_clips_in_torch, change_colours
 from .order import uniform
 
 # One stream of random numbers for each decision, beside those of the order and the windows.
 _CROP, _FLIP, _COLOUR, _NOISE = range(100, 104)
+# What a device changes together, beyond one clip: some 0.4 GB of its memory.
+_PIXELS_AT_ONCE = 1 << 22
 
 
 class Key(NamedTuple):
@@ -40,6 +42,9 @@ class Box(NamedTuple):
     left: float
     height: float
     width: float
+
+
+WHOLE = Box(0.0, 0.0, 1.0, 1.0)
 
 
 class ClipAugment(Protocol):
@@ -76,7 +81,7 @@ class AreaCrop:
         low = max(self.shape[0], least / height**2)
         high = min(self.shape[1], width**2 / least)
         if low > high:
-            return Box(0.0, 0.0, 1.0, 1.0)
+            return WHOLE
         shape = low + uniform[0] * (high - low)
         lowest = math.sqrt(least / shape)
         highest = min(math.sqrt(most / shape), height, width / shape)
@@ -114,24 +119,54 @@ def _placed(height: float, width: float, uniform: np.ndarray) -> Box:
 
 
 def crop_frames(frames: Tensor, box: Box, height: int, width: int) -> Tensor:
-    """A part of one clip (T, H, W, 3) uint8, in whole pixels, scaled to (T, height, width, 3).
+    """A part of a clip (T, H, W, 3) uint8 on a CPU, in whole pixels, as (T, height, width, 3).
 
     Bilinear; where it shrinks, as wide as a pixel of the result is (no aliasing).
     """
-    H, W = frames.shape[1:3]
-    top, left = min(round(box.top * H), H - 1), min(round(box.left * W), W - 1)
-    bottom = min(max(round((box.top + box.height) * H), top + 1), H)
-    right = min(max(round((box.left + box.width) * W), left + 1), W)
+    top, bottom, left, right = _part(box, *frames.shape[1:3])
     part = frames[:, top:bottom, left:right].permute(0, 3, 1, 2)
     if part.shape[2:] == (height, width):
         return frames[:, top:bottom, left:right]
-    options: dict[str, Any] = dict(mode="bilinear", antialias=True, align_corners=False)
-    if frames.device.type == "cpu":
-        scaled = F.interpolate(part, (height, width), **options)
-    else:  # which has no such kernel for bytes
-        scaled = F.interpolate(part.float(), (height, width), **options)
-        scaled = scaled.round().clamp(0, 255).to(torch.uint8)
+    scaled = F.interpolate(
+        part, (height, width), mode="bilinear", antialias=True, align_corners=False
+    )
     return scaled.permute(0, 2, 3, 1).contiguous()
+
+
+def crop_clips(clips: Tensor, boxes: Sequence[Box]) -> Tensor:
+    """``crop_frames`` of (B, T, H, W, 3) clips on any device, each at a box of its own, to H x W.
+
+    As two products with matrices of weights, within 2 levels of ``crop_frames``, whose weights for
+    bytes have few bits.
+    """
+    H, W = clips.shape[2:4]
+    parts = torch.tensor([_part(box, H, W) for box in boxes], device=clips.device)
+    rows, columns = _weights(parts[:, :2], H), _weights(parts[:, 2:], W)
+    found = torch.einsum("bih,bthwc->btiwc", rows, clips.float())
+    found = torch.einsum("bjw,btiwc->btijc", columns, found)
+    return found.round().clamp(0, 255).to(torch.uint8)
+
+
+def _part(box: Box, height: int, width: int) -> tuple[int, int, int, int]:
+    """A box in whole pixels, at least one each way: top, bottom, left, right."""
+    top, left = min(round(box.top * height), height - 1), min(round(box.left * width), width - 1)
+    bottom = min(max(round((box.top + box.height) * height), top + 1), height)
+    right = min(max(round((box.left + box.width) * width), left + 1), width)
+    return top, bottom, left, right
+
+
+def _weights(spans: Tensor, size: int) -> Tensor:
+    """(B, size, size) fp32: how each pixel of a span, drawn out to ``size``, mixes the picture's.
+
+    Args:
+        spans: (B, 2), the first pixel of each and the one past its last.
+    """
+    first, past = (end[:, None, None].float() for end in spans.unbind(1))
+    at = torch.arange(size, device=spans.device) + 0.5
+    scale = (past - first) / size
+    reach = (at - (first + scale * at[:, None])).abs() / scale.clamp_min(1)
+    found = (1 - reach).clamp_min(0) * ((at > first) & (at < past))
+    return found / found.sum(-1, keepdim=True)
 
 
 # -- colours ---------------------------------------------------------------------------------------
@@ -204,13 +239,35 @@ class Augment:
                 f"frames are {tuple(frames.shape)} {frames.dtype}; they must be "
                 "(B, T, H, W, 3) uint8"
             )
+        together = self._clips if frames.device.type != "cpu" else self._clip_by_clip
+        count = max(1, _PIXELS_AT_ONCE // max(1, frames[0, ..., 0].numel())) if len(frames) else 1
         out = torch.empty_like(frames)
-        height, width = frames.shape[2:4]
-        for clip, to, key in zip(frames, out, keys, strict=True):
+        for first in range(0, len(frames), count):
+            some = slice(first, first + count)
+            out[some] = together(frames[some], keys[some])
+        return out
+
+    def _clip_by_clip(self, clips: Tensor, keys: Sequence[Key]) -> Tensor:
+        out = torch.empty_like(clips)
+        height, width = clips.shape[2:4]
+        for clip, to, key in zip(clips, out, keys, strict=True):
             box = self.crop(key, height, width)
             to.copy_(clip if box is None else crop_frames(clip, box, height, width))
             to.copy_(self._frames(key, to))
         return out
+
+    def _clips(self, clips: Tensor, keys: Sequence[Key]) -> Tensor:
+        """All in one: a device waits for single clips' many small operations."""
+        boxes = [self.crop(key, *clips.shape[2:4]) or WHOLE for key in keys]
+        if any(box != WHOLE for box in boxes):
+            clips = crop_clips(clips, boxes)
+        if any(flips := [self._flips(key) for key in keys]):
+            mirrored = torch.tensor(flips, device=clips.device).view(-1, 1, 1, 1, 1)
+            clips = torch.where(mirrored, clips.flip(3), clips)
+        if self.colour is not None:
+            colours = [self.colour.draw(_uniform(5, key, _COLOUR)) or Colours() for key in keys]
+            clips = change_clips_in_torch(clips, colours)
+        return clips
 
     def sounds(self, samples: Tensor, keys: Sequence[Key]) -> Tensor:
         """(B, S) float32 and a key a clip -> the same shape; equal to ``sound`` clip by clip."""
@@ -224,12 +281,15 @@ class Augment:
         return samples + noise * (loudest * self.noise).float()
 
     def _frames(self, key: Key, frames: Tensor) -> Tensor:
-        if self.flip and _uniform(1, key, _FLIP)[0] < self.flip:
+        if self._flips(key):
             frames = _mirrored(frames)
         if self.colour is not None:
             colours = self.colour.draw(_uniform(5, key, _COLOUR))
             frames = frames if colours is None else change_colours(frames, colours)
         return frames
+
+    def _flips(self, key: Key) -> bool:
+        return bool(self.flip) and bool(_uniform(1, key, _FLIP)[0] < self.flip)
 
     @staticmethod
     def _noise(key: Key, count: int) -> np.ndarray:
@@ -239,9 +299,7 @@ class Augment:
 
 
 def _mirrored(frames: Tensor) -> Tensor:
-    """Left and right exchanged; on a CPU in place, a frame at a time: new memory costs more."""
-    if frames.device.type != "cpu":
-        return frames.flip(2)
+    """Left and right exchanged, in place, a frame at a time: new memory costs more."""
     for frame in frames:
         frame.copy_(frame.flip(1))
     return frames

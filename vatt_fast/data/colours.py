@@ -9,6 +9,7 @@ Shapes: B clips, T frames, H rows, W columns.
 
 import dataclasses
 import threading
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -61,7 +62,9 @@ def change_colours(frames: Tensor, colours: Colours) -> Tensor:
         raise ValueError(
             f"frames are {tuple(frames.shape)} {frames.dtype}; they must be (T, H, W, 3) uint8"
         )
-    if frames.device.type != "cpu" or native.extension is None:
+    if frames.device.type != "cpu":
+        return change_clips_in_torch(frames[None], [colours])[0]
+    if native.extension is None:
         return change_colours_in_torch(frames, colours)
     frames = frames.contiguous()
     T, H, W, _ = frames.shape
@@ -90,26 +93,32 @@ def change_colours_in_torch(frames: Tensor, colours: Colours) -> Tensor:
     """``change_colours`` on any device, into new memory."""
     out = torch.empty_like(frames)
     for frame, to in zip(frames, out, strict=True):  # a frame at a time: fp32 is 12 times as much
-        to.copy_(_change_frame(frame, colours))
+        to.copy_(change_clips_in_torch(frame[None, None], [colours])[0, 0])
     return out
 
 
-def _change_frame(frame: Tensor, colours: Colours) -> Tensor:
-    x = frame.permute(2, 0, 1).float() * 16 + colours.brightness
+def change_clips_in_torch(clips: Tensor, colours: Sequence[Colours]) -> Tensor:
+    """(B, T, H, W, 3) uint8, each clip in colours of its own: all in one, in some 100 B a pixel."""
+    brightness, saturation, contrast, hue = (
+        torch.tensor([getattr(one, field.name) for one in colours], device=clips.device)
+        .float()
+        .view(-1, 1, 1, 1)
+        for field in dataclasses.fields(Colours)
+    )
+    x = clips.movedim(-1, 0).float() * 16 + brightness  # (3, B, T, H, W)
     most, least = x.amax(0), x.amin(0)
     # where a factor would take the least channel below 0, it takes it there
     until_0 = most.clamp_min(0) * 1024 / (most - least).clamp_min(1)
-    factor = until_0.clamp_max(colours.saturation).round()
+    factor = until_0.minimum(saturation).round()
     x = most * 4 - ((most - x) * factor / 256).round()  # 64ths of a level
-    rest = 256 - colours.contrast
-    total = x.to(torch.int32).sum((1, 2)).double()
-    pull = (total * rest / (256.0 * frame.shape[0] * frame.shape[1])).round().float()
-    x = (x * colours.contrast / 256 + pull[:, None, None]).round()
+    total = x.to(torch.int32).sum((-2, -1), keepdim=True).double()
+    pull = (total * (256 - contrast) / (256.0 * x.shape[-2] * x.shape[-1])).round().float()
+    x = (x * contrast / 256 + pull).round()
     r, g, b = x
     most, least = x.amax(0), x.amin(0)
     C = most - least  # q = C * hue, in sixths of the circle
     q = torch.where(r == most, g - b, torch.where(g == most, b - r + 2 * C, r - g + 4 * C))
-    q = q + (C * colours.hue / 64).round()
+    q = q + (C * hue / 64).round()
     q = torch.where(q < 0, q + 6 * C, q)
     q = torch.where(q >= 6 * C, q - 6 * C, q)
     parts = (q - 3 * C).abs() - C, 2 * C - (q - 2 * C).abs(), 2 * C - (q - 4 * C).abs()
