@@ -15,7 +15,6 @@ import functools
 import importlib
 import importlib.util
 import multiprocessing
-import resource
 import statistics
 import sys
 import time
@@ -29,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bench.timer import peak_resident
 from bench.without_torchvision import stand_in
 from vatt_fast.devices import has_a_tpu, without_a_tpu
 
@@ -599,9 +599,9 @@ def _peak(path: list[str], number: int, ours: bool, batch: int, send: Any) -> No
             for rows in (64, batch)
         )
     small()()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    real()()
-    send.send((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+    # not getrusage's, which a process begins with at its parent's
+    before, peak = peak_resident(lambda: None), peak_resident(lambda: real()())
+    send.send(None if before is None or peak is None else (peak - before) / 2**20)
 
 
 def _measured(case: Case, ours: bool, batch: int) -> str:
@@ -614,7 +614,8 @@ def _measured(case: Case, ours: bool, batch: int) -> str:
     process.start()
     send.close()
     try:
-        return f"{receive.recv():.0f}"
+        mebibytes = receive.recv()
+        return "not told" if mebibytes is None else f"{mebibytes:.0f}"
     except EOFError:
         return "died"
     finally:
