@@ -39,6 +39,7 @@ from vatt_fast.kernels.ops import OPS
 
 from . import (
     calls,
+    cold,
     compile,
     data,
     floors,
@@ -130,6 +131,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     option("--rounds", type=int, default=12)
     option("--out", type=Path, default=data.FILE, help="append the rows")
+    told_of_cold = "instead, time tars that are not in memory, read by so many workers"
+    option("--cold", type=int, metavar="WORKERS", help=told_of_cold)
+    option("--folder", type=Path, help="of --cold, on the disk to be measured")
 
     option = add(_ranks, "steps of 1, 2 and 4 gloo ranks: time, bytes sent")
     option("--configuration", default="tiny", **told)
@@ -329,7 +333,9 @@ def _accuracy(given: argparse.Namespace) -> int:
 def _data(given: argparse.Namespace) -> int:
     if unknown := [name for name in given.case if name not in data.CASES]:
         raise ValueError(f"no case {unknown[0]!r}; there are {', '.join(data.CASES)}")
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir=given.folder) as folder:
+        if given.cold is not None:
+            return cold.run(given.case, given.rounds, given.cold, Path(folder))
         return data.run(given.case, given.rounds, Path(folder), given.out)
 
 

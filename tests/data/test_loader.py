@@ -308,6 +308,62 @@ def test_evaluation_gives_memory_of_its_own(folder):
         assert torch.equal(one.audio, other.audio) and torch.equal(one.text, other.text)
 
 
+# -- fetching ahead --------------------------------------------------------------------------------
+
+
+class Noted:
+    """Fills that note which rows are fetched ahead."""
+
+    def __init__(self, *rows):
+        self.of_fill, self.ahead = rows, []
+
+    def rows(self, fill):
+        return self.of_fill[fill]
+
+    def read_ahead(self, fill, row):
+        self.ahead.append((fill, row))
+
+
+@pytest.mark.parametrize("rows", [(5, 5, 5), (40, 40), (7, 7, 3), (1, 1, 1, 1), (64,)])
+@pytest.mark.parametrize("workers", [0, 1, 3, 40])
+def test_each_row_is_fetched_ahead_once_and_in_order(rows, workers):
+    fills = Noted(*rows)
+    order = [(fill, row) for fill, count in enumerate(rows) for row in range(count)]
+    for fill, row in order:
+        workers_module.read_ahead(fills, fill, row, len(rows), workers)
+    assert fills.ahead == order[min(4 * max(workers, 1), rows[0]) :]
+
+
+@pytest.mark.parametrize("kind", ["folder", "shards", "mixed"])
+@pytest.mark.parametrize("evaluated", [False, True])
+def test_files_are_fetched_before_they_are_read(sources, monkeypatch, kind, evaluated):
+    source, events = sources[kind], []
+    windows = ClipFolder._windows
+
+    def read(self, index, *rest):
+        events.append(("read", source.place(index)))
+        return windows(self, index, *rest)
+
+    monkeypatch.setattr(dataset_module, "read_ahead", lambda place: events.append(("ahead", place)))
+    monkeypatch.setattr(ClipFolder, "_windows", read)
+    if evaluated:
+        list(evaluation_clips(source, SPEC, vocabulary=None, batch_size=4))
+        planned = range(len(source))
+    else:
+        clips = dataset(source)
+        list(loader(clips, 0, 2))
+        planned = np.concatenate([clips.order(0), clips.order(1)]).tolist()
+    ahead = [place for what, place in events if what == "ahead"]
+    assert ahead == [source.place(index) for index in planned[4:]]
+    for place in ahead:
+        assert events.index(("ahead", place)) < events.index(("read", place))
+
+
+def test_a_cache_needs_no_file_ahead(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(dataset_module, "read_ahead", None)
+    assert len(list(loader(dataset(open_source(folder), cache_dir=tmp_path), 0, 2))) == 2
+
+
 # -- memory ----------------------------------------------------------------------------------------
 
 

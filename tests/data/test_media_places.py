@@ -1,6 +1,7 @@
 """Media in a part of another file, as in a tar, and at a URL: the same as a file of their own."""
 
 import dataclasses
+import os
 import tarfile
 
 import numpy as np
@@ -106,6 +107,45 @@ def test_a_url(clip, tmp_path, part):
         assert probe(url) == probe(clip)
     with pytest.raises(FileNotFoundError):
         probe("memory://nowhere.mp4")
+
+
+def test_a_small_part_of_a_remote_file_is_one_request(clip, tmp_path, monkeypatch):
+    memory = pytest.importorskip("fsspec").filesystem("memory")
+    place = member(clip, tmp_path)
+    with open(place.path, "rb") as file:
+        memory.pipe_file(f"/{tmp_path.name}", file.read())
+    remote = dataclasses.replace(place, path=f"memory://{tmp_path.name}")
+    asked = []
+
+    def cat_file(path, start=None, end=None, **options):
+        asked.append((start, end))
+        return type(memory).cat_file(memory, path, start, end, **options)
+
+    monkeypatch.setattr(memory, "cat_file", cat_file)
+    monkeypatch.setattr(memory, "open", None)
+    assert_same(read_clip(remote, start=0.7, **WINDOW), read_clip(clip, start=0.7, **WINDOW))
+    assert asked == [(place.offset, place.offset + place.size)]
+
+
+def test_what_the_system_is_to_fetch(clip, tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr(
+        media_bytes.os,
+        "posix_fadvise",
+        lambda file, *rest: told.append((os.fstat(file).st_ino, *rest)),
+    )
+    part, fetch = member(clip, tmp_path), os.POSIX_FADV_WILLNEED
+    media_bytes.read_ahead(part)
+    assert told.pop() == (os.stat(part.path).st_ino, part.offset, part.size, fetch)
+    whole, size = Place(str(clip), "clip.mp4"), clip.stat().st_size
+    media_bytes.read_ahead(whole)
+    assert told.pop() == (clip.stat().st_ino, 0, size, fetch)
+    os.mkfifo(tmp_path / "pipe")
+    for nothing in (tmp_path / "gone.mp4", tmp_path / "pipe", "memory://b/0.tar"):
+        media_bytes.read_ahead(Place(str(nothing), "clip.mp4"))
+    monkeypatch.setattr(media_bytes, "MOST_AHEAD_BYTES", size - 1)
+    media_bytes.read_ahead(whole)
+    assert not told
 
 
 @pytest.mark.parametrize("own", [False, True])

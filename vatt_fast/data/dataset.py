@@ -42,6 +42,7 @@ from .clips import (
     to_batch,
 )
 from .media import MediaError, MediaReader
+from .media_bytes import read_ahead
 from .order import OTHER_CAPTIONS, VERSION, WINDOWS, Order, Shuffle, uniform
 from .source import Source, content_of, shares_of
 from .sources import open_source
@@ -108,6 +109,11 @@ class ClipFolder:
     def empty_batch(self, size: int) -> Arrays:
         """Batch's arrays for ``size`` whole clips, nothing valid yet."""
         return zeros(many(size, row_shapes(self.spec)))
+
+    def read_ahead(self, index: int) -> None:
+        """Let the system fetch an example's file; not where a cache has it decoded."""
+        if self._cache is None:
+            read_ahead(self.source.place(index))
 
     def read_into(
         self,
@@ -465,6 +471,10 @@ class ClipDataset(Dataset):
             for window in range(self.steps_together):
                 for name, keep in self._draw(fill * self.steps_together + window).items():
                     arrays[name][window] = keep
+
+    def read_ahead(self, fill: int, row: int) -> None:
+        """Let the system fetch what a row's planned example will be read from."""
+        self.clips.read_ahead(int(self.order(fill)[self.rank * self.batch_size + row]))
 
     def read_row(
         self,

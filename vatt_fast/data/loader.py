@@ -16,7 +16,7 @@ from .dataset import ClipDataset, ClipFolder, Read
 from .media import MediaError
 from .source import Source
 from .text import Vocabulary
-from .workers import Memory, Workers
+from .workers import Memory, Workers, read_ahead
 
 _YOUNG = ("data", "weights")  # what states of earlier versions do not say
 _PORTABLE = 1  # cudaHostRegisterPortable: page-locked for every device
@@ -76,8 +76,9 @@ class ClipLoader:
         if self.workers:
             largest = clips.rows(self._fills.start)
             self._workers = Workers(
-                clips, self._memory, self.workers, largest, self.start_method, self.worker_init
-            )
+                clips, self._memory, self.workers, largest, self._fills.stop,
+                self.start_method, self.worker_init,
+            )  # fmt: skip
             for _ in range(places):
                 self._ask()
         if self.pin_memory and torch.cuda.is_available():
@@ -103,8 +104,10 @@ class ClipLoader:
             self._held = None
             if self._workers is None:
                 self.clips.begin(fill, arrays)
-                rows = range(self.clips.rows(fill))
-                self._reads[fill] = [self.clips.read_row(fill, row, arrays) for row in rows]
+                self._reads[fill] = reads = []
+                for row in range(self.clips.rows(fill)):
+                    read_ahead(self.clips, fill, row, self._fills.stop, workers=0)
+                    reads.append(self.clips.read_row(fill, row, arrays))
             else:
                 self._wait(fill)
             self._held = fill
@@ -346,6 +349,9 @@ class _EvaluationBatches:
 
     def name(self, example: int) -> str:
         return self.clips.source.name(example)
+
+    def read_ahead(self, fill: int, row: int) -> None:
+        self.clips.read_ahead(fill * self.batch_size + row)
 
     def read_row(
         self,

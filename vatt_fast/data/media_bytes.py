@@ -1,14 +1,20 @@
 """Where the bytes of media come from: local files, parts of them as in a tar, and URLs."""
 
+import contextlib
 import functools
 import io
 import os
 import stat
+from collections.abc import Callable
 from typing import Any, BinaryIO, cast
 
 from . import remote
 from .media_scan import import_av
 from .source import Place
+
+# Files up to here are fetched whole. Of larger ones a window is a part that only their containers
+# know.
+MOST_AHEAD_BYTES = 1 << 24
 
 
 class MediaError(ValueError):
@@ -103,6 +109,8 @@ def open_bytes(place: Place) -> BinaryIO:
     Raises:
         OSError: it cannot be opened.
     """
+    if _is_one_request(place):
+        return opener(place)()
     if place.is_remote:
         file: Any = remote.open_bytes(place.path)
     else:
@@ -111,6 +119,37 @@ def open_bytes(place: Place) -> BinaryIO:
     if not place.is_part:
         return file
     return cast(BinaryIO, io.BufferedReader(_Part(file, place.offset, place.size)))
+
+
+def opener(place: Place) -> Callable[[], BinaryIO]:
+    """``open_bytes`` of a place that is opened several times: what one request fetches is kept."""
+    if not _is_one_request(place):
+        return functools.partial(open_bytes, place)
+    fetched = functools.cache(lambda: remote.read_part(place.path, place.offset, place.size or 0))
+    return lambda: io.BytesIO(fetched())
+
+
+def _is_one_request(place: Place) -> bool:
+    return place.is_remote and place.size is not None and place.size <= MOST_AHEAD_BYTES
+
+
+def read_ahead(place: Place) -> None:
+    """Let the system fetch a local place's bytes, if they are few, for whoever opens it soon.
+
+    What is wrong with a file is said when it is opened.
+    """
+    if place.is_remote or not hasattr(os, "posix_fadvise"):
+        return
+    with contextlib.suppress(OSError):
+        descriptor = os.open(place.path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe has no writer
+        try:
+            size = place.size
+            if size is None:
+                size = os.fstat(descriptor).st_size - place.offset
+            if 0 < size <= MOST_AHEAD_BYTES:
+                os.posix_fadvise(descriptor, place.offset, size, os.POSIX_FADV_WILLNEED)
+        finally:
+            os.close(descriptor)
 
 
 def read_bytes(place: Place) -> bytes:

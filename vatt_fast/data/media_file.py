@@ -15,13 +15,13 @@ import os
 import re
 import time
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, BinaryIO, Self
 
 import numpy as np
 
-from .media_bytes import MediaError, identity, open_bytes, place_of, url_of
+from .media_bytes import MediaError, identity, opener, place_of, url_of
 from .media_scan import Packets, import_av, packets_of, scan
 from .source import Place
 
@@ -83,6 +83,7 @@ class MediaFile:
     def __init__(self, path: str | os.PathLike | Place) -> None:
         self.place = place_of(path)
         self.name = self.place.name
+        self._open_bytes = opener(self.place)
         self._container: Any = None
         self._connection = contextlib.ExitStack()
         # Streams that can be decoded here, by kind, and the codecs of those that cannot. They are
@@ -123,7 +124,7 @@ class MediaFile:
             with import_av().open(url, **how) as container:
                 yield container
         else:
-            with open_bytes(self.place) as file, import_av().open(file, **how) as container:
+            with self._open_bytes() as file, import_av().open(file, **how) as container:
                 yield container
 
     def _choose_streams(self) -> None:
@@ -200,7 +201,7 @@ class MediaFile:
             # the duration of a stream is an estimate here: Matroska has none
             return all(stream.duration is None for stream in container.streams)
         if "mov" in name:
-            return not _is_fragmented(self.place) and all(
+            return not _is_fragmented(self._open_bytes) and all(
                 stream.duration is not None
                 for stream in container.streams
                 if stream.type in ("video", "audio")
@@ -485,9 +486,9 @@ def _opens(stream: Any) -> bool:
     return True
 
 
-def _is_fragmented(place: Place) -> bool:
+def _is_fragmented(open_bytes: Callable[[], BinaryIO]) -> bool:
     """Whether an MP4 file is made of fragments, whose header does not know their end."""
-    with open_bytes(place) as file:
+    with open_bytes() as file:
         size_of_file = file.seek(0, os.SEEK_END)
         at = 0
         while at + 8 <= size_of_file:

@@ -39,6 +39,13 @@ def open_bytes(path: str) -> IO[bytes]:
         return system.open(inside, "rb")
 
 
+def read_part(url: str, offset: int, size: int) -> bytes:
+    """A part of a remote file in one request. Raises OSError where it cannot be read."""
+    with _as_os_errors(url):
+        system, inside = file_system(url)
+        return system.cat_file(inside, start=offset, end=offset + size)
+
+
 def size_and_time(path: str) -> tuple[int, int]:
     """Bytes, and when the file was changed in nanoseconds, 0 where nobody says. Raises OSError."""
     if not is_url(path):

@@ -35,6 +35,7 @@ HANG_SECONDS = 10 * DEADLINE_SECONDS
 _LOOK_SECONDS = 5.0  # how often, meanwhile, workers are looked at
 _END_SECONDS = 5.0  # that a worker has for the clip it is at
 _LARGEST_PIPE = 2**20  # bytes, that Linux gives everyone
+_AHEAD = 4  # rows that a worker reads while its next one is fetched
 
 
 class Fills(Protocol):
@@ -54,6 +55,10 @@ class Fills(Protocol):
         self, fill: int, row: int, arrays: dict[str, np.ndarray], reading: Callable[[int], None]
     ) -> Any:
         """In a worker. ``reading`` is told the number of each example before it is opened."""
+        ...
+
+    def read_ahead(self, fill: int, row: int) -> None:
+        """Let the system fetch what a row will be read from."""
         ...
 
     def name(self, example: int) -> str: ...
@@ -115,6 +120,8 @@ class Workers:
     """Processes that read the rows of fills.
 
     Args:
+        largest: rows of the largest fill.
+        stop: the fill after the last one.
         start_method: multiprocessing's; None: Python's default.
         init: called first in each worker, with its number.
     """
@@ -125,6 +132,7 @@ class Workers:
         memory: Memory,
         count: int,
         largest: int,
+        stop: int,
         start_method: str | None = None,
         init: Callable[[int], None] | None = None,
     ):
@@ -152,7 +160,7 @@ class Workers:
             ours = [self._tickets, *self._results] if forked else []
             process = context.Process(
                 target=_work,
-                args=(number, fills, memory, tickets, writer, ours, init),
+                args=(number, fills, stop, memory, tickets, writer, ours, init),
                 daemon=True,
                 name=f"clips {number}",
             )
@@ -254,6 +262,7 @@ def _widen(pipe: Connection, size: int) -> None:
 def _work(
     number: int,
     fills: Fills,
+    stop: int,
     memory: Memory,
     tickets: Connection,
     results: Connection,
@@ -277,11 +286,25 @@ def _work(
             fill, row = _fill_and_row(asked)
             try:
                 arrays = memory.arrays(fill, fills.shapes(fill))
+                read_ahead(fills, fill, row, stop, memory.workers)
                 what: Any = fills.read_row(fill, row, arrays, reading)
             except Exception as error:  # it is raised where the batch is asked for
                 what = _told(error)
             examples[number] = -1
             results.send((asked, what))
+
+
+def read_ahead(fills: Fills, fill: int, row: int, stop: int, workers: int) -> None:
+    """Have one of the rows fetched that come after this one, each of them once.
+
+    Rows are taken in order. So a row is fetched while every worker reads some others.
+    """
+    rows = fills.rows(fill)
+    row += min(_AHEAD * max(workers, 1), rows)
+    if row >= rows:
+        fill, row = fill + 1, row - rows
+    if fill < stop and row < fills.rows(fill):
+        fills.read_ahead(fill, row)
 
 
 def _told(error: Exception) -> Exception:
