@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import pytest
 pytest.importorskip("av")
 
 from bench import __main__ as command
-from bench import data
+from bench import cold, data
 from bench.report import MARKED, Report
 
 
@@ -38,6 +39,23 @@ def test_a_case_is_measured_and_told(tmp_path, monkeypatch, capsys):
     page = MARKED["decoding"][0](Report.of([], [], decoding=data.read(out)))
     (line,) = (line for line in page.splitlines() if line.startswith("| small"))
     assert line.count("2.50x") == len(again) - 2  # of decoding alone and the cache, clips/s
+
+
+def test_tars_that_no_memory_holds_are_timed_with_read_ahead_and_without(monkeypatch, capsys):
+    told = []
+    monkeypatch.setattr(data, "SECONDS", 5)
+    monkeypatch.setitem(data.CASES, "small", ("mpeg4", 96, 64, 25))
+    for name, value in (("TARS", 2), ("CLIPS", 4), ("BATCH", 4)):
+        monkeypatch.setattr(cold, name, value)
+    monkeypatch.setattr(os, "posix_fadvise", lambda file, at, size, what: told.append(what))
+    command.main(["data", "--case", "small", "--rounds", "1", "--cold", "0"])
+    shown = capsys.readouterr().out
+    assert "small, 8 clips in " in shown
+    ways = [line.split(" | ")[0] for line in shown.splitlines() if line.startswith("| ")]
+    assert ways[-3:] == ["| held in memory", "| on disk, read ahead", "| on disk, without"]
+    # twice held, of which one is not timed, and once ahead: 4 of 8 clips come after the first ones
+    assert told.count(os.POSIX_FADV_WILLNEED) == 3 * 4
+    assert told.count(os.POSIX_FADV_DONTNEED) == 2 * 2
 
 
 def test_decoding_alone_gives_the_windows_frames(tmp_path):

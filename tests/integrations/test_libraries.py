@@ -1,6 +1,7 @@
 """Our ops inside other libraries, on small random weights, against the libraries' own paths."""
 
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -703,3 +704,13 @@ def test_weighed_hardness_runs_their_loss(said):
         found = loss.compute_loss_from_embeddings(z, None)
     expected = theirs.MultipleNegativesRankingLoss(model, **options)
     torch.testing.assert_close(found, expected.compute_loss_from_embeddings(z, None))
+
+
+def test_memory_is_a_processs_own_whatever_this_one_takes(monkeypatch):
+    need("open_clip")
+    monkeypatch.syspath_prepend(str(Path(integrations.__file__).parents[1]))  # for the child
+    case = next(case for case in integrations.CASES if case.name == "ClipLoss")
+    taken = torch.ones(2**27)  # 512 MiB, where a child's getrusage would begin
+    rows = 2048
+    assert float(integrations._measured(case, False, rows)) > rows * rows * 4 / 2**20
+    del taken
