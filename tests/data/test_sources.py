@@ -323,6 +323,26 @@ def test_captions_of_no_file_and_of_several_are_said(media, tmp_path, indexed):
             assert re.search(pattern, str(warning.message)), warning.message
 
 
+@pytest.mark.parametrize("kind", ["folder", "below", "large", "named", "indexed"])
+def test_a_folders_captions_come_before_those_beside_media(media, tmp_path, monkeypatch, kind):
+    folder = as_folder(media, tmp_path / "clips", {"0.mp4": [(0, 1, "said")], "1.mp4": []})
+    for name in ("0", "1", "2"):
+        (folder / f"{name}.txt").write_text(f"beside {name}")
+    text = str(folder)
+    if kind == "large":
+        monkeypatch.setattr("vatt_fast.data.listing.LARGE_CAPTIONS_BYTES", 10)
+        monkeypatch.setattr(sources_module, "LARGE_CAPTIONS_BYTES", 10)
+    elif kind == "below":
+        text = f"{folder}/**"
+    elif kind == "named":
+        (folder / "captions.json").rename(tmp_path / "said.json")
+        text = str(tmp_path / "mix.toml")
+        (tmp_path / "mix.toml").write_text('[[source]]\npath = "clips"\ncaptions = "said.json"\n')
+    elif kind == "indexed":
+        build_index(list_source(Wanted(text)), folder / "vatt_index")
+    assert texts_of(open_source(text, say=quiet)) == [["said"], [], ["beside 2"], []]
+
+
 def test_large_captions_are_read_apart(media, tmp_path, monkeypatch):
     folder = as_folder(media, tmp_path / "clips")
     held = open_source(folder)

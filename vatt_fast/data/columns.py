@@ -213,8 +213,8 @@ def join(
         write: ``write(column, arrays, rows, dtype, row_shape)`` takes the arrays of one column in
             order.
         captions: parts of captions alone; they come first.
-        captions_of: where in ``captions`` those of an example lie that has none of its own, by its
-            file's name; None where it has none there either.
+        captions_of: where in ``captions`` those of an example lie, by its file's name; None where
+            it has none there, and keeps its own.
     """
     spoken = [*captions, *parts]
     words, renumbered = _one_lexicon(spoken)
@@ -378,7 +378,7 @@ def _located(
     firsts, counts = part["caption_first"] + first, part["caption_count"].copy()
     if captions_of is not None:
         names = Strings.of(part, "name")
-        for row in np.flatnonzero(counts == 0).tolist():
+        for row in range(len(counts)):
             if (found := captions_of(of_file(names[row], part["segment"][row]))) is not None:
                 firsts[row], counts[row] = found
     return firsts, counts
