@@ -483,7 +483,8 @@ def _flax(dtype: torch.dtype, ours: bool, tokens: int = 24, heads: int = 4, dim:
     layer = linen.MultiHeadAttention(
         heads, dtype=name, param_dtype=name, **({"attention_fn": flax_attention_fn} if ours else {})
     )
-    weights = layer.init(jax.random.key(_SEED), x)
+    weights = layer.clone(param_dtype="float32").init(jax.random.key(_SEED), x)
+    weights = jax.tree.map(lambda each: each.astype(name), weights)  # other dtypes draw others
     return _of_jax(lambda weights: layer.apply(weights, x, deterministic=True), (weights,))
 
 

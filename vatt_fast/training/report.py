@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from ..config import VATTConfig
-from ..data.augment import Box, ClipAugment, Key, crop_frames
+from ..data.augment import WHOLE, ClipAugment, Key, crop_frames
 from ..data.clips import Batch, ClipSpec, spread, to_batch
 from ..data.dataset import ClipFolder
 from ..data.media import MediaError
@@ -168,5 +168,5 @@ def _strip(video: torch.Tensor) -> np.ndarray:
     rows = min(height, _HIGHEST)
     columns = max(1, round(width * rows / height))
     chosen = torch.stack(spread_over(list(video), _FRAMES))
-    chosen = crop_frames(chosen, Box(0.0, 0.0, 1.0, 1.0), rows, columns)
+    chosen = crop_frames(chosen, WHOLE, rows, columns)
     return np.concatenate(list(chosen.numpy()), axis=1)
