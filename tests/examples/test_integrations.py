@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bench import integrations
+from bench.integration_cases import missing
 
 ROOT = Path(__file__).resolve().parents[2]
 # with what is not installed in its place, as in this process
@@ -38,7 +38,7 @@ runpy.run_path(example, run_name="__main__")
 def test_trains_as_the_library_does(example, library, tmp_path):
     if importlib.util.find_spec(library) is None:
         pytest.skip(f"{library} is not installed")
-    if reason := integrations.missing(library):
+    if reason := missing(library):
         pytest.skip(reason)
     stand_in = ROOT / "bench" / "without_torchvision.py"
     command = [

@@ -7,18 +7,18 @@ import pytest
 import torch
 from torch import nn
 
-from bench import integrations
+from bench import integration_cases, integrations
 from vatt_fast import kernels
 
 CASES = [
     pytest.param(case, id=f"{case.library}-{case.name.replace(' ', '_')}")
-    for case in integrations.CASES
+    for case in integration_cases.CASES
 ]
 
 
 def need(library: str):
     """Import it, or skip with the reason."""
-    if reason := integrations.missing(library):
+    if reason := integration_cases.missing(library):
         pytest.skip(reason)
     return __import__(library)
 
@@ -84,7 +84,7 @@ def vit(**options):
 
     integration.register()
     torch.manual_seed(0)
-    config = transformers.ViTConfig(**integrations._VISION, **options)
+    config = transformers.ViTConfig(**integration_cases.VISION, **options)
     return transformers.ViTModel._from_config(config, attn_implementation="vatt_fast")
 
 
@@ -248,7 +248,7 @@ def relative_positions(kind):
     if kind == "Swin":
         sizes = dict(patch_size=4, embed_dim=16, depths=[1, 1], num_heads=[2, 2], window_size=4)
         return transformers.SwinModel(transformers.SwinConfig(image_size=32, **sizes))
-    sizes = dict(integrations._VISION, use_relative_position_bias=True)
+    sizes = dict(integration_cases.VISION, use_relative_position_bias=True)
     return transformers.BeitModel(transformers.BeitConfig(**sizes))
 
 
@@ -299,7 +299,7 @@ def test_undo_gives_every_tower_its_own_implementation_back(capsys):
     transformers = need("transformers")
     from vatt_fast.integrations.patch import patch
 
-    each = integrations._MODELS["CLIP"]
+    each = integration_cases.MODELS["CLIP"]
     model = transformers.CLIPModel(transformers.CLIPConfig(**each.arguments))
     model.set_attn_implementation({"text_config": "eager", "vision_config": "sdpa"})
     configs = (model.config, model.config.text_config, model.config.vision_config)
@@ -709,7 +709,7 @@ def test_weighed_hardness_runs_their_loss(said):
 def test_memory_is_a_processs_own_whatever_this_one_takes(monkeypatch):
     need("open_clip")
     monkeypatch.syspath_prepend(str(Path(integrations.__file__).parents[1]))  # for the child
-    case = next(case for case in integrations.CASES if case.name == "ClipLoss")
+    case = next(case for case in integration_cases.CASES if case.name == "ClipLoss")
     taken = torch.ones(2**27)  # 512 MiB, where a child's getrusage would begin
     rows = 2048
     assert float(integrations._measured(case, False, rows)) > rows * rows * 4 / 2**20

@@ -77,17 +77,19 @@ def both(rank, world, names):
 
 @functools.cache
 def results():
-    from bench import integrations  # not in the processes, where only installed packages are
+    from bench.integration_cases import (
+        missing,
+    )  # not in the processes, where only installed packages are
 
-    names = [name for name, (library, *_) in CASES.items() if not integrations.missing(library)]
+    names = [name for name, (library, *_) in CASES.items() if not missing(library)]
     return in_processes(2, both, names)
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_two_processes_are_the_librarys(name):
-    from bench import integrations
+    from bench.integration_cases import missing
 
-    if reason := integrations.missing(CASES[name][0]):
+    if reason := missing(CASES[name][0]):
         pytest.skip(reason)
     for found in results():
         ours, theirs = found[name]
