@@ -109,8 +109,19 @@ def open_bytes(place: Place) -> BinaryIO:
     Raises:
         OSError: it cannot be opened.
     """
-    if _is_one_request(place):
-        return opener(place)()
+    return opener(place)()
+
+
+def opener(place: Place) -> Callable[[], BinaryIO]:
+    """``open_bytes`` of a place that is opened several times: what one request fetches is kept."""
+    size = place.size
+    if not place.is_remote or size is None or size > MOST_AHEAD_BYTES:
+        return functools.partial(_open, place)
+    fetched = functools.cache(lambda: remote.read_part(place.path, place.offset, size))
+    return lambda: io.BytesIO(fetched())
+
+
+def _open(place: Place) -> BinaryIO:
     if place.is_remote:
         file: Any = remote.open_bytes(place.path)
     else:
@@ -119,18 +130,6 @@ def open_bytes(place: Place) -> BinaryIO:
     if not place.is_part:
         return file
     return cast(BinaryIO, io.BufferedReader(_Part(file, place.offset, place.size)))
-
-
-def opener(place: Place) -> Callable[[], BinaryIO]:
-    """``open_bytes`` of a place that is opened several times: what one request fetches is kept."""
-    if not _is_one_request(place):
-        return functools.partial(open_bytes, place)
-    fetched = functools.cache(lambda: remote.read_part(place.path, place.offset, place.size or 0))
-    return lambda: io.BytesIO(fetched())
-
-
-def _is_one_request(place: Place) -> bool:
-    return place.is_remote and place.size is not None and place.size <= MOST_AHEAD_BYTES
 
 
 def read_ahead(place: Place) -> None:
