@@ -289,25 +289,27 @@ _SHOWN: tuple[tuple[str, tuple[_Row, ...]], ...] = (
 def tables(scores: Sequence[Score]) -> str:
     """Mean and standard deviation over the seeds, and whether each row differs from the first.
 
-    A difference is clear where it has the same sign in every seed, of at least three.
+    A difference is clear where it has the same sign in every seed, of at least three. A table whose
+    rows were all in others before is left out.
     """
     value_of = {one.cell: one.value for one in scores}
-    parts = []
+    parts: list[str] = []
+    known: set[_Row] = set()
     for title, rows in _SHOWN:
         shown = []
         first = _by_seed(value_of, rows[0])
-        for row in rows:
-            values = _by_seed(value_of, row)
-            if not values:
-                continue
+        found = {row: values for row in rows if (values := _by_seed(value_of, row))}
+        if found.keys() <= known:
+            continue
+        known |= found.keys()
+        for row, values in found.items():
             told = f"{statistics.mean(values.values()):.1f}"
             if len(values) > 1:
                 told += f" ± {statistics.stdev(values.values()):.1f}"
             model, _, method = row
             shown.append((model, method, told, _against(values, first) if row != rows[0] else ""))
-        if shown:
-            headings = ("model", "method", "%", "against the first row, by seed")
-            parts.append(f"{title}:\n\n{lines.markdown_table(headings, shown)}")
+        headings = ("model", "method", "%", "against the first row, by seed")
+        parts.append(f"{title}:\n\n{lines.markdown_table(headings, shown)}")
     return "\n\n".join(parts) or "No scores exist yet."
 
 

@@ -73,6 +73,9 @@ def test_tables_say_what_is_not_clear():
     assert "| specific | fine-tuned | 34.0 ± 9.0 | +5.0, +4.0, +3.0 |" in said
     assert "| agnostic | fine-tuned | 32.7 ± 7.1 | +5.0, +4.0, -1.0 (not clear) |" in said
     assert "R@10" not in said
+    assert "by patch" not in said  # its one row stands above
+    alone = made("patch 8x8x8", "motion", "fine-tuned", 1.0)
+    assert "8 motions by patch:" in tables([*scores, *alone])
     assert tables([]) == "No scores exist yet."
     longer = [dataclasses.replace(one, steps=1000) for one in scores[:1]]
     page = MARKED["miniature"][0](Report.of([], [], scores=[*scores, *longer]))
