@@ -117,9 +117,7 @@ def test_digits_are_pictures_with_a_third_held_out(runs):
 
 def test_a_models_cells_are_measured(runs, monkeypatch):
     """One model of little training: searched, fine-tuned, and fine-tuned from scratch."""
-    from vatt_fast.finetuning import settings
-
-    monkeypatch.setitem(settings.RECIPES["small"], "epochs", 1)
+    monkeypatch.setattr(miniature, "EPOCHS", 1.0)
     assert 0 <= runs.retrieval("spectrogram", "t2v") <= 100
     tuned = runs.fine_tuned("spectrogram", "sound", scratch=False)
     assert 0 <= tuned <= 100

@@ -47,7 +47,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         classifier_dropout=0.0, height=384, width=384, **_ONE_CLASS, **_SGD,
     ),
     "small": dict(
-        epochs=30, batch_size=16, learning_rate=0.06, clip=0.75, classifier_dropout=0.0,
+        epochs=60, batch_size=16, learning_rate=0.06, clip=0.75, classifier_dropout=0.0,
         **_ONE_CLASS | dict(augment=NOTHING), **_SGD,
     ),
 }  # fmt: skip
