@@ -5,7 +5,6 @@ Each case is small, and once more of a real size, for time and memory. Weights a
 
 import functools
 import importlib
-import importlib.util
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 

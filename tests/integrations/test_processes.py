@@ -77,9 +77,8 @@ def both(rank, world, names):
 
 @functools.cache
 def results():
-    from bench.integration_cases import (
-        missing,
-    )  # not in the processes, where only installed packages are
+    # not in the processes, where only installed packages are
+    from bench.integration_cases import missing
 
     names = [name for name, (library, *_) in CASES.items() if not missing(library)]
     return in_processes(2, both, names)
